@@ -1,0 +1,87 @@
+"""The settings that the ready-made pipelines share."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from scae_dali.config import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    CropConfig,
+    check,
+    check_choice,
+)
+from scae_dali.methods.base import Triple
+
+Decode = Literal["auto", "roi", "full"]
+DTypeName = Literal["fp32", "fp16"]
+LayoutName = Literal["NCHW", "NHWC"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """How images become tensors.
+
+    size: side of the crop in pixels. val_resize: the shorter side before the central crop of
+    `size`. decode: `roi` decodes the crop alone, `full` the whole image before it crops; `auto` is
+    `roi` on the CPU and, on a GPU, `full` where nvImageCodec's ROI decoder is known to crash.
+    mean, std: in grey levels [0, 255].
+    """
+
+    size: int = 224
+    val_resize: int = 256
+    crop: CropConfig = field(default_factory=CropConfig)
+    decode: Decode = "auto"
+    dtype: DTypeName = "fp32"
+    layout: LayoutName = "NCHW"
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        check(self.size >= 1, f"image.size must be at least 1, got {self.size}")
+        check(
+            self.val_resize >= self.size,
+            f"image.val_resize must be at least image.size ({self.size}), got {self.val_resize}",
+        )
+        check_choice("image.decode", self.decode, ("auto", "roi", "full"))
+        check_choice("image.dtype", self.dtype, ("fp32", "fp16"))
+        check_choice("image.layout", self.layout, ("NCHW", "NHWC"))
+        check(min(self.std) > 0, f"image.std must be positive, got {self.std}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecConfig:
+    """Where and how wide a pipeline runs.
+
+    device_id: the GPU, or None for the CPU alone. batch_size: a rank. threads: of DALI, a rank.
+    shard, num_shards: which part of every epoch this rank reads.
+    """
+
+    batch_size: int
+    device_id: int | None = None
+    threads: int = 4
+    prefetch: int = 2
+    shard: int = 0
+    num_shards: int = 1
+
+    def __post_init__(self) -> None:
+        check(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
+        check(self.threads >= 1, f"threads must be at least 1, got {self.threads}")
+        check(self.prefetch >= 1, f"prefetch must be at least 1, got {self.prefetch}")
+        check(
+            0 <= self.shard < self.num_shards,
+            f"shard must be in [0, num_shards={self.num_shards}), got {self.shard}",
+        )
+
+    @property
+    def device(self) -> str:
+        """The device of native operators on pixels."""
+        return "cpu" if self.device_id is None else "gpu"
+
+    def arguments(self) -> dict:
+        """Keyword arguments of a @pipeline_def function."""
+        return {
+            "batch_size": self.batch_size,
+            "num_threads": self.threads,
+            "device_id": self.device_id,
+            "prefetch_queue_depth": self.prefetch,
+        }

@@ -1,0 +1,81 @@
+"""What the pipelines do alike: read the files of an index, decode, normalise.
+
+The decode path is decided here. GPU decoding of a region of interest is reported to crash the
+process with nvImageCodec 0.9 (NVIDIA/nvImageCodec#55), so `auto` avoids it there.
+"""
+
+from collections.abc import Sequence
+from importlib import metadata
+
+from nvidia.dali import fn, types
+
+from pipelines.config import Decode, ExecConfig, ImageConfig
+from scae_dali.dataset import ImageIndex
+from scae_dali.methods.base import DataNode
+
+READER = "Reader"
+_ROI_CRASHES = ("0.9.",)  # versions of nvImageCodec
+
+
+def read(
+    index: ImageIndex, run: ExecConfig, ids: Sequence[int] | None = None, **order
+) -> tuple[DataNode, DataNode]:
+    """Encoded files and their ids, int32 [1]. ids: which samples, in this order; None: all."""
+    if ids is None:
+        what = {"files": list(index.files)}  # without labels the reader gives the place
+    else:
+        what = {"files": [index.files[i] for i in ids], "labels": [int(i) for i in ids]}
+    return fn.readers.file(
+        **what,
+        **order,
+        file_root=index.root or ".",
+        name=READER,
+        shard_id=run.shard,
+        num_shards=run.num_shards,
+        pad_last_batch=True,
+    )
+
+
+def resolve_decode(decode: Decode, device_id: int | None) -> Decode:
+    """`roi` or `full`, for `auto` too."""
+    if decode != "auto":
+        return decode
+    if device_id is None or not metadata.version("nvidia-nvimgcodec-cu12").startswith(_ROI_CRASHES):
+        return "roi"
+    return "full"
+
+
+def decode(encoded: DataNode, run: ExecConfig) -> DataNode:
+    """Upright RGB images, HWC uint8."""
+    return fn.decoders.image(encoded, device="cpu" if run.device_id is None else "mixed")
+
+
+def decode_crop(
+    encoded: DataNode, start: DataNode, shape: DataNode, image: ImageConfig, run: ExecConfig
+) -> DataNode:
+    """The window (start, shape) of the upright image, resized to the crop's size: HWC uint8."""
+    size = (image.size, image.size)
+    if resolve_decode(image.decode, run.device_id) == "roi":
+        device = "cpu" if run.device_id is None else "mixed"
+        images = fn.decoders.image_slice(
+            encoded, start=start, shape=shape, axis_names="HW", device=device
+        )
+        return fn.resize(images, size=size)
+    return fn.resize(
+        decode(encoded, run),
+        roi_start=fn.cast(start, dtype=types.FLOAT),
+        roi_end=fn.cast(start + shape, dtype=types.FLOAT),
+        size=size,
+    )
+
+
+def normalise(images: DataNode, image: ImageConfig, **crop_mirror) -> DataNode:
+    """(x - mean) / std, in the wished type and layout."""
+    return fn.crop_mirror_normalize(
+        images,
+        dtype=types.FLOAT if image.dtype == "fp32" else types.FLOAT16,
+        output_layout="CHW" if image.layout == "NCHW" else "HWC",
+        mean=list(image.mean),
+        std=list(image.std),
+        **crop_mirror,
+    )

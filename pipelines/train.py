@@ -1,0 +1,53 @@
+"""The training pipeline: random resized crop, the method's erasing, flip, normalisation.
+
+A sample's augmentation depends on (seed, epoch, id) alone; the order of an epoch on (seed, epoch).
+"""
+
+from nvidia.dali import Pipeline, fn, pipeline_def, types
+
+from pipelines.config import ExecConfig, ImageConfig
+from pipelines.images import decode_crop, normalise, read
+from scae_dali.ops import Stage
+from scae_dali.rng import derive
+
+OUTPUTS = ("images", "label", "partner", "mu", "id", "status", "box")
+
+
+def train_pipeline(
+    stage: Stage,
+    image: ImageConfig,
+    run: ExecConfig,
+    *,
+    seed: int,
+    checkpoint: bytes | None = None,
+) -> Pipeline:
+    """A pipeline that yields OUTPUTS for every sample of stage.index, shuffled each epoch.
+
+    images: float [3, S, S] or [S, S, 3]; label, partner, id, status: int64 [1]; mu: float32 [1];
+    box: float32 [4], the erased rectangle in the crop before the flip, of no area where none.
+    checkpoint: what a pipeline of the same arguments gave as its state.
+    """
+
+    @pipeline_def(enable_checkpointing=True, **run.arguments())
+    def define():
+        encoded, ids = read(
+            stage.index,
+            run,
+            shuffle_after_epoch=True,
+            shuffle_after_epoch_seed=derive(seed, "order"),
+        )
+        plan = stage.plan(
+            ids,
+            size=(image.size, image.size),
+            shapes=fn.peek_image_shape(encoded),
+            random_crop=image.crop,
+        )
+        images = decode_crop(encoded, plan.start, plan.shape, image, run)
+        images = stage.apply(images, plan)
+        images = normalise(images, image, mirror=plan.flip)
+        box = plan.fields.get("box")
+        if box is None:
+            box = fn.cast(plan.id, dtype=types.FLOAT) * types.Constant([0.0] * 4)
+        return images, *plan.targets, plan.id, plan.status, box
+
+    return define(checkpoint=checkpoint)

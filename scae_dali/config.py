@@ -1,0 +1,122 @@
+"""The settings of every method as frozen, validated dataclasses. Nothing here computes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Range = tuple[float, float]
+Fill = Literal["mean", "zero", "color", "noise"]
+Border = Literal["inside", "clip"]
+
+# Of ImageNet, in grey levels [0, 255], RGB.
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+def check(ok: bool, message: str) -> None:
+    """Raise ValueError(message) unless ok."""
+    if not ok:
+        raise ValueError(message)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    check(value in choices, f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def check_prob(name: str, value: float) -> None:
+    check(0 <= value <= 1, f"{name} must be a probability in [0, 1], got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoneConfig:
+    """No augmentation beyond crop and flip: the baseline."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RectangleConfig:
+    """The erased rectangle: how large, where it may lie, and what fills it.
+
+    area: share of the crop, a ~ U[low, high]. aspect: r = h/w ~ U[low, high], uniform, not
+    log-uniform. tries: redraws of (a, r) while the rectangle does not fit; then no erasing.
+    fill: `mean` of the data set, `zero` (black), `color` (one uniform random colour an image) or
+    `noise` (per pixel, normal, with the data set's mean and deviation).
+    """
+
+    area: Range = (0.02, 0.33)
+    aspect: Range = (0.3, 3.3)
+    tries: int = 10
+    fill: Fill = "mean"
+
+    def __post_init__(self) -> None:
+        low, high = self.area
+        check(
+            0 < low <= high < 1,
+            f"area must be 0 < low <= high < 1, got {self.area}; the paper's range is (0.02, 0.33)",
+        )
+        low, high = self.aspect
+        check(
+            0 < low <= high,
+            f"aspect must be 0 < low <= high, got {self.aspect}; the paper's range is (0.3, 3.3)",
+        )
+        check(1 <= self.tries <= 100, f"tries must be in [1, 100], got {self.tries}")
+        check_choice("fill", self.fill, ("mean", "zero", "color", "noise"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomErasingConfig(RectangleConfig):
+    """Random Erasing (Zhong et al., AAAI 2020): the rectangle lies anywhere in the crop."""
+
+    prob: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_prob("prob", self.prob)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaeConfig(RectangleConfig):
+    """SCAE: where from the saliency map (eq. 4), how often from the class's frequency (eq. 7).
+
+    lam_max: λ at the last epoch (eq. 5); negative values protect the salient region.
+    p_min, p_max, gamma: eq. 7; class_aware=False erases every class with p_max.
+    border: `inside` draws the centre among those for which the rectangle fits; `clip` draws it
+    anywhere and clips the rectangle.
+    refresh_every: epochs between saliency passes; 0 means a cache built offline, never refreshed.
+    """
+
+    lam_max: float = 2.0
+    p_min: float = 0.1
+    p_max: float = 0.5
+    gamma: float = 0.5
+    class_aware: bool = True
+    border: Border = "inside"
+    refresh_every: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            abs(self.lam_max) <= 100,
+            f"lam_max must be in [-100, 100], got {self.lam_max}; the paper's value is 2",
+        )
+        check_prob("p_min", self.p_min)
+        check_prob("p_max", self.p_max)
+        check(self.gamma >= 0, f"gamma must be >= 0, got {self.gamma}; the paper's value is 0.5")
+        check_choice("border", self.border, ("inside", "clip"))
+        check(self.refresh_every >= 0, f"refresh_every must be >= 0, got {self.refresh_every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropConfig:
+    """Random resized crop and flip. area: share of the image; aspect: w/h, log-uniform."""
+
+    area: Range = (0.08, 1.0)
+    aspect: Range = (3 / 4, 4 / 3)
+    tries: int = 10
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        low, high = self.area
+        check(0 < low <= high <= 1, f"crop.area must be 0 < low <= high <= 1, got {self.area}")
+        low, high = self.aspect
+        check(0 < low <= high, f"crop.aspect must be 0 < low <= high, got {self.aspect}")
+        check(1 <= self.tries <= 100, f"crop.tries must be in [1, 100], got {self.tries}")
+        check_prob("crop.flip", self.flip)

@@ -1,0 +1,121 @@
+"""What every augmentation shares: the run it belongs to, the samples it plans for, its two halves.
+
+A method is a module with a class `Method`, made from (config, run), and a dataclass `Config`:
+`plan` decides with arrays alone and is pure; `apply` turns the plan into DALI operators. A new
+method is a new module of this shape; `load` finds it by name.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import IntFlag
+from types import ModuleType
+from typing import Any, Protocol
+
+from array_api_compat import array_namespace
+
+from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
+from scae_dali.rng import Array, Stream, uniforms
+
+DataNode = Any
+Triple = tuple[float, float, float]
+BUILT_IN = ("none", "random_erasing", "scae")
+
+
+class Status(IntFlag):
+    """What happened to a sample, for the counts in the log."""
+
+    ERASED = 1
+    NO_MAP = 2  # erased without guidance: the cache holds no map of it
+    FLAT_MAP = 4  # erased without guidance: its map is constant
+    NO_FIT = 8  # not erased: no rectangle fitted into the crop
+    MIXED = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a plan may depend on besides the samples.
+
+    epochs: T of eq. 5. class_counts: int64 [K]. mean, std: of the images as `apply` gets them.
+    saliency: ids int64 [B] -> (maps uint8 [B, gh, gw], found bool [B]); None: there are no maps.
+    """
+
+    seed: int
+    epochs: int
+    class_counts: Any
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+    saliency: Callable[[Array], tuple[Array, Array]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """A batch as the plan sees it: arrays of NumPy or of torch.
+
+    ids, labels, epoch: int64 [B]. window: float64 [B, 4], the crop (y, x, h, w) as shares of the
+    full frame. size_px: int64 [B, 2], (H, W) of the crop as the network sees it.
+    """
+
+    ids: Array
+    labels: Array
+    epoch: Array
+    window: Array
+    size_px: Array
+
+    def take(self, rows: Array) -> "Samples":
+        """The samples of these rows (int64 [n] or bool [B])."""
+        fields = {f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)}
+        return Samples(**fields)
+
+    def draw(self, run: Run, stream: Stream, n: int) -> Array:
+        """Uniforms in (0, 1) of one stream: float64 [B, n]."""
+        return uniforms(run.seed, stream, self.epoch, self.ids, n)
+
+
+class Method(Protocol):
+    """An augmentation. `fields` names what `plan` returns besides `status`, with its width.
+
+    plan(samples) returns `status` (int64 [B], of Status) and, for every field, float64 [B, width].
+    apply(images, plan) gets the same fields as DALI nodes (float32 [width]) and HWC images.
+    """
+
+    fields: Mapping[str, int]
+
+    def __init__(self, config: Any, run: Run) -> None: ...
+
+    def plan(self, samples: Samples) -> dict[str, Array]: ...
+
+    def apply(self, images: DataNode, plan: Mapping[str, DataNode]) -> DataNode: ...
+
+
+def load(name: str) -> ModuleType:
+    """The module of a method: one of BUILT_IN, or the dotted name of the user's own module."""
+    if name not in BUILT_IN and "." not in name:
+        raise ValueError(
+            f"method must be one of {', '.join(BUILT_IN)} or the dotted name of a module with "
+            f"Config and Method, got {name!r}"
+        )
+    module = importlib.import_module(f"scae_dali.methods.{name}" if name in BUILT_IN else name)
+    missing = [part for part in ("Config", "Method") if not hasattr(module, part)]
+    if missing:
+        raise ValueError(f"method {name!r}: the module lacks {' and '.join(missing)}")
+    return module
+
+
+def make_config(module: ModuleType, settings: Mapping[str, Any]) -> Any:
+    """module.Config(**settings); ValueError for a setting that it does not have."""
+    known = [f.name for f in dataclasses.fields(module.Config)]
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise ValueError(
+            f"unknown setting {', '.join(unknown)} of {module.__name__}; it has "
+            f"{', '.join(known) or 'none'}"
+        )
+    return module.Config(**settings)
+
+
+def zeros(like: Array, *shape: int) -> Array:
+    """float64 zeros on the device of `like`."""
+    xp = array_namespace(like)
+    return xp.zeros(shape, dtype=xp.float64, device=like.device)

@@ -1,0 +1,43 @@
+"""Random Erasing (Zhong et al., AAAI 2020): a rectangle anywhere in the crop, with one probability.
+
+Area and aspect are uniform as in the paper and its code; torchvision draws the aspect log-uniform.
+"""
+
+from array_api_compat import array_namespace
+
+from scae_dali import region
+from scae_dali.config import RandomErasingConfig as Config
+from scae_dali.methods import rectangle
+from scae_dali.methods.base import Run, Status, zeros
+from scae_dali.rng import Stream
+
+__all__ = ["Config", "Method"]
+
+
+class Method:
+    """Erase with probability `prob`, the position uniform over those that fit."""
+
+    def __init__(self, config: Config, run: Run) -> None:
+        self.config = config
+        self.run = run
+        self.fields = rectangle.fields(config)
+
+    def plan(self, samples):
+        xp = array_namespace(samples.ids)
+        status = xp.zeros_like(samples.ids)
+        box = zeros(samples.ids, samples.ids.shape[0], 4)
+        erased = xp.nonzero(samples.draw(self.run, Stream.APPLY, 1)[:, 0] < self.config.prob)[0]
+        chosen = samples.take(erased)
+        hw, fitted = rectangle.draw_size(chosen, self.run, self.config)
+        first, last = region.centre_range(hw, chosen.size_px, "inside")
+        u = chosen.draw(self.run, Stream.CENTRE, 2)
+        centre = first + xp.astype(xp.floor(u * (last - first + 1)), xp.int64)
+        drawn = region.box_at(centre, hw, chosen.size_px)
+        box[erased] = xp.astype(drawn * fitted[:, None], xp.float64)
+        status[erased] = xp.where(fitted, int(Status.ERASED), int(Status.NO_FIT))
+        return {"status": status, "box": box} | rectangle.fill_fields(
+            samples, self.run, self.config
+        )
+
+    def apply(self, images, plan):
+        return rectangle.erase(images, plan, self.run, self.config)

@@ -1,0 +1,101 @@
+"""What Grad-CAM costs beside the forward pass it rides on. Goal: at most 1.10 times the forward.
+
+    python tools/bench_gradcam.py --model resnet50 --json tools/results/gradcam_cpu.json
+
+Rows: `forward` (the plain model, evaluation mode, no graph), `gradcam` (ours) and, where it is
+installed, `grad-cam (PyPI)`, all at the same precision and memory format and on the same random
+images and weights. `ratio` is a row's rate over the forward's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import _bench
+import torch
+import torchvision
+
+from scae_dali.gradcam import GradCAM
+
+PRECISIONS = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="resnet50", help="a torchvision classification model")
+    parser.add_argument("--layer", default=None, help="module name; default: by the model's family")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--size", type=int, default=224, help="side of the images, in pixels")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--amp", choices=sorted(PRECISIONS), default="none")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--json", type=Path, default=None, metavar="OUT")
+    return parser.parse_args(argv)
+
+
+def rate(step: Callable[[], object], args: argparse.Namespace) -> Callable[[], float]:
+    """-> a function that runs `step` once and gives img/s."""
+
+    def measure() -> float:
+        amp = PRECISIONS[args.amp]
+        context = torch.autocast(args.device, amp) if amp else contextlib.nullcontext()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        with context:
+            step()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        return args.batch_size / (time.perf_counter() - start)
+
+    return measure
+
+
+def candidates(args: argparse.Namespace) -> dict[str, Callable[[], float]]:
+    torch.manual_seed(0)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    model = torchvision.models.get_model(args.model).eval()
+    model = model.to(args.device, memory_format=layout)
+    images = torch.randn(args.batch_size, 3, args.size, args.size)
+    images = images.to(args.device, memory_format=layout)
+    labels = torch.arange(args.batch_size, device=args.device)
+    ours = GradCAM(model, args.layer)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(images)
+
+    steps: dict[str, Callable[[], object]] = {
+        "forward": forward,
+        "gradcam": lambda: ours(images, labels),
+    }
+    if importlib.util.find_spec("pytorch_grad_cam"):
+        from pytorch_grad_cam import GradCAM as ReferenceCAM
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+        targets = [ClassifierOutputTarget(i) for i in range(args.batch_size)]
+
+        def reference() -> None:
+            # Its hooks live as long as the object: they must not run in the other rows.
+            with ReferenceCAM(model, [model.get_submodule(ours.layer)]) as cam:
+                cam(images, targets)
+            model.zero_grad()
+
+        steps["grad-cam (PyPI)"] = reference
+    return {name: rate(step, args) for name, step in steps.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    samples = _bench.interleaved(candidates(args), args.rounds)
+    _bench.report(samples)
+
+
+if __name__ == "__main__":
+    main()
