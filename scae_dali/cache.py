@@ -30,14 +30,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import lmdb
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-
-if TYPE_CHECKING:
-    from .dataset import ImageIndex
 
 __all__ = [
     "FORMAT_VERSION",
@@ -62,39 +59,17 @@ T = TypeVar("T")
 Maps = NDArray[np.uint8]
 
 
-class CacheError(ValueError):
-    """A cache that cannot be used as asked; the message says what differs and what to do."""
-
-
-@dataclass(frozen=True)
-class CacheMeta:
-    """What a cache says of itself.
-
-    epoch, weights and the provenance (method, model, layer, input_size) are those of the last
-    complete pass, of which there were `passes`; epoch is None before the first one, and once its
-    maps were withdrawn. under_way: the same fields of a pass that was begun and has not ended, or
-    None. neighbors: shape [K, m] of that array, or None.
-    """
-
-    format: int
-    grid: tuple[int, int]
-    samples: int
-    fingerprint: str
-    naming: str
-    method: str | None = None
-    model: str | None = None
-    layer: str | None = None
-    input_size: int | None = None
-    weights: str = ""
-    epoch: int | None = None
-    passes: int = 0
-    under_way: dict[str, Any] | None = None
-    neighbors: tuple[int, int] | None = None
+class Index(Protocol):
+    """What a cache needs of a data set's index, such as `ImageIndex`."""
 
     @property
-    def last_pass(self) -> dict[str, Any]:
-        """The last complete pass in the form of `under_way`."""
-        return {name: getattr(self, name) for name in ("epoch", "weights", *_PROVENANCE)}
+    def fingerprint(self) -> str:
+        """Hex digest over names and labels, in order."""
+
+    def __len__(self) -> int: ...
+
+    def keys(self, naming: str) -> NDArray[np.uint64]:
+        """naming "index" or "path" -> the unique keys of the samples, u64[N]."""
 
 
 class SaliencyCache:
@@ -110,7 +85,7 @@ class SaliencyCache:
         self,
         path: str | os.PathLike[str],
         *,
-        index: ImageIndex | None = None,
+        index: Index | None = None,
         grid: tuple[int, int] | None = None,
     ) -> None:
         """index: None skips the check of the data set; then only a cache of naming "index" is read.
@@ -144,7 +119,7 @@ class SaliencyCache:
     def create(
         cls,
         path: str | os.PathLike[str],
-        index: ImageIndex,
+        index: Index,
         *,
         grid: tuple[int, int],
         naming: str = "index",
@@ -293,10 +268,10 @@ class SaliencyCache:
     def write(self, ids: ArrayLike, maps: ArrayLike, *, epoch: int) -> None:
         """Commits maps of the pass under way, all or none.
 
-        ids: int[B]; maps: u8[B,h,w], or float in [0, 1]. Of an id that comes twice the later map counts. Chunks in key order (that of `begin_pass`)
-        make the smallest file. Raises ValueError for maps of another shape, dtype or range,
-        CacheError if no pass of `epoch` is under way, OSError if the disk is full; what was
-        committed before stays.
+        ids: int[B]; maps: u8[B,h,w], or float in [0, 1]. Of an id that comes twice the later map
+        counts. Chunks in key order (that of `begin_pass`) make the smallest file. Raises ValueError
+        for maps of another shape, dtype or range, CacheError if no pass of `epoch` is under way,
+        OSError if the disk is full; what was committed before stays.
         """
         epoch = _checked_epoch(epoch)
         ids = self._ids(ids)
@@ -417,9 +392,7 @@ class SaliencyCache:
     def _meta(self, txn: lmdb.Transaction) -> CacheMeta:
         return _decode(bytes(txn.get(_META, b"")), self.path)
 
-    def _check(
-        self, meta: CacheMeta, index: ImageIndex | None, grid: tuple[int, int] | None
-    ) -> None:
+    def _check(self, meta: CacheMeta, index: Index | None, grid: tuple[int, int] | None) -> None:
         remedy = "build a new cache at another path"
         if index is not None and (meta.fingerprint, meta.samples) != (
             index.fingerprint,
@@ -477,28 +450,6 @@ class SaliencyCache:
             chunk = keys[start : start + CHUNK]
             self._update(partial(self._put, keys=chunk, values=[b""] * len(chunk)))
 
-    def _put(self, txn: lmdb.Transaction, keys: list[bytes], values: list[bytes]) -> None:
-        """keys ascending. Keys beyond the last record are appended, which fills pages whole.
-
-        b"meta" and b"neighbors" may sort behind the last record. LMDB would then split pages in the
-        middle (twice the size on disk), so they are taken out meanwhile; no reader sees that, for
-        it is one transaction.
-        """
-        cursor = txn.cursor()
-        behind: list[tuple[bytes, bytes]] = []
-        there = cursor.last()
-        while there and len(cursor.key()) != _KEY:
-            behind.append((bytes(cursor.key()), bytes(cursor.value())))
-            there = cursor.prev()
-        known = bisect_right(keys, bytes(cursor.key())) if there else 0
-        cursor.putmulti(zip(keys[:known], values[:known], strict=True))
-        if known < len(keys):
-            for name, _ in behind:
-                txn.delete(name)
-            cursor.putmulti(zip(keys[known:], values[known:], strict=True), append=True)
-            for name, value in behind:
-                txn.put(name, value)
-
     def _rows(self, txn: lmdb.Transaction) -> Iterator[tuple[NDArray[np.uint64], Maps, int]]:
         """Blocks of keys u64[n], records u8[n, 2 + h*w], and how many more had a wrong length."""
         rows = iter(txn.cursor())
@@ -525,299 +476,6 @@ class SaliencyCache:
         return stamps
 
 
-class ResidentCache:
-    """A read-only copy in memory: maps u8[N,h,w], found bool[N]; `refresh` takes a new one."""
-
-    def __init__(self, cache: SaliencyCache) -> None:
-        self._cache = cache
-        self.refresh()
-
-    @property
-    def maps(self) -> Maps:
-        return self._copy[0]
-
-    @property
-    def found(self) -> NDArray[np.bool_]:
-        return self._copy[1]
-
-    def read(self, ids: ArrayLike) -> tuple[Maps, NDArray[np.bool_]]:
-        """As `SaliencyCache.read`."""
-        maps, found, _ = self._copy
-        ids = _checked_ids(ids, len(maps))
-        return maps[ids], found[ids]
-
-    def stale(self) -> bool:
-        """Whether a pass was completed since this copy was taken (one small read of LMDB)."""
-        return self._cache.meta.passes != self._copy[2]
-
-    def refresh(self) -> None:
-        """Takes a new copy, of one snapshot; other threads see the old or the new one, whole."""
-        self._copy = self._cache._view(self._load)
-
-    def _load(self, txn: lmdb.Transaction) -> tuple[Maps, NDArray[np.bool_], int]:
-        cache = self._cache
-        maps = np.zeros((cache._samples, *cache._grid), np.uint8)
-        found = np.zeros(cache._samples, np.bool_)
-        flat = maps.reshape(cache._samples, cache._size - _STAMP)
-        for ids, records in cache._scan(txn):
-            flat[ids] = records[:, _STAMP:]
-            found[ids] = True
-        maps.setflags(write=False)
-        found.setflags(write=False)
-        return maps, found, cache._meta(txn).passes
-
-
-class ChunkWriter:
-    """One pass as a context: begins it, commits every `commit_every` maps, ends it.
-
-        with ChunkWriter(cache, epoch, weights=digest) as writer:
-            for ids, maps in saliency_of(writer.pending):
-                writer.write(ids, maps)
-
-    pending: i64[P], the ids still to do in key order, known once entered. If the body fails, what
-    it wrote is committed and the pass stays under way, to be resumed by the same lines.
-    """
-
-    def __init__(
-        self, cache: SaliencyCache, epoch: int, *, commit_every: int = CHUNK, **begin: Any
-    ) -> None:
-        """begin: weights and provenance, as of `SaliencyCache.begin_pass`."""
-        if commit_every < 1:
-            raise ValueError(f"commit_every must be at least 1 record, got {commit_every}")
-        self._cache, self._epoch, self._every, self._begin = cache, epoch, commit_every, begin
-        self._ids: list[NDArray[np.int64]] = []
-        self._maps: list[Maps] = []
-        self._held = 0
-        self.pending = np.empty(0, np.int64)
-
-    def __enter__(self) -> ChunkWriter:
-        self.pending = self._cache.begin_pass(self._epoch, **self._begin)
-        return self
-
-    def write(self, ids: ArrayLike, maps: ArrayLike) -> None:
-        """As `SaliencyCache.write`; checked at once, committed when enough are together."""
-        ids = self._cache._ids(ids)
-        self._maps.append(self._cache._quantised(ids, maps).copy())
-        self._ids.append(ids.copy())
-        self._held += len(ids)
-        if self._held >= self._every:
-            self.flush()
-
-    def flush(self) -> None:
-        """Commits what is held; keeps holding it if that fails."""
-        if self._held:
-            self._cache.write(
-                np.concatenate(self._ids), np.concatenate(self._maps), epoch=self._epoch
-            )
-            self._ids, self._maps, self._held = [], [], 0
-
-    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
-        if kind is None:
-            self.flush()
-            self._cache.end_pass(self._epoch)
-        else:
-            with suppress(OSError, CacheError):  # the body's own error is the one to report
-                self.flush()
-
-
-class _Environment:
-    """One LMDB environment of this process: opened at first use, resized between transactions."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._state = threading.Condition()  # guards the next three
-        self._handle: lmdb.Environment | None = None
-        self._active = 0  # transactions open now
-        self._identity: tuple[int, int] | None = None
-        self._writing = threading.Lock()  # LMDB allows one writer; ours queue here
-
-    def view(self, look: Callable[[lmdb.Transaction], T]) -> T:
-        """look(transaction) on one snapshot, the newest."""
-        while True:
-            try:
-                with self._shared() as handle, handle.begin() as txn:
-                    return look(txn)
-            except lmdb.MapResizedError:  # another process has grown the file
-                self._resize(0)
-
-    def update(self, change: Callable[[lmdb.Transaction], None], *, needs: int) -> None:
-        """change(transaction), then commit; repeated from its start when the map has to grow.
-
-        needs: bytes for the message of the OSError that a full disk raises.
-        """
-        with self._writing:
-            while True:
-                try:
-                    with self._shared() as handle, handle.begin(write=True) as txn:
-                        return change(txn)
-                except lmdb.MapFullError:
-                    self._resize(2)
-                except lmdb.MapResizedError:
-                    self._resize(0)
-                except lmdb.ReadonlyError as error:
-                    raise PermissionError(
-                        f"saliency cache {self.path!r} is read-only here; give this user write "
-                        "permission to the directory and its data.mdb and lock.mdb, or copy it to "
-                        "a writable place"
-                    ) from error
-                except lmdb.Error as error:
-                    code = next((c for c in _DISK_ERRORS if os.strerror(c) in str(error)), None)
-                    if code is None:
-                        raise
-                    raise OSError(
-                        code,
-                        f"{os.strerror(code)}: nothing of this chunk was written, all that was "
-                        f"committed before is kept; make room for about {needs:,} bytes and run "
-                        "the pass again, it resumes",
-                        self.path,
-                    ) from error
-
-    def close(self) -> None:
-        with self._alone():
-            self._close()
-
-    def forget_if_replaced(self) -> None:
-        """Closes it if the directory was deleted, or made anew, while it was open."""
-        with self._alone():
-            if self._handle is not None and self._identity != _identity(self.path):
-                self._close()
-
-    def hold(self) -> None:
-        """Before a fork: waits for transactions, closes, and keeps others out until `release`."""
-        self._state.acquire()
-        self._state.wait_for(lambda: self._active == 0)
-        self._close()
-
-    def release(self) -> None:
-        self._state.release()
-
-    @contextmanager
-    def _shared(self) -> Iterator[lmdb.Environment]:
-        with self._state:
-            if self._handle is None:
-                self._handle = self._open()
-                self._identity = _identity(self.path)
-            self._active += 1
-            handle = self._handle
-        try:
-            yield handle
-        finally:
-            with self._state:
-                self._active -= 1
-                self._state.notify_all()
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        with self._state:
-            self._state.wait_for(lambda: self._active == 0)
-            yield
-
-    def _resize(self, factor: int) -> None:
-        """factor 0: to the size that the file has."""
-        with self._alone():
-            if self._handle is not None:
-                self._handle.set_mapsize(factor * self._handle.info()["map_size"])
-
-    def _close(self) -> None:
-        if self._handle is not None:
-            self._handle.close()
-            self._handle = None
-
-    def _open(self) -> lmdb.Environment:
-        size = 0 if _identity(self.path) else INITIAL_MAP_SIZE  # 0: as the file says
-        # Slots for concurrent readers: the pipelines and passes of all processes of a node.
-        options: dict[str, Any] = {"map_size": size, "create": False, "max_readers": 1024}
-        try:
-            try:
-                handle = lmdb.open(self.path, **options)
-            except (lmdb.Error, OSError) as error:
-                codes = (errno.EACCES, errno.EPERM, errno.EROFS)
-                if not any(os.strerror(code) in str(error) for code in codes):
-                    raise
-                return lmdb.open(self.path, readonly=True, lock=False, **options)
-            # The snapshot of a killed reader would keep old pages from being reused.
-            handle.reader_check()
-        except lmdb.Error as error:
-            raise CacheError(
-                f"{self.path!r} cannot be opened as a saliency cache ({error}); close whatever "
-                "else has it open, or delete it and build it anew"
-            ) from error
-        return handle
-
-
-_environments: dict[tuple[int, str], _Environment] = {}
-_environments_lock = threading.Lock()
-_caches: weakref.WeakSet[SaliencyCache] = weakref.WeakSet()
-
-
-def _environment(path: str) -> _Environment:
-    """The one environment of this process at a real path."""
-    key = (os.getpid(), path)
-    environment = _environments.get(key)
-    if environment is None:
-        with _environments_lock:
-            environment = _environments.setdefault(key, _Environment(path))
-    return environment
-
-
-def _before_fork() -> None:
-    # LMDB forbids an inherited environment, closing it in the child included, and py-lmdb then
-    # refuses to open the file a second time: so nothing may be open at the moment of the fork.
-    _environments_lock.acquire()
-    for environment in _environments.values():
-        environment.hold()
-
-
-def _after_fork_in_parent() -> None:
-    for environment in _environments.values():
-        environment.release()
-    _environments_lock.release()
-
-
-def _after_fork_in_child() -> None:
-    global _environments_lock
-    _environments.clear()
-    _environments_lock = threading.Lock()
-
-
-os.register_at_fork(
-    before=_before_fork,
-    after_in_parent=_after_fork_in_parent,
-    after_in_child=_after_fork_in_child,
-)
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(os.path.join(path, "data.mdb"))
-    except OSError:
-        return None
-    return (status.st_dev, status.st_ino) if status.st_size else None
-
-
-def _expected_bytes(samples: int, size: int) -> int:
-    """Of a full cache, roughly: 4096 byte pages with a header of 16, 8 + 2 a record."""
-    a_page = max((4096 - 16) // (8 + 2 + _KEY + size + size % 2), 1)
-    return 4096 * (samples // a_page + 1) * 102 // 100
-
-
-def _require_directory(path: str) -> None:
-    if not os.path.isdir(path):
-        what = "a file is there" if os.path.lexists(path) else "the directory does not exist"
-        raise CacheError(
-            f"no saliency cache at {path!r}: {what}; build one with SaliencyCache.create"
-        )
-
-
-def _require_data_file(path: str) -> None:
-    _require_directory(path)
-    if _identity(path) is None:
-        raise CacheError(
-            f"no saliency cache at {path!r}: the directory holds no data.mdb; build one with "
-            "SaliencyCache.create"
-        )
-
-
 def _checked_epoch(epoch: int) -> int:
     if not isinstance(epoch, int | np.integer) or not 0 <= epoch < 1 << 16:
         raise ValueError(
@@ -836,45 +494,5 @@ def _checked_ids(ids: ArrayLike, samples: int) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def _stamps_of(records: Maps) -> NDArray[np.int64]:
-    """u8[n, 2 + h*w] -> i64[n]."""
-    return records[:, 0].astype(np.int64) + 256 * records[:, 1].astype(np.int64)
-
-
 def _split(blob: bytes, size: int) -> list[bytes]:
     return [blob[start : start + size] for start in range(0, len(blob), size)]
-
-
-def _encode(meta: CacheMeta) -> bytes:
-    return json.dumps(asdict(meta)).encode()
-
-
-def _decode(blob: bytes, path: str) -> CacheMeta:
-    remedy = "delete it and build it anew"
-    if not blob:
-        raise CacheError(
-            f"{path!r} is an LMDB environment but no saliency cache: it has no meta record; "
-            f"{remedy}"
-        )
-    try:
-        fields = json.loads(blob)
-        version = fields["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CacheError(
-            f"saliency cache {path!r} has a corrupt meta record ({error!r}); {remedy}"
-        ) from error
-    if version != FORMAT_VERSION:
-        raise CacheError(
-            f"saliency cache {path!r} is of format {version}, this version of scae-dali reads "
-            f"format {FORMAT_VERSION}; use the version that wrote it, or build a new cache at "
-            "another path"
-        )
-    try:
-        fields["grid"] = (int(fields["grid"][0]), int(fields["grid"][1]))
-        if fields.get("neighbors") is not None:
-            fields["neighbors"] = (int(fields["neighbors"][0]), int(fields["neighbors"][1]))
-        return CacheMeta(**fields)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise CacheError(
-            f"saliency cache {path!r} has a corrupt meta record ({error!r}); {remedy}"
-        ) from error

@@ -63,9 +63,12 @@ class RectangleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomErasingConfig(RectangleConfig):
-    """Random Erasing (Zhong et al., AAAI 2020): the rectangle lies anywhere in the crop."""
+    """Random Erasing (Zhong et al., AAAI 2020), with the settings of the authors' code."""
 
     prob: float = 0.5
+    area: Range = (0.02, 0.4)
+    aspect: Range = (0.3, 3.33)
+    tries: int = 100
 
     def __post_init__(self) -> None:
         super().__post_init__()

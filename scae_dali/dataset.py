@@ -18,7 +18,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -330,7 +329,8 @@ def _scan(root: str) -> tuple[Scan, list[str], list[int]]:
     classes.sort()
     images = [sorted(gather(name)) for name in classes]
     counts = np.array([len(names) for names in images], dtype=np.int64)
-    return (list(chain.from_iterable(images)), counts, tuple(classes)), folders, mtimes_ns
+    files = [name for names in images for name in names]
+    return (files, counts, tuple(classes)), folders, mtimes_ns
 
 
 def _scan_cached(root: str, cache: Path) -> Scan:
@@ -339,8 +339,13 @@ def _scan_cached(root: str, cache: Path) -> Scan:
     if not cache.endswith(".npz"):
         raise DatasetError(f"cache={cache!r} must end in .npz: the file would be overwritten")
     here = os.fsencode(os.path.realpath(root))
+    if os.fsencode(os.path.realpath(cache)).startswith(os.path.join(here, b"")):
+        raise DatasetError(
+            f"cache={cache!r} lies in root={root!r}: writing it would change the folders that it "
+            f"describes; give a file elsewhere"
+        )
     try:
-        with np.load(cache, allow_pickle=False) as stored:
+        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as stored:
             if stored["version"] == CACHE_VERSION and stored["root"].tobytes() == here:
                 folders = _unpack(stored["folders"])
                 now = [os.stat(os.path.join(root, folder)).st_mtime_ns for folder in folders]
@@ -350,7 +355,7 @@ def _scan_cached(root: str, cache: Path) -> Scan:
                     if len(files) != counts.sum():
                         raise ValueError("files and counts disagree")
                     return files, counts, tuple(_unpack(stored["classes"]))
-    except FileNotFoundError:  # no cache yet, or a folder has gone
+    except (FileNotFoundError, NotADirectoryError):  # no cache yet, or a folder has gone
         pass
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         warnings.warn(
@@ -361,7 +366,7 @@ def _scan_cached(root: str, cache: Path) -> Scan:
     started_ns = time.time_ns()
     scan, folders, mtimes_ns = _scan(root)
     files, counts, classes = scan
-    # A folder touched just now may change again within the same tick of its mtime: trust it never.
+    # A folder touched just now may change again within the same tick of its mtime: never trust it.
     settled = [mtime if mtime < started_ns - RACY_NS else -1 for mtime in mtimes_ns]
     temporary = f"{cache}.{uuid.uuid4().hex}.tmp"
     try:

@@ -1,8 +1,8 @@
 """From a DALI pipeline to torch batches, epoch by epoch, with a state that can be saved."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TypeVar
 
 import torch
 from nvidia.dali import Pipeline
@@ -10,6 +10,9 @@ from nvidia.dali.plugin.base_iterator import LastBatchPolicy
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 from scae_dali.dataset import ImageIndex
+from scae_dali.verify import explain
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +35,21 @@ class Batch:
     boxes: torch.Tensor
 
 
+class ImageError(RuntimeError):
+    """An image that DALI could not read or decode."""
+
+
 class Loader:
-    """Iterates over a pipeline whose reader is named "Reader", one epoch a `for` loop.
+    """Iterates over a pipeline whose reader is named "Reader" and pads its shards.
 
     outputs: the pipeline's, by the names `images`, `id` and, where it has them, `label`, `partner`,
-    `mu`, `status`, `box`. last_batch: `drop` an incomplete batch, or give it `partial`; the
-    samples that pad a shard never appear.
+    `mu`, `status`, `box`. drop_last: give only the batches that are full on every shard, so that
+    all ranks take as many steps; without it the last batch may be smaller, and an empty one is left
+    out. Samples that pad a shard never appear. position: batches of the epoch that a restored
+    pipeline has given already.
+
+    A `for` loop gives an epoch, or what is left of it. Raises ImageError where DALI cannot read or
+    decode an image; the pipeline is lost then.
     """
 
     def __init__(
@@ -46,35 +58,49 @@ class Loader:
         outputs: Sequence[str],
         index: ImageIndex,
         *,
-        last_batch: Literal["drop", "partial"],
+        drop_last: bool,
+        position: int = 0,
     ) -> None:
-        policy = {"drop": LastBatchPolicy.DROP, "partial": LastBatchPolicy.PARTIAL}[last_batch]
         self._index = index
         self._labels = torch.from_numpy(index.labels.copy())
-        self._dali = _run(
-            index,
+        self._position = position
+        # DALI's own DROP goes by the smallest shard and then leaves batches of the larger ones to
+        # the next epoch; PARTIAL keeps all shards in step.
+        self._dali = self._run(
             lambda: DALIGenericIterator(
                 [pipeline],
                 list(outputs),
                 reader_name="Reader",
-                last_batch_policy=policy,
+                last_batch_policy=LastBatchPolicy.PARTIAL,
                 auto_reset=True,
-            ),
+            )
         )
+        reader = pipeline.reader_meta("Reader")
+        self._batches = len(self._dali)
+        if drop_last:
+            shard = reader["epoch_size"] // reader["number_of_shards"]
+            self._batches = shard // pipeline.max_batch_size
+            if self._batches == 0:
+                raise ValueError(
+                    f"batch_size must be at most the {shard} images of a shard, got "
+                    f"{pipeline.max_batch_size}"
+                )
 
     def __len__(self) -> int:
-        """Batches a whole epoch."""
-        return len(self._dali)
+        """Batches of a whole epoch."""
+        return self._batches
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches of an epoch, or what is left of it after a restored state."""
         batches = iter(self._dali)
         while True:
             try:
-                (out,) = _run(self._index, batches.__next__)
+                (out,) = self._run(batches.__next__)
             except StopIteration:
+                self._position = 0
                 return
-            yield self._batch(out)
+            self._position += 1
+            if self._position <= self._batches and len(out["id"]):
+                yield self._batch(out)
 
     def state(self) -> bytes:
         """The pipeline's state after the last batch given; see `checkpoint` of the pipelines."""
@@ -102,17 +128,10 @@ class Loader:
             boxes=out["box"] if "box" in out else torch.zeros(n, 4),
         )
 
-
-class ImageError(RuntimeError):
-    """An image that DALI could not read or decode."""
-
-
-def _run(index, step):
-    try:
-        return step()
-    except RuntimeError as error:
-        raise ImageError(_explain(index, str(error))) from error
-
-
-def _explain(index, message):
-    return message
+    def _run(self, step: Callable[[], T]) -> T:
+        try:
+            return step()
+        except RuntimeError as error:
+            if "Critical error in pipeline" not in str(error):
+                raise
+            raise ImageError(explain(str(error), self._index)) from error

@@ -241,8 +241,8 @@ class Stage:
 class SCAE(Stage):
     """The stage of SCAE. Keywords are those of Stage and the fields of ScaeConfig.
 
-        scae = SCAE(index, cache="imagenet.lmdb", epochs=100, batch_size=256, seed=7)
-        images, targets = scae(images, ids, window=(start, size, shapes))
+    scae = SCAE(index, cache="imagenet.lmdb", epochs=100, batch_size=256, seed=7)
+    images, targets = scae(images, ids, window=(start, size, shapes))
     """
 
     def __init__(self, index: ImageIndex, cache: SaliencyCache | str, **keywords: Any) -> None:

@@ -96,6 +96,12 @@ def saliency_at(saliency: Array, position: Array, axis_window: Array) -> Array:
     return xp.where(inside, value, xp.zeros_like(value))
 
 
+def uniform_centre(u: Array, first: Array, last: Array) -> Array:
+    """A pixel uniform in first <= (i, j) <= last. u: float64 [B, 2] in (0, 1) -> int64 [B, 2]."""
+    xp = array_namespace(u)
+    return first + xp.astype(xp.floor(u * (last - first + 1)), xp.int64)
+
+
 def draw_centre(
     u: Array,
     u_exact: Array,
@@ -114,7 +120,8 @@ def draw_centre(
     over the full frame. lam: float64 [B]. window: float64 [B, 4], the crop (y, x, h, w) as shares
     of the full frame. size_px: int64 [B, 2] (H, W) of the crop. first, last: int64 [B, 2], within
     the crop, first <= last. lam_bound: the largest |λ| of the run; it sets how fine the envelope
-    is, not what is drawn from. Returns int64 [B, 2], (y, x).
+    is, not what is drawn from. Where λ = 0 it is `uniform_centre` of the first two numbers, whatever
+    the map. Returns int64 [B, 2], (y, x).
     """
     xp = array_namespace(saliency)
     b, gh, gw = saliency.shape
@@ -149,7 +156,8 @@ def draw_centre(
     accepted = u[:, :, 3] <= xp.exp(exponent - bound[rows, py, px])
     chosen = proposal[rows[:, 0], xp.argmax(xp.astype(accepted, xp.int8), axis=1)]
 
-    for k in np.flatnonzero(np.asarray(_to_host(~xp.any(accepted, axis=1)))).tolist():
+    chosen = xp.where(lam[:, None] == 0, uniform_centre(u[:, 0, :2], first, last), chosen)
+    for k in np.flatnonzero(_to_host((lam != 0) & ~xp.any(accepted, axis=1))).tolist():
         chosen[k] = _draw_exact(
             u_exact[k], saliency[k], lam[k], axis_window[k], first[k], last[k], xp
         )
@@ -180,9 +188,7 @@ def _patch_bounds(saliency, lam, per_cell, xp) -> Array:
     ny, nx = node.shape[1:]
     # A node bounds the patches on both its sides; the outermost ones reach to the image's border.
     bound = xp.zeros((b, ny + 3, nx + 3), dtype=node.dtype, device=lam.device)
-    rows = xp.concat(
-        [node[:, :1], xp.maximum(node[:, 1:], node[:, :-1]), node[:, -1:]], axis=1
-    )
+    rows = xp.concat([node[:, :1], xp.maximum(node[:, 1:], node[:, :-1]), node[:, -1:]], axis=1)
     bound[:, 1:-1, 1] = rows[:, :, 0]
     bound[:, 1:-1, 2:-2] = xp.maximum(rows[:, :, 1:], rows[:, :, :-1])
     bound[:, 1:-1, -2] = rows[:, :, -1]

@@ -18,7 +18,7 @@ import lmdb
 import numpy as np
 import pytest
 
-from scae_dali import cache as cache_module
+from scae_dali import store
 from scae_dali.cache import CacheError, CacheMeta, ChunkWriter, SaliencyCache
 
 GRID = (7, 7)
@@ -177,14 +177,16 @@ def test_epoch_must_fit_its_stamp(cache, epoch):
 
 
 def test_meta_tells_the_last_pass_and_the_one_under_way(path):
-    made = {"model": "resnet50", "layer": "layer4", "input_size": 224}
-    cache = SaliencyCache.create(path, FakeIndex(), grid=GRID, **made)
+    cache = SaliencyCache.create(
+        path, FakeIndex(), grid=GRID, model="resnet50", layer="layer4", input_size=224
+    )
     new = CacheMeta(
         1, GRID, 100, "00ff" * 8, "index", "gradcam", "resnet50", "layer4", 224, "", None, 0
     )
     assert cache.meta == new
     cache.begin_pass(4, weights="ab", layer="layer3")
-    under_way = {"epoch": 4, "weights": "ab", "method": "gradcam", **made, "layer": "layer3"}
+    under_way = {"epoch": 4, "weights": "ab", "method": "gradcam", "model": "resnet50"}
+    under_way |= {"layer": "layer3", "input_size": 224}
     assert cache.meta == replace(new, under_way=under_way)
     cache.write(range(100), maps_of(range(100)), epoch=4)
     cache.end_pass(4)
@@ -463,7 +465,7 @@ def test_a_restarted_pass_does_not_unpack_the_pages(path):
 
 
 def test_the_map_grows_by_itself(path, monkeypatch):
-    monkeypatch.setattr(cache_module, "INITIAL_MAP_SIZE", 1 << 16)
+    monkeypatch.setattr(store, "INITIAL_MAP_SIZE", 1 << 16)
     index = FakeIndex(20_000)
     with SaliencyCache.create(path, index, grid=GRID) as cache:
         seen, stop = [], threading.Event()
@@ -485,7 +487,7 @@ def test_the_map_grows_by_itself(path, monkeypatch):
 
 
 def test_another_process_grows_the_map(path, monkeypatch):
-    monkeypatch.setattr(cache_module, "INITIAL_MAP_SIZE", 1 << 16)
+    monkeypatch.setattr(store, "INITIAL_MAP_SIZE", 1 << 16)
     with SaliencyCache.create(path, FakeIndex(20_000), grid=GRID) as cache:
         assert not cache.read([7])[1].any()
         in_process("fill(SaliencyCache(path, index=FakeIndex(20_000)), 4)", path)
@@ -577,7 +579,7 @@ def test_a_killed_pass_resumes(path):
     )
     assert done.returncode == -signal.SIGKILL
     with SaliencyCache(path, index=index) as cache:
-        assert cache.meta.under_way["epoch"] == 1
+        assert (cache.meta.under_way or {})["epoch"] == 1
         assert cache.meta.epoch == 0
         np.testing.assert_array_equal(cache.begin_pass(1), np.arange(3000, 5000))
         maps, found = cache.read([2999, 3000])
@@ -659,3 +661,32 @@ def test_several_processes_create_one_cache(path):
     for thread in threads:
         thread.join()
     assert [(done.returncode, done.stderr) for done in results] == [(0, "")] * 3
+
+
+def test_inspection(cache):
+    fill(cache, 3)
+    ids = cache.begin_pass(4)[:25]
+    cache.write(ids, maps_of(ids), epoch=4)
+    spoil(cache, int(FakeIndex().keys(cache.meta.naming)[ids[0]]).to_bytes(8, "big"), b"")
+    tool = str(Path(__file__).parents[1] / "tools" / "inspect_cache.py")
+    code = (
+        f"import runpy; sys.argv[1:] = [path, {{}}]; runpy.run_path({tool!r}, run_name='__main__')"
+    )
+    facts = json.loads(in_process(code.format("'--json'"), cache.path).stdout)
+    assert facts["meta"]["under_way"]["epoch"] == 4
+    del facts["meta"]
+    assert facts == {
+        "path": cache.path,
+        "samples": 100,
+        "found": 99,
+        "coverage": 0.99,
+        "malformed": 1,
+        "ages": {"3": 75, "4": 24},
+        "bytes": cache.size_bytes,
+    }
+    text = in_process(code.format(""), cache.path).stdout
+    assert "99 of 100 (99.00%)" in text
+    assert "    3           75  ####" in text
+    done = in_process(code.format(""), cache.path + "x", check=False)
+    assert done.returncode == 1
+    assert "error: no saliency cache at" in done.stderr

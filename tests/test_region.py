@@ -88,7 +88,12 @@ def chi_square(centres, p):
     return stats.chisquare(observed[keep], wanted[keep]).pvalue
 
 
-WINDOWS = [(0.0, 0.0, 1.0, 1.0), (0.21, 0.4, 0.37, 0.11), (0.5, 0.02, 0.5, 0.9), (-0.1, 0.6, 0.8, 0.6)]
+WINDOWS = [
+    (0.0, 0.0, 1.0, 1.0),
+    (0.21, 0.4, 0.37, 0.11),
+    (0.5, 0.02, 0.5, 0.9),
+    (-0.1, 0.6, 0.8, 0.6),
+]
 
 
 @pytest.mark.parametrize("border", ["inside", "clip"])
@@ -144,7 +149,9 @@ def test_a_draw_does_not_depend_on_the_batch():
 def test_saliency_at_is_bilinear_and_zero_outside():
     a = saliency_map(5)
     for window in WINDOWS:
-        grid = np.stack(np.meshgrid(np.arange(H), np.arange(W), indexing="ij"), -1).reshape(1, -1, 2)
+        grid = np.stack(np.meshgrid(np.arange(H), np.arange(W), indexing="ij"), -1).reshape(
+            1, -1, 2
+        )
         axis_window = np.array([[[window[0], window[2] / H], [window[1], window[3] / W]]])
         mine = region.saliency_at(a[None], grid, axis_window).reshape(H, W)
         np.testing.assert_allclose(mine, brute_saliency(a, window, H, W), atol=1e-12)

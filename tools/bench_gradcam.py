@@ -3,8 +3,8 @@
     python tools/bench_gradcam.py --model resnet50 --json tools/results/gradcam_cpu.json
 
 Rows: `forward` (the plain model, evaluation mode, no graph), `gradcam` (ours) and, where it is
-installed, `grad-cam (PyPI)`, all at the same precision and memory format and on the same random
-images and weights. `ratio` is a row's rate over the forward's.
+installed and knows the precision, `grad-cam (PyPI)`: same images, weights, precision and memory
+format. `ratio` is a row's rate over the forward's, `cost` its inverse for ours.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import contextlib
 import importlib.util
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
-import _bench
 import torch
 import torchvision
+from _bench import interleaved, report, rows
 
 from scae_dali.gradcam import GradCAM
 
@@ -75,7 +76,8 @@ def candidates(args: argparse.Namespace) -> dict[str, Callable[[], float]]:
         "forward": forward,
         "gradcam": lambda: ours(images, labels),
     }
-    if importlib.util.find_spec("pytorch_grad_cam"):
+    # It turns features into NumPy arrays, which know no bfloat16.
+    if importlib.util.find_spec("pytorch_grad_cam") and args.amp != "bf16":
         from pytorch_grad_cam import GradCAM as ReferenceCAM
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
@@ -93,8 +95,12 @@ def candidates(args: argparse.Namespace) -> dict[str, Callable[[], float]]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    samples = _bench.interleaved(candidates(args), args.rounds)
-    _bench.report(samples)
+    table = rows(interleaved(candidates(args), args.rounds), baseline="forward")
+    ours = next(row for row in table if row["name"] == "gradcam")
+    extra: dict[str, object] = {"cost": round(1 / ours["ratio"], 3), "goal": "cost <= 1.10"}
+    if len(table) > 2:
+        extra["grad-cam"] = metadata.version("grad-cam")
+    report(table, args.json, extra)
 
 
 if __name__ == "__main__":

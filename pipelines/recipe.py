@@ -1,0 +1,199 @@
+"""A training run as a config: what train.py takes from the command line and from YAML."""
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipelines.config import ImageConfig
+from scae_dali.config import RandomErasingConfig, ScaeConfig, check, check_choice
+from scae_dali.dataset import DatasetError, ImageIndex
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images are.
+
+    Args:
+        root: holds train/ and val/, a folder a class.
+        train_list: file of `path label` lines, relative to root, instead of train/.
+        val_list: the same instead of val/.
+        exclude: file of training paths, one a line, to leave out.
+        index_cache: folder that keeps the indices between runs.
+    """
+
+    root: str
+    train_list: str | None = None
+    val_list: str | None = None
+    exclude: str | None = None
+    index_cache: str | None = None
+
+    def open(self) -> tuple[ImageIndex, ImageIndex]:
+        """The training and the validation index, of the same classes."""
+        root = Path(self.root)
+
+        def cached(split: str) -> str | None:
+            if self.index_cache is None:
+                return None
+            os.makedirs(self.index_cache, exist_ok=True)
+            return os.path.join(self.index_cache, f"{split}.npz")
+
+        exclude = self.exclude or ()
+        if self.train_list is None:
+            first = ImageIndex(root / "train", exclude=exclude, cache=cached("train"))
+        else:
+            first = ImageIndex.from_list(self.train_list, root=root, exclude=exclude)
+        if self.val_list is None:
+            second = ImageIndex(root / "val", cache=cached("val"))
+        else:
+            second = ImageIndex.from_list(self.val_list, root=root, num_classes=first.num_classes)
+        folders = self.train_list is None and self.val_list is None
+        if folders and first.classes != second.classes:
+            odd = sorted(set(first.classes) ^ set(second.classes))[:3]
+            raise DatasetError(
+                f"train and val of {self.root!r} must have the same class folders; they differ in "
+                f"{', '.join(odd)}: complete the one that lacks them"
+            )
+        return first, second
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """SGD with Nesterov momentum.
+
+    Args:
+        lr: learning rate for the whole batch of all ranks.
+        momentum: Nesterov's.
+        weight_decay: L2.
+        decay_norms: whether weight decay acts on norms and biases too.
+        schedule: `step` multiplies by `factor` at `milestones`, `cosine` falls to `lr_min`.
+        milestones: epochs.
+        factor: of `step`.
+        lr_min: of `cosine`.
+        warmup_epochs: linear warm-up before either.
+        label_smoothing: share of the label spread over all classes.
+        ema: decay of an averaged copy of the weights that is validated and saved; 0: none.
+    """
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    decay_norms: bool = True
+    schedule: Literal["step", "cosine"] = "step"
+    milestones: tuple[int, ...] = (30, 60, 90)
+    factor: float = 0.1
+    lr_min: float = 0.0
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        check(0 < self.momentum < 1, f"optim.momentum must be in (0, 1), got {self.momentum}")
+        check_choice("optim.schedule", self.schedule, ("step", "cosine"))
+        check(
+            0 <= self.label_smoothing < 1,
+            f"optim.label_smoothing must be in [0, 1), got {self.label_smoothing}",
+        )
+        check(0 <= self.ema < 1, f"optim.ema must be in [0, 1), got {self.ema}; 0 switches it off")
+
+    def lr_at(self, step: int, steps: int, epochs: int) -> float:
+        """The learning rate at a step counted from the run's start, `steps` to the epoch."""
+        epoch = step / steps
+        if epoch < self.warmup_epochs:
+            return self.lr * (step + 1) / (self.warmup_epochs * steps)
+        if self.schedule == "step":
+            return self.lr * self.factor ** sum(epoch >= m for m in self.milestones)
+        done = (epoch - self.warmup_epochs) / (epochs - self.warmup_epochs)
+        return self.lr_min + (self.lr - self.lr_min) * (1 + math.cos(math.pi * done)) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaliencyConfig:
+    """The saliency cache and the pass that fills it.
+
+    Args:
+        cache: LMDB cache; None: `saliency.lmdb` in the run's folder.
+        layer: module whose features Grad-CAM weighs; None: the family's default.
+        batch_size: of the pass, a rank; None: the training's.
+        size: side in pixels to which the whole image is stretched; None: the crop's.
+    """
+
+    cache: str | None = None
+    layer: str | None = None
+    batch_size: int | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A training run.
+
+    Args:
+        data: the images.
+        out: folder of the run: checkpoint, metrics, weights, saliency cache.
+        model: a network of torchvision by name.
+        method: none, random_erasing, scae, or the dotted name of a module of yours.
+        scae: settings of the method scae.
+        random_erasing: settings of the method random_erasing.
+        method_args: settings of a module of yours.
+        image: how images become tensors.
+        optim: optimiser and schedule.
+        saliency: saliency cache and pass.
+        epochs: T.
+        batch_size: of a rank.
+        threads: of DALI, a rank.
+        device: auto takes the GPU where there is one.
+        amp: autocast to this type.
+        channels_last: memory format of network and images.
+        compile: torch.compile the network.
+        backend: arrays of the plan; see scae_dali.ops.Stage.
+        seed: of everything random.
+        checkpoint_every: steps between checkpoints within an epoch; 0: only at its end.
+    """
+
+    data: DataConfig
+    out: str
+    model: str = "resnet50"
+    method: str = "scae"
+    scae: ScaeConfig = field(default_factory=ScaeConfig)
+    random_erasing: RandomErasingConfig = field(default_factory=RandomErasingConfig)
+    method_args: dict[str, Any] = field(default_factory=dict)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
+    epochs: int = 100
+    batch_size: int = 256
+    threads: int = 4
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    channels_last: bool = False
+    compile: bool = False
+    backend: Literal["numpy", "torch"] = "numpy"
+    seed: int = 0
+    checkpoint_every: int = 1000
+
+    def __post_init__(self) -> None:
+        check(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
+        check(
+            self.optim.warmup_epochs < self.epochs,
+            f"optim.warmup_epochs must be below epochs ({self.epochs}), got "
+            f"{self.optim.warmup_epochs}",
+        )
+        check(
+            self.checkpoint_every >= 0,
+            f"checkpoint_every must be >= 0, got {self.checkpoint_every}",
+        )
+
+    def method_settings(self) -> dict[str, Any]:
+        """The settings of `method`, as keywords of its Config."""
+        if self.method in ("scae", "random_erasing"):
+            return dataclasses.asdict(getattr(self, self.method))
+        return self.method_args
+
+    def saliency_image(self) -> ImageConfig:
+        """The images of the saliency pass."""
+        size = self.saliency.size or self.image.size
+        return dataclasses.replace(self.image, size=size, val_resize=size)

@@ -1,0 +1,74 @@
+"""A whole pass over a data set as one context: begun, written in chunks, ended, or resumed.
+
+Decides how many maps are committed together. What begins, resumes and ends a pass is decided in
+`cache`.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from scae_dali.cache_meta import CacheError
+from scae_dali.records import CHUNK, Maps
+
+if TYPE_CHECKING:
+    from scae_dali.cache import SaliencyCache
+
+__all__ = ["ChunkWriter"]
+
+
+class ChunkWriter:
+    """One pass as a context: begins it, commits every `commit_every` maps, ends it.
+
+        with ChunkWriter(cache, epoch, weights=digest) as writer:
+            for ids, maps in saliency_of(writer.pending):
+                writer.write(ids, maps)
+
+    pending: i64[P], the ids still to do in key order, known once entered. If the body fails, what
+    it wrote is committed and the pass stays under way, to be resumed by the same lines.
+    """
+
+    def __init__(
+        self, cache: SaliencyCache, epoch: int, *, commit_every: int = CHUNK, **begin: Any
+    ) -> None:
+        """begin: weights and provenance, as of `SaliencyCache.begin_pass`."""
+        if commit_every < 1:
+            raise ValueError(f"commit_every must be at least 1 record, got {commit_every}")
+        self._cache, self._epoch, self._every, self._begin = cache, epoch, commit_every, begin
+        self._ids: list[NDArray[np.int64]] = []
+        self._maps: list[Maps] = []
+        self._held = 0
+        self.pending = np.empty(0, np.int64)
+
+    def __enter__(self) -> ChunkWriter:
+        self.pending = self._cache.begin_pass(self._epoch, **self._begin)
+        return self
+
+    def write(self, ids: ArrayLike, maps: ArrayLike) -> None:
+        """As `SaliencyCache.write`; checked at once, committed when enough are together."""
+        ids, maps = self._cache._checked(ids, maps)
+        self._maps.append(maps.copy())
+        self._ids.append(ids)
+        self._held += len(ids)
+        if self._held >= self._every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Commits what is held; keeps holding it if that fails."""
+        if self._held:
+            self._cache.write(
+                np.concatenate(self._ids), np.concatenate(self._maps), epoch=self._epoch
+            )
+            self._ids, self._maps, self._held = [], [], 0
+
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        if kind is None:
+            self.flush()
+            self._cache.end_pass(self._epoch)
+        else:
+            with suppress(OSError, CacheError):  # the body's own error is the one to report
+                self.flush()

@@ -1,0 +1,19 @@
+"""Losses of the recipes."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+
+def mixed_cross_entropy(
+    logits: Tensor, labels: Tensor, partners: Tensor, mu: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """Mean of μ·CE(label) + (1 - μ)·CE(partner), which is CE against the mixed label.
+
+    logits: float [B, K]. labels, partners: int64 [B]. mu: float32 [B] in [0, 1]; 1 leaves the label
+    as it is. Returns a float32 scalar.
+    """
+    logits = logits.float()
+    own = cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    other = cross_entropy(logits, partners, reduction="none", label_smoothing=label_smoothing)
+    return torch.lerp(other, own, mu).mean()

@@ -1,0 +1,134 @@
+"""The log of a run: metrics.jsonl, TensorBoard, and a line an epoch for the reader.
+
+metrics.jsonl holds one object an epoch; a resumed run drops the epochs that it does again.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from scae_dali.methods import Status
+from scae_dali.ranks import Ranks
+
+
+class Log:
+    """Writes rows; use it in one process of a run."""
+
+    def __init__(self, out: Path, first_epoch: int) -> None:
+        self._path = out / "metrics.jsonl"
+        rows = read_rows(self._path)
+        kept = [json.dumps(row) + "\n" for row in rows if row["epoch"] < first_epoch]
+        if len(kept) < len(rows):
+            partial = self._path.with_suffix(".partial")
+            partial.write_text("".join(kept))
+            os.replace(partial, self._path)
+        self._board = SummaryWriter(str(out), purge_step=first_epoch)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one epoch's row; what is nested gets names with a slash in TensorBoard."""
+        with open(self._path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in _flat(row):
+            self._board.add_scalar(name, value, row["epoch"])
+        self._board.flush()
+
+    def close(self) -> None:
+        self._board.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; [] where there is none. A last line cut off by a kill is left
+    out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def summary(row: Mapping[str, Any]) -> str:
+    """One line for the terminal."""
+    seconds, share = row["seconds"], row["share"]
+    text = (
+        f"epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  top-1 {row['val_top1']:5.2f}  "
+        f"top-5 {row['val_top5']:5.2f}  {row['img_per_s']:.0f} img/s  "
+        f"data {seconds['data']:.1f} s  step {seconds['step']:.1f} s  saliency {seconds['saliency']:.1f} s"
+    )
+    if row["lam"] or share["erased"]:
+        text += (
+            f"  λ {row['lam']:.2f}  erased {share['erased']:.1%}"
+            f"  unguided {share['no_map'] + share['flat_map']:.1%}"
+            f"  overhead {row['overhead_percent']:.1f} %"
+        )
+    return text
+
+
+def _flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}/")
+        elif key != "epoch":
+            yield prefix + key, value
+
+
+class Meter:
+    """What an epoch's row is made of: sums over batches of this rank, seconds, totals of the run.
+
+    `sums` and `totals` are plain dicts of floats, to be saved and restored.
+    """
+
+    def __init__(self) -> None:
+        self.totals = dict.fromkeys(("train", "saliency", "plan"), 0.0)
+        self.sums: dict[str, float] = {}
+        self._clear()
+
+    def add_batch(self, status: Tensor) -> None:
+        """status: int64 [B] of methods.Status."""
+        self.sums["images"] += len(status)
+        for flag in Status:
+            self.sums[_name(flag)] += int((status & flag).bool().sum())
+
+    def close_epoch(self, ranks: Ranks, guided: bool) -> dict[str, Any]:
+        """The row's fields of training and of its cost, over all ranks; clears the sums.
+
+        overhead_percent is the run's so far: seconds of saliency passes, and of plans where they
+        are guided, to seconds of training. A plan is made beside the training step, so that counting
+        all of it gives an upper bound.
+        """
+        sums = ranks.sum(self.sums)
+        seconds = {
+            key: sums[key] / ranks.world for key in ("train", "data", "saliency", "plan", "val")
+        }
+        seconds["step"] = seconds["train"] - seconds["data"]
+        for key in self.totals:
+            self.totals[key] += seconds[key]
+        total = self.totals
+        cost = total["saliency"] + (total["plan"] if guided else 0.0)
+        self._clear()
+        return {
+            "train_loss": sums["loss"] / sums["images"],
+            "train_top1": 100 * sums["hits"] / sums["images"],
+            "img_per_s": sums["images"] / seconds["train"],
+            "seconds": {key: round(value, 3) for key, value in seconds.items()},
+            "saliency_images": round(sums["saliency_images"] / ranks.world),
+            "overhead_percent": 100 * cost / total["train"],
+            "share": {_name(flag): sums[_name(flag)] / sums["images"] for flag in Status},
+        }
+
+    def _clear(self) -> None:
+        seconds = ("train", "data", "saliency", "plan", "val")
+        names = ("loss", "hits", "images", "saliency_images", *seconds, *map(_name, Status))
+        self.sums = dict.fromkeys(names, 0.0)
+
+
+def _name(flag: Status) -> str:
+    return str(flag.name).lower()

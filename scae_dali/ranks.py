@@ -1,0 +1,55 @@
+"""This process among those that torchrun started; alone without it."""
+
+import os
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+
+class Ranks:
+    """rank, world: of all processes. local: on this node; its process 0 writes the node's cache.
+
+    device: `auto` takes the GPU where there is one, `cuda`, or `cpu`. Joins the process group that
+    the environment of torchrun names: NCCL on GPUs, gloo on CPUs.
+    """
+
+    def __init__(self, device: str = "auto") -> None:
+        cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        if cuda and not torch.cuda.is_available():
+            raise ValueError("device must be cpu or auto where torch sees no GPU, got cuda")
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.local = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = torch.device("cuda", self.local) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1 and not distributed.is_initialized():
+            distributed.init_process_group("nccl" if cuda else "gloo")
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that logs and saves."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in every rank."""
+        values: list[Any] = [value] * self.world
+        if self.world > 1:
+            distributed.all_gather_object(values, value)
+        return values
+
+    def sum(self, values: dict[str, float]) -> dict[str, float]:
+        """Sum over the ranks, key by key."""
+        every = self.gather(values)
+        return {key: sum(one[key] for one in every) for key in values}
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every rank the buffers of rank 0 (BatchNorm's statistics differ between ranks)."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                distributed.broadcast(buffer, 0)
+
+    def close(self) -> None:
+        if self.world > 1:
+            distributed.destroy_process_group()

@@ -1,0 +1,123 @@
+"""The saliency pass: Grad-CAM of every sample's own label, into the cache.
+
+Every rank computes its part; the first process of each node writes, in key order, a chunk a
+transaction. A pass that was killed goes on with the samples whose records do not carry its stamp.
+When a pass is due is decided by `schedule`.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+
+from scae_dali.cache import SaliencyCache
+from scae_dali.dataset import ImageIndex
+from scae_dali.gradcam import GradCAM
+from scae_dali.iterator import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassReport:
+    """images: of this pass, all ranks, 0 where there was nothing to do. seconds: wall clock."""
+
+    images: int
+    seconds: float
+
+
+def refresh(
+    model: nn.Module,
+    cache: SaliencyCache | None,
+    index: ImageIndex,
+    loader_for: Callable[[Sequence[int]], Iterable[Batch]],
+    *,
+    epoch: int,
+    layer: str | None = None,
+    name: str | None = None,
+    input_size: int | None = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    progress: Callable[[int], object] = lambda images: None,
+    commit_every: int = 4096,
+) -> PassReport:
+    """Bring the cache to `epoch`; every rank calls it.
+
+    cache: of this node, given to the one process of the node that writes; None on the others.
+    loader_for(ids): batches of whole upright images, in this order, normalised as in training.
+    layer: see GradCAM. name, input_size: of the model, for the cache's meta. progress: called with
+    the number of images done since its last call. Raises what the cache raises; whatever was
+    committed stays, and the next call goes on from there.
+    """
+    start = time.perf_counter()
+    world = distributed.get_world_size() if distributed.is_initialized() else 1
+    rank = distributed.get_rank() if world > 1 else 0
+    cam = GradCAM(model, layer)
+    pending = np.empty(0, np.int64)
+    if cache is not None:
+        pending = cache.begin_pass(
+            epoch,
+            weights=weights_digest(model),
+            method="gradcam",
+            model=name or type(model).__name__,
+            layer=cam.layer,
+            input_size=input_size,
+        )
+    if world > 1:
+        pending = _union(pending, index, next(model.parameters()).device)
+    if len(pending):
+        # Rank r takes every world-th sample, so that what the ranks give together is in key order.
+        share = np.resize(pending, -(-len(pending) // world) * world)[rank::world]
+        chunk: list[tuple[np.ndarray, np.ndarray]] = []
+        for batch in loader_for(share):
+            with autocast():
+                maps = cam(batch.images, batch.labels)
+            ids, maps = _gather(batch.ids, (maps * 255).round().to(torch.uint8), world)
+            progress(len(ids))
+            chunk.append((ids, maps))
+            if sum(len(ids) for ids, _ in chunk) >= commit_every:
+                _write(cache, chunk, epoch)
+        _write(cache, chunk, epoch)
+    if cache is not None:
+        cache.end_pass(epoch)
+    if world > 1:
+        distributed.barrier()  # nobody plans with the old maps after this
+    return PassReport(images=len(pending), seconds=time.perf_counter() - start)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """BLAKE2b-128 of every parameter and buffer, hex: tells one state of the model from another."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _write(cache, chunk, epoch):
+    if cache is not None and chunk:
+        ids, maps = zip(*chunk, strict=True)
+        cache.write(np.concatenate(ids), np.concatenate(maps), epoch=epoch)
+    chunk.clear()
+
+
+def _gather(ids: Tensor, maps: Tensor, world: int) -> tuple[np.ndarray, np.ndarray]:
+    """Those of all ranks: int64 [n], uint8 [n, h, w]; every rank gives as many."""
+    if world > 1:
+        ids, maps = ids.contiguous(), maps.contiguous()
+        all_ids = [torch.empty_like(ids) for _ in range(world)]
+        all_maps = [torch.empty_like(maps) for _ in range(world)]
+        distributed.all_gather(all_ids, ids)
+        distributed.all_gather(all_maps, maps)
+        ids, maps = torch.cat(all_ids), torch.cat(all_maps)
+    return ids.cpu().numpy(), maps.cpu().numpy()
+
+
+def _union(pending, index, device):
+    """Samples that some node's cache still lacks, in key order of an index-named cache."""
+    missing = torch.zeros(len(index), dtype=torch.uint8, device=device)
+    missing[torch.from_numpy(pending).to(device)] = 1
+    distributed.all_reduce(missing, distributed.ReduceOp.MAX)
+    return missing.nonzero().flatten().cpu().numpy()

@@ -1,0 +1,63 @@
+"""Small data that the tests make themselves."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scae_dali.cache import SaliencyCache
+from scae_dali.dataset import ImageIndex
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="no CUDA device here")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+def write_images(root: Path, counts: dict[str, int], seed: int = 0) -> None:
+    """Smooth random JPEGs of several sizes: root/<class>/<k>.jpg."""
+    rng = np.random.default_rng(seed)
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for k in range(count):
+            height, width = rng.integers(40, 90, 2).tolist()
+            coarse = rng.integers(0, 256, (4, 4, 3), np.uint8)
+            image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+            image.save(root / name / f"{k:02d}.jpg", quality=95)
+
+
+def fill_cache(path: Path, index: ImageIndex, *, naming: str = "index", seed: int = 0):
+    """A complete cache of random maps, each with a minimum of 0 and a maximum of 255."""
+    cache = SaliencyCache.create(path, index, grid=(7, 7), naming=naming)
+    maps = np.random.default_rng(seed).random((len(index), 7, 7)) ** 2
+    maps -= maps.min((1, 2), keepdims=True)
+    maps /= maps.max((1, 2), keepdims=True)
+    cache.begin_pass(1)
+    cache.write(np.arange(len(index)), maps, epoch=1)
+    cache.end_pass(1)
+    return cache
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """50 images of 3 classes with 30, 15 and 5: a tail."""
+    root = tmp_path_factory.mktemp("images")
+    write_images(root, {"a": 30, "b": 15, "c": 5})
+    return root
+
+
+@pytest.fixture(scope="session")
+def index(folder) -> ImageIndex:
+    return ImageIndex(folder)
+
+
+@pytest.fixture(scope="session")
+def cache(index, tmp_path_factory) -> SaliencyCache:
+    return fill_cache(tmp_path_factory.mktemp("cache") / "maps.lmdb", index)

@@ -1,0 +1,64 @@
+"""The import rule: a module imports only from earlier ranks of the design."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RANKS = [
+    {"scae_dali.config", "scae_dali.rng"},
+    {"scae_dali.scan"},
+    {"scae_dali.dataset", "scae_dali.schedule", "scae_dali.store", "scae_dali.cache_meta"},
+    {"scae_dali.verify", "scae_dali.region", "scae_dali.crop", "scae_dali.gradcam"},
+    {"scae_dali.cache", "scae_dali.losses", "scae_dali.ranks"},
+    {"scae_dali.methods.base"},
+    {"scae_dali.methods.rectangle"},
+    {f"scae_dali.methods.{name}" for name in ("none", "random_erasing", "scae")},
+    {"scae_dali.methods"},
+    {"scae_dali.ops", "scae_dali.iterator", "scae_dali.metrics"},
+    {"scae_dali.refresh"},
+    {"scae_dali"},
+    {"pipelines.config"},
+    {"pipelines.images", "pipelines.recipe"},
+    {"pipelines.train", "pipelines.val", "pipelines.saliency"},
+    {"pipelines"},
+    {"train"},
+]
+RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+NUMPY_ALONE = ("rng", "schedule", "region", "crop", "config")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path: Path) -> set[str]:
+    """Every module or package member that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in RANK else node.module for name in full}
+    return names
+
+
+SOURCES = sorted([*ROOT.glob("scae_dali/**/*.py"), *ROOT.glob("pipelines/*.py"), ROOT / "train.py"])
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: module_name(path))
+def test_a_module_imports_only_from_earlier_ranks(path):
+    name = module_name(path)
+    assert name in RANK, f"give {name} a rank"
+    project = {n for n in imported(path) if n.split(".")[0] in ("scae_dali", "pipelines", "train")}
+    late = {n for n in project if RANK[n] >= RANK[name]}
+    assert not late
+
+
+@pytest.mark.parametrize("name", NUMPY_ALONE)
+def test_the_pure_core_needs_only_numpy(name):
+    top = {n.split(".")[0] for n in imported(ROOT / "scae_dali" / f"{name}.py")}
+    assert not top & {"torch", "torchvision", "nvidia", "lmdb"}

@@ -1,0 +1,152 @@
+"""The tools as they are run: in a process of their own, on a few drawn images."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scae_dali.cache import SaliencyCache
+from scae_dali.dataset import ImageIndex
+from scae_dali.methods import BUILT_IN
+
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+
+
+def run(tool, *arguments, status=0):
+    """What the tool printed; fails unless it ended with this status."""
+    command = [sys.executable, "-W", "error", str(TOOLS / f"{tool}.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Six images of two classes, one of them stored rotated and one grey."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        image = coarse.resize((96, 64 + 8 * i)).convert("L" if i == 1 else "RGB")
+        exif = image.getexif()
+        exif[0x0112] = 6 if i == 0 else 1
+        path = root / "data" / f"class{i % 2}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, exif=exif)
+    return root / "data"
+
+
+@pytest.fixture(scope="module")
+def maps(images):
+    index = ImageIndex(images)
+    cache = SaliencyCache.create(images.parent / "maps.lmdb", index, grid=(7, 7))
+    saliency = np.random.default_rng(0).integers(0, 256, (len(index) - 1, 7, 7), dtype=np.uint8)
+    cache.begin_pass(0)
+    cache.write(np.arange(len(index) - 1), saliency, epoch=0)  # the last image has none
+    cache.close()
+    return images.parent / "maps.lmdb"
+
+
+def test_gpu_check_lists_every_method():
+    listed = run("gpu_check", "--dry-run").split()
+    methods = {name.split("/")[1] for name in listed if name.startswith("train/")}
+    assert methods == set(BUILT_IN)
+    assert {name.split("/")[0] for name in listed} >= {"val", "saliency", "user", "gradcam"}
+    assert not [name for name in listed if name.startswith("_")]
+
+
+def test_gpu_check_passes_on_the_cpu(tmp_path):
+    out = tmp_path / "checks.json"
+    run("gpu_check", "--device-id", "cpu", "--only", "train/scae/roi/fp16*", "--json", out)
+    result = json.loads(out.read_text())
+    assert {"command", "hardware", "versions", "checks"} == set(result)
+    (check,) = result["checks"]
+    assert check["ok"]
+    assert check["name"] == "train/scae/roi/fp16-NHWC"
+    assert "numpy cpu: 24 images" in check["detail"]
+    assert "torch cpu: 24 images" in check["detail"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("_crash", "killed by SIGABRT"),
+        ("_hang", "no end after 8.0 s"),
+        ("_differ/images", "mean |difference| 11.52 grey levels"),
+        ("_differ/boxes", "AssertionError: boxes differ"),
+    ],
+)
+def test_gpu_check_reports_what_fails(tmp_path, images, name, expected):
+    out = tmp_path / "checks.json"
+    arguments = ["--device-id", "cpu", "--only", name, "--data", images, "--json", out]
+    if name == "_hang":
+        arguments += ["--timeout", 8]
+    run("gpu_check", *arguments, status=1)
+    (check,) = json.loads(out.read_text())["checks"]
+    assert not check["ok"]
+    assert expected in check["detail"]
+
+
+def test_gpu_check_without_a_gpu():
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    assert "--dry-run lists the checks" in run("gpu_check", status=2)
+
+
+def test_bench_pipeline(tmp_path, images):
+    out = tmp_path / "bench.json"
+    size = ["--size", 32, "--batch-size", 4, "--repeat", 2]
+    run("bench_pipeline", "--data", images, "--rounds", 1, "--json", out, *size)
+    result = json.loads(out.read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == [
+        "none",
+        "random_erasing",
+        "scae",
+        "native_erase",
+        "none (again)",
+        "torchvision",
+    ]
+    assert rows["none"]["ratio"] == 1
+    assert min(row["img_per_s"] for row in rows.values()) > 0
+    assert result["scae_vs_torchvision"] == pytest.approx(
+        rows["scae"]["img_per_s"] / rows["torchvision"]["img_per_s"]
+    )
+    assert set(result["plan_ms_per_batch"]) == set(rows) - {"torchvision"}
+    assert result["settings"]["images"] == 12
+    assert result["torchvision_decoder"] in ("PIL", "torchvision.io")
+
+
+def test_bench_pipeline_of_too_few_images(images):
+    message = run("bench_pipeline", "--data", images, "--no-torchvision", status=1)
+    assert "6 images, fewer than --batch-size 64" in message
+    assert "--repeat 11" in message
+
+
+def test_show_erasing(tmp_path, images, maps):
+    sheet = tmp_path / "sheet.png"
+    out = run(
+        "show_erasing",
+        *("--data", images, "--cache", maps, "--ids", "0,5", "--lam", "0,3", "--out", sheet),
+    )
+    rotated, unmapped = out.splitlines()[:2]
+    assert rotated.startswith("0 class0/0.jpg 96x64 ")  # upright
+    assert "λ=3" in rotated
+    assert "no map" in unmapped
+    with Image.open(sheet) as image:
+        assert image.format == "PNG"
+        assert image.size == (1100, 440)
+
+
+def test_show_erasing_without_a_cache(tmp_path, images):
+    out = run(
+        "show_erasing",
+        *("--data", images, "--cache", tmp_path / "none.lmdb", "--out", tmp_path / "sheet.png"),
+        status=1,
+    )
+    assert "tools/build_cache.py builds one" in out

@@ -1,0 +1,152 @@
+"""What the benchmarks share: interleaved rounds, their statistics, and what they ran on.
+
+Candidates take turns within a round, so that a machine that slows down slows all of them, and
+ratios are formed within a round before the median is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+__all__ = ["hardware", "interleaved", "iqr", "report", "rows", "versions", "write_json"]
+
+PACKAGES = {
+    "numpy": ("numpy",),
+    "lmdb": ("lmdb",),
+    "torch": ("torch",),
+    "torchvision": ("torchvision",),
+    "dali": ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110"),
+}
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Runs every candidate once a round; each returns its rate -> rates [rounds] by name.
+
+    The first of a round changes from round to round. Warm-up rounds are not counted.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    names = list(candidates)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-warmup, rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            rate = candidates[name]()
+            if number >= 0:
+                samples[name].append(rate)
+    return samples
+
+
+def iqr(values: Sequence[float]) -> float:
+    """Interquartile range; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
+def rows(samples: Mapping[str, Sequence[float]], baseline: str) -> list[dict[str, Any]]:
+    """Median and spread of each candidate's rate, and the median of its ratios to `baseline`."""
+    if baseline not in samples:
+        raise ValueError(f"baseline must be one of {sorted(samples)}, got {baseline!r}")
+    return [
+        {
+            "name": name,
+            "img_per_s": statistics.median(rates),
+            "iqr": iqr(rates),
+            "ratio": statistics.median(
+                rate / base for rate, base in zip(rates, samples[baseline], strict=True)
+            ),
+        }
+        for name, rates in samples.items()
+    ]
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores that this process may use, memory in GB, and the GPU if torch sees one."""
+    gpu = None
+    try:
+        import torch
+
+        if torch.cuda.is_available():
+            gpu = torch.cuda.get_device_name()
+    except ImportError:
+        pass
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "ram_gb": round(memory / 1e9, 1),
+        "gpu": gpu,
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that matter here; None where one is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name, distributions in PACKAGES.items():
+        found[name] = None
+        for distribution in distributions:
+            try:
+                found[name] = metadata.version(distribution)
+                break
+            except metadata.PackageNotFoundError:
+                continue
+    return found
+
+
+def report(
+    table: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike[str] | None,
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Prints rows and `extra`; writes them, with hardware and versions, to `path`, if any."""
+    result = {
+        "command": shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "hardware": hardware(),
+        "versions": versions(),
+        "rows": list(table),
+        **(extra or {}),
+    }
+    width = max([len(row["name"]) for row in table], default=4)
+    print(f"{'':{width}}  {'per second':>12}  {'IQR':>10}  {'ratio':>6}")
+    for row in table:
+        print(
+            f"{row['name']:{width}}  {row['img_per_s']:12,.0f}  {row['iqr']:10,.0f}  "
+            f"{row['ratio']:6.2f}"
+        )
+    for name, value in (extra or {}).items():
+        print(f"{name}: {json.dumps(value)}")
+    if path is not None:
+        write_json(path, result)
+    return result
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Indented, and in place only once it is whole."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(target.name + ".tmp")
+    draft.write_text(json.dumps(content, indent=2) + "\n")
+    draft.replace(target)
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,105 @@
+"""The pipeline's recipe in torchvision alone: what a user would take instead of DALI."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchvision import io
+from torchvision.transforms import v2
+
+import _path  # noqa: F401
+from pipelines.config import ImageConfig
+from scae_dali.config import RandomErasingConfig
+from scae_dali.dataset import ImageIndex
+
+__all__ = ["AHEAD", "endless", "faster_decoder"]
+
+AHEAD = 2  # batches that each worker prepares
+
+
+class Files(Dataset):
+    """The same files and recipe by torchvision alone."""
+
+    def __init__(self, index: ImageIndex, image: ImageConfig, decoder: str) -> None:
+        self._paths = [os.path.join(index.root, name) for name in index.files]
+        self._labels = index.labels
+        self._decode = DECODERS[decoder]
+        dtype = torch.float32 if image.dtype == "fp32" else torch.float16
+        self._transform = v2.Compose(
+            [
+                v2.RandomResizedCrop(
+                    image.size, image.crop.area, image.crop.aspect, antialias=True
+                ),
+                v2.RandomHorizontalFlip(image.crop.flip),
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize([m / 255 for m in image.mean], [s / 255 for s in image.std]),
+                v2.RandomErasing(RandomErasingConfig().prob),
+                v2.ToDtype(dtype),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return self._transform(self._decode(self._paths[i])), int(self._labels[i])
+
+
+def decode_pil(path: str) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def decode_torchvision(path: str) -> torch.Tensor:
+    return io.decode_image(path, mode=io.ImageReadMode.RGB)
+
+
+DECODERS: dict[str, Callable] = {"PIL": decode_pil, "torchvision.io": decode_torchvision}
+
+
+def faster_decoder(index: ImageIndex, image: ImageConfig) -> str:
+    """The one whose samples are ready sooner, on one thread as in a worker."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    sample = range(0, len(index), max(1, len(index) // 32))
+    seconds: dict[str, list[float]] = {name: [] for name in DECODERS}
+    for name in list(DECODERS) * 4:
+        files = Files(index, image, name)
+        start = time.perf_counter()
+        for i in sample:
+            files[i]
+        seconds[name].append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    return min(DECODERS, key=lambda name: statistics.median(seconds[name][1:]))
+
+
+def endless(
+    index: ImageIndex,
+    image: ImageConfig,
+    *,
+    decoder: str,
+    batch_size: int,
+    workers: int,
+    device: str,
+) -> Iterator[torch.Tensor]:
+    """Batches of images on `device`, shuffled, without end."""
+    files = Files(index, image, decoder)
+    loader = DataLoader(
+        files,
+        batch_size,
+        sampler=RandomSampler(files, num_samples=1 << 40),
+        num_workers=workers,
+        prefetch_factor=AHEAD,
+        pin_memory=device != "cpu",
+        multiprocessing_context="spawn",  # DALI's threads would not survive a fork
+    )
+    layout = torch.channels_last if image.layout == "NHWC" else torch.contiguous_format
+    for images, _ in loader:
+        yield images.to(device, memory_format=layout, non_blocking=True)

@@ -1,0 +1,132 @@
+"""Build a saliency cache offline, from a trained network.
+
+    python tools/build_cache.py --data /data/imagenet/train --model resnet50 \\
+        --weights resnet50.pt --out imagenet.lmdb
+
+Started again, it goes on where it stopped.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+
+import _path  # noqa: F401
+import torch
+import torchvision
+from tqdm import tqdm
+
+from pipelines import saliency
+from pipelines.config import ExecConfig, ImageConfig
+from scae_dali.cache import SaliencyCache
+from scae_dali.dataset import ImageIndex
+from scae_dali.gradcam import GradCAM
+from scae_dali.iterator import ImageError, Loader
+from scae_dali.refresh import refresh
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", required=True, help="folder of class folders")
+    parser.add_argument("--list", help="file of `path label` lines, relative to --data")
+    parser.add_argument("--exclude", default=(), help="file of paths to leave out")
+    parser.add_argument("--model", required=True, help="a network of torchvision, by name")
+    parser.add_argument("--weights", help="its state_dict; without it the weights are random")
+    parser.add_argument("--layer", help="module to look at; default: by the network's family")
+    parser.add_argument("--out", required=True, help="the cache")
+    parser.add_argument("--naming", choices=["index", "path"], default="index")
+    parser.add_argument("--size", type=int, default=224, help="side of the network's input")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
+    parser.add_argument("--epoch", type=int, default=0, help="stamp of the maps, 0 to 65535")
+    return parser.parse_args()
+
+
+def load_model(name: str, weights: str | None, classes: int) -> torch.nn.Module:
+    """The network in eval mode; ValueError where weights and network do not fit."""
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise ValueError(f"model must be a network of torchvision such as resnet50, got {name!r}")
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, num_classes=classes)
+    if weights is None:
+        print("no --weights: the network is random, and so is what it looks at", file=sys.stderr)
+        return model.eval()
+    state = torch.load(weights, map_location="cpu", weights_only=True)
+    try:
+        model.load_state_dict(state.get("net", state))
+    except RuntimeError as error:
+        detail = str(error).splitlines()[1].strip()
+        raise ValueError(
+            f"weights {weights!r} are not those of {name} with {classes} classes: {detail}"
+        ) from error
+    return model.eval()
+
+
+def build(arguments: argparse.Namespace) -> None:
+    """The pass, with a progress bar and its rate."""
+    if arguments.list:
+        index = ImageIndex.from_list(arguments.list, root=arguments.data, exclude=arguments.exclude)
+    else:
+        index = ImageIndex(arguments.data, exclude=arguments.exclude)
+    cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    model = load_model(arguments.model, arguments.weights, index.num_classes).to(device)
+    image = ImageConfig(size=arguments.size, val_resize=arguments.size)
+    if arguments.amp == "fp16":
+        image = dataclasses.replace(image, dtype="fp16")
+    blank = torch.zeros(1, 3, image.size, image.size, device=device)
+    label = torch.zeros(1, dtype=torch.int64, device=device)
+    grid = GradCAM(model, arguments.layer)(blank, label).shape[1:]
+    cache = SaliencyCache.create(
+        arguments.out, index, grid=tuple(grid), naming=arguments.naming, exist_ok=True
+    )
+
+    def loader_for(ids):
+        bar.reset(total=len(ids))
+        run = ExecConfig(
+            batch_size=arguments.batch_size, device_id=device.index, threads=arguments.threads
+        )
+        pipeline = saliency.saliency_pipeline(index, image, run, ids)
+        return Loader(pipeline, saliency.OUTPUTS, index, drop_last=False)
+
+    def autocast():
+        if arguments.amp == "none":
+            return contextlib.nullcontext()
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[arguments.amp]
+        return torch.autocast(device.type, dtype)
+
+    with tqdm(unit="img", desc="saliency") as bar:
+        report = refresh(
+            model,
+            cache,
+            index,
+            loader_for,
+            epoch=arguments.epoch,
+            layer=arguments.layer,
+            name=arguments.model,
+            input_size=image.size,
+            autocast=autocast,
+            progress=bar.update,
+        )
+    if report.images == 0:
+        print(f"{arguments.out} is complete already: {len(index)} maps")
+        return
+    print(
+        f"{arguments.out}: {report.images} maps of {len(index)} in {report.seconds:.1f} s, "
+        f"{report.images / report.seconds:.0f} img/s, {cache.size_bytes / 1e6:.1f} MB"
+    )
+
+
+def main() -> None:
+    arguments = parse()
+    try:
+        build(arguments)
+    except (ValueError, OSError, ImageError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

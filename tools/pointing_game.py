@@ -1,0 +1,69 @@
+"""Does the saliency find the objects? The pointing game on a data set whose objects are known.
+
+    python tools/pointing_game.py --data demo/data --cache demo/run/saliency.lmdb
+
+A hit is a map whose peak lies in the object's box (Zhang et al., "Top-down neural attention by
+excitation backprop", IJCV 2018). `objects.json` beside train/ names the boxes, as
+tools/make_demo_data.py writes them. Printed beside the rate: what a peak at random would hit, the
+boxes' mean area.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from scae_dali.cache import CacheError, SaliencyCache
+from scae_dali.dataset import DatasetError, ImageIndex
+
+
+def pointing_game(maps: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """maps: uint8 [N, h, w] over the full frame. boxes: float [N, 4], (y, x, h, w) as shares of it.
+    Returns bool [N]: the centre of the map's strongest cell lies in the box."""
+    n, h, w = maps.shape
+    peak = maps.reshape(n, -1).argmax(1)
+    y, x = (peak // w + 0.5) / h, (peak % w + 0.5) / w
+    inside_y = (boxes[:, 0] <= y) & (y <= boxes[:, 0] + boxes[:, 2])
+    inside_x = (boxes[:, 1] <= x) & (x <= boxes[:, 1] + boxes[:, 3])
+    return inside_y & inside_x
+
+
+def play(data: Path, cache_path: Path) -> dict[str, float]:
+    """The figures for the training images of `data`."""
+    index = ImageIndex(data / "train")
+    known = json.loads((data / "objects.json").read_text())
+    boxes = np.array([known[f"train/{name}"] for name in index.files])
+    maps, found = SaliencyCache(cache_path, index=index).read(np.arange(len(index)))
+    usable = found & (maps.max((1, 2)) > maps.min((1, 2)))
+    hits = pointing_game(maps, boxes) & usable
+    area = boxes[:, 2] * boxes[:, 3]
+    return {
+        "images": len(index),
+        "usable_maps": float(usable.mean()),
+        "hit_rate": float(hits[usable].mean()) if usable.any() else 0.0,
+        "chance": float(area.mean()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="holds train/ and objects.json")
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    arguments = parser.parse_args()
+    try:
+        figures = play(arguments.data, arguments.cache)
+    except (CacheError, DatasetError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(
+        f"pointing game: {figures['hit_rate']:.1%} of {figures['usable_maps']:.1%} usable maps hit "
+        f"(chance {figures['chance']:.1%})"
+    )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

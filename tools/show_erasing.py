@@ -1,0 +1,213 @@
+"""A picture of what the pipeline erases: saliency, eq. 4 and the rectangles, image by image.
+
+    python tools/show_erasing.py --data imagenet/train --cache maps.lmdb --lam 0,2,5 --out sheet.png
+
+A row an image: the upright image with the crop's window; its saliency over the full frame; eq. 4's
+P over the centres that the rectangle may have, for the λ of largest magnitude; and for each λ the
+crop as the pipeline erases it, before the flip. Every image is erased here, whatever its class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline, fn, pipeline_def
+
+import _path  # noqa: F401
+from pipelines.config import ExecConfig, ImageConfig
+from pipelines.images import decode, decode_crop, normalise, read
+from scae_dali.cache import CacheError, SaliencyCache
+from scae_dali.dataset import ImageIndex
+from scae_dali.ops import Stage
+from scae_dali.region import centre_range, saliency_at
+
+SIDE_INCHES = 2.2  # of a panel
+Array = NDArray[Any]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", required=True, metavar="DIR", help="DIR/[train/]<class>/<image>")
+    parser.add_argument("--cache", required=True, help="the saliency cache of these images")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--images", type=int, default=4, help="so many, evenly spaced")
+    which.add_argument("--ids", default=None, metavar="3,5,8", help="these places in the index")
+    parser.add_argument("--lam", default="0,2,5", metavar="λ,λ,...")
+    parser.add_argument("--epoch", type=int, default=1, help="another one gives other draws")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, default=224, help="side of the crop in pixels")
+    parser.add_argument("--out", required=True, metavar="PNG")
+    args = parser.parse_args(argv)
+    try:
+        args.lam = [float(value) for value in args.lam.split(",")]
+        args.ids = args.ids and [int(value) for value in args.ids.split(",")]
+    except ValueError as error:
+        parser.error(f"--lam and --ids are numbers with commas between, such as 0,2,5; {error}")
+    if args.images < 1:
+        parser.error(f"--images must be at least 1, got {args.images}")
+    if args.epoch < 1:
+        parser.error(f"--epoch must be at least 1, got {args.epoch}: λ is 0 in epoch 0")
+    return args
+
+
+def open_data(args: argparse.Namespace) -> tuple[ImageIndex, SaliencyCache, list[int]]:
+    """The data set, its cache and the ids to show."""
+    train = os.path.join(args.data, "train")
+    index = ImageIndex(train if os.path.isdir(train) else args.data)
+    try:
+        cache = SaliencyCache(args.cache, index=index)
+    except CacheError as error:
+        raise SystemExit(
+            f"--cache {args.cache}: {error}\ntools/build_cache.py builds one from a trained model"
+        ) from error
+    last = len(index) - 1
+    ids = args.ids or np.unique(np.linspace(0, last, args.images, dtype=int)).tolist()
+    if wrong := [i for i in ids if not 0 <= i <= last]:
+        raise SystemExit(f"--ids must be in 0..{last}, places in {index.root}; got {wrong[0]}")
+    return index, cache, ids
+
+
+def show_pipeline(stage: Stage, ids: list[int], image: ImageConfig) -> Pipeline:
+    """As train_pipeline, without shuffle and flip; it gives what is planned, too."""
+    run = ExecConfig(batch_size=len(ids), threads=2)
+
+    @pipeline_def(**run.arguments())
+    def define():
+        encoded, numbers = read(stage.index, run, ids)
+        upright = decode(encoded, run)
+        plan = stage.plan(
+            numbers,
+            size=(image.size, image.size),
+            shapes=fn.peek_image_shape(encoded),
+            random_crop=image.crop,
+        )
+        images = decode_crop(encoded, plan.start, plan.shape, image, run)
+        images = normalise(stage.apply(images, plan), image)
+        return upright, plan.start, plan.shape, plan.fields["box"], images
+
+    return define()
+
+
+def run_once(pipeline: Pipeline, image: ImageConfig) -> list[list[Array]]:
+    """By sample: upright image, start, shape, box (int64) and the erased crop (uint8)."""
+    samples = []
+    for sample in zip(*pipeline.run(), strict=True):
+        upright, start, shape, box, crop = (np.array(value) for value in sample)
+        grey = crop.transpose(1, 2, 0) * np.array(image.std) + np.array(image.mean)
+        crop = grey.clip(0, 255).round().astype(np.uint8)
+        samples.append([upright, start, shape, box.astype(np.int64), crop])
+    return samples
+
+
+def full_frame(saliency: Array, shape_px: tuple[int, int]) -> Array:
+    """Â at every pixel: float [gh, gw] -> float [H, W]."""
+    a = torch.from_numpy(saliency)[None, None]
+    return torch.nn.functional.interpolate(
+        a, size=shape_px, mode="bilinear", align_corners=False
+    ).numpy()[0, 0]
+
+
+def probability(
+    saliency: Array, window: Array, shape_px: Array, box: Array, size: int, lam: float
+) -> Array:
+    """Eq. 4 summed pixel by pixel, over the centres for which a box of this size fits.
+
+    window: (y, x, h, w) in px of the upright image. box: (y, x, h, w) in the crop. Returns float
+    [S, S]; NaN where there can be no centre.
+    """
+    share = window / np.tile(shape_px, 2)
+    pixels = np.indices((size, size)).reshape(2, -1).T[None]
+    axis_window = np.stack([share[:2], share[2:] / size], axis=1)[None]
+    p = np.exp(lam * saliency_at(saliency[None], pixels, axis_window)[0])
+    first, last = centre_range(box[None, 2:], np.array([[size, size]]), "inside")
+    p[~((pixels[0] >= first) & (pixels[0] <= last)).all(1)] = np.nan
+    return (p / np.nansum(p)).reshape(size, size)
+
+
+def outline(axes, box, **style) -> None:
+    """box: (y, x, h, w) in pixels, from pixel edge to pixel edge."""
+    y, x, h, w = box
+    axes.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, fill=False, linewidth=1.5, **style))
+
+
+def draw_row(axes, title: str, saliency: Array, found: bool, shown: dict[float, list[Array]]):
+    """saliency: float [gh, gw]. shown: by λ, what the pipeline gave for this image."""
+    strongest = max(shown, key=abs)
+    upright, start, shape, *_ = shown[strongest]
+    window = np.concatenate([start, shape])
+    axes[0].imshow(upright)
+    axes[0].set_title(title)
+    axes[1].imshow(upright.mean(2), cmap="gray")
+    axes[1].imshow(full_frame(saliency, upright.shape[:2]), "jet", vmin=0, vmax=1, alpha=0.5)
+    axes[1].set_title("saliency" if found else "no map")
+    for panel in axes[:2]:
+        outline(panel, window, color="white")
+        outline(panel, window, color="black", linestyle=":")
+    for lam, (*_, box, crop), panel in zip(shown, shown.values(), axes[3:], strict=True):
+        panel.imshow(crop)
+        panel.set_title(f"erased, λ = {lam:g}")
+        outline(panel, box, color="red", linestyle=":")
+        if lam == strongest:
+            full_px = np.array(upright.shape[:2])
+            p = probability(saliency, window, full_px, box, crop.shape[0], lam)
+            axes[2].imshow(p, colormaps["viridis"].with_extremes(bad="0.85"), vmin=0)
+            axes[2].plot(box[1] + box[3] // 2, box[0] + box[2] // 2, "r+")
+            axes[2].set_title(f"P and the centre, λ = {lam:g}")
+            outline(axes[2], box, color="red", linestyle=":")
+    for panel in axes:
+        panel.set_axis_off()
+        panel.title.set_fontsize(8)
+
+
+def describe(name: str, found: bool, shown: dict[float, list[Array]]) -> str:
+    upright, start, shape, *_ = next(iter(shown.values()))
+    window = (*start.tolist(), *shape.tolist())
+    boxes = "".join(f" λ={lam:g} {tuple(box.tolist())}" for lam, (*_, box, _) in shown.items())
+    size = f"{upright.shape[0]}x{upright.shape[1]}"
+    return f"{name} {size} window {window}{'' if found else ' no map'} boxes{boxes}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    index, cache, ids = open_data(args)
+    image = ImageConfig(size=args.size, val_resize=args.size)
+    shown = {}
+    for lam in args.lam:
+        # λ(t) = λ_max from epoch T = 1 on.
+        stage = Stage(
+            index,
+            "scae",
+            cache=cache,
+            epochs=1,
+            start_epoch=args.epoch,
+            batch_size=len(ids),
+            seed=args.seed,
+            lam_max=lam,
+            p_min=1.0,
+            p_max=1.0,
+        )
+        shown[lam] = run_once(show_pipeline(stage, ids, image), image)
+    maps, found = cache.read(ids)
+    columns = 3 + len(shown)
+    size_inches = (SIDE_INCHES * columns, SIDE_INCHES * len(ids))
+    figure = Figure(figsize=size_inches, layout="constrained")
+    grid = figure.subplots(len(ids), columns, squeeze=False)
+    for row, (sample, axes) in enumerate(zip(ids, grid, strict=True)):
+        here = {lam: outputs[row] for lam, outputs in shown.items()}
+        title = f"{sample}: {index.classes[index.labels[sample]]}"[:28]
+        draw_row(axes, title, maps[row].astype(np.float64) / 255, bool(found[row]), here)
+        print(describe(f"{sample} {index.files[sample]}", bool(found[row]), here))
+    figure.savefig(args.out, dpi=100)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,376 @@
+"""Train a torchvision network on image folders or lists, with SCAE or another method of erasing.
+
+    python train.py --config pipelines/imagenet_resnet50.yaml --data.root /data/imagenet --out runs/a
+    torchrun --nproc-per-node 8 train.py --config … --data.root … --out …
+    python train.py --help
+
+An epoch is: the saliency pass if one is due, training, validation, metrics, checkpoint. Killed at
+any time, a run goes on with --resume from its last checkpoint, within an epoch or a pass.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import torch
+import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from pipelines import saliency, train, val
+from pipelines.config import ExecConfig, ImageConfig
+from pipelines.recipe import Config
+from scae_dali import schedule
+from scae_dali.cache import SaliencyCache
+from scae_dali.config import check
+from scae_dali.gradcam import GradCAM
+from scae_dali.iterator import Batch, ImageError, Loader
+from scae_dali.losses import mixed_cross_entropy
+from scae_dali.metrics import Log, Meter, summary
+from scae_dali.ops import Stage
+from scae_dali.ranks import Ranks
+from scae_dali.refresh import refresh
+from scae_dali.rng import derive
+
+
+class Run:
+    """All that a training run holds: network, optimiser, pipelines, cache, counters."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks, self.device = config, ranks, ranks.device
+        self.out = Path(config.out)
+        self.train_index, self.val_index = config.data.open()
+        torch.manual_seed(derive(config.seed, "model"))
+        classes = self.train_index.num_classes
+        self.net: nn.Module = torchvision.models.get_model(config.model, num_classes=classes)
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.net.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        self.ema = None
+        if config.optim.ema:
+            average = get_ema_multi_avg_fn(config.optim.ema)
+            self.ema = AveragedModel(self.net, multi_avg_fn=average, use_buffers=True)
+        self.model = self.net
+        if config.compile:
+            self.model = torch.compile(self.model)  # type: ignore[assignment]
+        if ranks.world > 1:
+            self.model = DistributedDataParallel(self.model)
+        weights = list(self.net.parameters())
+        vectors = [] if config.optim.decay_norms else [p for p in weights if p.ndim <= 1]
+        matrices = [p for p in weights if config.optim.decay_norms or p.ndim > 1]
+        self.optimizer = torch.optim.SGD(
+            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            config.optim.lr,
+            config.optim.momentum,
+            weight_decay=config.optim.weight_decay,
+            nesterov=True,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.epoch = self.step = 0  # the next ones; step counts within the epoch
+        self.meter = Meter()
+        self.pipeline_state: bytes | None = None
+        self.loader: Loader | None = None
+        self.cache = self.open_cache() if config.method == "scae" else None
+        exec_config = self.exec_config(config.batch_size)
+        self.val_loader = Loader(
+            val.val_pipeline(self.val_index, config.image, exec_config),
+            val.OUTPUTS,
+            self.val_index,
+            drop_last=False,
+        )
+
+    def exec_config(self, batch_size: int, *, sharded: bool = True) -> ExecConfig:
+        return ExecConfig(
+            batch_size=batch_size,
+            device_id=self.device.index,
+            threads=self.config.threads,
+            shard=self.ranks.rank if sharded else 0,
+            num_shards=self.ranks.world if sharded else 1,
+        )
+
+    def autocast(self):
+        if self.config.amp == "none":
+            return nullcontext()
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.config.amp]
+        return torch.autocast(self.device.type, dtype)
+
+    def open_cache(self) -> SaliencyCache:
+        """The cache built offline, or the run's own, made where it is missing."""
+        config = self.config.saliency
+        path = config.cache or self.out / "saliency.lmdb"
+        if self.config.scae.refresh_every:
+            size = self.config.saliency_image().size
+            image = torch.zeros(1, 3, size, size, device=self.device)
+            label = torch.zeros(1, dtype=torch.int64, device=self.device)
+            grid = GradCAM(self.net, config.layer)(image, label).shape[1:]
+            SaliencyCache.create(path, self.train_index, grid=tuple(grid), exist_ok=True)
+        return SaliencyCache(path, index=self.train_index)
+
+    def build_loader(self) -> Loader:
+        """Start the training pipeline where its state says."""
+        config = self.config
+        self.stage = Stage(
+            self.train_index,
+            config.method,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            cache=self.cache,
+            num_shards=self.ranks.world,
+            mean=config.image.mean,
+            std=config.image.std,
+            backend=config.backend,
+            torch_device=str(self.device),
+            **config.method_settings(),
+        )
+        pipeline = train.train_pipeline(
+            self.stage,
+            config.image,
+            self.exec_config(config.batch_size),
+            seed=config.seed,
+            checkpoint=self.pipeline_state,
+        )
+        return Loader(pipeline, train.OUTPUTS, self.train_index, drop_last=True, position=self.step)
+
+    def saliency_pass(self) -> None:
+        """Refresh the cache if a pass is due by this epoch and has not been made."""
+        config, cache = self.config, self.cache
+        due = schedule.pass_epoch(self.epoch, config.epochs, config.scae)
+        if cache is None or due is None:
+            return
+        meta = cache.meta
+        if not any(self.ranks.gather(meta.epoch != due or meta.under_way is not None)):
+            return
+        start = time.perf_counter()
+        self.loader = None  # it has planned ahead with the old maps
+        image = config.saliency_image()
+        batch_size = config.saliency.batch_size or config.batch_size
+        bar = tqdm(desc=f"saliency {due}", unit="img", disable=not self.ranks.first)
+
+        def loader_for(ids):
+            bar.reset(total=len(ids) * self.ranks.world)
+            exec_config = self.exec_config(batch_size, sharded=False)
+            pipeline = saliency.saliency_pipeline(self.train_index, image, exec_config, ids)
+            return Loader(pipeline, saliency.OUTPUTS, self.train_index, drop_last=False)
+
+        report = refresh(
+            self.net,
+            cache if self.ranks.local == 0 else None,
+            self.train_index,
+            loader_for,
+            epoch=due,
+            layer=config.saliency.layer,
+            name=config.model,
+            input_size=image.size,
+            autocast=self.autocast,
+            progress=bar.update,
+        )
+        bar.close()
+        self.loader = self.build_loader()
+        self.meter.sums["saliency_images"] += report.images
+        self.meter.sums["saliency"] += time.perf_counter() - start
+
+    def train_epoch(self) -> None:
+        """What is left of the epoch, with checkpoints in between."""
+        config = self.config
+        self.loader = self.loader or self.build_loader()
+        self.model.train()
+        steps = len(self.loader)
+        bar = tqdm(total=steps, initial=self.step, desc=f"epoch {self.epoch}", unit="step",
+                   leave=False, disable=not self.ranks.first)  # fmt: skip
+        sums = self.meter.sums
+        score = torch.zeros(2, device=self.device)  # loss and hits, summed over images
+        planned, mark = self.stage.seconds, time.perf_counter()
+
+        def settle():
+            """Bring the sums up to date; waits for the device."""
+            nonlocal planned, mark
+            for key, value in zip(("loss", "hits"), score.tolist(), strict=True):
+                sums[key] += value
+            score.zero_()
+            sums["plan"] += self.stage.seconds - planned
+            sums["train"] += time.perf_counter() - mark
+            planned, mark = self.stage.seconds, time.perf_counter()
+
+        batches = iter(self.loader)
+        while True:
+            wait = time.perf_counter()
+            batch = next(batches, None)
+            sums["data"] += time.perf_counter() - wait
+            if batch is None:
+                break
+            if self.step == 0 and self.ranks.first:
+                save_picture(self.out / "erased.png", batch, config.image)
+            for group in self.optimizer.param_groups:
+                done = self.epoch * steps + self.step
+                group["lr"] = config.optim.lr_at(done, steps, config.epochs)
+            self.train_step(batch, score)
+            self.meter.add_batch(batch.status)
+            self.step += 1
+            bar.update()
+            if config.checkpoint_every and self.step % config.checkpoint_every == 0:
+                settle()
+                self.save()
+        settle()
+        bar.close()
+
+    def train_step(self, batch: Batch, score: torch.Tensor) -> None:
+        images = batch.images.contiguous(memory_format=self.layout)
+        with self.autocast():
+            logits = self.model(images)
+        loss = mixed_cross_entropy(
+            logits, batch.labels, batch.partners, batch.mu, self.config.optim.label_smoothing
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update_parameters(self.net)
+        hits = (logits.argmax(1) == batch.labels).sum()
+        score += torch.stack([loss.detach() * len(images), hits])
+
+    @torch.inference_mode()
+    def finish_epoch(self) -> dict[str, Any]:
+        """Validate, on the images of all ranks, and close the epoch: its row of metrics.jsonl."""
+        start = time.perf_counter()
+        self.ranks.share_buffers(self.net)
+        model = self.net if self.ema is None else self.ema
+        model.eval()
+        counts = {"val_top1": 0.0, "val_top5": 0.0, "images": 0.0}
+        for batch in self.val_loader:
+            with self.autocast():
+                logits = model(batch.images.contiguous(memory_format=self.layout))
+            best = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
+            counts["val_top1"] += float(best[:, 0].sum())
+            counts["val_top5"] += float(best.sum())
+            counts["images"] += len(batch.ids)
+        total = self.ranks.sum(counts)
+        self.meter.sums["val"] += time.perf_counter() - start
+        guided = self.config.method == "scae"
+        lam = schedule.lam(self.epoch, self.config.epochs, self.config.scae.lam_max)
+        return {
+            "epoch": self.epoch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "lam": float(lam) if guided else 0.0,
+            **{key: 100 * total[key] / total["images"] for key in ("val_top1", "val_top5")},
+            **self.meter.close_epoch(self.ranks, guided),
+        }
+
+    def save(self) -> None:
+        """Write the checkpoint: wholly, or not at all."""
+        assert self.loader is not None
+        self.pipeline_state = self.loader.state()
+        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        mine = {
+            "pipeline": self.pipeline_state,
+            "sums": self.meter.sums,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": cuda,
+        }
+        ranks = self.ranks.gather(mine)
+        if self.ranks.first:
+            state = {name: getattr(self, name).state_dict() for name in self.parts()}
+            state |= {
+                "epoch": self.epoch,
+                "step": self.step,
+                "totals": self.meter.totals,
+                "ranks": ranks,
+            }
+            write_atomically(self.out / "checkpoint.pt", state)
+
+    def restore(self) -> None:
+        """Go on from the checkpoint."""
+        path = self.out / "checkpoint.pt"
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        check(
+            len(state["ranks"]) == self.ranks.world,
+            f"the run in {str(self.out)!r} was made by {len(state['ranks'])} processes, now there "
+            f"are {self.ranks.world}: resume it with as many",
+        )
+        for name in self.parts():
+            getattr(self, name).load_state_dict(state[name])
+        self.epoch, self.step, self.meter.totals = state["epoch"], state["step"], state["totals"]
+        mine = state["ranks"][self.ranks.rank]
+        self.pipeline_state, self.meter.sums = mine["pipeline"], mine["sums"]
+        torch.set_rng_state(mine["rng"])
+        if mine["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(mine["cuda_rng"])
+
+    def parts(self) -> list[str]:
+        return ["net", "optimizer", "scaler"] + ["ema"] * (self.ema is not None)
+
+
+def write_atomically(path: Path, state: Any) -> None:
+    """torch.save that leaves the old file or the new one, whatever happens."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def save_picture(path: Path, batch: Batch, image: ImageConfig) -> None:
+    """A sheet of the batch's first images as the network gets them."""
+    mean, std = (torch.tensor(v, device=batch.images.device) for v in (image.mean, image.std))
+    pixels = batch.images[:32].float() * std[:, None, None] + mean[:, None, None]
+    save_image(pixels / 255, path, nrow=8)
+
+
+def run(config: Config, resume: bool) -> None:
+    """Train to the last epoch. Nothing is written where `out` already holds a run, unless resumed."""
+    ranks = Ranks(config.device)
+    out = Path(config.out)
+    if not resume and (out / "config.json").exists():
+        raise ValueError(f"out must be a new folder, got {config.out!r}: give another, or --resume")
+    ranks.gather(None)  # nobody writes before all have looked
+    out.mkdir(parents=True, exist_ok=True)
+    training = Run(config, ranks)
+    if (out / "checkpoint.pt").exists():
+        training.restore()
+    log = None
+    if ranks.first:
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+        log = Log(out, training.epoch)
+    while training.epoch < config.epochs:
+        training.saliency_pass()
+        training.train_epoch()
+        row = training.finish_epoch()
+        if log is not None:
+            log.write(row)
+            tqdm.write(summary(row))
+        training.epoch, training.step = training.epoch + 1, 0
+        training.save()
+    if log is not None:
+        log.close()
+        weights = training.net if training.ema is None else training.ema.module
+        write_atomically(out / "weights.pt", weights.state_dict())
+    ranks.close()
+
+
+def main() -> None:
+    parser = jsonargparse.ArgumentParser(prog="train.py", description="Train a network.")
+    parser.add_argument("--config", action="config", help="YAML file of the settings below")
+    parser.add_class_arguments(Config)
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint in `out`, if there is one"
+    )
+    settings = parser.instantiate(parser.parse_args())
+    try:
+        names = {f.name for f in dataclasses.fields(Config)}
+        run(Config(**{name: settings[name] for name in names}), settings.resume)
+    except (ValueError, ImageError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
