@@ -1,6 +1,6 @@
-"""Train a torchvision network on image folders or lists, with SCAE or another method of erasing.
+"""Train a torchvision network on image folders or lists, with SCAE or another method.
 
-    python train.py --config pipelines/imagenet_resnet50.yaml --data.root /data/imagenet --out runs/a
+    python train.py --config pipelines/imagenet_resnet50.yaml --data.root /data/imagenet --out run
     torchrun --nproc-per-node 8 train.py --config … --data.root … --out …
     python train.py --help
 
@@ -10,16 +10,14 @@ any time, a run goes on with --resume from its last checkpoint, within an epoch 
 
 import dataclasses
 import json
-import os
 import sys
 import time
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import torch
-import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -28,8 +26,8 @@ from tqdm import tqdm
 
 from pipelines import saliency, train, val
 from pipelines.config import ExecConfig, ImageConfig
-from pipelines.recipe import Config
-from scae_dali import schedule
+from pipelines.recipe import Config, autocast
+from scae_dali import checkpoint, schedule
 from scae_dali.cache import SaliencyCache
 from scae_dali.config import check
 from scae_dali.gradcam import GradCAM
@@ -49,30 +47,21 @@ class Run:
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.out = Path(config.out)
         self.train_index, self.val_index = config.data.open()
+        self.identity = config.fixed() | {"data": self.train_index.fingerprint}
         torch.manual_seed(derive(config.seed, "model"))
-        classes = self.train_index.num_classes
-        self.net: nn.Module = torchvision.models.get_model(config.model, num_classes=classes)
+        self.net = config.network(self.train_index.num_classes)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.net.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        self.net.to(self.device, memory_format=self.layout)
         self.ema = None
         if config.optim.ema:
             average = get_ema_multi_avg_fn(config.optim.ema)
             self.ema = AveragedModel(self.net, multi_avg_fn=average, use_buffers=True)
         self.model = self.net
         if config.compile:
-            self.model = torch.compile(self.model)  # type: ignore[assignment]
+            self.model = torch.compile(self.model)
         if ranks.world > 1:
             self.model = DistributedDataParallel(self.model)
-        weights = list(self.net.parameters())
-        vectors = [] if config.optim.decay_norms else [p for p in weights if p.ndim <= 1]
-        matrices = [p for p in weights if config.optim.decay_norms or p.ndim > 1]
-        self.optimizer = torch.optim.SGD(
-            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-            config.optim.lr,
-            config.optim.momentum,
-            weight_decay=config.optim.weight_decay,
-            nesterov=True,
-        )
+        self.optimizer = config.optim.optimizer(self.net)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.epoch = self.step = 0  # the next ones; step counts within the epoch
         self.meter = Meter()
@@ -96,22 +85,13 @@ class Run:
             num_shards=self.ranks.world if sharded else 1,
         )
 
-    def autocast(self):
-        if self.config.amp == "none":
-            return nullcontext()
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.config.amp]
-        return torch.autocast(self.device.type, dtype)
-
     def open_cache(self) -> SaliencyCache:
         """The cache built offline, or the run's own, made where it is missing."""
         config = self.config.saliency
         path = config.cache or self.out / "saliency.lmdb"
         if self.config.scae.refresh_every:
-            size = self.config.saliency_image().size
-            image = torch.zeros(1, 3, size, size, device=self.device)
-            label = torch.zeros(1, dtype=torch.int64, device=self.device)
-            grid = GradCAM(self.net, config.layer)(image, label).shape[1:]
-            SaliencyCache.create(path, self.train_index, grid=tuple(grid), exist_ok=True)
+            grid = GradCAM(self.net, config.layer).grid(self.config.saliency_image().size)
+            SaliencyCache.create(path, self.train_index, grid=grid, exist_ok=True)
         return SaliencyCache(path, index=self.train_index)
 
     def build_loader(self) -> Loader:
@@ -170,7 +150,7 @@ class Run:
             layer=config.saliency.layer,
             name=config.model,
             input_size=image.size,
-            autocast=self.autocast,
+            autocast=partial(autocast, config.amp, self.device),
             progress=bar.update,
         )
         bar.close()
@@ -224,7 +204,7 @@ class Run:
 
     def train_step(self, batch: Batch, score: torch.Tensor) -> None:
         images = batch.images.contiguous(memory_format=self.layout)
-        with self.autocast():
+        with autocast(self.config.amp, self.device):
             logits = self.model(images)
         loss = mixed_cross_entropy(
             logits, batch.labels, batch.partners, batch.mu, self.config.optim.label_smoothing
@@ -247,7 +227,7 @@ class Run:
         model.eval()
         counts = {"val_top1": 0.0, "val_top5": 0.0, "images": 0.0}
         for batch in self.val_loader:
-            with self.autocast():
+            with autocast(self.config.amp, self.device):
                 logits = model(batch.images.contiguous(memory_format=self.layout))
             best = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
             counts["val_top1"] += float(best[:, 0].sum())
@@ -280,17 +260,17 @@ class Run:
         if self.ranks.first:
             state = {name: getattr(self, name).state_dict() for name in self.parts()}
             state |= {
+                "of": self.identity,
                 "epoch": self.epoch,
                 "step": self.step,
                 "totals": self.meter.totals,
                 "ranks": ranks,
             }
-            write_atomically(self.out / "checkpoint.pt", state)
+            checkpoint.save(self.out / "checkpoint.pt", state)
 
     def restore(self) -> None:
         """Go on from the checkpoint."""
-        path = self.out / "checkpoint.pt"
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = checkpoint.load_run(self.out / "checkpoint.pt", self.identity)
         check(
             len(state["ranks"]) == self.ranks.world,
             f"the run in {str(self.out)!r} was made by {len(state['ranks'])} processes, now there "
@@ -309,16 +289,6 @@ class Run:
         return ["net", "optimizer", "scaler"] + ["ema"] * (self.ema is not None)
 
 
-def write_atomically(path: Path, state: Any) -> None:
-    """torch.save that leaves the old file or the new one, whatever happens."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def save_picture(path: Path, batch: Batch, image: ImageConfig) -> None:
     """A sheet of the batch's first images as the network gets them."""
     mean, std = (torch.tensor(v, device=batch.images.device) for v in (image.mean, image.std))
@@ -327,7 +297,7 @@ def save_picture(path: Path, batch: Batch, image: ImageConfig) -> None:
 
 
 def run(config: Config, resume: bool) -> None:
-    """Train to the last epoch. Nothing is written where `out` already holds a run, unless resumed."""
+    """Train to the last epoch. Nothing is written where `out` holds a run, unless resumed."""
     ranks = Ranks(config.device)
     out = Path(config.out)
     if not resume and (out / "config.json").exists():
@@ -337,6 +307,7 @@ def run(config: Config, resume: bool) -> None:
     training = Run(config, ranks)
     if (out / "checkpoint.pt").exists():
         training.restore()
+    training.loader = training.build_loader()  # before anything is written: it may object
     log = None
     if ranks.first:
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
@@ -353,7 +324,7 @@ def run(config: Config, resume: bool) -> None:
     if log is not None:
         log.close()
         weights = training.net if training.ema is None else training.ema.module
-        write_atomically(out / "weights.pt", weights.state_dict())
+        checkpoint.save(out / "weights.pt", weights.state_dict())
     ranks.close()
 
 
@@ -364,8 +335,9 @@ def main() -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in `out`, if there is one"
     )
-    settings = parser.instantiate(parser.parse_args())
+    arguments = parser.parse_args()
     try:
+        settings = parser.instantiate(arguments)
         names = {f.name for f in dataclasses.fields(Config)}
         run(Config(**{name: settings[name] for name in names}), settings.resume)
     except (ValueError, ImageError, OSError) as error:

@@ -6,6 +6,7 @@ process with nvImageCodec 0.9 (NVIDIA/nvImageCodec#55), so `auto` avoids it ther
 
 from collections.abc import Sequence
 from importlib import metadata
+from typing import Any
 
 from nvidia.dali import fn, types
 
@@ -21,6 +22,7 @@ def read(
     index: ImageIndex, run: ExecConfig, ids: Sequence[int] | None = None, **order
 ) -> tuple[DataNode, DataNode]:
     """Encoded files and their ids, int32 [1]. ids: which samples, in this order; None: all."""
+    what: dict[str, Any]
     if ids is None:
         what = {"files": list(index.files)}  # without labels the reader gives the place
     else:

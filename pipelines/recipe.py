@@ -1,11 +1,17 @@
 """A training run as a config: what train.py takes from the command line and from YAML."""
 
 import dataclasses
+import difflib
 import math
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
+import torchvision
+from torch import nn
 
 from pipelines.config import ImageConfig
 from scae_dali.config import RandomErasingConfig, ScaeConfig, check, check_choice
@@ -99,6 +105,17 @@ class OptimConfig:
         )
         check(0 <= self.ema < 1, f"optim.ema must be in [0, 1), got {self.ema}; 0 switches it off")
 
+    def optimizer(self, net: nn.Module) -> torch.optim.SGD:
+        """SGD over the network's parameters."""
+        weights = list(net.parameters())
+        spared = [] if self.decay_norms else [p for p in weights if p.ndim <= 1]
+        decayed = weights if self.decay_norms else [p for p in weights if p.ndim > 1]
+        groups: list[dict[str, Any]] = [
+            {"params": decayed, "weight_decay": self.weight_decay},
+            {"params": spared, "weight_decay": 0.0},
+        ]
+        return torch.optim.SGD(groups, self.lr, self.momentum, nesterov=True)
+
     def lr_at(self, step: int, steps: int, epochs: int) -> float:
         """The learning rate at a step counted from the run's start, `steps` to the epoch."""
         epoch = step / steps
@@ -183,9 +200,34 @@ class Config:
             f"{self.optim.warmup_epochs}",
         )
         check(
+            self.method != "scae" or self.scae.refresh_every > 0 or bool(self.saliency.cache),
+            "scae.refresh_every=0 means a cache built offline, got saliency.cache=None: name it "
+            "(tools/build_cache.py builds one), or refresh every so many epochs",
+        )
+        check(
             self.checkpoint_every >= 0,
             f"checkpoint_every must be >= 0, got {self.checkpoint_every}",
         )
+
+    def network(self, classes: int) -> nn.Module:
+        """The network, with random weights."""
+        known = torchvision.models.list_models(torchvision.models)
+        check(
+            self.model in known,
+            f"model must be a classification network of torchvision, got {self.model!r}; did you "
+            f"mean {' or '.join(difflib.get_close_matches(self.model, known)) or 'resnet50'}?",
+        )
+        return torchvision.models.get_model(self.model, num_classes=classes)
+
+    def fixed(self) -> dict[str, Any]:
+        """Settings that a resumed run may not change: its checkpoint depends on them."""
+        return {
+            "model": self.model,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "optim.ema": self.optim.ema,
+            "optim.decay_norms": self.optim.decay_norms,
+        }
 
     def method_settings(self) -> dict[str, Any]:
         """The settings of `method`, as keywords of its Config."""
@@ -197,3 +239,10 @@ class Config:
         """The images of the saliency pass."""
         size = self.saliency.size or self.image.size
         return dataclasses.replace(self.image, size=size, val_resize=size)
+
+
+def autocast(amp: str, device: torch.device) -> AbstractContextManager:
+    """The mixed precision of a run, for training and saliency pass alike."""
+    if amp == "none":
+        return nullcontext()
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[amp])

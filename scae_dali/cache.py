@@ -1,7 +1,8 @@
 """The saliency cache: one LMDB environment that holds a small map for every sample of a data set.
 
-Decides the file format, when a stored map may be trusted, and how LMDB is opened, grown and
-recovered. What the maps mean, and when a pass is due, is decided elsewhere.
+Decides which samples a cache serves, under which keys, and when a stored map may be trusted. The
+bytes of a record are of `records`, those of the meta record of `cache_meta`; how LMDB is opened,
+grown and recovered is of `store`. What the maps mean, and when a pass is due, is decided elsewhere.
 
 Format 1, without pickle; the keys of records are big-endian so that LMDB's byte order is their
 numeric order:
@@ -19,44 +20,56 @@ wants a local file system.
 
 from __future__ import annotations
 
-import errno
-import json
 import os
-import threading
 import weakref
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import lmdb
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from scae_dali import store
+from scae_dali.cache_meta import (
+    FORMAT_VERSION,
+    PROVENANCE,
+    CacheError,
+    CacheMeta,
+    from_json,
+    to_json,
+)
+from scae_dali.chunk_writer import ChunkWriter
+from scae_dali.records import (
+    CHUNK,
+    KEY_BYTES,
+    Maps,
+    checked_epoch,
+    checked_ids,
+    checked_maps,
+    expected_bytes,
+    put_ascending,
+    record_type,
+    rows,
+    split,
+)
+from scae_dali.resident import ResidentCache
+
 __all__ = [
+    "CHUNK",
     "FORMAT_VERSION",
     "CacheError",
     "CacheMeta",
     "ChunkWriter",
+    "Index",
     "ResidentCache",
     "SaliencyCache",
 ]
 
-FORMAT_VERSION = 1
-INITIAL_MAP_SIZE = 64 << 20  # bytes of address space, not of disk; doubled whenever it is full
-CHUNK = 4096  # records a commit: some 290 KB at 7x7, one sync
-
-_KEY, _STAMP = 8, 2  # bytes
 _META, _NEIGHBORS = b"meta", b"neighbors"
-_PROVENANCE = ("method", "model", "layer", "input_size")
-# LMDB reports a short write as EIO, so a full disk may arrive under that name too.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 T = TypeVar("T")
-Maps = NDArray[np.uint8]
 
 
 class Index(Protocol):
@@ -70,6 +83,9 @@ class Index(Protocol):
 
     def keys(self, naming: str) -> NDArray[np.uint64]:
         """naming "index" or "path" -> the unique keys of the samples, u64[N]."""
+
+
+_caches: weakref.WeakSet[SaliencyCache] = weakref.WeakSet()  # open ones
 
 
 class SaliencyCache:
@@ -95,12 +111,12 @@ class SaliencyCache:
         self.path = os.fspath(path)
         self._real = os.path.realpath(self.path)
         self._closed = False
-        _require_data_file(self.path)
-        _environment(self._real).forget_if_replaced()
+        store.require_data_file(self.path)
+        store.environment(self._real).forget_if_replaced()
         meta = self.meta
         self._check(meta, index, grid)
         self._grid, self._samples = meta.grid, meta.samples
-        self._size = _STAMP + meta.grid[0] * meta.grid[1]
+        self._kind = record_type(meta.grid)
         self._keys: NDArray[np.uint64] | None = None
         if index is not None or meta.naming == "index":
             keys = np.arange(meta.samples) if index is None else index.keys(meta.naming)
@@ -140,18 +156,7 @@ class SaliencyCache:
             raise ValueError(f'naming must be "index" or "path", got {naming!r}')
         if len(grid) != 2 or not all(isinstance(n, int | np.integer) and n >= 1 for n in grid):
             raise ValueError(f"grid must be (h, w) of positive integers, got {grid!r}")
-        if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
-            if not exist_ok:
-                raise CacheError(
-                    f"cannot create a saliency cache at {path!r}: something is there; open it with "
-                    "SaliencyCache(...), pass exist_ok=True, or choose another path"
-                )
-            _require_directory(path)
-            if foreign := sorted(set(os.listdir(path)) - {"data.mdb", "lock.mdb"}):
-                raise CacheError(
-                    f"{path!r} is no saliency cache: it holds {foreign[0]!r}; choose another path"
-                )
-        os.makedirs(path, exist_ok=True)
+        store.make_directory(path, exist_ok=exist_ok)
         meta = CacheMeta(
             FORMAT_VERSION,
             (int(grid[0]), int(grid[1])),
@@ -163,13 +168,13 @@ class SaliencyCache:
 
         def initialise(txn: lmdb.Transaction) -> None:
             if txn.stat()["entries"] == 0:
-                txn.put(_META, _encode(meta))
+                txn.put(_META, to_json(meta))
             elif not exist_ok:
                 raise CacheError(
                     f"another process has just created {path!r}; pass exist_ok=True to share it"
                 )
 
-        environment = _environment(os.path.realpath(path))
+        environment = store.environment(os.path.realpath(path))
         environment.forget_if_replaced()
         environment.update(initialise, needs=1 << 16)
         cache = cls(path, index=index, grid=meta.grid)
@@ -189,7 +194,7 @@ class SaliencyCache:
     @property
     def size_bytes(self) -> int:
         """Length of the data file (st_size); LMDB reuses its pages, it never shrinks the file."""
-        return os.stat(os.path.join(self._real, "data.mdb")).st_size
+        return os.path.getsize(os.path.join(self._real, store.DATA_FILE))
 
     def read(self, ids: ArrayLike) -> tuple[Maps, NDArray[np.bool_]]:
         """ids: int[B], positions in the index -> maps u8[B,h,w] (255 = 1.0), found bool[B].
@@ -197,15 +202,14 @@ class SaliencyCache:
         All of one snapshot, the newest. A sample without a map has found False and an all-zero map.
         Raises IndexError for an id outside the index.
         """
-        ids = self._ids(ids)
-        names = _split(self._names(ids).tobytes(), _KEY)
+        ids = checked_ids(ids, self._samples)
+        names = split(self._names(ids).tobytes(), KEY_BYTES)
         values = self._view(lambda txn: [txn.get(name, b"") for name in names])
-        found = np.fromiter(map(len, values), np.int64, len(values)) == self._size
+        found = np.fromiter(map(len, values), np.int64, len(values)) == self._kind.itemsize
         if not found.all():
-            blank = bytes(self._size)
+            blank = bytes(self._kind.itemsize)
             values = [value if ok else blank for value, ok in zip(values, found, strict=True)]
-        records = np.frombuffer(b"".join(values), np.uint8).reshape(len(ids), self._size)
-        return records[:, _STAMP:].copy().reshape(len(ids), *self._grid), found
+        return np.frombuffer(b"".join(values), self._kind)["map"].copy(), found
 
     def stamps(self) -> NDArray[np.int32]:
         """Epoch stamp of every sample, i32[N]; -1 where there is no map."""
@@ -215,10 +219,11 @@ class SaliencyCache:
         """Maps of each epoch stamp, ascending, and records of the wrong length; needs no index."""
 
         def count(txn: lmdb.Transaction) -> tuple[dict[int, int], int]:
-            rows = [(_stamps_of(records), spoilt) for _, records, spoilt in self._rows(txn)]
-            stamps = np.concatenate([np.empty(0, np.int64), *(block for block, _ in rows)])
+            blocks = [(records["stamp"], bad) for _, records, bad in rows(txn, self._kind)]
+            stamps = np.concatenate([np.empty(0, np.uint16), *(block for block, _ in blocks)])
             ages, counts = np.unique(stamps, return_counts=True)
-            return dict(zip(ages.tolist(), counts.tolist(), strict=True)), sum(n for _, n in rows)
+            by_age = dict(zip(ages.tolist(), counts.tolist(), strict=True))
+            return by_age, sum(bad for _, bad in blocks)
 
         return self._view(count)
 
@@ -239,13 +244,11 @@ class SaliencyCache:
         the pass under way, or the last complete one, has the same epoch, weights and provenance. If
         not they are stale: they are withdrawn (emptied) first, and the pass begins only then.
         """
-        epoch = _checked_epoch(epoch)
-        given = {"method": method, "model": model, "layer": layer, "input_size": input_size}
+        epoch = checked_epoch(epoch)
         meta = self.meta
-        kept = {
-            name: getattr(meta, name) if value is None else value for name, value in given.items()
-        }
-        wanted = {"epoch": epoch, "weights": weights, **kept}
+        given = {"method": method, "model": model, "layer": layer, "input_size": input_size}
+        kept = {name: getattr(meta, name) for name in PROVENANCE if given[name] is None}
+        wanted = {"epoch": epoch, "weights": weights, **given, **kept}
         stamps = self.stamps()
         order = self._order
         trusted = wanted in (meta.under_way, meta.last_pass)
@@ -260,7 +263,7 @@ class SaliencyCache:
             now = self._meta(txn)
             if pending.size or now.under_way is not None or now.last_pass != wanted:
                 epoch_left = None if now.epoch == epoch and not trusted else now.epoch
-                txn.put(_META, _encode(replace(now, under_way=wanted, epoch=epoch_left)))
+                txn.put(_META, to_json(replace(now, under_way=wanted, epoch=epoch_left)))
 
         self._update(begin)
         return pending.astype(np.int64)
@@ -273,17 +276,16 @@ class SaliencyCache:
         for maps of another shape, dtype or range, CacheError if no pass of `epoch` is under way,
         OSError if the disk is full; what was committed before stays.
         """
-        epoch = _checked_epoch(epoch)
-        ids = self._ids(ids)
-        maps = self._quantised(ids, maps)
-        records = np.empty((len(ids), self._size), np.uint8)
-        records[:, :_STAMP] = np.frombuffer(epoch.to_bytes(_STAMP, "little"), np.uint8)
-        records[:, _STAMP:] = maps.reshape(len(ids), self._size - _STAMP)
+        epoch = checked_epoch(epoch)
+        ids, maps = self.checked(ids, maps)
+        records = np.empty(len(ids), self._kind)
+        records["stamp"] = epoch
+        records["map"] = maps
         names = self._names(ids)
         # Ascending, and of twins the last.
         order = len(ids) - 1 - np.unique(names[::-1], return_index=True)[1]
-        keys = _split(names[order].tobytes(), _KEY)
-        values = _split(records[order].tobytes(), self._size)
+        keys = split(names[order].tobytes(), KEY_BYTES)
+        values = split(records[order].tobytes(), self._kind.itemsize)
 
         def commit(txn: lmdb.Transaction) -> None:
             under_way = self._meta(txn).under_way
@@ -293,14 +295,19 @@ class SaliencyCache:
                     f"write(epoch={epoch}): the pass under way in {self.path!r} is {found}; call "
                     f"begin_pass({epoch})"
                 )
-            self._put(txn, keys, values)
+            put_ascending(txn, keys, values)
 
         self._update(commit)
+
+    def checked(self, ids: ArrayLike, maps: ArrayLike) -> tuple[NDArray[np.int64], Maps]:
+        """What `write` would take -> ids i64[B], maps u8[B,h,w]; raises what it would raise."""
+        ids = checked_ids(ids, self._samples)
+        return ids, checked_maps(maps, ids, self._grid)
 
     def end_pass(self, epoch: int) -> None:
         """Marks the pass of `epoch` complete; nothing to do if it is. Raises CacheError if maps are
         missing."""
-        epoch = _checked_epoch(epoch)
+        epoch = checked_epoch(epoch)
 
         def finish(txn: lmdb.Transaction) -> None:
             meta = self._meta(txn)
@@ -317,10 +324,8 @@ class SaliencyCache:
                     f"first: sample {missing[0]}); write them, begin_pass with the same arguments "
                     "lists them all"
                 )
-            txn.put(
-                _META,
-                _encode(replace(meta, **meta.under_way, under_way=None, passes=meta.passes + 1)),
-            )
+            done = replace(meta, **meta.under_way, under_way=None, passes=meta.passes + 1)
+            txn.put(_META, to_json(done))
 
         self._update(finish)
 
@@ -338,7 +343,7 @@ class SaliencyCache:
 
         def put(txn: lmdb.Transaction) -> None:
             txn.put(_NEIGHBORS, table.astype("<u2").tobytes())
-            txn.put(_META, _encode(replace(self._meta(txn), neighbors=table.shape)))
+            txn.put(_META, to_json(replace(self._meta(txn), neighbors=table.shape)))
 
         self._update(put)
 
@@ -358,6 +363,19 @@ class SaliencyCache:
             )
         return np.frombuffer(blob, "<u2").astype(np.uint16).reshape(shape)
 
+    def snapshot(self) -> tuple[Maps, NDArray[np.bool_], int]:
+        """All maps u8[N,h,w], found bool[N], and the number of passes they are of."""
+
+        def copy(txn: lmdb.Transaction) -> tuple[Maps, NDArray[np.bool_], int]:
+            maps = np.zeros((self._samples, *self._grid), np.uint8)
+            found = np.zeros(self._samples, np.bool_)
+            for ids, records in self._scan(txn):
+                maps[ids] = records["map"]
+                found[ids] = True
+            return maps, found, self._meta(txn).passes
+
+        return self._view(copy)
+
     def resident(self) -> ResidentCache:
         """All maps in memory, N*h*w bytes."""
         return ResidentCache(self)
@@ -367,7 +385,7 @@ class SaliencyCache:
         self._closed = True
         _caches.discard(self)
         if not any(cache._real == self._real for cache in _caches):
-            _environment(self._real).close()
+            store.environment(self._real).close()
 
     def __enter__(self) -> SaliencyCache:
         return self
@@ -379,18 +397,18 @@ class SaliencyCache:
         return self._environment().view(look)
 
     def _update(self, change: Callable[[lmdb.Transaction], None]) -> None:
-        full = _expected_bytes(self._samples, self._size)
+        full = expected_bytes(self._samples, self._kind.itemsize)
         self._environment().update(change, needs=max(full - self.size_bytes, 1 << 20))
 
-    def _environment(self) -> _Environment:
+    def _environment(self) -> store.Environment:
         if self._closed:
             raise CacheError(
                 f"saliency cache {self.path!r} is closed; open it again with SaliencyCache(...)"
             )
-        return _environment(self._real)
+        return store.environment(self._real)
 
     def _meta(self, txn: lmdb.Transaction) -> CacheMeta:
-        return _decode(bytes(txn.get(_META, b"")), self.path)
+        return from_json(bytes(txn.get(_META, b"")), self.path)
 
     def _check(self, meta: CacheMeta, index: Index | None, grid: tuple[int, int] | None) -> None:
         remedy = "build a new cache at another path"
@@ -408,9 +426,6 @@ class SaliencyCache:
                 f"saliency cache {self.path!r} has grid {meta.grid}, not {tuple(grid)}; {remedy}"
             )
 
-    def _ids(self, ids: ArrayLike) -> NDArray[np.int64]:
-        return _checked_ids(ids, self._samples)
-
     def _names(self, ids: NDArray[np.int64]) -> NDArray[np.uint64]:
         return self._known_keys()[ids].astype(">u8")
 
@@ -422,49 +437,17 @@ class SaliencyCache:
             )
         return self._keys
 
-    def _quantised(self, ids: NDArray[np.int64], maps: ArrayLike) -> Maps:
-        """f[B,h,w] in [0, 1] or u8[B,h,w] -> u8[B,h,w]."""
-        values = np.asarray(maps)
-        if values.shape != (len(ids), *self._grid):
-            raise ValueError(
-                f"maps must be [{len(ids)}, {self._grid[0]}, {self._grid[1]}], got "
-                f"{list(values.shape)}"
-            )
-        if values.dtype == np.uint8:
-            return values
-        if values.dtype.kind != "f":
-            raise ValueError(f"maps must be uint8, or float in [0, 1], got {values.dtype}")
-        bad = ~((values >= 0) & (values <= 1))  # true of NaN as well
-        if bad.any():
-            row = int(np.flatnonzero(bad.any(axis=(1, 2)))[0])
-            raise ValueError(
-                f"maps must be in [0, 1], got {values[row][bad[row]][0]} for sample {ids[row]}; "
-                "write a map of zeros where there is none"
-            )
-        return np.rint(255 * values.astype(np.float32)).astype(np.uint8)
-
     def _withdraw(self, ids: NDArray[np.int64]) -> None:
         """ids in key order."""
-        keys = _split(self._names(ids).tobytes(), _KEY)
+        keys = split(self._names(ids).tobytes(), KEY_BYTES)
         for start in range(0, len(keys), CHUNK):
             chunk = keys[start : start + CHUNK]
-            self._update(partial(self._put, keys=chunk, values=[b""] * len(chunk)))
+            self._update(partial(put_ascending, keys=chunk, values=[b""] * len(chunk)))
 
-    def _rows(self, txn: lmdb.Transaction) -> Iterator[tuple[NDArray[np.uint64], Maps, int]]:
-        """Blocks of keys u64[n], records u8[n, 2 + h*w], and how many more had a wrong length."""
-        rows = iter(txn.cursor())
-        while block := list(islice(rows, 1024)):
-            named = [row for row in block if len(row[0]) == _KEY]
-            whole = [row for row in named if len(row[1]) == self._size]
-            keys = np.frombuffer(b"".join([key for key, _ in whole]), ">u8").astype(np.uint64)
-            blob = b"".join([value for _, value in whole])
-            records = np.frombuffer(blob, np.uint8).reshape(len(whole), self._size)
-            yield keys, records, len(named) - len(whole)
-
-    def _scan(self, txn: lmdb.Transaction) -> Iterator[tuple[NDArray[np.intp], Maps]]:
-        """ids i[n] and records u8[n, 2 + h*w] of the samples that have a map, in key order."""
+    def _scan(self, txn: lmdb.Transaction) -> Iterator[tuple[NDArray[np.intp], NDArray[Any]]]:
+        """ids i[n] and records[n] of the samples that have a map, in key order."""
         self._known_keys()
-        for keys, records, _ in self._rows(txn):
+        for keys, records, _ in rows(txn, self._kind):
             place = np.minimum(np.searchsorted(self._sorted, keys), self._samples - 1)
             ours = self._sorted[place] == keys
             yield self._order[place[ours]], records[ours]
@@ -472,27 +455,5 @@ class SaliencyCache:
     def _stamps(self, txn: lmdb.Transaction) -> NDArray[np.int32]:
         stamps = np.full(self._samples, -1, np.int32)
         for ids, records in self._scan(txn):
-            stamps[ids] = _stamps_of(records)
+            stamps[ids] = records["stamp"]
         return stamps
-
-
-def _checked_epoch(epoch: int) -> int:
-    if not isinstance(epoch, int | np.integer) or not 0 <= epoch < 1 << 16:
-        raise ValueError(
-            f"epoch must be an integer in 0..65535 (it is stored in 16 bits), got {epoch!r}"
-        )
-    return int(epoch)
-
-
-def _checked_ids(ids: ArrayLike, samples: int) -> NDArray[np.int64]:
-    array = np.asarray(ids)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"ids must be integers [B], got {array.dtype} {list(array.shape)}")
-    if array.size and (array.min() < 0 or array.max() >= samples):
-        worst = array[(array < 0) | (array >= samples)][0]
-        raise IndexError(f"ids must be in 0..{samples - 1} (positions in the index), got {worst}")
-    return array.astype(np.int64)
-
-
-def _split(blob: bytes, size: int) -> list[bytes]:
-    return [blob[start : start + size] for start in range(0, len(blob), size)]

@@ -7,7 +7,7 @@ Decides how many maps are committed together. What begins, resumes and ends a pa
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,10 +15,19 @@ from numpy.typing import ArrayLike, NDArray
 from scae_dali.cache_meta import CacheError
 from scae_dali.records import CHUNK, Maps
 
-if TYPE_CHECKING:
-    from scae_dali.cache import SaliencyCache
-
 __all__ = ["ChunkWriter"]
+
+
+class Target(Protocol):
+    """What a pass needs of its `SaliencyCache`."""
+
+    def begin_pass(self, epoch: int, *args: Any, **kwargs: Any) -> NDArray[np.int64]: ...
+
+    def checked(self, ids: ArrayLike, maps: ArrayLike) -> tuple[NDArray[np.int64], Maps]: ...
+
+    def write(self, ids: ArrayLike, maps: ArrayLike, *, epoch: int) -> None: ...
+
+    def end_pass(self, epoch: int) -> None: ...
 
 
 class ChunkWriter:
@@ -33,7 +42,7 @@ class ChunkWriter:
     """
 
     def __init__(
-        self, cache: SaliencyCache, epoch: int, *, commit_every: int = CHUNK, **begin: Any
+        self, cache: Target, epoch: int, *, commit_every: int = CHUNK, **begin: Any
     ) -> None:
         """begin: weights and provenance, as of `SaliencyCache.begin_pass`."""
         if commit_every < 1:
@@ -50,7 +59,7 @@ class ChunkWriter:
 
     def write(self, ids: ArrayLike, maps: ArrayLike) -> None:
         """As `SaliencyCache.write`; checked at once, committed when enough are together."""
-        ids, maps = self._cache._checked(ids, maps)
+        ids, maps = self._cache.checked(ids, maps)
         self._maps.append(maps.copy())
         self._ids.append(ids)
         self._held += len(ids)

@@ -1,7 +1,7 @@
 """The dataset index: which samples, in which order, of which class, by which 64-bit key.
 
-A sample's id is its position. The index reads folders and lists, never pixels; what a class's
-frequency means for erasing is for `schedule`, the order of reading is for the reader.
+A sample's id is its position. The index reads lists and what `scan` finds in folders, never pixels;
+what a class's frequency means for erasing is for `schedule`, the order of reading for the reader.
 """
 
 from __future__ import annotations
@@ -10,11 +10,6 @@ import hashlib
 import os
 import re
 import struct
-import time
-import uuid
-import warnings
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,21 +17,13 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+from scae_dali.scan import EXTENSIONS, DatasetError, Int64, Path, scan_cached, scan_folders
+
+__all__ = ["EXTENSIONS", "DatasetError", "ImageIndex", "path_key"]
+
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 MAX_GUESSED_CLASSES = 1 << 16  # a stray number in a list must not make a billion classes
-MAX_DEPTH = 16  # links may form a loop
-CACHE_VERSION = 1
-RACY_NS = 2_000_000_000  # the coarsest mtime step of common file systems
 WEBDATASET_NAME = re.compile(r".+?:\d+:(.+)", re.DOTALL)  # archive.tar:OFFSET:member
-
-Path = str | os.PathLike[str]
-Int64 = npt.NDArray[np.int64]
-Scan = tuple[list[str], Int64, tuple[str, ...]]  # files, images per class, classes
-
-
-class DatasetError(ValueError):
-    """A folder, list, label or name that cannot be used; the message names it and the remedy."""
 
 
 def path_key(name: str) -> int:
@@ -70,7 +57,8 @@ class ImageIndex:
         Raises DatasetError.
         """
         root = os.fspath(root)
-        files, counts, classes = _scan(root)[0] if cache is None else _scan_cached(root, cache)
+        found = scan_folders(root)[0] if cache is None else scan_cached(root, cache)
+        files, counts, classes = found
         if len(classes) > 1 and "train" in classes and SPLIT_NAMES.issuperset(classes):
             raise DatasetError(
                 f"root={root!r} holds the splits {_some(classes)}, not classes; give one of them, "
@@ -284,122 +272,6 @@ class ImageIndex:
             )
         files = [self.files[i] for i in chosen.tolist()]
         return self.from_arrays(files, self.labels[chosen], self.root, classes=self.classes)
-
-
-def _scan(root: str) -> tuple[Scan, list[str], list[int]]:
-    """The files, counts and classes under root, and every folder visited with its mtime (ns)."""
-    if not root:
-        raise DatasetError("root is empty; give the folder that holds one folder per class")
-    if not os.path.isdir(root):
-        what = "is a file" if os.path.exists(root) else "does not exist"
-        raise DatasetError(f"root={root!r} {what}; give the folder that holds one folder per class")
-    folders, mtimes_ns = [], []
-
-    def visit(folder: str) -> tuple[list[str], list[str]]:
-        path = os.path.join(root, folder)
-        if folder.count("/") > MAX_DEPTH:
-            raise DatasetError(f"{path!r} is too deep; is a link to a folder above it in the way?")
-        folders.append(folder)
-        mtimes_ns.append(os.stat(path).st_mtime_ns)  # before listing: a change meanwhile will show
-        images, subfolders = [], []
-        with os.scandir(path) as entries:
-            for entry in entries:
-                name = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    subfolders.append(name)
-                elif entry.name.lower().endswith(EXTENSIONS):
-                    images.append(name)
-        return images, subfolders
-
-    def gather(folder: str) -> list[str]:
-        images, subfolders = visit(folder)
-        for name in subfolders:
-            images += gather(name)
-        return images
-
-    loose, classes = visit("")
-    if not classes:
-        found = f"{len(loose)} images lie directly in it" if loose else "it holds no images either"
-        raise DatasetError(
-            f"root={root!r} has no class folders ({found}); put each class's images into a folder, "
-            f"or use ImageIndex.from_list or from_arrays"
-        )
-    classes.sort()
-    images = [sorted(gather(name)) for name in classes]
-    counts = np.array([len(names) for names in images], dtype=np.int64)
-    files = [name for names in images for name in names]
-    return (files, counts, tuple(classes)), folders, mtimes_ns
-
-
-def _scan_cached(root: str, cache: Path) -> Scan:
-    """`_scan`, or what it found last time where every folder still has the mtime it had then."""
-    cache = os.fspath(cache)
-    if not cache.endswith(".npz"):
-        raise DatasetError(f"cache={cache!r} must end in .npz: the file would be overwritten")
-    here = os.fsencode(os.path.realpath(root))
-    if os.fsencode(os.path.realpath(cache)).startswith(os.path.join(here, b"")):
-        raise DatasetError(
-            f"cache={cache!r} lies in root={root!r}: writing it would change the folders that it "
-            f"describes; give a file elsewhere"
-        )
-    try:
-        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            if stored["version"] == CACHE_VERSION and stored["root"].tobytes() == here:
-                folders = _unpack(stored["folders"])
-                now = [os.stat(os.path.join(root, folder)).st_mtime_ns for folder in folders]
-                if np.array_equal(stored["mtimes_ns"], now):
-                    counts = stored["counts"]
-                    files = _unpack(stored["files"]) if counts.any() else []
-                    if len(files) != counts.sum():
-                        raise ValueError("files and counts disagree")
-                    return files, counts, tuple(_unpack(stored["classes"]))
-    except (FileNotFoundError, NotADirectoryError):  # no cache yet, or a folder has gone
-        pass
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        warnings.warn(
-            f"the index cache {cache!r} is unreadable ({error}); root is scanned again and the "
-            f"cache rewritten",
-            stacklevel=3,
-        )
-    started_ns = time.time_ns()
-    scan, folders, mtimes_ns = _scan(root)
-    files, counts, classes = scan
-    # A folder touched just now may change again within the same tick of its mtime: never trust it.
-    settled = [mtime if mtime < started_ns - RACY_NS else -1 for mtime in mtimes_ns]
-    temporary = f"{cache}.{uuid.uuid4().hex}.tmp"
-    try:
-        with open(temporary, "xb") as out:
-            np.savez(
-                out,
-                version=CACHE_VERSION,
-                root=np.frombuffer(here, np.uint8),
-                folders=_pack(folders),
-                mtimes_ns=np.array(settled, dtype=np.int64),
-                classes=_pack(classes),
-                counts=counts,
-                files=_pack(files),
-            )
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, cache)
-    except OSError as error:
-        raise DatasetError(
-            f"cache={cache!r} cannot be written ({error}); give a file in a writable folder"
-        ) from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-    return scan
-
-
-def _pack(names: Sequence[str]) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(os.fsencode("\0".join(names)), np.uint8)  # no path holds a NUL
-
-
-def _unpack(packed: npt.NDArray[np.uint8]) -> list[str]:
-    return os.fsdecode(packed.tobytes()).split("\0")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

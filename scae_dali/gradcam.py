@@ -172,6 +172,13 @@ class GradCAM:
                 )
             return gradcam(_as_map(features.detach()), _as_map(gradients))
 
+    def grid(self, size: int) -> tuple[int, int]:
+        """(h, w) of the maps of images of size x size pixels; raises what a call raises."""
+        parameter = next(self.model.parameters())
+        images = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)
+        maps = self(images, torch.zeros(1, dtype=torch.int64, device=parameter.device))
+        return maps.shape[1], maps.shape[2]
+
     def _check_map(self, output: Any, images: Tensor) -> None:
         """Raises ValueError unless the layer's output is a map of these images."""
         remedy = "pass a layer that gives [B,C,h,w], or [B,tokens,C] of a square grid"

@@ -10,7 +10,7 @@ from nvidia.dali.plugin.base_iterator import LastBatchPolicy
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 from scae_dali.dataset import ImageIndex
-from scae_dali.verify import explain
+from scae_dali.verify import concerns_images, explain
 
 T = TypeVar("T")
 
@@ -112,17 +112,17 @@ class Loader:
             images = images.permute(0, 3, 1, 2)
         n, device = len(images), images.device
         ids = out["id"].long().reshape(n)
-        if "label" in out:
-            labels = out["label"].reshape(n)
-        else:
-            labels = self._labels[ids.cpu()]
-        move = {"device": device, "non_blocking": True}
-        labels = labels.to(**move)
+        labels = out["label"].reshape(n) if "label" in out else self._labels[ids.cpu()]
+        labels = labels.to(device, non_blocking=True)
         return Batch(
             images=images,
             labels=labels,
-            partners=out["partner"].reshape(n).to(**move) if "partner" in out else labels,
-            mu=out["mu"].reshape(n).to(**move) if "mu" in out else torch.ones(n, device=device),
+            partners=out["partner"].reshape(n).to(device, non_blocking=True)
+            if "partner" in out
+            else labels,
+            mu=out["mu"].reshape(n).to(device, non_blocking=True)
+            if "mu" in out
+            else torch.ones(n, device=device),
             ids=ids,
             status=out["status"].reshape(n) if "status" in out else torch.zeros_like(ids),
             boxes=out["box"] if "box" in out else torch.zeros(n, 4),
@@ -132,6 +132,6 @@ class Loader:
         try:
             return step()
         except RuntimeError as error:
-            if "Critical error in pipeline" not in str(error):
+            if not concerns_images(str(error)):
                 raise
             raise ImageError(explain(str(error), self._index)) from error

@@ -61,7 +61,8 @@ def summary(row: Mapping[str, Any]) -> str:
     text = (
         f"epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  top-1 {row['val_top1']:5.2f}  "
         f"top-5 {row['val_top5']:5.2f}  {row['img_per_s']:.0f} img/s  "
-        f"data {seconds['data']:.1f} s  step {seconds['step']:.1f} s  saliency {seconds['saliency']:.1f} s"
+        f"data {seconds['data']:.1f} s  step {seconds['step']:.1f} s  "
+        f"saliency {seconds['saliency']:.1f} s"
     )
     if row["lam"] or share["erased"]:
         text += (
@@ -101,8 +102,8 @@ class Meter:
         """The row's fields of training and of its cost, over all ranks; clears the sums.
 
         overhead_percent is the run's so far: seconds of saliency passes, and of plans where they
-        are guided, to seconds of training. A plan is made beside the training step, so that counting
-        all of it gives an upper bound.
+        are guided, to seconds of training. A plan is made beside the training step, so counting all
+        of it gives an upper bound.
         """
         sums = ranks.sum(self.sums)
         seconds = {

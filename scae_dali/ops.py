@@ -5,6 +5,7 @@ crop windows (never pixels), works the epoch out of the iteration, and returns s
 native operators use. What is planned is the methods' business.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -98,7 +99,8 @@ class Stage:
         self.index = index
         self.batch_size = batch_size
         self.start_epoch = start_epoch
-        self.batches_per_epoch = -(-(-(-len(index) // num_shards)) // batch_size)
+        self.batches_per_epoch = math.ceil(math.ceil(len(index) / num_shards) / batch_size)
+        self._labels_table = index.labels.copy()  # torch shares only arrays that can be written to
         self.seconds = 0.0  # spent in the Python operator, in DALI's thread
         self._run = Run(
             seed=seed,
@@ -235,7 +237,7 @@ class Stage:
                 f"ids must be in [0, {len(self.index)}), the places in the index, got "
                 f"{int(ids[bad][0])}; let the reader read index.files without labels"
             )
-        return xp.asarray(self.index.labels, device=ids.device)[ids]
+        return xp.asarray(self._labels_table, device=ids.device)[ids]
 
 
 class SCAE(Stage):
@@ -314,13 +316,13 @@ def _saliency_source(cache, backend, device):
     import torch
 
     resident = cache.resident()
-    tables = {}
+    tables: dict[str, Any] = {}
 
     def read(ids):
         if not tables or resident.stale():
             resident.refresh()
-            tables["maps"] = torch.from_numpy(resident.maps).to(device)
-            tables["found"] = torch.from_numpy(resident.found).to(device)
+            tables["maps"] = torch.from_numpy(resident.maps.copy()).to(device)
+            tables["found"] = torch.from_numpy(resident.found.copy()).to(device)
         return tables["maps"][ids], tables["found"][ids]
 
     return read

@@ -1,4 +1,4 @@
-"""The records of a cache: the bytes of a sample's map, what may become one, and how they are packed.
+"""The records of a cache: the bytes of a map, what may become one, and how they are packed.
 
 A record is an 8 byte key and a value of `record_type`. Which key a sample has, and when its map is
 written or believed, is decided in `cache`.

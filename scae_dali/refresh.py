@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from scae_dali.cache import SaliencyCache
+from scae_dali.chunk_writer import ChunkWriter
 from scae_dali.dataset import ImageIndex
 from scae_dali.gradcam import GradCAM
 from scae_dali.iterator import Batch
@@ -55,33 +56,32 @@ def refresh(
     world = distributed.get_world_size() if distributed.is_initialized() else 1
     rank = distributed.get_rank() if world > 1 else 0
     cam = GradCAM(model, layer)
-    pending = np.empty(0, np.int64)
+    writer: AbstractContextManager[ChunkWriter | None] = nullcontext()
     if cache is not None:
-        pending = cache.begin_pass(
+        writer = ChunkWriter(
+            cache,
             epoch,
+            commit_every=commit_every,
             weights=weights_digest(model),
             method="gradcam",
             model=name or type(model).__name__,
             layer=cam.layer,
             input_size=input_size,
         )
-    if world > 1:
-        pending = _union(pending, index, next(model.parameters()).device)
-    if len(pending):
-        # Rank r takes every world-th sample, so that what the ranks give together is in key order.
-        share = np.resize(pending, -(-len(pending) // world) * world)[rank::world]
-        chunk: list[tuple[np.ndarray, np.ndarray]] = []
-        for batch in loader_for(share):
-            with autocast():
-                maps = cam(batch.images, batch.labels)
-            ids, maps = _gather(batch.ids, (maps * 255).round().to(torch.uint8), world)
-            progress(len(ids))
-            chunk.append((ids, maps))
-            if sum(len(ids) for ids, _ in chunk) >= commit_every:
-                _write(cache, chunk, epoch)
-        _write(cache, chunk, epoch)
-    if cache is not None:
-        cache.end_pass(epoch)
+    with writer as chunks:
+        pending = np.empty(0, np.int64) if chunks is None else chunks.pending
+        if world > 1:
+            pending = _union(pending, index, next(model.parameters()).device)
+        if len(pending):
+            # Rank r takes every world-th sample: what the ranks give together is in key order.
+            share = np.resize(pending, -(-len(pending) // world) * world)[rank::world]
+            for batch in loader_for(share.tolist()):
+                with autocast():
+                    maps = cam(batch.images, batch.labels)
+                ids, levels = _gather(batch.ids, (maps * 255).round().to(torch.uint8), world)
+                progress(len(ids))
+                if chunks is not None:
+                    chunks.write(ids, levels)
     if world > 1:
         distributed.barrier()  # nobody plans with the old maps after this
     return PassReport(images=len(pending), seconds=time.perf_counter() - start)
@@ -94,13 +94,6 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _write(cache, chunk, epoch):
-    if cache is not None and chunk:
-        ids, maps = zip(*chunk, strict=True)
-        cache.write(np.concatenate(ids), np.concatenate(maps), epoch=epoch)
-    chunk.clear()
 
 
 def _gather(ids: Tensor, maps: Tensor, world: int) -> tuple[np.ndarray, np.ndarray]:

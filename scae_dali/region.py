@@ -120,8 +120,8 @@ def draw_centre(
     over the full frame. lam: float64 [B]. window: float64 [B, 4], the crop (y, x, h, w) as shares
     of the full frame. size_px: int64 [B, 2] (H, W) of the crop. first, last: int64 [B, 2], within
     the crop, first <= last. lam_bound: the largest |λ| of the run; it sets how fine the envelope
-    is, not what is drawn from. Where λ = 0 it is `uniform_centre` of the first two numbers, whatever
-    the map. Returns int64 [B, 2], (y, x).
+    is, not what is drawn from. Where λ = 0 it is `uniform_centre` of the first two numbers, for
+    any map. Returns int64 [B, 2], (y, x).
     """
     xp = array_namespace(saliency)
     b, gh, gw = saliency.shape

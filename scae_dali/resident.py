@@ -5,23 +5,30 @@ When a new copy is due is decided by whoever reads; `stale` tells whether it wou
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from scae_dali.cache_meta import CacheMeta
 from scae_dali.records import Maps, checked_ids
 
-if TYPE_CHECKING:
-    from scae_dali.cache import SaliencyCache
-
 __all__ = ["ResidentCache"]
+
+
+class Source(Protocol):
+    """What a copy needs of its `SaliencyCache`."""
+
+    @property
+    def meta(self) -> CacheMeta: ...
+
+    def snapshot(self) -> tuple[Maps, NDArray[np.bool_], int]: ...
 
 
 class ResidentCache:
     """A read-only copy in memory: maps u8[N,h,w], found bool[N]; `refresh` takes a new one."""
 
-    def __init__(self, cache: SaliencyCache) -> None:
+    def __init__(self, cache: Source) -> None:
         self._cache = cache
         self.refresh()
 
@@ -45,6 +52,7 @@ class ResidentCache:
 
     def refresh(self) -> None:
         """Takes a new copy, of one snapshot; other threads see the old or the new one, whole."""
-        self._copy = self._cache._snapshot()
-        for array in self._copy[:2]:
+        copy = self._cache.snapshot()
+        for array in copy[:2]:
             array.setflags(write=False)
+        self._copy = copy

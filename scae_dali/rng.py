@@ -1,4 +1,4 @@
-"""Counter-based random numbers: a value is a function of (seed, stream, epoch, sample id, position).
+"""Counter-based random numbers: functions of (seed, stream, epoch, sample id, position).
 
 There is no state to keep, to seed or to restore: sample i in epoch t draws the same numbers in any
 batch, on any rank, and after any resume. The generator is Philox4x32-10 (Salmon et al., "Parallel
@@ -23,7 +23,7 @@ _BLOCK_BITS = 16  # of the last counter word; the rest names the stream
 
 
 class Stream(IntEnum):
-    """What a random number is for. Values are part of every recorded plan: append, never renumber."""
+    """What a random number is for. Every recorded plan hangs on the values: never renumber."""
 
     CROP = 0
     FLIP = 1

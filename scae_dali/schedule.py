@@ -4,7 +4,7 @@ Functions of the epoch and of the class counts alone; what is done with them is 
 methods.
 """
 
-import array_api_compat.numpy as np
+import numpy as np
 from array_api_compat import array_namespace
 
 from scae_dali.config import ScaeConfig
@@ -16,8 +16,9 @@ def lam(epoch, epochs: int, lam_max: float):
     Returns float64 of epoch's shape. t is held at T from there on (a pipeline reads ahead of the
     last epoch).
     """
-    xp = array_namespace(epoch) if hasattr(epoch, "dtype") else np
-    t = xp.astype(xp.clip(xp.asarray(epoch), max=epochs), xp.float64)
+    epoch = epoch if hasattr(epoch, "dtype") else np.asarray(epoch)
+    xp = array_namespace(epoch)
+    t = xp.astype(xp.clip(epoch, max=epochs), xp.float64)
     return lam_max * t / epochs
 
 

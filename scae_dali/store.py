@@ -230,7 +230,7 @@ def require_data_file(path: str) -> None:
     if _identity(path) is None:
         raise CacheError(
             f"no saliency cache at {path!r}: the directory holds no {DATA_FILE}; build one with "
-            "SaliencyCache.create"
+            "tools/build_cache.py or SaliencyCache.create"
         )
 
 
@@ -238,7 +238,8 @@ def _require_directory(path: str) -> None:
     if not os.path.isdir(path):
         what = "a file is there" if os.path.lexists(path) else "the directory does not exist"
         raise CacheError(
-            f"no saliency cache at {path!r}: {what}; build one with SaliencyCache.create"
+            f"no saliency cache at {path!r}: {what}; build one with tools/build_cache.py or "
+            "SaliencyCache.create"
         )
 
 

@@ -1,18 +1,23 @@
-"""Which image files are broken: a quick look at their first and last bytes.
+"""Which image files are broken: a quick look at their first and last bytes, without decoding.
 
-It finds empty files, files that are no image, and JPEGs that end too early, without decoding. What
-a decoder makes of the rest is the decoder's business.
+It finds files that are missing, empty, no image, damaged in the header, or cut off. What a decoder
+makes of the rest is the decoder's business; `explain` turns what it says into an error for the
+user.
 """
 
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
 
 from scae_dali.dataset import ImageIndex
 
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _SIGNATURES = (
-    b"\xff\xd8\xff",  # JPEG
-    b"\x89PNG\r\n\x1a\n",
+    _JPEG,
+    _PNG,
     b"BM",
     b"RIFF",  # WebP
     b"II*\x00",  # TIFF
@@ -20,7 +25,19 @@ _SIGNATURES = (
     b"P3",
     b"P6",
 )
-_TAIL = 4096  # some cameras and tools append to a JPEG
+_TAIL = 4096  # cameras and tools may append to an image
+_SOS, _BARE = 0xDA, {0x01, *range(0xD0, 0xD9)}  # scan data begins; markers without a length
+_SOF = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # frame headers, of every kind of JPEG
+_THREADS, _BLOCK = 16, 1024  # files are opened side by side: storage may be far away
+_SECONDS = 30.0  # that an error may wait for its explanation
+
+_OPERATOR = re.compile(r"operator `([^`]+)`")
+_READS = re.compile(r"readers|decoders|peek_image_shape|io\.file")
+_NO_IMAGE = re.compile(r"CUDA (runtime|driver) API error|out of memory|[Cc]an't allocate")
+_NAMED = re.compile(
+    r"(?:Failed to decode sample #\d+ : |File mapping failed: |Failed to open file:? )(.+)"
+)
+_NOISE = re.compile(r"\s*(Critical error in pipeline|C\+\+ context|Current pipeline object|$)")
 
 
 def fault(path: str) -> str | None:
@@ -28,41 +45,120 @@ def fault(path: str) -> str | None:
     try:
         with open(path, "rb") as file:
             head = file.read(16)
-            size = file.seek(0, os.SEEK_END)
+            size = os.fstat(file.fileno()).st_size
+            if not size:
+                return "is empty"
+            if not head.startswith(_SIGNATURES):
+                return f"is no image (it begins with {head[:4]!r})"
+            if head.startswith(_JPEG):
+                return _jpeg_fault(file, size)
             file.seek(max(0, size - _TAIL))
             tail = file.read()
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    if not size:
-        return "is empty"
-    if not head.startswith(_SIGNATURES):
-        return f"is no image (it begins with {head[:4]!r})"
-    if head.startswith(b"\xff\xd8") and b"\xff\xd9" not in tail:
-        return "is cut off (a JPEG without an end marker)"
+    if head.startswith(_PNG) and b"IEND" not in tail:
+        return "is cut off (a PNG without an end chunk)"
+    if head.startswith(b"RIFF") and int.from_bytes(head[4:8], "little") + 8 > size:
+        return "is cut off (a WebP shorter than it says)"
     return None
 
 
-def faults(index: ImageIndex, seconds: float = float("inf")) -> Iterator[tuple[str, str]]:
-    """(relative path, what is wrong) of every broken file; stops after `seconds`."""
+def _jpeg_fault(file: BinaryIO, size: int) -> str | None:
+    """Walks the segments up to the first scan, as strictly as DALI's parser; then seeks the end."""
+    place, framed = 2, False
+    while True:
+        file.seek(place)
+        segment = file.read(9)
+        if len(segment) < 4:
+            return "is cut off (a JPEG that ends in its header)"
+        marker = segment[1]
+        if segment[0] != 0xFF or marker in (0x00, 0xD9):
+            return "has a damaged header"
+        if marker == 0xFF:  # a fill byte
+            place += 1
+        elif marker in _BARE:
+            place += 2
+        elif marker == _SOS:
+            break
+        else:
+            if marker in _SOF:
+                framed = True
+                if segment[5:7] == b"\0\0" or segment[7:9] == b"\0\0":
+                    return "has a damaged header (a JPEG of no size)"
+            place += 2 + int.from_bytes(segment[2:4], "big")
+    if not framed:
+        return "has a damaged header (a JPEG without a frame)"
+    for start in (max(place, size - _TAIL), place):  # mostly the tail is enough
+        file.seek(start)
+        if b"\xff\xd9" in file.read():
+            return None
+    return "is cut off (a JPEG without an end marker)"
+
+
+def faults(
+    index: ImageIndex,
+    seconds: float = float("inf"),
+    progress: Callable[[int], object] = lambda files: None,
+) -> Iterator[tuple[str, str]]:
+    """(relative path, what is wrong) of every broken file, in order; stops after `seconds`.
+
+    progress: called with the number of files looked at since its last call.
+    """
     end = time.monotonic() + seconds
-    for name in index.files:
-        if (wrong := fault(os.path.join(index.root, name))) is not None:
-            yield name, wrong
-        if time.monotonic() > end:
-            return
+
+    def look(name: str) -> str | None:
+        return fault(os.path.join(index.root, name))
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(index), _BLOCK):
+            names = index.files[start : start + _BLOCK]
+            for name, wrong in zip(names, pool.map(look, names), strict=True):
+                if wrong is not None:
+                    yield name, wrong
+            progress(len(names))
+            if time.monotonic() > end:
+                return
+
+
+def concerns_images(message: str) -> bool:
+    """Whether DALI's message tells of reading or decoding, rather than of the machine or a plan."""
+    operator = _OPERATOR.search(message)
+    return bool(operator and _READS.search(operator[1]) and not _NO_IMAGE.search(message))
 
 
 def explain(message: str, index: ImageIndex) -> str:
-    """DALI's message in a few lines, with the files that are probably at fault."""
-    noise = ("Critical error in pipeline", "Current pipeline object", "which was used", "File ")
-    lines = [line.strip() for line in message.splitlines()]
-    kept = [line for line in lines if line and not line.startswith(noise)]
-    broken = [f"{name} {wrong}" for name, wrong in faults(index, seconds=30)]
+    """DALI's message for the user: the files at fault first, then the remedy, then DALI's words.
+
+    DALI names a file that it cannot decode, but not one whose header it cannot parse: then all
+    files are looked at, for half a minute at most.
+    """
+    known = set(index.files)
+    named = [_relative(name.strip(), index.root) for name in _NAMED.findall(message)]
+    broken = [
+        (name, fault(os.path.join(index.root, name)) or "does not decode")
+        for name in dict.fromkeys(named)
+        if name in known
+    ]
+    if not broken:
+        broken = list(faults(index, seconds=_SECONDS))
     if broken:
-        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        kept.append(f"In {index.root!r}: {'; '.join(broken[:3])}{more}.")
-    kept.append(
-        "Mend or remove the file, or leave it out with exclude=; tools/check_images.py finds every "
-        "such file and writes the list."
+        what = [f"{os.path.join(index.root, name)!r} {wrong}" for name, wrong in broken[:3]]
+        more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
+        lines = ["; ".join(what) + more + "."]
+        tool = "tools/check_images.py"
+    else:
+        lines = [f"A file in {index.root!r} cannot be read or decoded; a quick look found none."]
+        tool = "tools/check_images.py --decode"
+    lines.append(
+        f"Mend or remove it, or leave it out with exclude= (train.py: --data.exclude); {tool} "
+        "finds every such file and writes the list."
     )
-    return "\n".join(kept)
+    operator = _OPERATOR.search(message)
+    where = f" in {operator[1].removeprefix('nvidia.dali.')}" if operator else ""
+    said = message.rpartition("encountered:")[2].splitlines()  # after the definition's traceback
+    lines.append(f"DALI{where}: {' '.join(s.strip() for s in said if not _NOISE.match(s))}")
+    return "\n".join(lines)
+
+
+def _relative(name: str, root: str) -> str:
+    return name.removeprefix(os.path.join(root, "")) if root else name

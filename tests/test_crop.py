@@ -48,4 +48,9 @@ def test_where_nothing_fits_the_window_is_central_with_an_allowed_aspect():
 
 
 def test_the_whole_image_on_request():
-    assert windows((30, 40), 1, CropConfig(area=(1.0, 1.0), aspect=(4 / 3, 4 / 3)))[0].tolist() == [0, 0, 30, 40]
+    assert windows((30, 40), 1, CropConfig(area=(1.0, 1.0), aspect=(4 / 3, 4 / 3)))[0].tolist() == [
+        0,
+        0,
+        30,
+        40,
+    ]

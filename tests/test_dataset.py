@@ -9,7 +9,7 @@ import pytest
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
-from scae_dali import dataset
+from scae_dali import dataset, scan
 from scae_dali.dataset import DatasetError, ImageIndex, path_key
 
 FILES = ("cat/a b.jpg", "cat/deep/ß.PNG", "cat/z.jpeg", "dog/1.JPEG", "Éclair 日/x.webp")
@@ -289,7 +289,7 @@ def test_a_cache_spares_the_scan_and_gives_the_same_index(root, tmp_path, monkey
     cache = tmp_path / "index.npz"
     first = ImageIndex(root, cache=cache)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "index.npz"]
-    monkeypatch.setattr(dataset, "_scan", no_scan)
+    monkeypatch.setattr(scan, "scan_folders", no_scan)
     second = ImageIndex(root, cache=cache)
     assert (second.files, second.classes) == (first.files, first.classes)
     assert second.labels.tolist() == first.labels.tolist()
@@ -350,14 +350,14 @@ def test_a_damaged_cache_is_scanned_again_with_a_warning(root, tmp_path, damage,
     with pytest.warns(UserWarning, match=r"index.npz' is unreadable .* scanned again") as caught:
         assert ImageIndex(root, cache=cache).files == FILES
     assert caught[0].filename == __file__
-    monkeypatch.setattr(dataset, "_scan", no_scan)
+    monkeypatch.setattr(scan, "scan_folders", no_scan)
     assert ImageIndex(root, cache=cache).files == FILES
 
 
 def test_a_cache_of_another_version_is_rewritten(root, tmp_path, monkeypatch):
     cache = tmp_path / "index.npz"
     ImageIndex(root, cache=cache)
-    monkeypatch.setattr(dataset, "CACHE_VERSION", 2)
+    monkeypatch.setattr(scan, "CACHE_VERSION", 2)
     assert ImageIndex(root, cache=cache).files == FILES
     with np.load(cache) as stored:
         assert stored["version"] == 2

@@ -8,10 +8,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RANKS = [
     {"scae_dali.config", "scae_dali.rng"},
-    {"scae_dali.scan"},
-    {"scae_dali.dataset", "scae_dali.schedule", "scae_dali.store", "scae_dali.cache_meta"},
-    {"scae_dali.verify", "scae_dali.region", "scae_dali.crop", "scae_dali.gradcam"},
-    {"scae_dali.cache", "scae_dali.losses", "scae_dali.ranks"},
+    {"scae_dali.scan", "scae_dali.cache_meta", "scae_dali.records"},
+    {"scae_dali.dataset", "scae_dali.schedule", "scae_dali.store"},
+    {"scae_dali.resident", "scae_dali.chunk_writer"},
+    {f"scae_dali.{name}" for name in ("region", "crop", "gradcam", "cache", "verify")},
+    {"scae_dali.losses", "scae_dali.ranks", "scae_dali.checkpoint"},
     {"scae_dali.methods.base"},
     {"scae_dali.methods.rectangle"},
     {f"scae_dali.methods.{name}" for name in ("none", "random_erasing", "scae")},

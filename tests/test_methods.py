@@ -2,6 +2,7 @@
 
 import sys
 import types
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_guidance_grows_with_the_epoch_and_turns_with_the_sign():
     n, settings = 4000, {"p_min": 1.0, "p_max": 1.0, "area": (0.02, 0.04)}
     scae = method("scae", corner_maps, lam_max=8.0, **settings)
     distances = [centre_distance(scae.plan(samples(n, epoch=t))) for t in (0, 3, 6, 10)]
-    assert all(b < a - 0.5 for a, b in zip(distances, distances[1:], strict=False))
+    assert all(b < a - 0.5 for a, b in pairwise(distances))
     protect = method("scae", corner_maps, lam_max=-8.0, **settings)
     assert centre_distance(protect.plan(samples(n, epoch=10))) > distances[0] + 0.5
 
@@ -174,14 +175,14 @@ def test_a_module_of_the_users_own_is_a_method(monkeypatch):
     monkeypatch.setitem(sys.modules, "my_package.my_method", module)
     assert load("my_package.my_method") is module
     del module.Method
-    with pytest.raises(ValueError, match="'my_package.my_method': the module lacks Method"):
+    with pytest.raises(ValueError, match=r"'my_package.my_method': the module lacks Method"):
         load("my_package.my_method")
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="one of none, random_erasing, scae or.*got 'cutoff'"):
+    with pytest.raises(ValueError, match=r"one of none, random_erasing, scae or.*got 'cutoff'"):
         load("cutoff")
-    with pytest.raises(ValueError, match="unknown setting lambda_max of .*lam_max"):
+    with pytest.raises(ValueError, match=r"unknown setting lambda_max of .*lam_max"):
         make_config(load("scae"), {"lambda_max": 3})
 
 

@@ -75,8 +75,8 @@ def test_gpu_check_passes_on_the_cpu(tmp_path):
     ("name", "expected"),
     [
         ("_crash", "killed by SIGABRT"),
-        ("_hang", "no end after 8.0 s"),
-        ("_differ/images", "mean |difference| 11.52 grey levels"),
+        ("_hang", "no end after 2.0 s"),
+        ("_differ/images", "allowed are 3.0"),
         ("_differ/boxes", "AssertionError: boxes differ"),
     ],
 )
@@ -84,7 +84,7 @@ def test_gpu_check_reports_what_fails(tmp_path, images, name, expected):
     out = tmp_path / "checks.json"
     arguments = ["--device-id", "cpu", "--only", name, "--data", images, "--json", out]
     if name == "_hang":
-        arguments += ["--timeout", 8]
+        arguments += ["--timeout", 2]
     run("gpu_check", *arguments, status=1)
     (check,) = json.loads(out.read_text())["checks"]
     assert not check["ok"]
@@ -149,4 +149,4 @@ def test_show_erasing_without_a_cache(tmp_path, images):
         *("--data", images, "--cache", tmp_path / "none.lmdb", "--out", tmp_path / "sheet.png"),
         status=1,
     )
-    assert "tools/build_cache.py builds one" in out
+    assert f"build_cache.py --data {images} --model" in out

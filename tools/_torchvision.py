@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -61,7 +62,11 @@ def decode_torchvision(path: str) -> torch.Tensor:
     return io.decode_image(path, mode=io.ImageReadMode.RGB)
 
 
-DECODERS: dict[str, Callable] = {"PIL": decode_pil, "torchvision.io": decode_torchvision}
+DECODERS: dict[str, Callable] = {"PIL": decode_pil}
+if hasattr(io, "decode_image"):
+    DECODERS["torchvision.io"] = decode_torchvision
+    # From 0.29 on it says that it will go; here it is one of two, for as long as it is there.
+    warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)
 
 
 def faster_decoder(index: ImageIndex, image: ImageConfig) -> str:

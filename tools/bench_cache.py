@@ -20,9 +20,9 @@ from typing import Any
 
 import lmdb
 import numpy as np
-from _bench import interleaved, iqr, report, rows
 from numpy.typing import NDArray
 
+from _bench import interleaved, iqr, report, rows
 from scae_dali.cache import CHUNK, ChunkWriter, ResidentCache, SaliencyCache
 
 PLAIN_READ, PLAIN_WRITE = "LMDB get", "LMDB put, pass"

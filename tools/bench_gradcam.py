@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 import torchvision
-from _bench import interleaved, report, rows
 
+from _bench import interleaved, report, rows
 from scae_dali.gradcam import GradCAM
 
 PRECISIONS = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -5,6 +5,7 @@
 Rows: a method each; `none (again)`, a second pipeline like `none`, which shows the noise floor;
 `native_erase`, a random rectangle by DALI's own operators alone; `torchvision`, the same recipe in
 a DataLoader with as many workers as DALI has threads. `ratio` is a row's rate over that of `none`.
+`cpu_ms_per_image` counts the work instead of the time: it bears other load on the machine.
 
 All rows live at once and take turns. SCAE runs where λ is largest, from a cache of random maps.
 What a row has read ahead is drawn off before its clock starts, and its clock's turn is over only
@@ -23,12 +24,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import _bench
 import _torchvision
 import numpy as np
 import torch
 from nvidia.dali import fn, math, pipeline_def
 
+import _bench
 import _path  # noqa: F401
 from pipelines import train
 from pipelines.config import ExecConfig, ImageConfig
@@ -97,7 +98,7 @@ def epoch_index(args: argparse.Namespace) -> ImageIndex:
 
 
 def random_cache(path: str, index: ImageIndex) -> SaliencyCache:
-    """A map for every sample: a bump at a random place on a slope, as smooth as Grad-CAM's are."""
+    """A map for every sample: a smooth bump somewhere, about as wide as Grad-CAM's are."""
     rng = np.random.default_rng(SEED)
     y, x = (np.arange(g)[:, None] / (g - 1) for g in GRID)
     centre, width = rng.random((2, len(index), 1, 1)), rng.uniform(0.1, 0.5, (len(index), 1, 1))
@@ -120,39 +121,41 @@ class Row:
     def __init__(self, batches: Iterator, ahead: int, stage: Stage | None = None) -> None:
         self._batches, self._ahead, self._stage = batches, ahead, stage
         self.plan_ms: list[float] = []  # a batch, of every round
+        self.cpu_ms: list[float] = []  # an image
 
     def measure(self, n: int) -> float:
         """-> img/s over n batches."""
         planned = self._stage.seconds if self._stage else 0.0
-        for _ in range(self._ahead):
-            next(self._batches)
+        cpu = cpu_seconds()
+        images_ahead = sum(len(next(self._batches)) for _ in range(self._ahead))
         start = time.perf_counter()
         images = sum(len(next(self._batches)) for _ in range(n))
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         settle()
-        if self._stage:  # every batch drawn has been made again, so n + ahead were planned
+        # Every batch drawn has been made again, so n + ahead were planned and made since.
+        self.cpu_ms.append(1e3 * (cpu_seconds() - cpu) / (images + images_ahead))
+        if self._stage:
             self.plan_ms.append(1e3 * (self._stage.seconds - planned) / (n + self._ahead))
         return images / seconds
 
 
 def settle(window_s: float = 0.05, patience_s: float = 10.0) -> None:
-    """Wait until the threads of this process and its DataLoader's workers rest."""
+    """Wait until this process and its DataLoader's workers rest."""
     give_up = time.monotonic() + patience_s
-    workers = [p.pid for p in torch.multiprocessing.active_children() if p.pid]
     quiet = 0
     while quiet < 3 and time.monotonic() < give_up:
-        before = cpu_seconds(workers)
+        before = cpu_seconds()
         time.sleep(window_s)
-        quiet = quiet + 1 if cpu_seconds(workers) - before < 0.25 * window_s else 0
+        quiet = quiet + 1 if cpu_seconds() - before < 0.25 * window_s else 0
 
 
-def cpu_seconds(pids: list[int]) -> float:
-    """CPU time of this process and of these."""
+def cpu_seconds() -> float:
+    """CPU time of this process and of its DataLoader's workers."""
     ticks = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    for worker in torch.multiprocessing.active_children():
+        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
@@ -267,12 +270,14 @@ def main(argv: list[str] | None = None) -> None:
     plan_ms = {
         name: round(statistics.median(row.plan_ms), 3) for name, row in live.items() if row.plan_ms
     }
+    cpu_ms = {name: round(statistics.median(row.cpu_ms), 3) for name, row in live.items()}
     versus = None
     if {"scae", "torchvision"} <= samples.keys():
         pairs = zip(samples["scae"], samples["torchvision"], strict=True)
         versus = statistics.median(ours / theirs for ours, theirs in pairs)
     extra = {
         "plan_ms_per_batch": plan_ms,
+        "cpu_ms_per_image": cpu_ms,
         "scae_vs_torchvision": versus,
         "torchvision_decoder": decoder,
         "settings": {k: v for k, v in vars(args).items() if k not in ("data", "json")}

@@ -7,17 +7,18 @@ Started again, it goes on where it stopped.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import sys
+from functools import partial
 
-import _path  # noqa: F401
 import torch
 import torchvision
 from tqdm import tqdm
 
+import _path  # noqa: F401
 from pipelines import saliency
 from pipelines.config import ExecConfig, ImageConfig
+from pipelines.recipe import autocast
 from scae_dali.cache import SaliencyCache
 from scae_dali.dataset import ImageIndex
 from scae_dali.gradcam import GradCAM
@@ -77,11 +78,9 @@ def build(arguments: argparse.Namespace) -> None:
     image = ImageConfig(size=arguments.size, val_resize=arguments.size)
     if arguments.amp == "fp16":
         image = dataclasses.replace(image, dtype="fp16")
-    blank = torch.zeros(1, 3, image.size, image.size, device=device)
-    label = torch.zeros(1, dtype=torch.int64, device=device)
-    grid = GradCAM(model, arguments.layer)(blank, label).shape[1:]
+    grid = GradCAM(model, arguments.layer).grid(image.size)
     cache = SaliencyCache.create(
-        arguments.out, index, grid=tuple(grid), naming=arguments.naming, exist_ok=True
+        arguments.out, index, grid=grid, naming=arguments.naming, exist_ok=True
     )
 
     def loader_for(ids):
@@ -91,12 +90,6 @@ def build(arguments: argparse.Namespace) -> None:
         )
         pipeline = saliency.saliency_pipeline(index, image, run, ids)
         return Loader(pipeline, saliency.OUTPUTS, index, drop_last=False)
-
-    def autocast():
-        if arguments.amp == "none":
-            return contextlib.nullcontext()
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[arguments.amp]
-        return torch.autocast(device.type, dtype)
 
     with tqdm(unit="img", desc="saliency") as bar:
         report = refresh(
@@ -108,7 +101,7 @@ def build(arguments: argparse.Namespace) -> None:
             layer=arguments.layer,
             name=arguments.model,
             input_size=image.size,
-            autocast=autocast,
+            autocast=partial(autocast, arguments.amp, device),
             progress=bar.update,
         )
     if report.images == 0:

@@ -23,12 +23,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import _bench
 import numpy as np
 import torch
 from _gpu_checks import CHECKS, SEED, Setup
 from PIL import Image
 
+import _bench
 import _path  # noqa: F401
 from scae_dali.cache import SaliencyCache
 from scae_dali.dataset import ImageIndex

@@ -66,7 +66,8 @@ def open_data(args: argparse.Namespace) -> tuple[ImageIndex, SaliencyCache, list
         cache = SaliencyCache(args.cache, index=index)
     except CacheError as error:
         raise SystemExit(
-            f"--cache {args.cache}: {error}\ntools/build_cache.py builds one from a trained model"
+            f"--cache {args.cache}: {error}\nTo build one: python tools/build_cache.py "
+            f"--data {index.root} --model resnet50 --weights FILE --out {args.cache}"
         ) from error
     last = len(index) - 1
     ids = args.ids or np.unique(np.linspace(0, last, args.images, dtype=int)).tolist()

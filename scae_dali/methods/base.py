@@ -96,7 +96,14 @@ def load(name: str) -> ModuleType:
             f"method must be one of {', '.join(BUILT_IN)} or the dotted name of a module with "
             f"Config and Method, got {name!r}"
         )
-    module = importlib.import_module(f"scae_dali.methods.{name}" if name in BUILT_IN else name)
+    try:
+        module = importlib.import_module(f"scae_dali.methods.{name}" if name in BUILT_IN else name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # it is found, and imports something that is not
+        raise ValueError(
+            f"method {name!r}: there is no module {error.name!r}; put its folder on PYTHONPATH"
+        ) from error
     missing = [part for part in ("Config", "Method") if not hasattr(module, part)]
     if missing:
         raise ValueError(f"method {name!r}: the module lacks {' and '.join(missing)}")

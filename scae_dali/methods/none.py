@@ -1,5 +1,7 @@
 """No augmentation beyond crop and flip: the baseline that every figure is a ratio to."""
 
+from typing import ClassVar
+
 from array_api_compat import array_namespace
 
 from scae_dali.config import NoneConfig as Config
@@ -11,7 +13,7 @@ __all__ = ["Config", "Method"]
 class Method:
     """Plans nothing and leaves the images as they are."""
 
-    fields: dict[str, int] = {}
+    fields: ClassVar[dict[str, int]] = {}
 
     def __init__(self, config: Config, run: Run) -> None:
         pass

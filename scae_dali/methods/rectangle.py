@@ -53,5 +53,7 @@ def erase(
         noise = fn.random.normal(keep, dtype=types.FLOAT, seed=derive(run.seed, "noise"))
         noise = noise * types.Constant(run.std) + types.Constant(run.mean)
         return images * keep + fn.cast_like(noise, images) * (1 - keep)
-    fill = {"mean": run.mean, "zero": (0.0, 0.0, 0.0), "color": plan.get("color")}[config.fill]
+    # fn.erase truncates to the type of the images: round what is meant for bytes.
+    mean = tuple(round(m) for m in run.mean) if max(run.mean) > 1 else run.mean
+    fill = {"mean": mean, "zero": (0.0, 0.0, 0.0), "color": plan.get("color")}[config.fill]
     return fn.erase(images, fill_value=fill, **where)

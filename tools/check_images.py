@@ -1,0 +1,116 @@
+"""Find the broken images of a data set before a training run does, and list them for --data.exclude.
+
+    python tools/check_images.py --data /data/imagenet/train --out broken.txt
+    python train.py --data.root /data/imagenet --data.exclude broken.txt …
+
+Looks at the first and last bytes of every file; with --decode it decodes them all too, on the CPU,
+as training does. A JPEG that the decoder mends with a warning is not broken: it trains as it is.
+Ends with status 1 where there are broken ones, 2 where it could not look.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import _path  # noqa: F401
+from nvidia.dali import fn, pipeline_def
+from tqdm import tqdm
+
+from pipelines.config import ExecConfig
+from pipelines.images import decode, read
+from scae_dali.dataset import DatasetError, ImageIndex
+from scae_dali.verify import concerns_images, faults
+
+BATCH = 32
+CHUNK = 128 * BATCH  # images a pipeline: a failure costs it, and DALI copies its list of files
+
+
+def decoded(index: ImageIndex, ids: Sequence[int], threads: int) -> int:
+    """How many of `ids`, in this order, a fresh pipeline decodes before one fails.
+
+    Whole batches count; a failed pipeline is lost.
+    """
+    run = ExecConfig(batch_size=min(BATCH, len(ids)), threads=threads)
+
+    @pipeline_def(**run.arguments())
+    def define():
+        encoded, _ = read(index, run, ids)
+        return fn.peek_image_shape(encoded), decode(encoded, run).shape()
+
+    done = 0
+    try:
+        pipeline = define()
+        while done < len(ids):
+            pipeline.run()
+            done += run.batch_size
+    except RuntimeError as error:
+        if not concerns_images(str(error)):
+            raise
+    return min(done, len(ids))
+
+
+def undecodable(
+    index: ImageIndex, ids: Sequence[int], threads: int, progress: Callable[[int], object]
+) -> Iterator[int]:
+    """Those of `ids` that DALI cannot decode, in their order: a failing batch is halved down to
+    the files. progress: called with the number of images settled since its last call."""
+    todo = [ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK)][::-1]
+    while todo:
+        part = todo.pop()
+        done = decoded(index, part, threads)
+        progress(done)
+        rest = part[done:]
+        if len(rest) == 1:
+            yield rest[0]
+            progress(1)
+        elif len(rest) > 1:
+            first = BATCH if len(rest) > BATCH else len(rest) // 2
+            todo += [rest[first:], rest[:first]]
+
+
+def check(index: ImageIndex, *, deep: bool, threads: int) -> list[str]:
+    """The broken files, by their relative paths, in the order of the index; prints them."""
+    broken: set[str] = set()
+
+    def report(name: str, wrong: str) -> None:
+        broken.add(name)
+        tqdm.write(f"{name} {wrong}", file=sys.stdout)
+
+    with tqdm(total=len(index), unit="img", desc="bytes") as bar:
+        for name, wrong in faults(index, progress=bar.update):
+            report(name, wrong)
+    if deep:
+        ids = [i for i, name in enumerate(index.files) if name not in broken]
+        with tqdm(total=len(ids), unit="img", desc="decode") as bar:
+            for i in undecodable(index, ids, threads, bar.update):
+                report(index.files[i], "does not decode")
+    return [name for name in index.files if name in broken]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", required=True, metavar="DIR", help="folder of class folders")
+    parser.add_argument("--list", metavar="FILE", help="`path label` lines, relative to --data")
+    parser.add_argument("--out", metavar="FILE", help="write the broken ones there, one a line")
+    parser.add_argument("--decode", action="store_true", help="decode every image too")
+    parser.add_argument("--threads", type=int, default=4, help="of the decoder")
+    arguments = parser.parse_args()
+    try:
+        if arguments.list:
+            index = ImageIndex.from_list(arguments.list, root=arguments.data)
+        else:
+            index = ImageIndex(arguments.data, allow_empty=True)
+        broken = check(index, deep=arguments.decode, threads=arguments.threads)
+        if arguments.out:
+            with open(arguments.out, "w", encoding="utf-8") as file:
+                file.writelines(f"{name}\n" for name in broken)
+    except (DatasetError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    where = f"; listed in {arguments.out}" if arguments.out else ""
+    print(f"{len(broken)} of {len(index)} images are broken{where}")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Installs what is needed into .venv and runs the tests; arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash tools/venv.sh
+exec .venv/bin/python -m pytest "$@"
