@@ -18,7 +18,6 @@ from typing import Any
 
 import jsonargparse
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.utils import save_image
@@ -51,14 +50,14 @@ class Run:
         torch.manual_seed(derive(config.seed, "model"))
         self.net = config.network(self.train_index.num_classes)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.net.to(self.device, memory_format=self.layout)
+        self.net.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
         self.ema = None
         if config.optim.ema:
             average = get_ema_multi_avg_fn(config.optim.ema)
             self.ema = AveragedModel(self.net, multi_avg_fn=average, use_buffers=True)
         self.model = self.net
         if config.compile:
-            self.model = torch.compile(self.model)
+            self.model = torch.compile(self.model)  # type: ignore[assignment]
         if ranks.world > 1:
             self.model = DistributedDataParallel(self.model)
         self.optimizer = config.optim.optimizer(self.net)

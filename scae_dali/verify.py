@@ -31,9 +31,10 @@ _SOF = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # frame headers, of every ki
 _THREADS, _BLOCK = 16, 1024  # files are opened side by side: storage may be far away
 _SECONDS = 30.0  # that an error may wait for its explanation
 
+_UNDECODABLE = "does not decode"  # though its bytes look sound
 _OPERATOR = re.compile(r"operator `([^`]+)`")
 _READS = re.compile(r"readers|decoders|peek_image_shape|io\.file")
-_NO_IMAGE = re.compile(r"CUDA (runtime|driver) API error|out of memory|[Cc]an't allocate")
+_NO_IMAGE = re.compile(r"CUDA (runtime|driver) API error|cudaError|[Cc]an't allocate")
 _NAMED = re.compile(
     r"(?:Failed to decode sample #\d+ : |File mapping failed: |Failed to open file:? )(.+)"
 )
@@ -135,7 +136,7 @@ def explain(message: str, index: ImageIndex) -> str:
     known = set(index.files)
     named = [_relative(name.strip(), index.root) for name in _NAMED.findall(message)]
     broken = [
-        (name, fault(os.path.join(index.root, name)) or "does not decode")
+        (name, fault(os.path.join(index.root, name)) or _UNDECODABLE)
         for name in dict.fromkeys(named)
         if name in known
     ]
@@ -145,13 +146,13 @@ def explain(message: str, index: ImageIndex) -> str:
         what = [f"{os.path.join(index.root, name)!r} {wrong}" for name, wrong in broken[:3]]
         more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
         lines = ["; ".join(what) + more + "."]
-        tool = "tools/check_images.py"
     else:
         lines = [f"A file in {index.root!r} cannot be read or decoded; a quick look found none."]
-        tool = "tools/check_images.py --decode"
+    them = "them" if len(broken) > 1 else "it"
+    deep = "" if any(wrong != _UNDECODABLE for _, wrong in broken) else " --decode"
     lines.append(
-        f"Mend or remove it, or leave it out with exclude= (train.py: --data.exclude); {tool} "
-        "finds every such file and writes the list."
+        f"Mend or remove {them}, or leave {them} out with exclude= (train.py: --data.exclude); "
+        f"tools/check_images.py{deep} finds every such file and writes the list."
     )
     operator = _OPERATOR.search(message)
     where = f" in {operator[1].removeprefix('nvidia.dali.')}" if operator else ""

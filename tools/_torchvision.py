@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -19,7 +17,7 @@ from pipelines.config import ImageConfig
 from scae_dali.config import RandomErasingConfig
 from scae_dali.dataset import ImageIndex
 
-__all__ = ["AHEAD", "endless", "faster_decoder"]
+__all__ = ["AHEAD", "DECODERS", "endless"]
 
 AHEAD = 2  # batches that each worker prepares
 
@@ -62,27 +60,12 @@ def decode_torchvision(path: str) -> torch.Tensor:
     return io.decode_image(path, mode=io.ImageReadMode.RGB)
 
 
-DECODERS: dict[str, Callable] = {"PIL": decode_pil}
+# By row: what ImageFolder does unless told otherwise, and torchvision's own decoder.
+DECODERS: dict[str, Callable] = {"torchvision": decode_pil}
 if hasattr(io, "decode_image"):
-    DECODERS["torchvision.io"] = decode_torchvision
+    DECODERS["torchvision (decode_image)"] = decode_torchvision
     # From 0.29 on it says that it will go; here it is one of two, for as long as it is there.
     warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)
-
-
-def faster_decoder(index: ImageIndex, image: ImageConfig) -> str:
-    """The one whose samples are ready sooner, on one thread as in a worker."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    sample = range(0, len(index), max(1, len(index) // 32))
-    seconds: dict[str, list[float]] = {name: [] for name in DECODERS}
-    for name in list(DECODERS) * 4:
-        files = Files(index, image, name)
-        start = time.perf_counter()
-        for i in sample:
-            files[i]
-        seconds[name].append(time.perf_counter() - start)
-    torch.set_num_threads(threads)
-    return min(DECODERS, key=lambda name: statistics.median(seconds[name][1:]))
 
 
 def endless(

@@ -4,7 +4,8 @@
 
 Rows: a method each; `none (again)`, a second pipeline like `none`, which shows the noise floor;
 `native_erase`, a random rectangle by DALI's own operators alone; `torchvision`, the same recipe in
-a DataLoader with as many workers as DALI has threads. `ratio` is a row's rate over that of `none`.
+a DataLoader with as many workers as DALI has threads and with Pillow, as ImageFolder decodes; and
+`torchvision (decode_image)`, with torchvision's own decoder. `ratio` is a row's rate over that of `none`.
 `cpu_ms_per_image` counts the work instead of the time: it bears other load on the machine.
 
 All rows live at once and take turns. SCAE runs where λ is largest, from a cache of random maps.
@@ -207,9 +208,8 @@ def live_rows(
     index: ImageIndex,
     cache: SaliencyCache,
     image: ImageConfig,
-    decoder: str | None,
 ) -> dict[str, Row]:
-    """decoder: torchvision's; None: without that row."""
+    """Every row's pipeline or DataLoader, running."""
     run = ExecConfig(batch_size=args.batch_size, device_id=args.device_id, threads=args.threads)
     device = "cpu" if args.device_id is None else f"cuda:{args.device_id}"
 
@@ -232,7 +232,7 @@ def live_rows(
             out["scae (torch)"] = row(ours, method, backend="torch", torch_device=device)
     out["native_erase"] = row(native_erase_pipeline, "none")
     out["none (again)"] = row(ours, "none")
-    if decoder is not None:
+    for decoder in () if args.no_torchvision else _torchvision.DECODERS:
         batches = _torchvision.endless(
             index,
             image,
@@ -241,7 +241,7 @@ def live_rows(
             workers=args.threads,
             device=device,
         )
-        out["torchvision"] = Row(batches, args.threads * (_torchvision.AHEAD + 1))
+        out[decoder] = Row(batches, args.threads * (_torchvision.AHEAD + 1))
     return out
 
 
@@ -258,10 +258,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     index = epoch_index(args)
     batches = args.batches or len(index) // args.batch_size
-    decoder = None if args.no_torchvision else _torchvision.faster_decoder(index, image)
     with tempfile.TemporaryDirectory() as folder:
         cache = random_cache(os.path.join(folder, "maps.lmdb"), index)
-        live = live_rows(args, index, cache, image, decoder)
+        live = live_rows(args, index, cache, image)
         settle()
         samples = _bench.interleaved(
             {name: partial(row.measure, batches) for name, row in live.items()}, args.rounds
@@ -279,7 +278,6 @@ def main(argv: list[str] | None = None) -> None:
         "plan_ms_per_batch": plan_ms,
         "cpu_ms_per_image": cpu_ms,
         "scae_vs_torchvision": versus,
-        "torchvision_decoder": decoder,
         "settings": {k: v for k, v in vars(args).items() if k not in ("data", "json")}
         | {
             "images": len(index),

@@ -1,4 +1,4 @@
-"""Find the broken images of a data set before a training run does, and list them for --data.exclude.
+"""Find the broken images of a data set before training does, and list them for --data.exclude.
 
     python tools/check_images.py --data /data/imagenet/train --out broken.txt
     python train.py --data.root /data/imagenet --data.exclude broken.txt …
@@ -12,10 +12,10 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-import _path  # noqa: F401
 from nvidia.dali import fn, pipeline_def
 from tqdm import tqdm
 
+import _path  # noqa: F401
 from pipelines.config import ExecConfig
 from pipelines.images import decode, read
 from scae_dali.dataset import DatasetError, ImageIndex
