@@ -1,4 +1,4 @@
-"""The random resized crop: which window of the full frame the network sees.
+"""The random resized crop and flip: which window of the full frame the network sees, and how.
 
 The rule is torchvision's and DALI's (Szegedy et al., "Going deeper with convolutions", 2015); the
 random numbers come in as data, so that a sample's window does not depend on its place in a batch.
@@ -13,24 +13,24 @@ from scae_dali.rng import Array
 
 
 def draws_per_sample(config: CropConfig) -> int:
-    """How many uniforms `random_resized_crop` reads a sample."""
-    return 2 * config.tries + 2
+    """How many uniforms `crop_and_flip` reads a sample."""
+    return 2 * config.tries + 3
 
 
-def random_resized_crop(u: Array, full_px: Array, config: CropConfig) -> Array:
+def crop_and_flip(u: Array, full_px: Array, config: CropConfig) -> tuple[Array, Array]:
     """Draw a window: area a ~ U, aspect w/h log-uniform; the first try that fits counts.
 
-    u: float64 [B, 2·tries+2] in (0, 1). full_px: int64 [B, 2], (h, w) of the upright image.
-    Returns int64 [B, 4], (y, x, h, w) in pixels of the full frame. Where no try fits: the largest
-    centred window whose aspect is in range.
+    u: float64 [B, draws_per_sample] in (0, 1). full_px: int64 [B, 2], (h, w) of the upright image.
+    Returns int64 [B, 4], (y, x, h, w) in pixels of the full frame, and bool [B], whether to flip.
+    Where no try fits: the largest centred window whose aspect is in range.
     """
     xp = array_namespace(u)
     full = xp.astype(full_px, xp.float64)
     height, width = full[:, 0:1], full[:, 1:2]
     (a0, a1), (r0, r1) = config.area, config.aspect
-    area = (a0 + (a1 - a0) * u[:, 0:-2:2]) * height * width  # [B, tries]
+    area = (a0 + (a1 - a0) * u[:, 0:-3:2]) * height * width  # [B, tries]
     log_r0, log_r1 = math.log(r0), math.log(r1)
-    aspect = xp.exp(log_r0 + (log_r1 - log_r0) * u[:, 1:-2:2])
+    aspect = xp.exp(log_r0 + (log_r1 - log_r0) * u[:, 1:-3:2])
     h, w = xp.round(xp.sqrt(area / aspect)), xp.round(xp.sqrt(area * aspect))
     fits = (h >= 1) & (h <= height) & (w >= 1) & (w <= width)
 
@@ -44,6 +44,7 @@ def random_resized_crop(u: Array, full_px: Array, config: CropConfig) -> Array:
     fall_w = xp.where(width / height < r0, width, fall_w)
     h = xp.where(some, h[rows, first], fall_h)
     w = xp.where(some, w[rows, first], fall_w)
-    y = xp.where(some, xp.floor(u[:, -2] * (height - h + 1)), xp.floor((height - h) / 2))
-    x = xp.where(some, xp.floor(u[:, -1] * (width - w + 1)), xp.floor((width - w) / 2))
-    return xp.astype(xp.stack([y, x, h, w], axis=1), xp.int64)
+    y = xp.where(some, xp.floor(u[:, -3] * (height - h + 1)), xp.floor((height - h) / 2))
+    x = xp.where(some, xp.floor(u[:, -2] * (width - w + 1)), xp.floor((width - w) / 2))
+    window = xp.astype(xp.stack([y, x, h, w], axis=1), xp.int64)
+    return window, u[:, -1] < config.flip

@@ -212,9 +212,8 @@ class Stage:
         if random_crop is not None:
             seed = self._run.seed
             u = uniforms(seed, Stream.CROP, epoch, ids, crop.draws_per_sample(random_crop))
-            window = crop.random_resized_crop(u, window_px, random_crop)
-            flip = uniforms(seed, Stream.FLIP, epoch, ids, 1) < random_crop.flip
-            drawn = [window, xp.astype(flip, xp.int64)]
+            window, flip = crop.crop_and_flip(u, window_px, random_crop)
+            drawn = [window, xp.astype(flip, xp.int64)[:, None]]
             window_px = xp.concat([xp.astype(window, xp.float64), window_px], axis=1)
         if window_px is None:
             window = xp.zeros((ids.shape[0], 4), dtype=xp.float64, device=ids.device)

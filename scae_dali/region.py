@@ -21,6 +21,7 @@ from scae_dali.config import Border, Range
 from scae_dali.rng import Array
 
 PROPOSALS = 8
+DRAWS = 4 * PROPOSALS + 1  # uniforms that draw_centre reads a sample
 _PATCH_LAMBDA = 2.0  # patches are divided until |λ| times the span of Â is at most about this
 
 
@@ -104,7 +105,6 @@ def uniform_centre(u: Array, first: Array, last: Array) -> Array:
 
 def draw_centre(
     u: Array,
-    u_exact: Array,
     saliency: Array,
     lam: Array,
     window: Array,
@@ -116,15 +116,16 @@ def draw_centre(
 ) -> Array:
     """Eq. 4: a pixel (i, j) with P(i, j) ∝ exp(λ·Â(i, j)) over first <= (i, j) <= last.
 
-    u: float64 [B, PROPOSALS, 4] and u_exact: float64 [B] in (0, 1). saliency: float64 [B, gh, gw]
-    over the full frame. lam: float64 [B]. window: float64 [B, 4], the crop (y, x, h, w) as shares
-    of the full frame. size_px: int64 [B, 2] (H, W) of the crop. first, last: int64 [B, 2], within
-    the crop, first <= last. lam_bound: the largest |λ| of the run; it sets how fine the envelope
+    u: float64 [B, DRAWS] in (0, 1), four a proposal and one for the full sum. saliency: float64
+    [B, gh, gw] over the full frame. lam: float64 [B]. window: float64 [B, 4], the crop
+    (y, x, h, w) as shares of the full frame. size_px: int64 [B, 2], (H, W) of the crop. first,
+    last: int64 [B, 2], within the crop, first <= last. lam_bound: the largest |λ| of the run; it sets how fine the envelope
     is, not what is drawn from. Where λ = 0 it is `uniform_centre` of the first two numbers, for
     any map. Returns int64 [B, 2], (y, x).
     """
     xp = array_namespace(saliency)
     b, gh, gw = saliency.shape
+    u, u_exact = xp.reshape(u[:, :-1], (b, -1, 4)), u[:, -1]
     axis_window = xp.stack(
         [window[:, :2], window[:, 2:] / xp.astype(size_px, xp.float64)], axis=2
     )  # [B, axis, (start, step)]

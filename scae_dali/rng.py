@@ -26,14 +26,12 @@ class Stream(IntEnum):
     """What a random number is for. Every recorded plan hangs on the values: never renumber."""
 
     CROP = 0
-    FLIP = 1
-    APPLY = 2
-    SIZE = 3
-    CENTRE = 4
-    CENTRE_EXACT = 5
-    COLOR = 6
-    MIX = 7
-    PARTNER = 8
+    APPLY = 1
+    SIZE = 2
+    CENTRE = 3
+    COLOR = 4
+    MIX = 5
+    PARTNER = 6
 
 
 def philox(c0: Array, c1: Array, c2: Array, c3: Array, seed: int) -> tuple[Array, ...]:

@@ -28,7 +28,8 @@ _SIGNATURES = (
 _TAIL = 4096  # cameras and tools may append to an image
 _SOS, _BARE = 0xDA, {0x01, *range(0xD0, 0xD9)}  # scan data begins; markers without a length
 _SOF = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # frame headers, of every kind of JPEG
-_THREADS, _BLOCK = 16, 1024  # files are opened side by side: storage may be far away
+_THREADS, _SHARE = 16, 64  # files are opened side by side: storage may be far away
+_BLOCK = _THREADS * _SHARE
 _SECONDS = 30.0  # that an error may wait for its explanation
 
 _UNDECODABLE = "does not decode"  # though its bytes look sound
@@ -107,16 +108,16 @@ def faults(
     """
     end = time.monotonic() + seconds
 
-    def look(name: str) -> str | None:
-        return fault(os.path.join(index.root, name))
+    def look(first: int) -> list[tuple[str, str | None]]:
+        names = index.files[first : first + _SHARE]
+        return [(name, fault(os.path.join(index.root, name))) for name in names]
 
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(index), _BLOCK):
-            names = index.files[start : start + _BLOCK]
-            for name, wrong in zip(names, pool.map(look, names), strict=True):
-                if wrong is not None:
-                    yield name, wrong
-            progress(len(names))
+            stop = min(start + _BLOCK, len(index))
+            for looked in pool.map(look, range(start, stop, _SHARE)):
+                yield from ((name, wrong) for name, wrong in looked if wrong is not None)
+            progress(stop - start)
             if time.monotonic() > end:
                 return
 

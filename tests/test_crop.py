@@ -12,7 +12,7 @@ from scae_dali.rng import Stream, uniforms
 
 def windows(full, n=4000, config=CropConfig(), seed=0):  # noqa: B008
     u = uniforms(seed, Stream.CROP, 0, np.arange(n), crop.draws_per_sample(config))
-    return crop.random_resized_crop(u, np.tile(np.array(full), (n, 1)), config)
+    return crop.crop_and_flip(u, np.tile(np.array(full), (n, 1)), config)[0]
 
 
 def test_windows_are_distributed_as_torchvisions():
@@ -54,3 +54,11 @@ def test_the_whole_image_on_request():
         30,
         40,
     ]
+
+
+def test_flips_have_their_probability_and_do_not_hang_on_the_window():
+    config = CropConfig(flip=0.3)
+    u = uniforms(1, Stream.CROP, 0, np.arange(20_000), crop.draws_per_sample(config))
+    window, flip = crop.crop_and_flip(u, np.full((20_000, 2), 100), config)
+    assert abs(flip.mean() - 0.3) < 0.015
+    assert stats.ks_2samp(window[flip, 0], window[~flip, 0]).pvalue > 1e-4

@@ -40,13 +40,11 @@ def draw(saliency, lam, window, hw, border, n=DRAWS, xp=None, chunk=1000, size=(
     for start in range(0, n, chunk):
         ids = np.arange(start, min(start + chunk, n))
         b = len(ids)
-        u = uniforms(3, Stream.CENTRE, 5, ids, 4 * region.PROPOSALS).reshape(b, -1, 4)
-        ue = uniforms(3, Stream.CENTRE_EXACT, 5, ids, 1)[:, 0]
+        u = uniforms(3, Stream.CENTRE, 5, ids, region.DRAWS)
         size_px = np.tile(np.array(size), (b, 1))
         first, last = region.centre_range(np.tile(np.array(hw), (b, 1)), size_px, border)
         arrays = [
             u,
-            ue,
             np.tile(saliency, (b, 1, 1)),
             np.full(b, float(lam)),
             np.tile(np.array(window, float), (b, 1)),
@@ -123,7 +121,7 @@ def test_any_grid(grid):
 
 def test_failed_proposals_fall_back_to_the_exact_sum(monkeypatch):
     """With one proposal a draw, most centres come from the full sum; the law stays the same."""
-    monkeypatch.setattr(region, "PROPOSALS", 1)
+    monkeypatch.setattr(region, "DRAWS", 5)
     monkeypatch.setattr(region, "_PATCH_LAMBDA", 1e9)
     a, window = saliency_map(1), WINDOWS[0]
     centres = draw(a, 6.0, window, (3, 3), "inside", n=8000)
@@ -199,10 +197,8 @@ def test_at_lambda_0_the_boxes_are_those_of_random_erasing():
     size_px = np.full((n, 2), size)
     hw, _ = region.draw_size(u, size_px, (0.02, 0.33), (0.3, 3.3))
     first, last = region.centre_range(hw, size_px, "inside")
-    u = uniforms(1, Stream.CENTRE, 0, ids, 4 * region.PROPOSALS).reshape(n, -1, 4)
     centre = region.draw_centre(
-        u,
-        u[:, 0, 0],
+        uniforms(1, Stream.CENTRE, 0, ids, region.DRAWS),
         np.tile(saliency_map(), (n, 1, 1)),
         np.zeros(n),
         np.tile(np.array([WINDOWS[1]]), (n, 1)),

@@ -4,8 +4,9 @@
 
 Rows: a method each; `none (again)`, a second pipeline like `none`, which shows the noise floor;
 `native_erase`, a random rectangle by DALI's own operators alone; `torchvision`, the same recipe in
-a DataLoader with as many workers as DALI has threads and with Pillow, as ImageFolder decodes; and
-`torchvision (decode_image)`, with torchvision's own decoder. `ratio` is a row's rate over that of `none`.
+a DataLoader with as many workers as DALI has threads, decoded with Pillow as ImageFolder does;
+`torchvision (decode_image)`, the same with torchvision's own decoder.
+`ratio` is a row's rate over that of `none`.
 `cpu_ms_per_image` counts the work instead of the time: it bears other load on the machine.
 
 All rows live at once and take turns. SCAE runs where λ is largest, from a cache of random maps.

@@ -51,10 +51,8 @@ class Method:
         xp = array_namespace(samples.ids)
         lam, saliency, status = self._guidance(samples)
         first, last = region.centre_range(hw, samples.size_px, self.config.border)
-        u = samples.draw(self.run, Stream.CENTRE, 4 * region.PROPOSALS)
         centre = region.draw_centre(
-            xp.reshape(u, (-1, region.PROPOSALS, 4)),
-            samples.draw(self.run, Stream.CENTRE_EXACT, 1)[:, 0],
+            samples.draw(self.run, Stream.CENTRE, region.DRAWS),
             saliency,
             lam,
             samples.window,
