@@ -38,8 +38,8 @@ def crop_and_flip(u: Array, full_px: Array, config: CropConfig) -> tuple[Array, 
     first = xp.argmax(xp.astype(fits, xp.int8), axis=1)
     some = fits[rows, first]
     height, width = height[:, 0], width[:, 0]
-    fall_h = xp.clip(xp.round(width / r0), min=1, max=height)
-    fall_w = xp.clip(xp.round(height * r1), min=1, max=width)
+    fall_h = xp.minimum(xp.round(width / r0).clip(min=1), height)
+    fall_w = xp.minimum(xp.round(height * r1).clip(min=1), width)
     fall_h = xp.where(width / height > r1, height, fall_h)
     fall_w = xp.where(width / height < r0, width, fall_w)
     h = xp.where(some, h[rows, first], fall_h)

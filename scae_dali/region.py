@@ -79,13 +79,13 @@ def saliency_at(saliency: Array, position: Array, axis_window: Array) -> Array:
         xp.astype(position, xp.float64) + 0.5
     )
     inside = xp.all((v >= 0) & (v <= 1), axis=2)
-    y = xp.clip(v[..., 0] * gh - 0.5, min=0.0, max=gh - 1.0)
-    x = xp.clip(v[..., 1] * gw - 0.5, min=0.0, max=gw - 1.0)
+    y = (v[..., 0] * gh - 0.5).clip(0.0, gh - 1.0)
+    x = (v[..., 1] * gw - 0.5).clip(0.0, gw - 1.0)
     y0, x0 = xp.floor(y), xp.floor(x)
     ty, tx = y - y0, x - x0
     y0, x0 = xp.astype(y0, xp.int64), xp.astype(x0, xp.int64)
-    y1 = xp.clip(y0 + 1, max=gh - 1)
-    x1 = xp.clip(x0 + 1, max=gw - 1)
+    y1 = (y0 + 1).clip(max=gh - 1)
+    x1 = (x0 + 1).clip(max=gw - 1)
     flat = xp.reshape(saliency, (-1,))
     base = _arange(xp, saliency.shape[0], saliency)[:, None] * (gh * gw)
     top, bottom = base + y0 * gw, base + y1 * gw
@@ -119,13 +119,13 @@ def draw_centre(
     u: float64 [B, DRAWS] in (0, 1), four a proposal and one for the full sum. saliency: float64
     [B, gh, gw] over the full frame. lam: float64 [B]. window: float64 [B, 4], the crop
     (y, x, h, w) as shares of the full frame. size_px: int64 [B, 2], (H, W) of the crop. first,
-    last: int64 [B, 2], within the crop, first <= last. lam_bound: the largest |λ| of the run; it sets how fine the envelope
-    is, not what is drawn from. Where λ = 0 it is `uniform_centre` of the first two numbers, for
-    any map. Returns int64 [B, 2], (y, x).
+    last: int64 [B, 2], within the crop, first <= last. lam_bound: the largest |λ| of the run; it
+    sets how fine the envelope is, not what is drawn from. Where λ = 0 it is `uniform_centre` of
+    the first two numbers, for any map. Returns int64 [B, 2], (y, x).
     """
     xp = array_namespace(saliency)
     b, gh, gw = saliency.shape
-    u, u_exact = xp.reshape(u[:, :-1], (b, -1, 4)), u[:, -1]
+    u, u_exact = xp.reshape(u[:, :-1], (b, u.shape[1] // 4, 4)), u[:, -1]
     axis_window = xp.stack(
         [window[:, :2], window[:, 2:] / xp.astype(size_px, xp.float64)], axis=2
     )  # [B, axis, (start, step)]
@@ -144,7 +144,7 @@ def draw_centre(
     rows = _arange(xp, b, saliency)[:, None]
     target = u[:, :, 0] * row[:, -1:]  # [B, P]
     py = _count_below(row, target, xp)
-    target = target - xp.where(py > 0, row[rows, xp.clip(py - 1, min=0)], 0.0)
+    target = target - xp.where(py > 0, row[rows, (py - 1).clip(min=0)], 0.0)
     column = xp.cumulative_sum(mass[rows, py], axis=2)  # [B, P, px]
     target = target / count_y[rows, py]
     # Rounding may leave target at the row's very end: hold it below.
@@ -219,7 +219,7 @@ def _draw_exact(u, saliency, lam, axis_window, first, last, xp) -> Array:
     exponent = lam * saliency_at(saliency[None], pixels, axis_window[None])[0]
     mass = xp.cumulative_sum(xp.exp(exponent - xp.max(exponent)))
     k = xp.sum(xp.astype(mass <= u * mass[-1], xp.int64))
-    return pixels[0, xp.clip(k, max=pixels.shape[1] - 1)]
+    return pixels[0, k.clip(max=pixels.shape[1] - 1)]
 
 
 def _count_below(cumulative, target, xp) -> Array:

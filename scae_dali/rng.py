@@ -11,6 +11,7 @@ import hashlib
 from enum import IntEnum
 from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace
 
 Array = Any  # a NumPy array or a torch tensor
@@ -26,38 +27,46 @@ class Stream(IntEnum):
     """What a random number is for. Every recorded plan hangs on the values: never renumber."""
 
     CROP = 0
-    APPLY = 1
-    SIZE = 2
-    CENTRE = 3
-    COLOR = 4
-    MIX = 5
-    PARTNER = 6
+    ERASE = 1  # whether, and how large
+    CENTRE = 2
+    COLOR = 3
+    MIX = 4
+    PARTNER = 5
 
 
-def philox(c0: Array, c1: Array, c2: Array, c3: Array, seed: int) -> tuple[Array, ...]:
+def philox(counter: Array, seed: int) -> Array:
     """One Philox4x32-10 block per counter.
 
-    c0 … c3: int64 arrays of one shape (or broadcastable), values in [0, 2³²). seed: 64-bit key.
-    Returns four int64 arrays of random words in [0, 2³²). int64 products wrap modulo 2⁶⁴ in NumPy
-    and in torch, which leaves the needed bits right.
+    counter: int64 [4, …], words in [0, 2³²). seed: 64-bit key. Returns int64 [4, …], random words
+    in [0, 2³²). int64 products wrap modulo 2⁶⁴ in NumPy and in torch, which leaves the needed bits
+    right.
     """
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(_ROUNDS):
-        p0, p1 = c0 * _MULTIPLIER[0], c2 * _MULTIPLIER[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+    xp = array_namespace(counter)
+    shape = (2,) + (1,) * (counter.ndim - 1)
+    key = [seed & _MASK, (seed >> 32) & _MASK]
+    keys = [[(k + i * w) & _MASK for k, w in zip(key, _WEYL, strict=True)] for i in range(_ROUNDS)]
+    keys = xp.reshape(xp.asarray(keys, device=counter.device), (_ROUNDS, *shape))
+    multiplier = xp.reshape(xp.asarray(_MULTIPLIER[::-1], device=counter.device), shape)
+    even, odd = counter[0::2], counter[1::2]  # words 0 and 2, 1 and 3
+    for key in keys:
+        product = _swap(even) * multiplier  # of words 2 and 0
+        odd, previous = product & _MASK, odd
+        product >>= 32
+        product &= _MASK
+        product ^= previous
+        product ^= key
+        even = product
+    return xp.reshape(xp.stack([even, odd], axis=1), counter.shape)
+
+
+def _swap(pair: Array) -> Array:
+    return pair[::-1] if isinstance(pair, np.ndarray) else pair.flip(0)
 
 
 def uniforms(seed: int, stream: Stream, epoch: Array, ids: Array, n: int) -> Array:
     """Uniform numbers of one stream.
 
-    seed: int in [0, 2⁶⁴). epoch: int64 [B] or scalar array, in [0, 2³²). ids: int64 [B], >= 0.
+    seed: int in [0, 2⁶⁴). epoch: int or int64 [B], in [0, 2³²). ids: int64 [B], >= 0.
     n: numbers a sample, at most 4 · 2¹⁶. Returns float64 [B, n] in (0, 1), multiples of 2⁻³² plus
     2⁻³³.
     """
@@ -67,12 +76,14 @@ def uniforms(seed: int, stream: Stream, epoch: Array, ids: Array, n: int) -> Arr
         raise ValueError(f"seed must be in [0, 2**64), got {seed}")
     if blocks > 1 << _BLOCK_BITS:
         raise ValueError(f"n must be at most {4 << _BLOCK_BITS}, got {n}")
-    ids, epoch = xp.broadcast_arrays(ids[:, None], xp.asarray(epoch)[..., None])
-    block = xp.arange(blocks, dtype=xp.int64, device=ids.device)[None, :]
-    words = philox(
-        ids & _MASK, ids >> 32, epoch, block + (int(stream) << _BLOCK_BITS), seed
-    )  # each [B, blocks]
-    words = xp.reshape(xp.stack(xp.broadcast_arrays(*words), axis=-1), (ids.shape[0], 4 * blocks))
+    counter = xp.empty((4, ids.shape[0], blocks), dtype=xp.int64, device=ids.device)
+    counter[0, ...] = (ids & _MASK)[:, None]
+    counter[1, ...] = (ids >> 32)[:, None]
+    counter[2, ...] = epoch if isinstance(epoch, int) else epoch[..., None]
+    block = xp.arange(blocks, dtype=xp.int64, device=ids.device)
+    counter[3, ...] = block + (int(stream) << _BLOCK_BITS)
+    words = philox(counter, seed)  # [4, B, blocks]
+    words = xp.reshape(xp.permute_dims(words, (1, 2, 0)), (ids.shape[0], 4 * blocks))
     return (xp.astype(words[:, :n], xp.float64) + 0.5) * 2.0**-32
 
 

@@ -18,7 +18,7 @@ def lam(epoch, epochs: int, lam_max: float):
     """
     epoch = epoch if hasattr(epoch, "dtype") else np.asarray(epoch)
     xp = array_namespace(epoch)
-    t = xp.astype(xp.clip(epoch, max=epochs), xp.float64)
+    t = xp.astype(epoch.clip(max=epochs), xp.float64)
     return lam_max * t / epochs
 
 

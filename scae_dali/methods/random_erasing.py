@@ -26,9 +26,8 @@ class Method:
         xp = array_namespace(samples.ids)
         status = xp.zeros_like(samples.ids)
         box = zeros(samples.ids, samples.ids.shape[0], 4)
-        erased = xp.nonzero(samples.draw(self.run, Stream.APPLY, 1)[:, 0] < self.config.prob)[0]
+        erased, hw, fitted = rectangle.choose(samples, self.run, self.config, self.config.prob)
         chosen = samples.take(erased)
-        hw, fitted = rectangle.draw_size(chosen, self.run, self.config)
         first, last = region.centre_range(hw, chosen.size_px, "inside")
         centre = region.uniform_centre(chosen.draw(self.run, Stream.CENTRE, 2), first, last)
         drawn = region.box_at(centre, hw, chosen.size_px)

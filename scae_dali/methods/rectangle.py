@@ -18,20 +18,30 @@ def fields(config: RectangleConfig) -> dict[str, int]:
     return {"box": 4} | ({"color": 3} if config.fill == "color" else {})
 
 
-def draw_size(samples: Samples, run: Run, config: RectangleConfig) -> tuple[Array, Array]:
-    """Sizes int64 [B, 2] and whether one fitted, bool [B]; see region.draw_size."""
-    size, fitted = _draw_size(samples, run, config, min(_FIRST_TRIES, config.tries))
-    xp = array_namespace(size)
-    again = xp.nonzero(~fitted)[0]
-    if again.shape[0] and config.tries > _FIRST_TRIES:
-        size[again], fitted[again] = _draw_size(samples.take(again), run, config, config.tries)
-    return size, fitted
+def choose(
+    samples: Samples, run: Run, config: RectangleConfig, prob: float | Array
+) -> tuple[Array, Array, Array]:
+    """Which samples are erased, and how large the rectangle is.
 
-
-def _draw_size(samples, run, config, tries):
+    prob: of erasing, float or float64 [B]. Returns int64 [n], rows of `samples`; int64 [n, 2],
+    (h, w) in pixels, see region.draw_size; bool [n], whether a size fitted.
+    """
     xp = array_namespace(samples.ids)
-    u = xp.reshape(samples.draw(run, Stream.SIZE, 2 * tries), (-1, tries, 2))
-    return region.draw_size(u, samples.size_px, config.area, config.aspect)
+    tries = min(_FIRST_TRIES, config.tries)
+    u = samples.draw(run, Stream.ERASE, 1 + 2 * tries)
+    rows = xp.nonzero(u[:, 0] < prob)[0]
+    hw, fitted = _sizes(u[rows, 1:], samples.size_px[rows], config)
+    again = xp.nonzero(~fitted)[0]
+    if again.shape[0] and config.tries > tries:
+        unfit = samples.take(rows[again])
+        u = unfit.draw(run, Stream.ERASE, 1 + 2 * config.tries)
+        hw[again], fitted[again] = _sizes(u[:, 1:], unfit.size_px, config)
+    return rows, hw, fitted
+
+
+def _sizes(u, size_px, config):
+    pairs = array_namespace(u).reshape(u, (u.shape[0], u.shape[1] // 2, 2))
+    return region.draw_size(pairs, size_px, config.area, config.aspect)
 
 
 def fill_fields(samples: Samples, run: Run, config: RectangleConfig) -> dict[str, Array]:

@@ -31,10 +31,8 @@ class Method:
         xp = array_namespace(samples.ids)
         status = xp.zeros_like(samples.ids)
         box = zeros(samples.ids, samples.ids.shape[0], 4)
-        device = samples.ids.device
-        erase_prob = xp.asarray(self.erase_prob, device=device)[samples.labels]
-        erased = xp.nonzero(samples.draw(self.run, Stream.APPLY, 1)[:, 0] < erase_prob)[0]
-        hw, fitted = rectangle.draw_size(samples.take(erased), self.run, self.config)
+        prob = xp.asarray(self.erase_prob, device=samples.ids.device)[samples.labels]
+        erased, hw, fitted = rectangle.choose(samples, self.run, self.config, prob)
         status[erased] = int(Status.NO_FIT)
         erased, hw = erased[fitted], hw[fitted]
         if erased.shape[0]:
