@@ -35,7 +35,7 @@ from scae_dali.losses import mixed_cross_entropy
 from scae_dali.metrics import Log, Meter, summary
 from scae_dali.ops import Stage
 from scae_dali.ranks import Ranks
-from scae_dali.refresh import refresh
+from scae_dali.refresh import refresh_cache
 from scae_dali.rng import derive
 
 
@@ -140,7 +140,7 @@ class Run:
             pipeline = saliency.saliency_pipeline(self.train_index, image, exec_config, ids)
             return Loader(pipeline, saliency.OUTPUTS, self.train_index, drop_last=False)
 
-        report = refresh(
+        report = refresh_cache(
             self.net,
             cache if self.ranks.local == 0 else None,
             self.train_index,

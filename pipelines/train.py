@@ -10,7 +10,7 @@ from pipelines.images import decode_crop, normalise, read
 from scae_dali.ops import Stage
 from scae_dali.rng import derive
 
-OUTPUTS = ("images", "label", "partner", "mu", "id", "status", "box")
+OUTPUTS = ("images", "plan")
 
 
 def train_pipeline(
@@ -23,8 +23,7 @@ def train_pipeline(
 ) -> Pipeline:
     """A pipeline that yields OUTPUTS for every sample of stage.index, shuffled each epoch.
 
-    images: float [3, S, S] or [S, S, 3]; label, partner, id, status: int64 [1]; mu: float32 [1];
-    box: float32 [4], the erased rectangle in the crop before the flip, of no area where none.
+    images: float [3, S, S] or [S, S, 3]. plan: float64 [K], see planner; the Loader takes it apart.
     checkpoint: what a pipeline of the same arguments gave as its state.
     """
 
@@ -42,12 +41,10 @@ def train_pipeline(
             shapes=fn.peek_image_shape(encoded),
             random_crop=image.crop,
         )
-        images = decode_crop(encoded, plan.start, plan.shape, image, run)
+        start, shape = plan.part("start", types.INT32), plan.part("shape", types.INT32)
+        images = decode_crop(encoded, start, shape, image, run)
         images = stage.apply(images, plan)
-        images = normalise(images, image, mirror=plan.flip)
-        box = plan.fields.get("box")
-        if box is None:
-            box = fn.cast(plan.id, dtype=types.FLOAT) * types.Constant([0.0] * 4)
-        return images, *plan.targets, plan.id, plan.status, box
+        flip = plan.part("flip", types.INT32)
+        return normalise(images, image, mirror=flip), plan.row
 
     return define(checkpoint=checkpoint)

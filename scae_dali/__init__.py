@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from scae_dali.iterator import Batch, Loader
     from scae_dali.losses import mixed_cross_entropy
     from scae_dali.ops import SCAE, Stage, Targets
-    from scae_dali.refresh import refresh
+    from scae_dali.refresh import refresh_cache
 
 __all__ = [
     "SCAE",
@@ -25,7 +25,7 @@ __all__ = [
     "Stage",
     "Targets",
     "mixed_cross_entropy",
-    "refresh",
+    "refresh_cache",
 ]
 
 _HOME = {
@@ -38,7 +38,7 @@ _HOME = {
     "Stage": "ops",
     "Targets": "ops",
     "mixed_cross_entropy": "losses",
-    "refresh": "refresh",
+    "refresh": "refresh_cache",
 }
 
 

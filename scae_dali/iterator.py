@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from nvidia.dali.plugin.base_iterator import LastBatchPolicy
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 from scae_dali.dataset import ImageIndex
+from scae_dali.planner import COMMON_WIDTH
 from scae_dali.verify import concerns_images, explain
 
 T = TypeVar("T")
@@ -17,13 +19,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A batch on the pipeline's device.
+    """A batch: what the network and the loss need on the pipeline's device, the rest on the CPU.
 
     images: float [B, 3, H, W], channels-last in memory where the pipeline gives NHWC.
     labels, partners: int64 [B], classes of the sample and of the one mixed into it.
-    mu: float32 [B], the weight of `labels`. ids: int64 [B], places in the index.
-    status: int64 [B] of methods.Status. boxes: float32 [B, 4], (y, x, h, w) in pixels before the
-    flip.
+    mu: float32 [B], the weight of `labels`.
+    On the CPU: ids: int64 [B], places in the index. status: int64 [B] of methods.Status.
+    boxes: float32 [B, 4], (y, x, h, w) in pixels before the flip, of no area where none.
     """
 
     images: torch.Tensor
@@ -42,11 +44,10 @@ class ImageError(RuntimeError):
 class Loader:
     """Iterates over a pipeline whose reader is named "Reader" and pads its shards.
 
-    outputs: the pipeline's, by the names `images`, `id` and, where it has them, `label`, `partner`,
-    `mu`, `status`, `box`. drop_last: give only the batches that are full on every shard, so that
-    all ranks take as many steps; without it the last batch may be smaller, and an empty one is left
-    out. Samples that pad a shard never appear. position: batches of the epoch that a restored
-    pipeline has given already.
+    outputs: the pipeline's, by name: `images`, and either `plan` (ops.PlanNodes.row) or `id`.
+    drop_last: give only the batches that are full on every shard, so that all ranks take as many
+    steps; without it the last batch may be smaller, and an empty one is left out. Samples that pad
+    a shard never appear. position: batches of the epoch that a restored pipeline has given already.
 
     A `for` loop gives an epoch, or what is left of it. Raises ImageError where DALI cannot read or
     decode an image; the pipeline is lost then.
@@ -99,7 +100,7 @@ class Loader:
                 self._position = 0
                 return
             self._position += 1
-            if self._position <= self._batches and len(out["id"]):
+            if self._position <= self._batches and len(out["images"]):
                 yield self._batch(out)
 
     def state(self) -> bytes:
@@ -110,22 +111,22 @@ class Loader:
         images = out["images"]
         if images.shape[1] != 3:
             images = images.permute(0, 3, 1, 2)
-        n, device = len(images), images.device
-        ids = out["id"].long().reshape(n)
-        labels = out["label"].reshape(n) if "label" in out else self._labels[ids.cpu()]
-        labels = labels.to(device, non_blocking=True)
+        n = len(images)
+        if "plan" in out:
+            label, partner, ids, status, mu, *box = out["plan"][:, :COMMON_WIDTH].T
+        else:
+            ids = out["id"].reshape(n)
+            label = partner = self._labels[ids.long()]
+            status, mu, box = torch.zeros(n), torch.ones(n), [torch.zeros(n)] * 4
+        move = partial(torch.Tensor.to, device=images.device, non_blocking=True)
         return Batch(
             images=images,
-            labels=labels,
-            partners=out["partner"].reshape(n).to(device, non_blocking=True)
-            if "partner" in out
-            else labels,
-            mu=out["mu"].reshape(n).to(device, non_blocking=True)
-            if "mu" in out
-            else torch.ones(n, device=device),
-            ids=ids,
-            status=out["status"].reshape(n) if "status" in out else torch.zeros_like(ids),
-            boxes=out["box"] if "box" in out else torch.zeros(n, 4),
+            labels=move(label.long()),
+            partners=move(partner.long()),
+            mu=move(mu.float()),
+            ids=ids.long(),
+            status=status.long(),
+            boxes=torch.stack(box, dim=1).float(),
         )
 
     def _run(self, step: Callable[[], T]) -> T:

@@ -1,30 +1,27 @@
 """The DALI shell: puts a method's plan into a graph.
 
 A `Stage` adds one Python operator on the CPU to a pipeline. It receives ids, the iteration and the
-crop windows (never pixels), works the epoch out of the iteration, and returns small arrays that
-native operators use. What is planned is the methods' business.
+crop windows (never pixels) and returns a small table, a row a sample, that native operators use.
+What is planned is for `planner` and the methods.
 """
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from array_api_compat import array_namespace
 from nvidia.dali import Pipeline, fn, types
 
-from scae_dali import crop
 from scae_dali.cache import SaliencyCache
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD, CropConfig
 from scae_dali.dataset import ImageIndex
-from scae_dali.methods.base import DataNode, Run, Samples, Triple, load, make_config
-from scae_dali.rng import Stream, uniforms
+from scae_dali.methods.base import DataNode, Run, Triple, load, make_config
+from scae_dali.planner import Planner
 
 
 class Targets(NamedTuple):
-    """What the loss needs, as DALI nodes or tensors: μ·label + (1 - μ)·partner.
+    """What the loss needs, as DALI nodes: μ·label + (1 - μ)·partner.
 
     label, partner: int64 [1]. mu: float32 [1]; 1 where the sample is not mixed.
     """
@@ -34,22 +31,35 @@ class Targets(NamedTuple):
     mu: DataNode
 
 
-@dataclass(frozen=True, kw_only=True)
 class PlanNodes:
-    """A plan inside a graph. DALI nodes on the CPU, one row a sample.
+    """A plan inside a graph: `row`, float64 [K] a sample on the CPU, and its parts by name.
 
-    id: int64 [1]. start, shape: int32 [2], the crop in pixels of the full frame (None where the
-    window was given). flip: int32 [1]. status: int64 [1] of methods.Status. fields: the method's,
-    float32.
+    An operator that slices costs as much as ten that compute, so parts are cut when asked for, and
+    a pipeline had better give out the row whole: `iterator.Loader` takes it apart.
     """
 
-    targets: Targets
-    id: DataNode
-    status: DataNode
-    fields: Mapping[str, DataNode]
-    start: DataNode | None = None
-    shape: DataNode | None = None
-    flip: DataNode | None = None
+    def __init__(self, row: DataNode, columns: dict[str, slice]) -> None:
+        self.row = row
+        self._columns = columns
+
+    def part(self, name: str, dtype: types.DALIDataType, within: slice = slice(None)) -> DataNode:
+        """The columns of a name (see planner), or some of them."""
+        whole = self._columns[name]
+        begin, end, _ = within.indices(whole.stop - whole.start)
+        return fn.cast(self.row[whole.start + begin : whole.start + end], dtype=dtype)
+
+    @property
+    def id(self) -> DataNode:
+        """int64 [1], the sample's place in the index."""
+        return self.part("id", types.INT64)
+
+    @property
+    def targets(self) -> Targets:
+        return Targets(
+            self.part("label", types.INT64),
+            self.part("partner", types.INT64),
+            self.part("mu", types.FLOAT),
+        )
 
 
 class Stage:
@@ -100,7 +110,6 @@ class Stage:
         self.batch_size = batch_size
         self.start_epoch = start_epoch
         self.batches_per_epoch = math.ceil(math.ceil(len(index) / num_shards) / batch_size)
-        self._labels_table = index.labels.copy()  # torch shares only arrays that can be written to
         self.seconds = 0.0  # spent in the Python operator, in DALI's thread
         self._run = Run(
             seed=seed,
@@ -110,15 +119,14 @@ class Stage:
             std=std,
             saliency=_saliency_source(cache, backend, torch_device),
         )
-        self._backend = backend
-        self._device = torch_device
+        self._device = None if backend == "numpy" else torch_device
         self._method = module.Method(make_config(module, settings), self._run)
 
     def __call__(
         self,
         images: DataNode,
         ids: DataNode,
-        window: tuple[DataNode, ...] | None = None,
+        window: tuple[DataNode, DataNode, DataNode] | None = None,
         size: tuple[int, int] | None = None,
     ) -> tuple[DataNode, Targets]:
         """Augment images inside a pipeline definition.
@@ -138,13 +146,13 @@ class Stage:
         ids: DataNode,
         *,
         size: tuple[int, int] | DataNode,
-        window: tuple[DataNode, ...] | None = None,
+        window: tuple[DataNode, DataNode, DataNode] | None = None,
         shapes: DataNode | None = None,
         random_crop: CropConfig | None = None,
     ) -> PlanNodes:
         """Decide for a batch. With `shapes` (of the upright images) the stage draws crop and flip
         itself by `random_crop`, as purely as all else: then a sample's whole augmentation depends
-        on nothing but (seed, epoch, id).
+        on nothing but (seed, epoch, id), and the plan has the parts `start`, `shape` and `flip`.
         """
         pipeline = Pipeline.current()
         if pipeline is not None and pipeline.max_batch_size != self.batch_size:
@@ -154,89 +162,39 @@ class Stage:
             )
         if (shapes is None) != (random_crop is None):
             raise ValueError("shapes and random_crop go together; give both or neither")
-        columns = [_iteration(self.batch_size)]
-        if window is not None:
-            if len(window) != 3:
-                raise ValueError(
-                    f"window must be (start, size, shapes), got {len(window)} entries; shapes is "
-                    "what fn.peek_image_shape gives"
-                )
-            columns += [window[0], window[1], window[2][0:2]]
-        elif shapes is not None:
-            columns.append(shapes[0:2])
-        fixed_size = None
-        if isinstance(size, tuple):
-            fixed_size = size
-        else:
-            columns.append(size[0:2])
-        packed = fn.cat(*(fn.cast(c, dtype=types.FLOAT64) for c in columns))
-        decide = _Decide(self, fixed_size, window is not None, random_crop)
-        if self._backend == "numpy":
-            ints, floats = fn.python_function(
-                ids, packed, function=decide.numpy, batch_processing=True, num_outputs=2
+        if window is not None and len(window) != 3:
+            raise ValueError(
+                f"window must be (start, size, shapes), got {len(window)} entries; shapes is what "
+                "fn.peek_image_shape gives"
             )
+        frames = window if window is not None else () if shapes is None else (shapes,)
+        sizes = () if isinstance(size, tuple) else (size,)
+        operator = _Operator(
+            self, self.planner(random_crop), len(frames), size if isinstance(size, tuple) else None
+        )
+        inputs = (ids, _iteration(self.batch_size), *frames, *sizes)
+        if self._device is None:
+            row = fn.python_function(*inputs, function=operator.numpy, batch_processing=True)
         else:
-            ints, floats = fn.dl_tensor_python_function(
-                ids, packed, function=decide.torch, batch_processing=True, num_outputs=2
+            row = fn.dl_tensor_python_function(
+                *inputs, function=operator.torch, batch_processing=True
             )
-        fields, begin = {}, 1
-        for name, width in self._method.fields.items():
-            fields[name] = floats[begin : begin + width]
-            begin += width
-        targets = Targets(ints[0:1], ints[1:2], floats[0:1])
-        plan = {"targets": targets, "id": ints[2:3], "status": ints[3:4], "fields": fields}
-        if random_crop is not None:
-            plan["start"] = fn.cast(ints[4:6], dtype=types.INT32)
-            plan["shape"] = fn.cast(ints[6:8], dtype=types.INT32)
-            plan["flip"] = fn.cast(ints[8], dtype=types.INT32)
-        return PlanNodes(**plan)
+        return PlanNodes(row, operator.planner.columns)
+
+    def planner(self, random_crop: CropConfig | None = None) -> Planner:
+        """The plan outside any pipeline."""
+        return Planner(
+            self.index,
+            self._method,
+            self._run,
+            batches_per_epoch=self.batches_per_epoch,
+            start_epoch=self.start_epoch,
+            random_crop=random_crop,
+        )
 
     def apply(self, images: DataNode, plan: PlanNodes) -> DataNode:
         """Augment images (HWC, CPU or GPU) as planned."""
-        return self._method.apply(images, plan.fields)
-
-    def decide(
-        self, ids: Any, iteration: Any, window_px: Any, size_px: Any, random_crop: CropConfig | None
-    ) -> tuple[Any, Any]:
-        """The plan of a batch as two arrays, of the library of `ids` (NumPy or torch).
-
-        ids: int64 [B]. iteration: int64 [B]. window_px: float64 [B, 6], crop and shape of the
-        image; [B, 2] shape alone, to draw the crop; None for the whole image. size_px: int64
-        [B, 2]. Returns (int64 [B, 4 or 9]: label, partner label, id, status, then crop and flip;
-        float64 [B, 1 + …]: μ, then the method's fields).
-        """
-        xp = array_namespace(ids)
-        labels = self._labels(xp, ids)
-        epoch = iteration // self.batches_per_epoch + self.start_epoch
-        drawn = []
-        if random_crop is not None:
-            seed = self._run.seed
-            u = uniforms(seed, Stream.CROP, epoch, ids, crop.draws_per_sample(random_crop))
-            window, flip = crop.crop_and_flip(u, window_px, random_crop)
-            drawn = [window, xp.astype(flip, xp.int64)[:, None]]
-            window_px = xp.concat([xp.astype(window, xp.float64), window_px], axis=1)
-        if window_px is None:
-            window = xp.zeros((ids.shape[0], 4), dtype=xp.float64, device=ids.device)
-            window[:, 2:] = 1.0
-        else:
-            full = window_px[:, 4:6]
-            window = window_px[:, :4] / xp.concat([full, full], axis=1)
-        samples = Samples(ids=ids, labels=labels, epoch=epoch, window=window, size_px=size_px)
-        plan = self._method.plan(samples)
-        mu = plan.get("mu", xp.ones((ids.shape[0], 1), dtype=xp.float64, device=ids.device))
-        partner = plan.get("partner", ids)
-        targets = [labels, self._labels(xp, partner), ids, plan["status"]]
-        ints = xp.concat([xp.stack(targets, axis=1), *drawn], axis=1)
-        return ints, xp.concat([mu, *(plan[name] for name in self._method.fields)], axis=1)
-
-    def _labels(self, xp, ids):
-        bad = (ids < 0) | (ids >= len(self.index))
-        if xp.any(bad):
-            raise IndexError(
-                f"ids must be in [0, {len(self.index)}), the places in the index, got "
-                f"{int(ids[bad][0])}; let the reader read index.files without labels"
-            )
-        return xp.asarray(self._labels_table, device=ids.device)[ids]
+        return self._method.apply(images, plan)
 
 
 class SCAE(Stage):
@@ -250,54 +208,63 @@ class SCAE(Stage):
         super().__init__(index, "scae", cache=cache, **keywords)
 
 
-class _Decide:
-    """The Python operator: batches of small arrays in, `Stage.decide`, batches of rows out."""
+class _Operator:
+    """The Python operator: lists of small arrays in, `Planner`, rows out.
 
-    def __init__(self, stage, fixed_size, has_window, random_crop):
-        self._stage = stage
-        self._fixed_size = fixed_size
-        self._width = 6 if has_window else 2 if random_crop is not None else 0
-        self._random_crop = random_crop
+    frames: how many inputs describe the crop. size: of the crops where it is one for all.
+    """
 
-    def numpy(self, ids, packed):
+    def __init__(
+        self, stage: Stage, planner: Planner, frames: int, size: tuple[int, int] | None
+    ) -> None:
+        self.planner = planner
+        self._stage, self._frames, self._size = stage, frames, size
+
+    def numpy(self, *inputs: list[np.ndarray]) -> list[np.ndarray]:
         start = time.perf_counter()
-        packed = np.concatenate(packed).reshape(len(packed), -1)
-        ints, floats = self._call(self._ids(ids), packed)
-        out = list(np.ascontiguousarray(ints)), list(floats.astype(np.float32))
+        rows = list(self.planner(*self._arguments(inputs)))
         self._stage.seconds += time.perf_counter() - start
-        return out
+        return rows
 
-    def torch(self, ids, packed):
+    def torch(self, *inputs: list[Any]) -> list[Any]:
         import torch
         from torch.utils import dlpack
 
         start = time.perf_counter()
-        device = self._stage._device
-        ids = self._ids([dlpack.from_dlpack(i).numpy() for i in ids])
-        packed = torch.stack([dlpack.from_dlpack(p) for p in packed]).to(device)
-        ints, floats = self._call(torch.from_numpy(ids).to(device), packed)
-        ints, floats = ints.cpu(), floats.to(torch.float32).cpu()
-        out = [dlpack.to_dlpack(i) for i in ints], [dlpack.to_dlpack(f) for f in floats]
+        arrays = [[dlpack.from_dlpack(one).numpy() for one in samples] for samples in inputs]
+        arguments = (
+            None if a is None else torch.from_numpy(a).to(self._stage._device)
+            for a in self._arguments(arrays)
+        )
+        rows = [dlpack.to_dlpack(row) for row in self.planner(*arguments).cpu()]
         self._stage.seconds += time.perf_counter() - start
-        return out
+        return rows
 
-    def _call(self, ids, packed):
-        xp = array_namespace(ids)
-        iteration = xp.astype(packed[:, 0], xp.int64)
-        window_px = packed[:, 1 : 1 + self._width] if self._width else None
-        if self._fixed_size is None:
-            size_px = xp.astype(packed[:, 1 + self._width :], xp.int64)
-        else:
-            size_px = xp.asarray([self._fixed_size] * ids.shape[0], device=ids.device)
-        return self._stage.decide(ids, iteration, window_px, size_px, self._random_crop)
-
-    def _ids(self, ids):
+    def _arguments(self, inputs):
+        """What the planner takes, of NumPy."""
+        ids, iteration, *rest = inputs
         if ids[0].dtype == np.uint8:  # names, as source_info gives them
-            return self._stage.index.ids_of([bytes(i).decode() for i in ids])
-        return np.concatenate([i.reshape(-1) for i in ids]).astype(np.int64)
+            positions = self.planner.index.ids_of([bytes(name).decode() for name in ids])
+        else:
+            positions = _batch(ids)[:, 0].astype(np.int64)
+        frames = [_batch(samples) for samples in rest[: self._frames]]
+        if self._size is None:
+            size_px = _batch(rest[-1])[:, :2].astype(np.int64)
+        else:
+            size_px = np.tile(np.array(self._size), (len(ids), 1))
+        window = None
+        if frames:
+            frames[-1] = frames[-1][:, :2]  # HWC
+            window = np.concatenate(frames, axis=1).astype(np.float64)
+        return positions, _batch(iteration)[:, 0], size_px, window
 
 
-def _iteration(batch_size):
+def _batch(samples: list[np.ndarray]) -> np.ndarray:
+    """Arrays of one size -> [B, size]; np.stack takes three times as long."""
+    return np.concatenate([one.reshape(-1) for one in samples]).reshape(len(samples), -1)
+
+
+def _iteration(batch_size: int) -> DataNode:
     """The number of the batch, int64 [1] a sample; a checkpoint of the pipeline restores it."""
     return fn.external_source(
         source=lambda info: np.full((batch_size, 1), info.iteration, np.int64),
@@ -308,7 +275,9 @@ def _iteration(batch_size):
     )
 
 
-def _saliency_source(cache, backend, device):
+def _saliency_source(
+    cache: SaliencyCache | None, backend: str, device: str
+) -> Callable[[Any], tuple[Any, Any]] | None:
     """ids -> (maps, found), in the backend's arrays."""
     if cache is None or backend == "numpy":
         return None if cache is None else cache.read

@@ -30,7 +30,7 @@ class PassReport:
     seconds: float
 
 
-def refresh(
+def refresh_cache(
     model: nn.Module,
     cache: SaliencyCache | None,
     index: ImageIndex,
@@ -78,7 +78,9 @@ def refresh(
             for batch in loader_for(share.tolist()):
                 with autocast():
                     maps = cam(batch.images, batch.labels)
-                ids, levels = _gather(batch.ids, (maps * 255).round().to(torch.uint8), world)
+                ids, levels = _gather(
+                    batch.ids.to(maps.device), (maps * 255).round().to(torch.uint8), world
+                )
                 progress(len(ids))
                 if chunks is not None:
                     chunks.write(ids, levels)

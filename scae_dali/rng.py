@@ -7,6 +7,7 @@ random numbers: as easy as 1, 2, 3", SC 2011); the key is the seed and the count
 device alike. What is drawn from the numbers is decided elsewhere.
 """
 
+import functools
 import hashlib
 from enum import IntEnum
 from typing import Any
@@ -43,9 +44,7 @@ def philox(counter: Array, seed: int) -> Array:
     """
     xp = array_namespace(counter)
     shape = (2,) + (1,) * (counter.ndim - 1)
-    key = [seed & _MASK, (seed >> 32) & _MASK]
-    keys = [[(k + i * w) & _MASK for k, w in zip(key, _WEYL, strict=True)] for i in range(_ROUNDS)]
-    keys = xp.reshape(xp.asarray(keys, device=counter.device), (_ROUNDS, *shape))
+    keys = xp.reshape(xp.asarray(_keys(seed), device=counter.device), (_ROUNDS, *shape))
     multiplier = xp.reshape(xp.asarray(_MULTIPLIER[::-1], device=counter.device), shape)
     even, odd = counter[0::2], counter[1::2]  # words 0 and 2, 1 and 3
     for key in keys:
@@ -57,6 +56,13 @@ def philox(counter: Array, seed: int) -> Array:
         product ^= key
         even = product
     return xp.reshape(xp.stack([even, odd], axis=1), counter.shape)
+
+
+@functools.cache
+def _keys(seed: int) -> np.ndarray:
+    """The key of every round: int64 [rounds, 2]."""
+    key = np.array([seed & _MASK, seed >> 32])
+    return (key + np.arange(_ROUNDS)[:, None] * np.array(_WEYL)) & _MASK
 
 
 def _swap(pair: Array) -> Array:

@@ -31,7 +31,8 @@ from scae_dali.dataset import DatasetError, ImageIndex
 from scae_dali.iterator import Batch, ImageError, Loader
 from scae_dali.methods import Status
 from scae_dali.ops import Stage
-from scae_dali.refresh import refresh
+from scae_dali.planner import Planner
+from scae_dali.refresh import refresh_cache
 
 ROOT = Path(__file__).parents[1]
 PIPELINES = ("train", "val", "saliency")
@@ -121,7 +122,7 @@ def test_an_error_of_the_plan_is_not_blamed_on_an_image(index, monkeypatch):
     def decide(*arguments):
         raise IndexError("the plan's own")
 
-    monkeypatch.setattr(Stage, "decide", decide)
+    monkeypatch.setattr(Planner, "__call__", decide)
     with pytest.raises(RuntimeError, match="the plan's own") as error:
         list(loader("train", index, 16))
     assert not isinstance(error.value, ImageError)
@@ -234,8 +235,9 @@ def decide(index: ImageIndex, cache: SaliencyCache, lam_max: float = 2.0) -> np.
     n = len(index)
     stage = SCAE(index, cache, epochs=1, start_epoch=1, batch_size=n, seed=5, **erase_all)
     size_px = np.full((n, 2), 32)
-    ints, floats = stage.decide(np.arange(n), np.zeros(n, np.int64), None, size_px, None)
-    return np.concatenate([ints[:, 3:4], floats[:, 1:]], axis=1)
+    planner = stage.planner()
+    rows = planner(np.arange(n), np.zeros(n, np.int64), size_px)
+    return np.concatenate([rows[:, planner.columns[k]] for k in ("status", "box")], axis=1)
 
 
 def test_a_missing_or_short_record_means_no_guidance_and_is_counted(index, tmp_path):
@@ -308,7 +310,7 @@ def test_maps_without_a_positive_finite_value_mean_no_guidance_and_are_counted(
     index, tmp_path, weight
 ):
     cache = SaliencyCache.create(tmp_path / "maps", index, grid=(7, 7))
-    report = refresh(Net(weight), cache, index, batches(index), epoch=1, layer="features")
+    report = refresh_cache(Net(weight), cache, index, batches(index), epoch=1, layer="features")
     assert report.images == len(index)
     maps, found = cache.read(np.arange(len(index)))
     assert found.all()
@@ -322,7 +324,7 @@ def test_maps_without_a_positive_finite_value_mean_no_guidance_and_are_counted(
 def test_an_unknown_layer_is_named_with_those_there_are(index, tmp_path):
     cache = SaliencyCache.create(tmp_path / "maps", index, grid=(7, 7))
     with pytest.raises(ValueError, match=r"layer 'feature' is no module of Net; did you mean feat"):
-        refresh(Net(1.0), cache, index, batches(index), epoch=1, layer="feature")
+        refresh_cache(Net(1.0), cache, index, batches(index), epoch=1, layer="feature")
     assert cache.meta.under_way is None
 
 
@@ -344,10 +346,10 @@ def test_a_pass_that_meets_a_full_disk_goes_on_once_there_is_room(tmp_path):
     arguments: dict[str, Any] = {"epoch": 1, "layer": "features", "commit_every": 1000}
     net = Net(1.0)
     with full_disk(600_000), pytest.raises(OSError, match="is kept; make room for about 1,"):
-        refresh(net, cache, index, batches(index, batch_size=1000), **arguments)
+        refresh_cache(net, cache, index, batches(index, batch_size=1000), **arguments)
     done = (cache.stamps() == 1).sum()
     assert 0 < done < samples
-    report = refresh(net, cache, index, batches(index, batch_size=1000), **arguments)
+    report = refresh_cache(net, cache, index, batches(index, batch_size=1000), **arguments)
     assert report.images == samples - done
     assert (cache.stamps() == 1).all()
 

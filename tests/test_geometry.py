@@ -128,22 +128,25 @@ def test_train_pipeline_covers_the_object_as_often_as_eq_4_says(scene, decode):
     loader = Loader(pipeline, train.OUTPUTS, index, drop_last=False)
     maps, _ = cache.read(np.arange(N))
     shapes = upright(index)
+    planner = stage.planner(image.crop)
     rows, kinds = [], []
     for epoch in range(epochs):
         for batch in loader:
             ids = batch.ids.numpy()
             iteration = np.full(len(ids), epoch * stage.batches_per_epoch)
             size_px = np.full((len(ids), 2), SIZE)
-            ints, _ = stage.decide(ids, iteration, shapes[ids], size_px, image.crop)
+            planned = planner(ids, iteration, size_px, shapes[ids])
             pictures = denormalise(batch.images, image)
             for i, picture, box, decided in zip(
-                ids, pictures, batch.boxes.numpy(), ints, strict=True
+                ids, pictures, batch.boxes.numpy(), planned, strict=True
             ):
-                window = decided[4:8] / np.tile(shapes[i], 2)
+                cut = np.concatenate([decided[planner.columns[k]] for k in ("start", "shape")])
+                window = cut / np.tile(shapes[i], 2)
+                flip = decided[planner.columns["flip"]][0]
                 pixel, inside = disc_pixel(centres[i], window)
                 if not inside or not box[2]:
                     continue
-                if decided[8]:
+                if flip:
                     picture = picture[:, :, ::-1]
                 seen = look(picture, pixel)
                 assert seen != "neither", "the disc is not where the window and the flip say"
@@ -151,7 +154,7 @@ def test_train_pipeline_covers_the_object_as_often_as_eq_4_says(scene, decode):
                 assert covered == (seen == "erased"), "the box is not where the pixels say"
                 lam = 6.0 * epoch / epochs
                 rows.append((i, lam, window, box[2:].astype(int), pixel, seen == "erased"))
-                kinds.append((i % 3, decided[8]))
+                kinds.append((i % 3, flip))
     assert len(rows) > 600
     z, rate = compare(rows, maps)
     assert abs(z) < 3.5

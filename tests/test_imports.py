@@ -17,6 +17,7 @@ RANKS = [
     {"scae_dali.methods.rectangle"},
     {f"scae_dali.methods.{name}" for name in ("none", "random_erasing", "scae")},
     {"scae_dali.methods"},
+    {"scae_dali.planner"},
     {"scae_dali.ops", "scae_dali.iterator", "scae_dali.metrics"},
     {"scae_dali.refresh"},
     {"scae_dali"},

@@ -111,9 +111,10 @@ def test_the_epoch_of_a_plan_is_right_at_borders_in_spite_of_prefetch(index, cac
     for epoch, seen in enumerate(epochs(one, index)):
         shapes = upright_shapes(index)
         iteration = np.full(len(ids), epoch * one.batches_per_epoch + one.batches_per_epoch - 1)
-        ints, floats = one.decide(ids, iteration, shapes, np.full((50, 2), 48), CropConfig())
-        assert [seen[i][0] for i in ids] == floats[:, 1:5].tolist()
-        assert [seen[i][1] for i in ids] == ints[:, 3].tolist()
+        planner = one.planner(CropConfig())
+        rows = planner(ids, iteration, np.full((50, 2), 48), shapes)
+        assert [seen[i][0] for i in ids] == rows[:, planner.columns["box"]].tolist()
+        assert [[seen[i][1]] for i in ids] == rows[:, planner.columns["status"]].tolist()
 
 
 def upright_shapes(index):
@@ -143,13 +144,10 @@ def test_exactly_the_box_is_filled(index, cache, name, fill):
     (erased,) = loader(one, index)
     assert (plain.ids == erased.ids).all()
     std = np.array(IMAGE.std)[:, None, None]
-    flips = one.decide(
-        erased.ids.numpy(),
-        np.zeros(50, np.int64),
-        upright_shapes(index)[erased.ids.numpy()],
-        np.full((50, 2), 48),
-        CropConfig(),
-    )[0][:, 8]
+    planner = one.planner(CropConfig())
+    shapes = upright_shapes(index)[erased.ids.numpy()]
+    rows = planner(erased.ids.numpy(), np.zeros(50, np.int64), np.full((50, 2), 48), shapes)
+    flips = rows[:, planner.columns["flip"]]
     for before, after, box, flip in zip(
         plain.images.numpy(), erased.images.numpy(), erased.boxes.numpy(), flips, strict=True
     ):
@@ -174,8 +172,9 @@ def test_exactly_the_box_is_filled(index, cache, name, fill):
 
 def test_colours_differ_between_images(index, cache):
     one = stage(index, cache, 50, fill="color", p_min=1.0, p_max=1.0)
-    _, floats = one.decide(np.arange(50), np.zeros(50, np.int64), None, np.full((50, 2), 48), None)
-    colours = floats[:, 5:8]
+    planner = one.planner()
+    rows = planner(np.arange(50), np.zeros(50, np.int64), np.full((50, 2), 48))
+    colours = rows[:, planner.columns["color"]]
     assert len(np.unique(colours, axis=0)) == 50
     assert colours.min() < 20
     assert colours.max() > 235
@@ -194,7 +193,7 @@ def test_arguments_are_checked(index, cache, tmp_path):
     with pytest.raises(ValueError, match="batch_size of the stage is 16, of the pipeline 8"):
         train.train_pipeline(one, IMAGE, ExecConfig(batch_size=8), seed=0)
     with pytest.raises(IndexError, match=r"ids must be in \[0, 50\).*got 50"):
-        one.decide(np.array([50]), np.array([0]), None, np.array([[48, 48]]), None)
+        one.planner()(np.array([50]), np.array([0]), np.array([[48, 48]]))
 
     @pipeline_def(batch_size=16, num_threads=1, device_id=None)
     def define():

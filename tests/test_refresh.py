@@ -10,7 +10,7 @@ from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.cache import SaliencyCache
 from scae_dali.gradcam import GradCAM
 from scae_dali.iterator import Loader
-from scae_dali.refresh import refresh, weights_digest
+from scae_dali.refresh import refresh_cache, weights_digest
 
 IMAGE = ImageConfig(size=28, val_resize=28)
 
@@ -45,7 +45,7 @@ def loaders(index, asked, batch_size=16):
 
 
 def run(model, cache, index, asked, *, epoch=3, **keywords):
-    return refresh(
+    return refresh_cache(
         model, cache, index, loaders(index, asked), epoch=epoch, layer="features", **keywords
     )
 
@@ -91,7 +91,7 @@ def test_a_pass_that_breaks_goes_on_where_it_was(fresh, index):
             yield batch
 
     with pytest.raises(KeyboardInterrupt):
-        refresh(model, fresh, index, breaking, epoch=3, layer="features", commit_every=16)
+        refresh_cache(model, fresh, index, breaking, epoch=3, layer="features", commit_every=16)
     assert fresh.meta.under_way is not None
     assert fresh.meta.epoch is None
     assert run(model, fresh, index, asked).images == 50 - 32

@@ -104,7 +104,7 @@ def test_bench_pipeline(tmp_path, images):
     run("bench_pipeline", "--data", images, "--rounds", 1, "--json", out, *size)
     result = json.loads(out.read_text())
     rows = {row["name"]: row for row in result["rows"]}
-    assert list(rows) == [
+    assert list(rows)[:6] == [
         "none",
         "random_erasing",
         "scae",

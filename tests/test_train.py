@@ -137,7 +137,9 @@ def test_killed_in_an_epoch_and_in_a_pass_a_run_goes_on_as_if_nothing_happened(
     passing = KILLER.format(
         module="scae_dali.refresh", owner="module.SaliencyCache", name="write", calls=2
     )
-    refreshing = "import scae_dali.refresh as r\nr.refresh.__kwdefaults__['commit_every'] = 16\n"
+    refreshing = (
+        "import scae_dali.refresh as r\nr.refresh_cache.__kwdefaults__['commit_every'] = 16\n"
+    )
     killed = run_there(["-c", refreshing + passing], *argv)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     cache = SaliencyCache(out / "saliency.lmdb", index=ImageIndex(data / "train"))

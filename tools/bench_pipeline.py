@@ -29,7 +29,7 @@ from pathlib import Path
 import _torchvision
 import numpy as np
 import torch
-from nvidia.dali import fn, math, pipeline_def
+from nvidia.dali import fn, math, pipeline_def, types
 
 import _bench
 import _path  # noqa: F401
@@ -183,7 +183,9 @@ def native_erase_pipeline(stage: Stage, image: ImageConfig, run: ExecConfig):
         shapes = fn.peek_image_shape(encoded)
         size = (image.size, image.size)
         plan = stage.plan(ids, size=size, shapes=shapes, random_crop=image.crop)
-        images = decode_crop(encoded, plan.start, plan.shape, image, run)
+        images = decode_crop(
+            encoded, plan.part("start", types.INT32), plan.part("shape", types.INT32), image, run
+        )
         area = fn.random.uniform(range=erasing.area, seed=derive(SEED, "area"))
         aspect = fn.random.uniform(range=erasing.aspect, seed=derive(SEED, "aspect"))
         place = fn.random.uniform(range=(0.0, 1.0), shape=2, seed=derive(SEED, "place"))
@@ -198,8 +200,8 @@ def native_erase_pipeline(stage: Stage, image: ImageConfig, run: ExecConfig):
             axis_names="HW",
             fill_value=image.mean,
         )
-        images = normalise(images, image, mirror=plan.flip)
-        return images, *plan.targets, plan.id, plan.status, fn.cat(place, shape)
+        images = normalise(images, image, mirror=plan.part("flip", types.INT32))
+        return images, plan.row
 
     return define()
 

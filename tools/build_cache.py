@@ -23,7 +23,7 @@ from scae_dali.cache import SaliencyCache
 from scae_dali.dataset import ImageIndex
 from scae_dali.gradcam import GradCAM
 from scae_dali.iterator import ImageError, Loader
-from scae_dali.refresh import refresh
+from scae_dali.refresh import refresh_cache
 
 
 def parse() -> argparse.Namespace:
@@ -92,7 +92,7 @@ def build(arguments: argparse.Namespace) -> None:
         return Loader(pipeline, saliency.OUTPUTS, index, drop_last=False)
 
     with tqdm(unit="img", desc="saliency") as bar:
-        report = refresh(
+        report = refresh_cache(
             model,
             cache,
             index,

@@ -19,7 +19,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
-from nvidia.dali import Pipeline, fn, pipeline_def
+from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 import _path  # noqa: F401
 from pipelines.config import ExecConfig, ImageConfig
@@ -90,9 +90,10 @@ def show_pipeline(stage: Stage, ids: list[int], image: ImageConfig) -> Pipeline:
             shapes=fn.peek_image_shape(encoded),
             random_crop=image.crop,
         )
-        images = decode_crop(encoded, plan.start, plan.shape, image, run)
+        start, shape = plan.part("start", types.INT32), plan.part("shape", types.INT32)
+        images = decode_crop(encoded, start, shape, image, run)
         images = normalise(stage.apply(images, plan), image)
-        return upright, plan.start, plan.shape, plan.fields["box"], images
+        return upright, start, shape, plan.part("box", types.FLOAT), images
 
     return define()
 

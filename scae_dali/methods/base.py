@@ -74,10 +74,12 @@ class Samples:
 
 
 class Method(Protocol):
-    """An augmentation. `fields` names what `plan` returns besides `status`, with its width.
+    """An augmentation.
 
-    plan(samples) returns `status` (int64 [B], of Status) and, for every field, float64 [B, width].
-    apply(images, plan) gets the same fields as DALI nodes (float32 [width]) and HWC images.
+    plan(samples) returns `status` (int64 [B], of Status); `box` (float64 [B, 4], (y, x, h, w) in
+    pixels of the crop), `partner` (int64 [B], ids) and `mu` (float64 [B]) where they are not the
+    do-nothing ones: no area, the sample itself, 1; and float64 [B, width] for each of `fields`.
+    apply(images, plan) turns HWC images and the plan inside a graph (ops.PlanNodes) into images.
     """
 
     fields: Mapping[str, int]
@@ -86,7 +88,7 @@ class Method(Protocol):
 
     def plan(self, samples: Samples) -> dict[str, Array]: ...
 
-    def apply(self, images: DataNode, plan: Mapping[str, DataNode]) -> DataNode: ...
+    def apply(self, images: DataNode, plan: Any) -> DataNode: ...
 
 
 def load(name: str) -> ModuleType:

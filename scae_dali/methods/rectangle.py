@@ -1,6 +1,6 @@
 """Shared by the methods that erase a rectangle: its size, and the DALI operators that fill it."""
 
-from collections.abc import Mapping
+from typing import Any
 
 from array_api_compat import array_namespace
 from nvidia.dali import fn, types
@@ -14,8 +14,8 @@ _FIRST_TRIES = 3  # nearly always enough; more are drawn for the samples that ne
 
 
 def fields(config: RectangleConfig) -> dict[str, int]:
-    """The plan's fields: box (y, x, h, w) in pixels of the crop, and the colour where it varies."""
-    return {"box": 4} | ({"color": 3} if config.fill == "color" else {})
+    """What the plan has besides the box: the colour, where it varies."""
+    return {"color": 3} if config.fill == "color" else {}
 
 
 def choose(
@@ -51,12 +51,13 @@ def fill_fields(samples: Samples, run: Run, config: RectangleConfig) -> dict[str
     return {"color": 255 * samples.draw(run, Stream.COLOR, 3)}
 
 
-def erase(
-    images: DataNode, plan: Mapping[str, DataNode], run: Run, config: RectangleConfig
-) -> DataNode:
+def erase(images: DataNode, plan: Any, run: Run, config: RectangleConfig) -> DataNode:
     """Eq. 1. images: HWC with 3 channels, CPU or GPU; a box of no area leaves an image as it is."""
-    box = plan["box"]
-    where = {"anchor": box[0:2], "shape": box[2:4], "axis_names": "HW"}
+    where = {
+        "anchor": plan.part("box", types.FLOAT, slice(0, 2)),
+        "shape": plan.part("box", types.FLOAT, slice(2, 4)),
+        "axis_names": "HW",
+    }
     if config.fill == "noise":
         # fn.erase knows one value a channel: cut a mask with it and blend.
         keep = fn.erase(images * 0 + 1, fill_value=0, **where)
@@ -65,5 +66,6 @@ def erase(
         return images * keep + fn.cast_like(noise, images) * (1 - keep)
     # fn.erase truncates to the type of the images: round what is meant for bytes.
     mean = tuple(round(m) for m in run.mean) if max(run.mean) > 1 else run.mean
-    fill = {"mean": mean, "zero": (0.0, 0.0, 0.0), "color": plan.get("color")}[config.fill]
-    return fn.erase(images, fill_value=fill, **where)
+    if config.fill == "color":
+        return fn.erase(images, fill_value=plan.part("color", types.FLOAT), **where)
+    return fn.erase(images, fill_value=mean if config.fill == "mean" else (0.0,) * 3, **where)
