@@ -38,7 +38,7 @@ _HOME = {
     "Stage": "ops",
     "Targets": "ops",
     "mixed_cross_entropy": "losses",
-    "refresh": "refresh_cache",
+    "refresh_cache": "refresh",
 }
 
 

@@ -117,9 +117,9 @@ def test_bench_pipeline(tmp_path, images):
     assert result["scae_vs_torchvision"] == pytest.approx(
         rows["scae"]["img_per_s"] / rows["torchvision"]["img_per_s"]
     )
-    assert set(result["plan_ms_per_batch"]) == set(rows) - {"torchvision"}
+    ours = {name for name in rows if not name.startswith("torchvision")}
+    assert set(result["plan_ms_per_batch"]) == ours
     assert result["settings"]["images"] == 12
-    assert "torchvision" in {row["name"] for row in result["rows"]}
 
 
 def test_bench_pipeline_of_too_few_images(images):
