@@ -205,6 +205,10 @@ class Config:
             "(tools/build_cache.py builds one), or refresh every so many epochs",
         )
         check(
+            self.image.dtype == "fp32" or self.amp != "none",
+            "image.dtype must be fp32 where amp is none, got fp16: give --amp bf16 or fp16",
+        )
+        check(
             self.checkpoint_every >= 0,
             f"checkpoint_every must be >= 0, got {self.checkpoint_every}",
         )

@@ -62,7 +62,8 @@ def erase(images: DataNode, plan: Any, run: Run, config: RectangleConfig) -> Dat
         # fn.erase knows one value a channel: cut a mask with it and blend.
         keep = fn.erase(images * 0 + 1, fill_value=0, **where)
         noise = fn.random.normal(keep, dtype=types.FLOAT, seed=derive(run.seed, "noise"))
-        noise = noise * types.Constant(run.std) + types.Constant(run.mean)
+        std, mean = (types.Constant(v, device=images.device) for v in (run.std, run.mean))
+        noise = noise * std + mean
         return images * keep + fn.cast_like(noise, images) * (1 - keep)
     # fn.erase truncates to the type of the images: round what is meant for bytes.
     mean = tuple(round(m) for m in run.mean) if max(run.mean) > 1 else run.mean
