@@ -64,7 +64,7 @@ def erase(images: DataNode, plan: Any, run: Run, config: RectangleConfig) -> Dat
         noise = fn.random.normal(keep, dtype=types.FLOAT, seed=derive(run.seed, "noise"))
         std, mean = (types.Constant(v, device=images.device) for v in (run.std, run.mean))
         noise = noise * std + mean
-        return images * keep + fn.cast_like(noise, images) * (1 - keep)
+        return fn.cast_like(images * keep + noise * (1 - keep), images)
     # fn.erase truncates to the type of the images: round what is meant for bytes.
     mean = tuple(round(m) for m in run.mean) if max(run.mean) > 1 else run.mean
     if config.fill == "color":
