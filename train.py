@@ -25,14 +25,14 @@ from tqdm import tqdm
 
 from pipelines import saliency, train, val
 from pipelines.config import ExecConfig, ImageConfig
-from pipelines.recipe import Config, autocast
+from pipelines.recipe import Config, autocast, make_network
 from scae_dali import checkpoint, schedule
 from scae_dali.cache import SaliencyCache
 from scae_dali.config import check
 from scae_dali.gradcam import GradCAM
 from scae_dali.iterator import Batch, ImageError, Loader
 from scae_dali.losses import mixed_cross_entropy
-from scae_dali.metrics import Log, Meter, summary
+from scae_dali.metrics import Log, Meter, closing, summary
 from scae_dali.ops import Stage
 from scae_dali.ranks import Ranks
 from scae_dali.refresh import refresh_cache
@@ -48,7 +48,7 @@ class Run:
         self.train_index, self.val_index = config.data.open()
         self.identity = config.fixed() | {"data": self.train_index.fingerprint}
         torch.manual_seed(derive(config.seed, "model"))
-        self.net = config.network(self.train_index.num_classes)
+        self.net = make_network(config.model, self.train_index.num_classes)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.net.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
         self.ema = None
@@ -299,6 +299,7 @@ def run(config: Config, resume: bool) -> None:
     """Train to the last epoch. Nothing is written where `out` holds a run, unless resumed."""
     ranks = Ranks(config.device)
     out = Path(config.out)
+    check(not out.is_file(), f"out must be a folder, got the file {config.out!r}")
     if not resume and (out / "config.json").exists():
         raise ValueError(f"out must be a new folder, got {config.out!r}: give another, or --resume")
     ranks.gather(None)  # nobody writes before all have looked
@@ -321,7 +322,7 @@ def run(config: Config, resume: bool) -> None:
         training.epoch, training.step = training.epoch + 1, 0
         training.save()
     if log is not None:
-        log.close()
+        tqdm.write(closing(log.close()))
         weights = training.net if training.ema is None else training.ema.module
         checkpoint.save(out / "weights.pt", weights.state_dict())
     ranks.close()

@@ -213,16 +213,6 @@ class Config:
             f"checkpoint_every must be >= 0, got {self.checkpoint_every}",
         )
 
-    def network(self, classes: int) -> nn.Module:
-        """The network, with random weights."""
-        known = torchvision.models.list_models(torchvision.models)
-        check(
-            self.model in known,
-            f"model must be a classification network of torchvision, got {self.model!r}; did you "
-            f"mean {' or '.join(difflib.get_close_matches(self.model, known)) or 'resnet50'}?",
-        )
-        return torchvision.models.get_model(self.model, num_classes=classes)
-
     def fixed(self) -> dict[str, Any]:
         """Settings that a resumed run may not change: its checkpoint depends on them."""
         return {
@@ -243,6 +233,20 @@ class Config:
         """The images of the saliency pass."""
         size = self.saliency.size or self.image.size
         return dataclasses.replace(self.image, size=size, val_resize=size)
+
+
+def make_network(name: str, classes: int) -> nn.Module:
+    """A classification network of torchvision with random weights, its logits the only output."""
+    known = torchvision.models.list_models(torchvision.models)
+    check(
+        name in known,
+        f"model must be a classification network of torchvision, got {name!r}; did you mean "
+        f"{' or '.join(difflib.get_close_matches(name, known)) or 'resnet50'}?",
+    )
+    more = {}
+    if name in ("googlenet", "inception_v3"):
+        more = {"aux_logits": False, "init_weights": True}
+    return torchvision.models.get_model(name, num_classes=classes, **more)
 
 
 def autocast(amp: str, device: torch.device) -> AbstractContextManager:

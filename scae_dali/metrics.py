@@ -37,8 +37,10 @@ class Log:
             self._board.add_scalar(name, value, row["epoch"])
         self._board.flush()
 
-    def close(self) -> None:
+    def close(self) -> list[dict[str, Any]]:
+        """Returns every epoch's row, of the whole run."""
         self._board.close()
+        return read_rows(self._path)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -71,6 +73,19 @@ def summary(row: Mapping[str, Any]) -> str:
             f"  overhead {row['overhead_percent']:.1f} %"
         )
     return text
+
+
+def closing(rows: list[dict[str, Any]]) -> str:
+    """The run in a few figures."""
+    seconds = {key: sum(row["seconds"][key] for row in rows) for key in rows[0]["seconds"]}
+    images = sum(row["img_per_s"] * row["seconds"]["train"] for row in rows)
+    best = max(rows, key=lambda row: row["val_top1"])
+    return (
+        f"{len(rows)} epochs: top-1 {rows[-1]['val_top1']:.2f} (best {best['val_top1']:.2f}, epoch "
+        f"{best['epoch']}), {images / seconds['train']:.0f} img/s; data {seconds['data']:.1f} s, "
+        f"step {seconds['step']:.1f} s, saliency {seconds['saliency']:.1f} s, validation "
+        f"{seconds['val']:.1f} s; overhead of the method {rows[-1]['overhead_percent']:.1f} %"
+    )
 
 
 def _flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -12,13 +12,12 @@ import sys
 from functools import partial
 
 import torch
-import torchvision
 from tqdm import tqdm
 
 import _path  # noqa: F401
 from pipelines import saliency
 from pipelines.config import ExecConfig, ImageConfig
-from pipelines.recipe import autocast
+from pipelines.recipe import autocast, make_network
 from scae_dali.cache import SaliencyCache
 from scae_dali.dataset import ImageIndex
 from scae_dali.gradcam import GradCAM
@@ -47,11 +46,8 @@ def parse() -> argparse.Namespace:
 
 def load_model(name: str, weights: str | None, classes: int) -> torch.nn.Module:
     """The network in eval mode; ValueError where weights and network do not fit."""
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        raise ValueError(f"model must be a network of torchvision such as resnet50, got {name!r}")
     torch.manual_seed(0)
-    model = torchvision.models.get_model(name, num_classes=classes)
+    model = make_network(name, classes)
     if weights is None:
         print("no --weights: the network is random, and so is what it looks at", file=sys.stderr)
         return model.eval()

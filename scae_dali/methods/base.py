@@ -74,7 +74,7 @@ class Samples:
 
 
 class Method(Protocol):
-    """An augmentation.
+    """An augmentation, made by Method(config, run).
 
     plan(samples) returns `status` (int64 [B], of Status); `box` (float64 [B, 4], (y, x, h, w) in
     pixels of the crop), `partner` (int64 [B], ids) and `mu` (float64 [B]) where they are not the
@@ -82,9 +82,8 @@ class Method(Protocol):
     apply(images, plan) turns HWC images and the plan inside a graph (ops.PlanNodes) into images.
     """
 
-    fields: Mapping[str, int]
-
-    def __init__(self, config: Any, run: Run) -> None: ...
+    @property
+    def fields(self) -> Mapping[str, int]: ...
 
     def plan(self, samples: Samples) -> dict[str, Array]: ...
 
