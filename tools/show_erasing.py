@@ -10,7 +10,6 @@ crop as the pipeline erases it, before the flip. Every image is erased here, wha
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ import _path  # noqa: F401
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.images import decode, decode_crop, normalise, read
 from scae_dali.cache import CacheError, SaliencyCache
-from scae_dali.dataset import ImageIndex
+from scae_dali.dataset import DatasetError, ImageIndex
 from scae_dali.ops import Stage
 from scae_dali.region import centre_range, saliency_at
 
@@ -35,7 +34,7 @@ Array = NDArray[Any]
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", required=True, metavar="DIR", help="DIR/[train/]<class>/<image>")
+    parser.add_argument("--data", required=True, metavar="DIR", help="DIR/<class>/<image>")
     parser.add_argument("--cache", required=True, help="the saliency cache of these images")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--images", type=int, default=4, help="so many, evenly spaced")
@@ -60,8 +59,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def open_data(args: argparse.Namespace) -> tuple[ImageIndex, SaliencyCache, list[int]]:
     """The data set, its cache and the ids to show."""
-    train = os.path.join(args.data, "train")
-    index = ImageIndex(train if os.path.isdir(train) else args.data)
+    try:
+        index = ImageIndex(args.data)
+    except DatasetError as error:
+        raise SystemExit(f"--data {args.data}: {error}") from error
     try:
         cache = SaliencyCache(args.cache, index=index)
     except CacheError as error:
