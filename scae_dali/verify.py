@@ -141,8 +141,8 @@ def explain(message: str, index: ImageIndex) -> str:
         for name in dict.fromkeys(named)
         if name in known
     ]
-    if not broken:
-        broken = list(faults(index, seconds=_SECONDS))
+    if not broken and os.path.exists(os.path.join(index.root, index.files[0])):
+        broken = list(faults(index, seconds=_SECONDS))  # unless the names are those of an archive
     if broken:
         what = [f"{os.path.join(index.root, name)!r} {wrong}" for name, wrong in broken[:3]]
         more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
