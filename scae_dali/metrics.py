@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from scae_dali.methods import Status
 from scae_dali.ranks import Ranks
@@ -20,6 +19,8 @@ class Log:
     """Writes rows; use it in one process of a run."""
 
     def __init__(self, out: Path, first_epoch: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # of the extra `train`
+
         self._path = out / "metrics.jsonl"
         rows = read_rows(self._path)
         kept = [json.dumps(row) + "\n" for row in rows if row["epoch"] < first_epoch]
