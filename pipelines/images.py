@@ -13,6 +13,7 @@ from nvidia.dali import fn, types
 from pipelines.config import Decode, ExecConfig, ImageConfig
 from scae_dali.dataset import ImageIndex
 from scae_dali.methods.base import DataNode
+from scae_dali.rng import derive
 
 READER = "Reader"
 _ROI_CRASHES = ("0.9.",)  # versions of nvImageCodec
@@ -35,6 +36,14 @@ def read(
         shard_id=run.shard,
         num_shards=run.num_shards,
         pad_last_batch=True,
+    )
+
+
+def read_shuffled(index: ImageIndex, run: ExecConfig, seed: int) -> tuple[DataNode, DataNode]:
+    """`read` in an order of its own each epoch, which depends on (seed, epoch) alone where the
+    pipeline has checkpointing enabled."""
+    return read(
+        index, run, shuffle_after_epoch=True, shuffle_after_epoch_seed=derive(seed, "order")
     )
 
 

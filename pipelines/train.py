@@ -6,9 +6,8 @@ A sample's augmentation depends on (seed, epoch, id) alone; the order of an epoc
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 from pipelines.config import ExecConfig, ImageConfig
-from pipelines.images import decode_crop, normalise, read
+from pipelines.images import decode_crop, normalise, read_shuffled
 from scae_dali.ops import Stage
-from scae_dali.rng import derive
 
 OUTPUTS = ("images", "plan")
 
@@ -29,12 +28,7 @@ def train_pipeline(
 
     @pipeline_def(enable_checkpointing=True, **run.arguments())
     def define():
-        encoded, ids = read(
-            stage.index,
-            run,
-            shuffle_after_epoch=True,
-            shuffle_after_epoch_seed=derive(seed, "order"),
-        )
+        encoded, ids = read_shuffled(stage.index, run, seed)
         plan = stage.plan(
             ids,
             size=(image.size, image.size),

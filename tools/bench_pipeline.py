@@ -35,7 +35,7 @@ import _bench
 import _path  # noqa: F401
 from pipelines import train
 from pipelines.config import ExecConfig, ImageConfig
-from pipelines.images import decode_crop, normalise, read, resolve_decode
+from pipelines.images import decode_crop, normalise, read_shuffled, resolve_decode
 from scae_dali.cache import SaliencyCache
 from scae_dali.config import RandomErasingConfig
 from scae_dali.dataset import ImageIndex
@@ -174,12 +174,7 @@ def native_erase_pipeline(stage: Stage, image: ImageConfig, run: ExecConfig):
 
     @pipeline_def(enable_checkpointing=True, **run.arguments())
     def define():
-        encoded, ids = read(
-            stage.index,
-            run,
-            shuffle_after_epoch=True,
-            shuffle_after_epoch_seed=derive(SEED, "order"),
-        )
+        encoded, ids = read_shuffled(stage.index, run, SEED)
         shapes = fn.peek_image_shape(encoded)
         size = (image.size, image.size)
         plan = stage.plan(ids, size=size, shapes=shapes, random_crop=image.crop)
