@@ -221,8 +221,9 @@ class Run:
     def finish_epoch(self) -> dict[str, Any]:
         """Validate, on the images of all ranks, and close the epoch: its row of metrics.jsonl."""
         start = time.perf_counter()
-        self.ranks.share_buffers(self.net)
         model = self.net if self.ema is None else self.ema
+        for shared in dict.fromkeys((self.net, model)):  # in the same order on all ranks
+            self.ranks.share_buffers(shared)
         model.eval()
         counts = {"val_top1": 0.0, "val_top5": 0.0, "images": 0.0}
         for batch in self.val_loader:

@@ -73,9 +73,9 @@ class ExecConfig:
         )
 
     @property
-    def device(self) -> str:
-        """The device of native operators on pixels."""
-        return "cpu" if self.device_id is None else "gpu"
+    def decoder_device(self) -> str:
+        """Where images are decoded: `mixed` reads on the CPU and gives pixels on the GPU."""
+        return "cpu" if self.device_id is None else "mixed"
 
     def arguments(self) -> dict:
         """Keyword arguments of a @pipeline_def function."""

@@ -13,6 +13,7 @@ from nvidia.dali import fn, types
 from pipelines.config import Decode, ExecConfig, ImageConfig
 from scae_dali.dataset import ImageIndex
 from scae_dali.methods.base import DataNode
+from scae_dali.ops import PlanNodes, Stage
 from scae_dali.rng import derive
 
 READER = "Reader"
@@ -58,7 +59,7 @@ def resolve_decode(decode: Decode, device_id: int | None) -> Decode:
 
 def decode(encoded: DataNode, run: ExecConfig) -> DataNode:
     """Upright RGB images, HWC uint8."""
-    return fn.decoders.image(encoded, device="cpu" if run.device_id is None else "mixed")
+    return fn.decoders.image(encoded, device=run.decoder_device)
 
 
 def decode_crop(
@@ -67,9 +68,8 @@ def decode_crop(
     """The window (start, shape) of the upright image, resized to the crop's size: HWC uint8."""
     size = (image.size, image.size)
     if resolve_decode(image.decode, run.device_id) == "roi":
-        device = "cpu" if run.device_id is None else "mixed"
         images = fn.decoders.image_slice(
-            encoded, start=start, shape=shape, axis_names="HW", device=device
+            encoded, start=start, shape=shape, axis_names="HW", device=run.decoder_device
         )
         return fn.resize(images, size=size)
     return fn.resize(
@@ -78,6 +78,20 @@ def decode_crop(
         roi_end=fn.cast(start + shape, dtype=types.FLOAT),
         size=size,
     )
+
+
+def crop_planned(
+    stage: Stage, encoded: DataNode, ids: DataNode, image: ImageConfig, run: ExecConfig
+) -> tuple[DataNode, PlanNodes]:
+    """The crop that the stage draws, HWC uint8 and not erased yet, and the stage's whole plan."""
+    plan = stage.plan(
+        ids,
+        size=(image.size, image.size),
+        shapes=fn.peek_image_shape(encoded),
+        random_crop=image.crop,
+    )
+    start, shape = plan.part("start", types.INT32), plan.part("shape", types.INT32)
+    return decode_crop(encoded, start, shape, image, run), plan
 
 
 def normalise(images: DataNode, image: ImageConfig, **crop_mirror) -> DataNode:

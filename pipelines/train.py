@@ -3,10 +3,10 @@
 A sample's augmentation depends on (seed, epoch, id) alone; the order of an epoch on (seed, epoch).
 """
 
-from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali import Pipeline, pipeline_def, types
 
 from pipelines.config import ExecConfig, ImageConfig
-from pipelines.images import decode_crop, normalise, read_shuffled
+from pipelines.images import crop_planned, normalise, read_shuffled
 from scae_dali.ops import Stage
 
 OUTPUTS = ("images", "plan")
@@ -29,14 +29,7 @@ def train_pipeline(
     @pipeline_def(enable_checkpointing=True, **run.arguments())
     def define():
         encoded, ids = read_shuffled(stage.index, run, seed)
-        plan = stage.plan(
-            ids,
-            size=(image.size, image.size),
-            shapes=fn.peek_image_shape(encoded),
-            random_crop=image.crop,
-        )
-        start, shape = plan.part("start", types.INT32), plan.part("shape", types.INT32)
-        images = decode_crop(encoded, start, shape, image, run)
+        images, plan = crop_planned(stage, encoded, ids, image, run)
         images = stage.apply(images, plan)
         flip = plan.part("flip", types.INT32)
         return normalise(images, image, mirror=flip), plan.row

@@ -85,10 +85,9 @@ class Planner:
         plan = self._method.plan(
             Samples(ids=ids, labels=labels, epoch=epoch, window=share, size_px=size_px)
         )
-        partner = plan.get("partner", ids)
         table = xp.empty((b, COMMON_WIDTH), dtype=xp.float64, device=device)
         table[:, 0] = labels
-        table[:, 1] = self._label(xp, partner)
+        table[:, 1] = self._label(xp, plan["partner"]) if "partner" in plan else labels
         table[:, 2] = ids
         table[:, 3] = plan["status"]
         table[:, 4] = plan.get("mu", 1.0)

@@ -7,21 +7,27 @@ import torch
 from torch import distributed, nn
 
 
+def pick_device(name: str, number: int = 0) -> torch.device:
+    """`auto` takes the GPU of this number where there is one; `cuda`; or `cpu`."""
+    cuda = torch.cuda.is_available()
+    if name == "cuda" and not cuda:
+        raise ValueError("device must be cpu or auto where torch sees no GPU, got cuda")
+    return torch.device("cuda", number) if cuda and name != "cpu" else torch.device("cpu")
+
+
 class Ranks:
     """rank, world: of all processes. local: on this node; its process 0 writes the node's cache.
 
-    device: `auto` takes the GPU where there is one, `cuda`, or `cpu`. Joins the process group that
-    the environment of torchrun names: NCCL on GPUs, gloo on CPUs.
+    device: see pick_device. Joins the process group that the environment of torchrun names: NCCL on
+    GPUs, gloo on CPUs.
     """
 
     def __init__(self, device: str = "auto") -> None:
-        cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-        if cuda and not torch.cuda.is_available():
-            raise ValueError("device must be cpu or auto where torch sees no GPU, got cuda")
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.local = int(os.environ.get("LOCAL_RANK", 0))
-        self.device = torch.device("cuda", self.local) if cuda else torch.device("cpu")
+        self.device = pick_device(device, self.local)
+        cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1 and not distributed.is_initialized():

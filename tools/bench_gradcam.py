@@ -10,7 +10,6 @@ format. `ratio` is a row's rate over the forward's, `cost` its inverse for ours.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import time
 from collections.abc import Callable
@@ -20,10 +19,10 @@ from pathlib import Path
 import torch
 import torchvision
 
+import _path  # noqa: F401
 from _bench import interleaved, report, rows
+from pipelines.recipe import autocast
 from scae_dali.gradcam import GradCAM
-
-PRECISIONS = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -34,7 +33,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=224, help="side of the images, in pixels")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--amp", choices=sorted(PRECISIONS), default="none")
+    parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--json", type=Path, default=None, metavar="OUT")
     return parser.parse_args(argv)
@@ -44,12 +43,10 @@ def rate(step: Callable[[], object], args: argparse.Namespace) -> Callable[[], f
     """-> a function that runs `step` once and gives img/s."""
 
     def measure() -> float:
-        amp = PRECISIONS[args.amp]
-        context = torch.autocast(args.device, amp) if amp else contextlib.nullcontext()
         if args.device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        with context:
+        with autocast(args.amp, torch.device(args.device)):
             step()
         if args.device == "cuda":
             torch.cuda.synchronize()

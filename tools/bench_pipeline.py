@@ -35,7 +35,7 @@ import _bench
 import _path  # noqa: F401
 from pipelines import train
 from pipelines.config import ExecConfig, ImageConfig
-from pipelines.images import decode_crop, normalise, read_shuffled, resolve_decode
+from pipelines.images import crop_planned, normalise, read_shuffled, resolve_decode
 from scae_dali.cache import SaliencyCache
 from scae_dali.config import RandomErasingConfig
 from scae_dali.dataset import ImageIndex
@@ -175,12 +175,7 @@ def native_erase_pipeline(stage: Stage, image: ImageConfig, run: ExecConfig):
     @pipeline_def(enable_checkpointing=True, **run.arguments())
     def define():
         encoded, ids = read_shuffled(stage.index, run, SEED)
-        shapes = fn.peek_image_shape(encoded)
-        size = (image.size, image.size)
-        plan = stage.plan(ids, size=size, shapes=shapes, random_crop=image.crop)
-        images = decode_crop(
-            encoded, plan.part("start", types.INT32), plan.part("shape", types.INT32), image, run
-        )
+        images, plan = crop_planned(stage, encoded, ids, image, run)
         area = fn.random.uniform(range=erasing.area, seed=derive(SEED, "area"))
         aspect = fn.random.uniform(range=erasing.aspect, seed=derive(SEED, "aspect"))
         place = fn.random.uniform(range=(0.0, 1.0), shape=2, seed=derive(SEED, "place"))

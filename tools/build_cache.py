@@ -22,6 +22,7 @@ from scae_dali.cache import SaliencyCache
 from scae_dali.dataset import ImageIndex
 from scae_dali.gradcam import GradCAM
 from scae_dali.iterator import ImageError, Loader
+from scae_dali.ranks import pick_device
 from scae_dali.refresh import refresh_cache
 
 
@@ -68,8 +69,7 @@ def build(arguments: argparse.Namespace) -> None:
         index = ImageIndex.from_list(arguments.list, root=arguments.data, exclude=arguments.exclude)
     else:
         index = ImageIndex(arguments.data, exclude=arguments.exclude)
-    cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    device = pick_device(arguments.device)
     model = load_model(arguments.model, arguments.weights, index.num_classes).to(device)
     image = ImageConfig(size=arguments.size, val_resize=arguments.size)
     if arguments.amp == "fp16":

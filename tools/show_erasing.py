@@ -18,11 +18,11 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
-from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali import Pipeline, pipeline_def, types
 
 import _path  # noqa: F401
 from pipelines.config import ExecConfig, ImageConfig
-from pipelines.images import decode, decode_crop, normalise, read
+from pipelines.images import crop_planned, decode, normalise, read
 from scae_dali.cache import CacheError, SaliencyCache
 from scae_dali.dataset import DatasetError, ImageIndex
 from scae_dali.ops import Stage
@@ -85,16 +85,10 @@ def show_pipeline(stage: Stage, ids: list[int], image: ImageConfig) -> Pipeline:
     def define():
         encoded, numbers = read(stage.index, run, ids)
         upright = decode(encoded, run)
-        plan = stage.plan(
-            numbers,
-            size=(image.size, image.size),
-            shapes=fn.peek_image_shape(encoded),
-            random_crop=image.crop,
-        )
-        start, shape = plan.part("start", types.INT32), plan.part("shape", types.INT32)
-        images = decode_crop(encoded, start, shape, image, run)
+        images, plan = crop_planned(stage, encoded, numbers, image, run)
         images = normalise(stage.apply(images, plan), image)
-        return upright, start, shape, plan.part("box", types.FLOAT), images
+        window = (plan.part(name, types.INT32) for name in ("start", "shape"))
+        return upright, *window, plan.part("box", types.FLOAT), images
 
     return define()
 

@@ -65,8 +65,10 @@ def erase(images: DataNode, plan: Any, run: Run, config: RectangleConfig) -> Dat
         std, mean = (types.Constant(v, device=images.device) for v in (run.std, run.mean))
         noise = noise * std + mean
         return fn.cast_like(images * keep + noise * (1 - keep), images)
-    # fn.erase truncates to the type of the images: round what is meant for bytes.
-    mean = tuple(round(m) for m in run.mean) if max(run.mean) > 1 else run.mean
     if config.fill == "color":
-        return fn.erase(images, fill_value=plan.part("color", types.FLOAT), **where)
-    return fn.erase(images, fill_value=mean if config.fill == "mean" else (0.0,) * 3, **where)
+        fill = plan.part("color", types.FLOAT)
+    elif config.fill == "zero":
+        fill = (0.0, 0.0, 0.0)
+    else:  # fn.erase truncates to the type of the images: round what is meant for bytes
+        fill = tuple(round(m) for m in run.mean) if max(run.mean) > 1 else run.mean
+    return fn.erase(images, fill_value=fill, **where)
