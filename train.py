@@ -1,4 +1,4 @@
-"""Train a torchvision network on image folders or lists, with SCAE or another method.
+"""Train a network on image folders, lists or CIFAR, with SCAE or another method.
 
     python train.py --config pipelines/imagenet_resnet50.yaml --data.root /data/imagenet --out run
     torchrun --nproc-per-node 8 train.py --config … --data.root … --out …
@@ -23,20 +23,23 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from pipelines import saliency, train, val
 from pipelines.config import ExecConfig, ImageConfig
+from pipelines.loaders import Loaders
 from pipelines.recipe import Config, autocast, make_network
 from scae_dali import checkpoint, schedule
 from scae_dali.cache import SaliencyCache
 from scae_dali.config import check
+from scae_dali.evaluation import Evaluation
 from scae_dali.gradcam import GradCAM
 from scae_dali.iterator import Batch, ImageError, Loader
-from scae_dali.losses import mixed_cross_entropy
+from scae_dali.losses import Loss
 from scae_dali.metrics import Log, Meter, closing, summary
 from scae_dali.ops import Stage
+from scae_dali.order import epoch_size
 from scae_dali.ranks import Ranks
 from scae_dali.refresh import refresh_cache
 from scae_dali.rng import derive
+from scae_dali.second_stage import prepare, set_train_mode
 
 
 class Run:
@@ -45,10 +48,16 @@ class Run:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.out = Path(config.out)
-        self.train_index, self.val_index = config.data.open()
-        self.identity = config.fixed() | {"data": self.train_index.fingerprint}
+        data = config.data.open(config.threads)
+        self.index = data.train
+        self.loaders = Loaders(data, config.image, sampling=config.sampling, seed=config.seed)
+        self.identity = config.fixed() | {"data": self.index.fingerprint}
         torch.manual_seed(derive(config.seed, "model"))
-        self.net = make_network(config.model, self.train_index.num_classes)
+        self.net = make_network(config.model, self.index.num_classes)
+        trained = [{"params": list(self.net.parameters()), "lr_factor": 1.0}]
+        if config.second_stage.weights:
+            classes = self.index.num_classes
+            trained = prepare(self.net, config.second_stage, classes, seed=config.seed)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.net.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
         self.ema = None
@@ -56,24 +65,19 @@ class Run:
             average = get_ema_multi_avg_fn(config.optim.ema)
             self.ema = AveragedModel(self.net, multi_avg_fn=average, use_buffers=True)
         self.model = self.net
-        if config.compile:
-            self.model = torch.compile(self.model)  # type: ignore[assignment]
+        if config.compile != "none":
+            self.model = torch.compile(self.model, mode=config.compile)  # type: ignore[assignment]
         if ranks.world > 1:
             self.model = DistributedDataParallel(self.model)
-        self.optimizer = config.optim.optimizer(self.net)
+        self.optimizer = config.optim.optimizer(trained)
+        self.loss = Loss(config.loss, self.index.class_counts, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.epoch = self.step = 0  # the next ones; step counts within the epoch
         self.meter = Meter()
         self.pipeline_state: bytes | None = None
         self.loader: Loader | None = None
         self.cache = self.open_cache() if config.method == "scae" else None
-        exec_config = self.exec_config(config.batch_size)
-        self.val_loader = Loader(
-            val.val_pipeline(self.val_index, config.image, exec_config),
-            val.OUTPUTS,
-            self.val_index,
-            drop_last=False,
-        )
+        self.val_loader = self.loaders.val(self.exec_config(config.batch_size))
 
     def exec_config(self, batch_size: int, *, sharded: bool = True) -> ExecConfig:
         return ExecConfig(
@@ -90,34 +94,33 @@ class Run:
         path = config.cache or self.out / "saliency.lmdb"
         if self.config.scae.refresh_every:
             grid = GradCAM(self.net, config.layer).grid(self.config.saliency_image().size)
-            SaliencyCache.create(path, self.train_index, grid=grid, exist_ok=True)
-        return SaliencyCache(path, index=self.train_index)
+            SaliencyCache.create(path, self.index, grid=grid, exist_ok=True)
+        return SaliencyCache(path, index=self.index)
 
     def build_loader(self) -> Loader:
         """Start the training pipeline where its state says."""
         config = self.config
         self.stage = Stage(
-            self.train_index,
+            self.index,
             config.method,
             epochs=config.epochs,
             batch_size=config.batch_size,
             seed=config.seed,
             cache=self.cache,
             num_shards=self.ranks.world,
+            epoch_size=epoch_size(self.index.labels, config.sampling),
             mean=config.image.mean,
             std=config.image.std,
             backend=config.backend,
             torch_device=str(self.device),
             **config.method_settings(),
         )
-        pipeline = train.train_pipeline(
+        return self.loaders.train(
             self.stage,
-            config.image,
             self.exec_config(config.batch_size),
-            seed=config.seed,
             checkpoint=self.pipeline_state,
+            position=self.step,
         )
-        return Loader(pipeline, train.OUTPUTS, self.train_index, drop_last=True, position=self.step)
 
     def saliency_pass(self) -> None:
         """Refresh the cache if a pass is due by this epoch and has not been made."""
@@ -125,8 +128,8 @@ class Run:
         due = schedule.pass_epoch(self.epoch, config.epochs, config.scae)
         if cache is None or due is None:
             return
-        meta = cache.meta
-        if not any(self.ranks.gather(meta.epoch != due or meta.under_way is not None)):
+        made = cache.meta.epoch == due and cache.meta.under_way is None
+        if all(self.ranks.gather(made)):
             return
         start = time.perf_counter()
         self.loader = None  # it has planned ahead with the old maps
@@ -136,19 +139,18 @@ class Run:
 
         def loader_for(ids):
             bar.reset(total=len(ids) * self.ranks.world)
-            exec_config = self.exec_config(batch_size, sharded=False)
-            pipeline = saliency.saliency_pipeline(self.train_index, image, exec_config, ids)
-            return Loader(pipeline, saliency.OUTPUTS, self.train_index, drop_last=False)
+            return self.loaders.saliency(image, self.exec_config(batch_size, sharded=False), ids)
 
         report = refresh_cache(
             self.net,
             cache if self.ranks.local == 0 else None,
-            self.train_index,
+            self.index,
             loader_for,
             epoch=due,
             layer=config.saliency.layer,
             name=config.model,
             input_size=image.size,
+            neighbors=config.scae.neighbors,
             autocast=partial(autocast, config.amp, self.device),
             progress=bar.update,
         )
@@ -161,7 +163,10 @@ class Run:
         """What is left of the epoch, with checkpoints in between."""
         config = self.config
         self.loader = self.loader or self.build_loader()
-        self.model.train()
+        if config.second_stage.weights:
+            set_train_mode(self.net, config.second_stage)
+        else:
+            self.model.train()
         steps = len(self.loader)
         bar = tqdm(total=steps, initial=self.step, desc=f"epoch {self.epoch}", unit="step",
                    leave=False, disable=not self.ranks.first)  # fmt: skip
@@ -190,7 +195,8 @@ class Run:
                 save_picture(self.out / "erased.png", batch, config.image)
             for group in self.optimizer.param_groups:
                 done = self.epoch * steps + self.step
-                group["lr"] = config.optim.lr_at(done, steps, config.epochs)
+                lr = config.optim.lr_at(done, steps, config.epochs)
+                group["lr"] = lr * group["lr_factor"]
             self.train_step(batch, score)
             self.meter.add_batch(batch.status)
             self.step += 1
@@ -205,9 +211,7 @@ class Run:
         images = batch.images.contiguous(memory_format=self.layout)
         with autocast(self.config.amp, self.device):
             logits = self.model(images)
-        loss = mixed_cross_entropy(
-            logits, batch.labels, batch.partners, batch.mu, self.config.optim.label_smoothing
-        )
+        loss = self.loss.at(self.epoch)(logits, batch.labels, batch.partners, batch.mu)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -225,15 +229,12 @@ class Run:
         for shared in dict.fromkeys((self.net, model)):  # in the same order on all ranks
             self.ranks.share_buffers(shared)
         model.eval()
-        counts = {"val_top1": 0.0, "val_top5": 0.0, "images": 0.0}
+        evaluation = Evaluation(self.index.class_counts, self.device)
         for batch in self.val_loader:
             with autocast(self.config.amp, self.device):
                 logits = model(batch.images.contiguous(memory_format=self.layout))
-            best = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
-            counts["val_top1"] += float(best[:, 0].sum())
-            counts["val_top5"] += float(best.sum())
-            counts["images"] += len(batch.ids)
-        total = self.ranks.sum(counts)
+            evaluation.update(logits, batch.labels)
+        figures = evaluation.compute(self.ranks)
         self.meter.sums["val"] += time.perf_counter() - start
         guided = self.config.method == "scae"
         lam = schedule.lam(self.epoch, self.config.epochs, self.config.scae.lam_max)
@@ -241,7 +242,7 @@ class Run:
             "epoch": self.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
             "lam": float(lam) if guided else 0.0,
-            **{key: 100 * total[key] / total["images"] for key in ("val_top1", "val_top5")},
+            **figures,
             **self.meter.close_epoch(self.ranks, guided),
         }
 

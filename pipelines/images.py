@@ -4,16 +4,19 @@ The decode path is decided here. GPU decoding of a region of interest is reporte
 process with nvImageCodec 0.9 (NVIDIA/nvImageCodec#55), so `auto` avoids it there.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
+import numpy as np
 from nvidia.dali import fn, types
 
 from pipelines.config import Decode, ExecConfig, ImageConfig
 from scae_dali.dataset import ImageIndex
 from scae_dali.methods.base import DataNode
 from scae_dali.ops import PlanNodes, Stage
+from scae_dali.order import ID, Order
 from scae_dali.rng import derive
 
 READER = "Reader"
@@ -48,6 +51,25 @@ def read_shuffled(index: ImageIndex, run: ExecConfig, seed: int) -> tuple[DataNo
     )
 
 
+def feed(source: Callable[[Any], Any], layout: str = "") -> DataNode:
+    """Batches by their number (info.iteration), which a checkpoint of the pipeline restores."""
+    return fn.external_source(
+        source=lambda info: source(info), batch=True, batch_info=True, layout=layout
+    )
+
+
+def read_in_order(index: ImageIndex, order: Order) -> tuple[DataNode, DataNode]:
+    """Encoded files in an order of ours, and their keys (see `order`), int64 [1]."""
+
+    def paths(info):
+        ids = order.keys(info.iteration) & ID
+        names = (os.path.join(index.root, index.files[i]) for i in ids.tolist())
+        return [np.frombuffer(name.encode(), np.uint8) for name in names]
+
+    keys = feed(lambda info: order.keys(info.iteration)[:, None])
+    return fn.io.file.read(feed(paths)), keys
+
+
 def resolve_decode(decode: Decode, device_id: int | None) -> Decode:
     """`roi` or `full`, for `auto` too."""
     if decode != "auto":
@@ -67,6 +89,8 @@ def decode_crop(
 ) -> DataNode:
     """The window (start, shape) of the upright image, resized to the crop's size: HWC uint8."""
     size = (image.size, image.size)
+    if image.crop.kind == "pad":
+        return cut(decode(encoded, run), start, shape, image)
     if resolve_decode(image.decode, run.device_id) == "roi":
         images = fn.decoders.image_slice(
             encoded, start=start, shape=shape, axis_names="HW", device=run.decoder_device
@@ -78,6 +102,23 @@ def decode_crop(
         roi_end=fn.cast(start + shape, dtype=types.FLOAT),
         size=size,
     )
+
+
+def cut(
+    images: DataNode,
+    start: DataNode,
+    shape: DataNode,
+    image: ImageConfig,
+    full_px: tuple[int, int] | None = None,
+) -> DataNode:
+    """The window (start, shape) of decoded images, black outside them, resized to the crop's size.
+
+    full_px: (h, w) of the images where they are all alike.
+    """
+    size = (image.size, image.size)
+    images = fn.slice(images, start, shape, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
+    same = image.crop.kind == "pad" and full_px == size
+    return images if same else fn.resize(images, size=size)
 
 
 def crop_planned(

@@ -3,10 +3,9 @@
 import dataclasses
 import difflib
 import math
-import os
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,55 +13,12 @@ import torchvision
 from torch import nn
 
 from pipelines.config import ImageConfig
+from pipelines.data import DataConfig
+from scae_dali import models
 from scae_dali.config import RandomErasingConfig, ScaeConfig, check, check_choice
-from scae_dali.dataset import DatasetError, ImageIndex
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the images are.
-
-    Args:
-        root: holds train/ and val/, a folder a class.
-        train_list: file of `path label` lines, relative to root, instead of train/.
-        val_list: the same instead of val/.
-        exclude: file of training paths, one a line, to leave out.
-        index_cache: folder that keeps the indices between runs.
-    """
-
-    root: str
-    train_list: str | None = None
-    val_list: str | None = None
-    exclude: str | None = None
-    index_cache: str | None = None
-
-    def open(self) -> tuple[ImageIndex, ImageIndex]:
-        """The training and the validation index, of the same classes."""
-        root = Path(self.root)
-
-        def cached(split: str) -> str | None:
-            if self.index_cache is None:
-                return None
-            os.makedirs(self.index_cache, exist_ok=True)
-            return os.path.join(self.index_cache, f"{split}.npz")
-
-        exclude = self.exclude or ()
-        if self.train_list is None:
-            first = ImageIndex(root / "train", exclude=exclude, cache=cached("train"))
-        else:
-            first = ImageIndex.from_list(self.train_list, root=root, exclude=exclude)
-        if self.val_list is None:
-            second = ImageIndex(root / "val", cache=cached("val"))
-        else:
-            second = ImageIndex.from_list(self.val_list, root=root, num_classes=first.num_classes)
-        folders = self.train_list is None and self.val_list is None
-        if folders and first.classes != second.classes:
-            odd = sorted(set(first.classes) ^ set(second.classes))[:3]
-            raise DatasetError(
-                f"train and val of {self.root!r} must have the same class folders; they differ in "
-                f"{', '.join(odd)}: complete the one that lacks them"
-            )
-        return first, second
+from scae_dali.losses import LossConfig
+from scae_dali.models import MODELS
+from scae_dali.second_stage import SecondStageConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +35,6 @@ class OptimConfig:
         factor: of `step`.
         lr_min: of `cosine`.
         warmup_epochs: linear warm-up before either.
-        label_smoothing: share of the label spread over all classes.
         ema: decay of an averaged copy of the weights that is validated and saved; 0: none.
     """
 
@@ -92,28 +47,22 @@ class OptimConfig:
     factor: float = 0.1
     lr_min: float = 0.0
     warmup_epochs: float = 0.0
-    label_smoothing: float = 0.0
     ema: float = 0.0
 
     def __post_init__(self) -> None:
         check(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
         check(0 < self.momentum < 1, f"optim.momentum must be in (0, 1), got {self.momentum}")
         check_choice("optim.schedule", self.schedule, ("step", "cosine"))
-        check(
-            0 <= self.label_smoothing < 1,
-            f"optim.label_smoothing must be in [0, 1), got {self.label_smoothing}",
-        )
         check(0 <= self.ema < 1, f"optim.ema must be in [0, 1), got {self.ema}; 0 switches it off")
 
-    def optimizer(self, net: nn.Module) -> torch.optim.SGD:
-        """SGD over the network's parameters."""
-        weights = list(net.parameters())
-        spared = [] if self.decay_norms else [p for p in weights if p.ndim <= 1]
-        decayed = weights if self.decay_norms else [p for p in weights if p.ndim > 1]
-        groups: list[dict[str, Any]] = [
-            {"params": decayed, "weight_decay": self.weight_decay},
-            {"params": spared, "weight_decay": 0.0},
-        ]
+    def optimizer(self, trained: Sequence[Mapping[str, Any]]) -> torch.optim.SGD:
+        """SGD over groups of parameters, `{"params": […], "lr_factor": float}` each."""
+        groups: list[dict[str, Any]] = []
+        for group in trained:
+            decayed = [p for p in group["params"] if self.decay_norms or p.ndim > 1]
+            spared = [p for p in group["params"] if not self.decay_norms and p.ndim <= 1]
+            for params, weight_decay in ((decayed, self.weight_decay), (spared, 0.0)):
+                groups.append({**group, "params": params, "weight_decay": weight_decay})
         return torch.optim.SGD(groups, self.lr, self.momentum, nesterov=True)
 
     def lr_at(self, step: int, steps: int, epochs: int) -> float:
@@ -151,13 +100,17 @@ class Config:
     Args:
         data: the images.
         out: folder of the run: checkpoint, metrics, weights, saliency cache.
-        model: a network of torchvision by name.
+        model: a network of torchvision by name, or one for 32 px of scae_dali.models.
         method: none, random_erasing, scae, or the dotted name of a module of yours.
         scae: settings of the method scae.
         random_erasing: settings of the method random_erasing.
         method_args: settings of a module of yours.
         image: how images become tensors.
         optim: optimiser and schedule.
+        loss: weights of the classes and smoothing of the labels.
+        second_stage: trains the classifier again on the features of a first run.
+        sampling: shuffle gives every sample once an epoch; class_balanced every class equally
+            often, as often as the largest has samples.
         saliency: saliency cache and pass.
         epochs: T.
         batch_size: of a rank.
@@ -165,7 +118,8 @@ class Config:
         device: auto takes the GPU where there is one.
         amp: autocast to this type.
         channels_last: memory format of network and images.
-        compile: torch.compile the network.
+        compile: torch.compile the network in this mode; reduce-overhead captures CUDA graphs, for
+            small networks.
         backend: arrays of the plan; see scae_dali.ops.Stage.
         seed: of everything random.
         checkpoint_every: steps between checkpoints within an epoch; 0: only at its end.
@@ -180,6 +134,9 @@ class Config:
     method_args: dict[str, Any] = field(default_factory=dict)
     image: ImageConfig = field(default_factory=ImageConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    second_stage: SecondStageConfig = field(default_factory=SecondStageConfig)
+    sampling: Literal["shuffle", "class_balanced"] = "shuffle"
     saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
     epochs: int = 100
     batch_size: int = 256
@@ -187,7 +144,7 @@ class Config:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     amp: Literal["none", "bf16", "fp16"] = "none"
     channels_last: bool = False
-    compile: bool = False
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
     backend: Literal["numpy", "torch"] = "numpy"
     seed: int = 0
     checkpoint_every: int = 1000
@@ -221,6 +178,8 @@ class Config:
             "seed": self.seed,
             "optim.ema": self.optim.ema,
             "optim.decay_norms": self.optim.decay_norms,
+            "sampling": self.sampling,
+            "second_stage.classifier": self.second_stage.weights and self.second_stage.classifier,
         }
 
     def method_settings(self) -> dict[str, Any]:
@@ -236,12 +195,15 @@ class Config:
 
 
 def make_network(name: str, classes: int) -> nn.Module:
-    """A classification network of torchvision with random weights, its logits the only output."""
+    """A classification network with random weights, its logits the only output."""
+    if name in MODELS:
+        return models.make(name, classes)
     known = torchvision.models.list_models(torchvision.models)
+    close = difflib.get_close_matches(name, [*known, *MODELS])
     check(
         name in known,
-        f"model must be a classification network of torchvision, got {name!r}; did you mean "
-        f"{' or '.join(difflib.get_close_matches(name, known)) or 'resnet50'}?",
+        f"model must be a classification network of torchvision or one of {', '.join(MODELS)}, got "
+        f"{name!r}; did you mean {' or '.join(close) or 'resnet50'}?",
     )
     more = {}
     if name in ("googlenet", "inception_v3"):

@@ -3,11 +3,14 @@
 A sample's augmentation depends on (seed, epoch, id) alone; the order of an epoch on (seed, epoch).
 """
 
+from functools import partial
+
 from nvidia.dali import Pipeline, pipeline_def, types
 
 from pipelines.config import ExecConfig, ImageConfig
-from pipelines.images import crop_planned, normalise, read_shuffled
+from pipelines.images import crop_planned, decode_crop, normalise, read_in_order, read_shuffled
 from scae_dali.ops import Stage
+from scae_dali.order import Order
 
 OUTPUTS = ("images", "plan")
 
@@ -18,18 +21,27 @@ def train_pipeline(
     run: ExecConfig,
     *,
     seed: int,
+    order: Order | None = None,
     checkpoint: bytes | None = None,
 ) -> Pipeline:
-    """A pipeline that yields OUTPUTS for every sample of stage.index, shuffled each epoch.
+    """A pipeline that yields OUTPUTS for every sample of stage.index, shuffled each epoch, or for
+    those of `order`.
 
     images: float [3, S, S] or [S, S, 3]. plan: float64 [K], see planner; the Loader takes it apart.
     checkpoint: what a pipeline of the same arguments gave as its state.
     """
 
-    @pipeline_def(enable_checkpointing=True, **run.arguments())
+    fetch = partial(decode_crop, image=image, run=run)
+
+    @pipeline_def(enable_checkpointing=True, enable_conditionals=stage.mixes, **run.arguments())
     def define():
-        encoded, ids = read_shuffled(stage.index, run, seed)
+        if order is None:
+            encoded, ids = read_shuffled(stage.index, run, seed)
+        else:
+            encoded, ids = read_in_order(stage.index, order)
         images, plan = crop_planned(stage, encoded, ids, image, run)
+        if stage.mixes:
+            images = stage.mix(images, plan, image.crop, fetch)
         images = stage.apply(images, plan)
         flip = plan.part("flip", types.INT32)
         return normalise(images, image, mirror=flip), plan.row

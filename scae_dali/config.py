@@ -6,6 +6,8 @@ from typing import Literal
 Range = tuple[float, float]
 Fill = Literal["mean", "zero", "color", "noise"]
 Border = Literal["inside", "clip"]
+TailErase = Literal["class", "always"]
+CropKind = Literal["resized", "pad"]
 
 # Of ImageNet, in grey levels [0, 255], RGB.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -84,6 +86,12 @@ class ScaeConfig(RectangleConfig):
     border: `inside` draws the centre among those for which the rectangle fits; `clip` draws it
     anywhere and clips the rectangle.
     refresh_every: epochs between saliency passes; 0 means a cache built offline, never refreshed.
+
+    Eq. 8, where class_aware: a class k is of the tail if f_k < tail. Its samples are mixed with
+    probability mix_prob, with weight μ ~ Beta(mix_alpha, mix_alpha) and a partner of the same class
+    or of one of its nearest `neighbors` classes, each class equally likely (0: the same class
+    only). The others are erased, with p_k (tail_erase `class`) or all of them (`always`).
+    tail_lambda: λ of tail classes at the last epoch, instead of lam_max.
     """
 
     lam_max: float = 2.0
@@ -93,30 +101,60 @@ class ScaeConfig(RectangleConfig):
     class_aware: bool = True
     border: Border = "inside"
     refresh_every: int = 10
+    tail: float = 0.1
+    mix_prob: float = 0.5
+    mix_alpha: float = 0.4
+    neighbors: int = 1
+    tail_erase: TailErase = "class"
+    tail_lambda: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            abs(self.lam_max) <= 100,
-            f"lam_max must be in [-100, 100], got {self.lam_max}; the paper's value is 2",
-        )
+        for name in ("lam_max", "tail_lambda"):
+            value = getattr(self, name) or 0.0
+            check(
+                abs(value) <= 100,
+                f"{name} must be in [-100, 100], got {value}; the paper's value is 2",
+            )
         check_prob("p_min", self.p_min)
         check_prob("p_max", self.p_max)
         check(self.gamma >= 0, f"gamma must be >= 0, got {self.gamma}; the paper's value is 0.5")
         check_choice("border", self.border, ("inside", "clip"))
         check(self.refresh_every >= 0, f"refresh_every must be >= 0, got {self.refresh_every}")
+        check(0 <= self.tail <= 1, f"tail must be in [0, 1], got {self.tail}; the paper's is 0.1")
+        check_prob("mix_prob", self.mix_prob)
+        check(
+            0 < self.mix_alpha <= 100,
+            f"mix_alpha must be in (0, 100], got {self.mix_alpha}; the paper's value is 0.4",
+        )
+        check(self.neighbors >= 0, f"neighbors must be >= 0, got {self.neighbors}")
+        check_choice("tail_erase", self.tail_erase, ("class", "always"))
+
+    @property
+    def lam_bound(self) -> float:
+        """The largest |λ| that any class reaches."""
+        return max(abs(self.lam_max), abs(self.tail_lambda or 0.0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class CropConfig:
-    """Random resized crop and flip. area: share of the image; aspect: w/h, log-uniform."""
+    """Random crop and flip.
 
+    kind: `resized`, a window of `area` (share of the image) and `aspect` (w/h, log-uniform); or
+    `pad`, one of the image's own size, shifted by up to `pad` pixels, black outside the image.
+    flip: probability of a horizontal flip.
+    """
+
+    kind: CropKind = "resized"
     area: Range = (0.08, 1.0)
     aspect: Range = (3 / 4, 4 / 3)
     tries: int = 10
+    pad: int = 4
     flip: float = 0.5
 
     def __post_init__(self) -> None:
+        check_choice("crop.kind", self.kind, ("resized", "pad"))
+        check(self.pad >= 0, f"crop.pad must be >= 0 pixels, got {self.pad}")
         low, high = self.area
         check(0 < low <= high <= 1, f"crop.area must be 0 < low <= high <= 1, got {self.area}")
         low, high = self.aspect

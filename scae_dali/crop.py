@@ -1,7 +1,7 @@
-"""The random resized crop and flip: which window of the full frame the network sees, and how.
+"""The random crop and flip: which window of the full frame the network sees, and how.
 
-The rule is torchvision's and DALI's (Szegedy et al., "Going deeper with convolutions", 2015); the
-random numbers come in as data, so that a sample's window does not depend on its place in a batch.
+The random numbers come in as data, so that a sample's window does not depend on its place in a
+batch.
 """
 
 import math
@@ -14,15 +14,31 @@ from scae_dali.rng import Array
 
 def draws_per_sample(config: CropConfig) -> int:
     """How many uniforms `crop_and_flip` reads a sample."""
-    return 2 * config.tries + 3
+    return 3 if config.kind == "pad" else 2 * config.tries + 3
 
 
 def crop_and_flip(u: Array, full_px: Array, config: CropConfig) -> tuple[Array, Array]:
-    """Draw a window: area a ~ U, aspect w/h log-uniform; the first try that fits counts.
+    """Draw a window and whether to flip it.
 
     u: float64 [B, draws_per_sample] in (0, 1). full_px: int64 [B, 2], (h, w) of the upright image.
     Returns int64 [B, 4], (y, x, h, w) in pixels of the full frame, and bool [B], whether to flip.
-    Where no try fits: the largest centred window whose aspect is in range.
+    A window of kind `pad` may reach over the image's border.
+    """
+    draw = _shifted if config.kind == "pad" else _resized
+    return draw(u, full_px, config), u[:, -1] < config.flip
+
+
+def _shifted(u, full_px, config):
+    """The whole frame, shifted by -pad … pad pixels along each axis, all equally likely."""
+    xp = array_namespace(u)
+    shift = xp.astype(xp.floor(u[:, :2] * (2 * config.pad + 1)), xp.int64) - config.pad
+    return xp.concat([shift, xp.astype(full_px, xp.int64)], axis=1)
+
+
+def _resized(u, full_px, config):
+    """Area a ~ U, aspect w/h log-uniform, and the first try that fits counts (Szegedy et al.,
+    "Going deeper with convolutions", 2015, as torchvision and DALI have it). Where no try fits: the
+    largest centred window whose aspect is in range.
     """
     xp = array_namespace(u)
     full = xp.astype(full_px, xp.float64)
@@ -46,5 +62,4 @@ def crop_and_flip(u: Array, full_px: Array, config: CropConfig) -> tuple[Array, 
     w = xp.where(some, w[rows, first], fall_w)
     y = xp.where(some, xp.floor(u[:, -3] * (height - h + 1)), xp.floor((height - h) / 2))
     x = xp.where(some, xp.floor(u[:, -2] * (width - w + 1)), xp.floor((width - w) / 2))
-    window = xp.astype(xp.stack([y, x, h, w], axis=1), xp.int64)
-    return window, u[:, -1] < config.flip
+    return xp.astype(xp.stack([y, x, h, w], axis=1), xp.int64)

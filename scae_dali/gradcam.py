@@ -24,6 +24,7 @@ __all__ = ["GradCAM", "default_layer", "gradcam"]
 # last child of what precedes it.
 _LAYERS = {
     "AlexNet": "features",
+    "CifarResNet": "layer3",
     "ConvNeXt": "features",
     "DenseNet": "features",
     "EfficientNet": "features",

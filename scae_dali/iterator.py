@@ -1,9 +1,10 @@
 """From a DALI pipeline to torch batches, epoch by epoch, with a state that can be saved."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from nvidia.dali import Pipeline
@@ -11,6 +12,7 @@ from nvidia.dali.plugin.base_iterator import LastBatchPolicy
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 from scae_dali.dataset import ImageIndex
+from scae_dali.order import Order
 from scae_dali.planner import COMMON_WIDTH
 from scae_dali.verify import concerns_images, explain
 
@@ -42,7 +44,8 @@ class ImageError(RuntimeError):
 
 
 class Loader:
-    """Iterates over a pipeline whose reader is named "Reader" and pads its shards.
+    """Iterates over a pipeline whose reader is named "Reader" and pads its shards, or over one that
+    is fed in an `order`.
 
     outputs: the pipeline's, by name: `images`, and either `plan` (ops.PlanNodes.row) or `id`.
     drop_last: give only the batches that are full on every shard, so that all ranks take as many
@@ -61,30 +64,39 @@ class Loader:
         *,
         drop_last: bool,
         position: int = 0,
+        order: Order | None = None,
     ) -> None:
         self._index = index
         self._labels = torch.from_numpy(index.labels.copy())
         self._position = position
-        # DALI's own DROP goes by the smallest shard and then leaves batches of the larger ones to
-        # the next epoch; PARTIAL keeps all shards in step.
-        self._dali = self._run(
-            lambda: DALIGenericIterator(
-                [pipeline],
-                list(outputs),
-                reader_name="Reader",
-                last_batch_policy=LastBatchPolicy.PARTIAL,
-                auto_reset=True,
+        if order is None:
+            meta = pipeline.reader_meta("Reader")
+            shards, epoch_size = meta["number_of_shards"], meta["epoch_size"]
+            # DALI's own DROP goes by the smallest shard and then leaves batches of the larger ones
+            # to the next epoch; PARTIAL keeps all shards in step.
+            length: dict[str, Any] = {
+                "reader_name": "Reader",
+                "last_batch_policy": LastBatchPolicy.PARTIAL,
+            }
+            self._valid = None
+        else:
+            shards, epoch_size = order.num_shards, order.epoch_size
+            length = {"size": order.batches * order.batch_size}
+            self._valid = order.shard_size
+        self._batch_size = pipeline.max_batch_size
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Please set `reader_name`")  # there is no reader
+            self._dali = self._run(
+                lambda: DALIGenericIterator([pipeline], list(outputs), auto_reset=True, **length)
             )
-        )
-        reader = pipeline.reader_meta("Reader")
         self._batches = len(self._dali)
         if drop_last:
-            shard = reader["epoch_size"] // reader["number_of_shards"]
-            self._batches = shard // pipeline.max_batch_size
+            shard = epoch_size // shards
+            self._batches = shard // self._batch_size
             if self._batches == 0:
                 raise ValueError(
                     f"batch_size must be at most the {shard} images of a shard, got "
-                    f"{pipeline.max_batch_size}"
+                    f"{self._batch_size}"
                 )
 
     def __len__(self) -> int:
@@ -99,6 +111,9 @@ class Loader:
             except StopIteration:
                 self._position = 0
                 return
+            if self._valid is not None:
+                left = max(0, self._valid - self._position * self._batch_size)
+                out = {name: value[:left] for name, value in out.items()}
             self._position += 1
             if self._position <= self._batches and len(out["images"]):
                 yield self._batch(out)

@@ -5,10 +5,12 @@ metrics.jsonl holds one object an epoch; a resumed run drops the epochs that it 
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from scae_dali.methods import Status
@@ -22,31 +24,37 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter  # of the extra `train`
 
         self._path = out / "metrics.jsonl"
-        rows = read_rows(self._path)
-        kept = [json.dumps(row) + "\n" for row in rows if row["epoch"] < first_epoch]
-        if len(kept) < len(rows):
-            partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(kept))
-            os.replace(partial, self._path)
+        self._rows = [row for row in read_rows(self._path) if row["epoch"] < first_epoch]
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        os.replace(partial, self._path)
         self._board = SummaryWriter(str(out), purge_step=first_epoch)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one epoch's row; what is nested gets names with a slash in TensorBoard."""
+        """Append one epoch's row and the figures of the run so far.
+
+        In TensorBoard what is nested gets names with a slash; a list is a histogram, without None.
+        """
+        row = {**row, **_so_far([*self._rows, row])}
+        self._rows.append(row)
         with open(self._path, "a") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in _flat(row):
-            self._board.add_scalar(name, value, row["epoch"])
+            if isinstance(value, list):
+                known = np.array([one for one in value if one is not None])
+                self._board.add_histogram(name, known, row["epoch"], bins=20)
+            else:
+                self._board.add_scalar(name, value, row["epoch"])
         self._board.flush()
 
     def close(self) -> list[dict[str, Any]]:
         """Returns every epoch's row, of the whole run."""
         self._board.close()
-        return read_rows(self._path)
+        return self._rows
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; [] where there is none. A last line cut off by a kill is left
-    out."""
+    """The rows of a metrics.jsonl; [] where there is none. A line cut off by a kill is left out."""
     if not path.exists():
         return []
     rows = []
@@ -54,7 +62,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            break
+            continue
     return rows
 
 
@@ -63,7 +71,8 @@ def summary(row: Mapping[str, Any]) -> str:
     seconds, share = row["seconds"], row["share"]
     text = (
         f"epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  top-1 {row['val_top1']:5.2f}  "
-        f"top-5 {row['val_top5']:5.2f}  {row['img_per_s']:.0f} img/s  "
+        f"top-5 {row['val_top5']:5.2f}{_present(row, 'many', 'medium', 'few')}  "
+        f"{row['img_per_s']:.0f} img/s  "
         f"data {seconds['data']:.1f} s  step {seconds['step']:.1f} s  "
         f"saliency {seconds['saliency']:.1f} s"
     )
@@ -77,19 +86,37 @@ def summary(row: Mapping[str, Any]) -> str:
 
 
 def closing(rows: list[dict[str, Any]]) -> str:
-    """The run in a few figures."""
+    """The run in a few figures; those without an epoch are the last one's or the whole run's."""
     seconds = {key: sum(row["seconds"][key] for row in rows) for key in rows[0]["seconds"]}
     images = sum(row["img_per_s"] * row["seconds"]["train"] for row in rows)
-    best = max(rows, key=lambda row: row["val_top1"])
+    last, run = rows[-1], _so_far(rows)
     return (
-        f"{len(rows)} epochs: top-1 {rows[-1]['val_top1']:.2f} (best {best['val_top1']:.2f}, epoch "
-        f"{best['epoch']}), {images / seconds['train']:.0f} img/s; data {seconds['data']:.1f} s, "
+        f"{len(rows)} epochs: top-1 {last['val_top1']:.2f} (epoch {last['epoch']}), best "
+        f"{run['best_top1']:.2f} (epoch {run['best_epoch']}), median of the last ten "
+        f"{run['median10_top1']:.2f}, top-5 {last['val_top5']:.2f}"
+        f"{_present(last, 'many', 'medium', 'few', 'ece')}, "
+        f"{images / seconds['train']:.0f} img/s; data {seconds['data']:.1f} s, "
         f"step {seconds['step']:.1f} s, saliency {seconds['saliency']:.1f} s, validation "
-        f"{seconds['val']:.1f} s; overhead of the method {rows[-1]['overhead_percent']:.1f} %"
+        f"{seconds['val']:.1f} s; overhead of the method {last['overhead_percent']:.1f} %"
     )
 
 
-def _flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def _present(row: Mapping[str, Any], *names: str) -> str:
+    """` many 65.1 few 9.1`: those of val_<name> that the row has; rows of older runs lack all."""
+    return "".join(f" {name} {row[f'val_{name}']:.1f}" for name in names if f"val_{name}" in row)
+
+
+def _so_far(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Top-1 of the run up to its last row: best, its (first) epoch, median of the last ten."""
+    best = max(rows, key=lambda row: row["val_top1"])
+    return {
+        "best_top1": best["val_top1"],
+        "best_epoch": best["epoch"],
+        "median10_top1": median(row["val_top1"] for row in rows[-10:]),
+    }
+
+
+def _flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in row.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}/")

@@ -8,15 +8,17 @@ What is planned is for `planner` and the methods.
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from nvidia.dali import Pipeline, fn, types
 
+from scae_dali import second
 from scae_dali.cache import SaliencyCache
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD, CropConfig
 from scae_dali.dataset import ImageIndex
-from scae_dali.methods.base import DataNode, Run, Triple, load, make_config
+from scae_dali.methods.base import MIX_FIELDS, DataNode, Run, Triple, load, make_config
 from scae_dali.planner import Planner
 
 
@@ -38,15 +40,22 @@ class PlanNodes:
     a pipeline had better give out the row whole: `iterator.Loader` takes it apart.
     """
 
-    def __init__(self, row: DataNode, columns: dict[str, slice]) -> None:
+    def __init__(self, row: DataNode, planner: Planner) -> None:
         self.row = row
-        self._columns = columns
+        self.planner = planner
 
     def part(self, name: str, dtype: types.DALIDataType, within: slice = slice(None)) -> DataNode:
         """The columns of a name (see planner), or some of them."""
-        whole = self._columns[name]
+        whole = self.planner.columns[name]
         begin, end, _ = within.indices(whole.stop - whole.start)
-        return fn.cast(self.row[whole.start + begin : whole.start + end], dtype=dtype)
+        return self._cut(slice(whole.start + begin, whole.start + end), dtype)
+
+    def scalar(self, name: str, dtype: types.DALIDataType) -> DataNode:
+        """A column on its own, as a scalar."""
+        return self._cut(self.planner.columns[name].start, dtype)
+
+    def _cut(self, columns: slice | int, dtype: types.DALIDataType) -> DataNode:
+        return fn.cast(self.row[columns], dtype=dtype)
 
     @property
     def id(self) -> DataNode:
@@ -68,6 +77,7 @@ class Stage:
     index: the data set; its order gives the ids. method: see methods.load; its settings are
     further keywords. cache: a SaliencyCache of this index or its path; None: no maps.
     epochs: T of eq. 5. batch_size: the pipeline's. num_shards: the reader's. seed: of all plans.
+    epoch_size: samples of an epoch, of all shards; None: every sample once.
     start_epoch: the epoch of the pipeline's first batch, where it does not come from a checkpoint.
     mean, std: of the images as the stage gets them; the default is ImageNet's in [0, 255].
     backend: `numpy`, or `torch` on `torch_device` with all maps resident there; the plan is the
@@ -87,6 +97,7 @@ class Stage:
         seed: int,
         cache: SaliencyCache | str | None = None,
         num_shards: int = 1,
+        epoch_size: int | None = None,
         start_epoch: int = 0,
         mean: Triple = IMAGENET_MEAN,
         std: Triple = IMAGENET_STD,
@@ -109,18 +120,22 @@ class Stage:
         self.index = index
         self.batch_size = batch_size
         self.start_epoch = start_epoch
-        self.batches_per_epoch = math.ceil(math.ceil(len(index) / num_shards) / batch_size)
+        size = len(index) if epoch_size is None else epoch_size
+        self.batches_per_epoch = math.ceil(math.ceil(size / num_shards) / batch_size)
         self.seconds = 0.0  # spent in the Python operator, in DALI's thread
         self._run = Run(
             seed=seed,
             epochs=epochs,
+            labels=index.labels,
             class_counts=index.class_counts,
             mean=mean,
             std=std,
             saliency=_saliency_source(cache, backend, torch_device),
+            neighbors=None if cache is None else cache.read_neighbors,
         )
         self._device = None if backend == "numpy" else torch_device
         self._method = module.Method(make_config(module, settings), self._run)
+        self.mixes = MIX_FIELDS.keys() <= self._method.fields.keys()
 
     def __call__(
         self,
@@ -128,6 +143,7 @@ class Stage:
         ids: DataNode,
         window: tuple[DataNode, DataNode, DataNode] | None = None,
         size: tuple[int, int] | None = None,
+        partner_crop: CropConfig = CropConfig(),  # noqa: B008 - frozen
     ) -> tuple[DataNode, Targets]:
         """Augment images inside a pipeline definition.
 
@@ -137,8 +153,14 @@ class Stage:
         (y, x)/(h, w) on the CPU; None: the whole image is seen.
         size: (h, w) of the images in pixels; None asks them, which lets the plan wait for them.
         Returns (images, Targets).
+        Where the method mixes (SCAE, and the data set has tail classes), the pipeline must be
+        defined with `enable_conditionals=True`; the second sample is a file of the index, cropped
+        by `partner_crop`.
         """
         plan = self.plan(ids, window=window, size=images.shape() if size is None else size)
+        if self.mixes:
+            fetch = partial(_decode_crop, images=images, size=size)
+            images = self.mix(images, plan, partner_crop, fetch)
         return self.apply(images, plan), plan.targets
 
     def plan(
@@ -179,7 +201,7 @@ class Stage:
             row = fn.dl_tensor_python_function(
                 *inputs, function=operator.torch, batch_processing=True
             )
-        return PlanNodes(row, operator.planner.columns)
+        return PlanNodes(row, operator.planner)
 
     def planner(self, random_crop: CropConfig | None = None) -> Planner:
         """The plan outside any pipeline."""
@@ -192,8 +214,14 @@ class Stage:
             random_crop=random_crop,
         )
 
+    def mix(
+        self, images: DataNode, plan: PlanNodes, crop: CropConfig, fetch: second.Fetch
+    ) -> DataNode:
+        """Mix second samples into images (HWC, CPU or GPU) where planned; see second.mix."""
+        return second.mix(images, plan, crop, fetch)
+
     def apply(self, images: DataNode, plan: PlanNodes) -> DataNode:
-        """Augment images (HWC, CPU or GPU) as planned."""
+        """Erase in images (HWC, CPU or GPU) as planned."""
         return self._method.apply(images, plan)
 
 
@@ -257,6 +285,18 @@ class _Operator:
             frames[-1] = frames[-1][:, :2]  # HWC
             window = np.concatenate(frames, axis=1).astype(np.float64)
         return positions, _batch(iteration)[:, 0], size_px, window
+
+
+def _decode_crop(encoded, start, shape, images, size):
+    """A window of an image, as large as `images` and on their device."""
+    decoder = "cpu" if images.device == "cpu" else "mixed"
+    size = fn.cast(images.shape()[:2], dtype=types.FLOAT) if size is None else list(size)
+    return fn.resize(
+        fn.decoders.image(encoded, device=decoder),
+        roi_start=fn.cast(start, dtype=types.FLOAT),
+        roi_end=fn.cast(start + shape, dtype=types.FLOAT),
+        size=size,
+    )
 
 
 def _batch(samples: list[np.ndarray]) -> np.ndarray:

@@ -7,12 +7,14 @@ pipeline and out of it is for `ops` and `iterator`.
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from scae_dali import crop
 from scae_dali.config import CropConfig
 from scae_dali.dataset import ImageIndex
-from scae_dali.methods.base import Method, Run, Samples
+from scae_dali.methods.base import MIX_FIELDS, Method, Run, Samples
+from scae_dali.order import ID
 from scae_dali.rng import Array, Stream, uniforms
 
 # Of every plan, in this order, with their widths; `box` is (y, x, h, w) in pixels of the crop.
@@ -20,6 +22,8 @@ COMMON = {"label": 1, "partner": 1, "id": 1, "status": 1, "mu": 1, "box": 4}
 COMMON_WIDTH = sum(COMMON.values())
 # Where the crop is drawn here: start (y, x) and shape (h, w) in pixels of the full frame.
 DRAWN = {"start": 2, "shape": 2, "flip": 1}
+# Where the method mixes: what the crop of the second sample is drawn from.
+DRAW = {"key": 1, "epoch": 1}
 
 
 def columns_of(widths: dict[str, int]) -> dict[str, slice]:
@@ -50,55 +54,82 @@ class Planner:
     ) -> None:
         self.index = index
         self.random_crop = random_crop
+        self.mixes = MIX_FIELDS.keys() <= method.fields.keys()
         drawn = {} if random_crop is None else DRAWN
-        self.columns = columns_of(COMMON | drawn | dict(method.fields))
+        draw = DRAW if self.mixes else {}
+        self.columns = columns_of(COMMON | drawn | draw | dict(method.fields))
         self._method, self._run = method, run
         self._batches_per_epoch, self._start_epoch = batches_per_epoch, start_epoch
         self._labels = index.labels.copy()  # torch shares only arrays that can be written to
 
     def __call__(
-        self, ids: Array, iteration: Array, size_px: Array, window: Array | None = None
+        self,
+        ids: Array,
+        iteration: Array,
+        size_px: Array,
+        window: Array | None = None,
     ) -> Array:
         """The plan of a batch, in the array library of `ids` (NumPy or torch).
 
-        ids, iteration: int64 [B]. size_px: int64 [B, 2], (H, W) of the crop as the network sees it.
+        ids: int64 [B], or keys as `order` has them, where a sample may come twice in an epoch.
+        iteration: int64 [B]. size_px: int64 [B, 2], (H, W) of the crop as the network sees it.
         window: float64 [B, 6], start, shape and the shape of the upright image, in pixels;
         [B, 2], that shape alone, where the crop is drawn here; None: the whole image is seen.
         Raises IndexError for an id outside the index.
         """
         xp = array_namespace(ids)
         b, device = ids.shape[0], ids.device
-        labels = self._label(xp, ids)
+        keys, ids = ids, ids & ID
+        labels = self._label(xp, ids, keys)
         epoch = iteration // self._batches_per_epoch + self._start_epoch
-        drawn = []
+        extra = []
         if self.random_crop is not None:
-            n = crop.draws_per_sample(self.random_crop)
-            u = uniforms(self._run.seed, Stream.CROP, epoch, ids, n)
-            cut, flip = crop.crop_and_flip(u, window, self.random_crop)
-            drawn = [xp.astype(cut, xp.float64), xp.astype(flip, xp.float64)[:, None]]
-            window = xp.concat([drawn[0], window], axis=1)
+            cut, flip = self._crop(Stream.CROP, keys, epoch, window, self.random_crop)
+            extra = [xp.astype(cut, xp.float64), xp.astype(flip, xp.float64)]
+            window = xp.concat([extra[0], window], axis=1)
+        if self.mixes:
+            extra += [xp.astype(keys, xp.float64), xp.astype(epoch, xp.float64)]
         if window is None:
             share = xp.zeros((b, 4), dtype=xp.float64, device=device)
             share[:, 2:] = 1.0
         else:
             share = window[:, :4] / xp.concat([window[:, 4:], window[:, 4:]], axis=1)
         plan = self._method.plan(
-            Samples(ids=ids, labels=labels, epoch=epoch, window=share, size_px=size_px)
+            Samples(ids=ids, keys=keys, labels=labels, epoch=epoch, window=share, size_px=size_px)
         )
         table = xp.empty((b, COMMON_WIDTH), dtype=xp.float64, device=device)
         table[:, 0] = labels
-        table[:, 1] = self._label(xp, plan["partner"]) if "partner" in plan else labels
+        table[:, 1] = self._label(xp, plan["partner_id"], ids) if self.mixes else labels
         table[:, 2] = ids
         table[:, 3] = plan["status"]
         table[:, 4] = plan.get("mu", 1.0)
         table[:, 5:] = plan.get("box", 0.0)
-        return xp.concat([table, *drawn, *(plan[name] for name in self._method.fields)], axis=1)
+        extra += [xp.astype(plan[name], xp.float64) for name in self._method.fields]
+        return xp.concat([table, *(xp.reshape(part, (b, -1)) for part in extra)], axis=1)
 
-    def _label(self, xp: Any, ids: Array) -> Array:
-        bad = (ids < 0) | (ids >= len(self._labels))
+    def partner_crop(
+        self, rows: np.ndarray, full_px: np.ndarray, config: CropConfig
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Crop and flip of the second samples, drawn on their own.
+
+        rows: float64 [n, K] of mixed samples. full_px: int64 [n, 2], of their partners. Returns
+        what crop_and_flip returns.
+        """
+        key, epoch = (rows[:, self.columns[name].start].astype(np.int64) for name in DRAW)
+        window, flip = self._crop(Stream.PARTNER_CROP, key, epoch, full_px, config)
+        if self.random_crop is not None:
+            flip = flip != (rows[:, self.columns["flip"].start] == 1)
+        return window, flip
+
+    def _crop(self, stream, keys, epoch, full_px, config):
+        u = uniforms(self._run.seed, stream, epoch, keys, crop.draws_per_sample(config))
+        return crop.crop_and_flip(u, full_px, config)
+
+    def _label(self, xp: Any, ids: Array, given: Array) -> Array:
+        bad = ids >= len(self._labels)
         if xp.any(bad):
             raise IndexError(
                 f"ids must be in [0, {len(self._labels)}), the places in the index, got "
-                f"{int(ids[bad][0])}; let the reader read index.files without labels"
+                f"{int(given[bad][0])}; let the reader read index.files without labels"
             )
         return xp.asarray(self._labels, device=ids.device)[ids]

@@ -58,4 +58,5 @@ class Ranks:
 
     def close(self) -> None:
         if self.world > 1:
+            distributed.barrier()  # gloo of older torch hangs now and then without it
             distributed.destroy_process_group()

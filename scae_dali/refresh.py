@@ -20,6 +20,7 @@ from scae_dali.chunk_writer import ChunkWriter
 from scae_dali.dataset import ImageIndex
 from scae_dali.gradcam import GradCAM
 from scae_dali.iterator import Batch
+from scae_dali.models import classifier_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ def refresh_cache(
     layer: str | None = None,
     name: str | None = None,
     input_size: int | None = None,
+    neighbors: int = 0,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     progress: Callable[[int], object] = lambda images: None,
     commit_every: int = 4096,
@@ -49,8 +51,10 @@ def refresh_cache(
     cache: of this node, given to the one process of the node that writes; None on the others.
     loader_for(ids): batches of whole upright images, in this order, normalised as in training.
     layer: see GradCAM. name, input_size: of the model, for the cache's meta. progress: called with
-    the number of images done since its last call. Raises what the cache raises; whatever was
-    committed stays, and the next call goes on from there.
+    the number of images done since its last call. neighbors: how many neighbouring classes of each
+    the cache shall hold, by the weights of the model's classifier (see nearest_classes).
+    Raises what the cache raises; whatever was committed stays, and the next call goes on from
+    there. ValueError where neighbours are wanted of a model without a linear classifier.
     """
     start = time.perf_counter()
     world = distributed.get_world_size() if distributed.is_initialized() else 1
@@ -84,9 +88,27 @@ def refresh_cache(
                 progress(len(ids))
                 if chunks is not None:
                     chunks.write(ids, levels)
+        if cache is not None and neighbors:
+            weight = classifier_of(cam.model, index.num_classes)[1].weight
+            cache.write_neighbors(nearest_classes(weight, index.class_counts, neighbors))
     if world > 1:
         distributed.barrier()  # nobody plans with the old maps after this
     return PassReport(images=len(pending), seconds=time.perf_counter() - start)
+
+
+@torch.no_grad()
+def nearest_classes(weight: Tensor, class_counts: np.ndarray, m: int) -> np.ndarray:
+    """The classes whose weight vectors have the highest cosine similarity, the highest first.
+
+    weight: float [K, C], of the classifier. class_counts: int64 [K]; a class without samples is
+    nobody's neighbour while there are others. Returns uint16 [K, min(m, K - 1)].
+    """
+    unit = nn.functional.normalize(weight.float().cpu(), dim=1)
+    similarity = unit @ unit.T
+    similarity[:, torch.from_numpy(class_counts == 0)] = -2.0
+    similarity.fill_diagonal_(-3.0)
+    nearest = similarity.topk(min(m, len(weight) - 1), dim=1).indices
+    return nearest.numpy().astype(np.uint16)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -33,6 +33,8 @@ class Stream(IntEnum):
     COLOR = 3
     MIX = 4
     PARTNER = 5
+    PARTNER_CROP = 6
+    ORDER = 7
 
 
 def philox(counter: Array, seed: int) -> Array:

@@ -10,8 +10,9 @@ from array_api_compat import array_namespace
 from scae_dali.config import ScaeConfig
 
 
-def lam(epoch, epochs: int, lam_max: float):
-    """Eq. 5: λ(t) = λ_max · t/T. epoch: whole epochs t >= 0, int or int64 [B]; epochs: T.
+def lam(epoch, epochs: int, lam_max):
+    """Eq. 5: λ(t) = λ_max · t/T. epoch: whole epochs t >= 0, int or int64 [B]; epochs: T; lam_max:
+    float or float64 [B].
 
     Returns float64 of epoch's shape. t is held at T from there on (a pipeline reads ahead of the
     last epoch).
@@ -44,7 +45,7 @@ def pass_epoch(epoch: int, epochs: int, config: ScaeConfig) -> int | None:
     Passes are due at the multiples of `refresh_every` at which λ is not 0 (eq. 5), so never at
     epoch 0; `refresh_every=0` means a cache that was built offline and is never refreshed.
     """
-    if config.refresh_every == 0 or config.lam_max == 0:
+    if config.refresh_every == 0:
         return None
     due = epoch // config.refresh_every * config.refresh_every
-    return due if lam(due, epochs, config.lam_max) != 0 else None
+    return due if lam(due, epochs, config.lam_bound) != 0 else None

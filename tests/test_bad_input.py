@@ -444,7 +444,8 @@ OFFLINE: dict[str, Any] = {"method": "scae", "scae__refresh_every": 0}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown model": (
         {"model": "resnet5000"},
-        "model must be a classification network of torchvision, got 'resnet5000'; did you mean res",
+        "model must be a classification network of torchvision or one of cifar_resnet20, .*, got "
+        "'resnet5000'; did you mean res",
     ),
     "detection model": ({"model": "ssd300_vgg16"}, "must be a classification network .* 'ssd300_"),
     "unknown method": ({"method": "scea"}, "method must be one of none, .* got 'scea'"),
@@ -617,7 +618,7 @@ def test_a_checkpoint_that_meets_a_full_disk_leaves_the_last_one(monkeypatch, pl
 
 
 READ_ONLY = """
-import os, sys, train
+import os, sys, train, scae_dali.methods.scae
 from scae_dali import SCAE, ImageIndex
 if os.geteuid() == 0:
     os.setuid(65534)  # permissions don't stop root

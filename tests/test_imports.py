@@ -8,27 +8,36 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RANKS = [
     {"scae_dali.config", "scae_dali.rng"},
-    {"scae_dali.scan", "scae_dali.cache_meta", "scae_dali.records"},
+    {"scae_dali.scan", "scae_dali.cache_meta", "scae_dali.records", "scae_dali.longtail"},
     {"scae_dali.dataset", "scae_dali.schedule", "scae_dali.store"},
     {"scae_dali.resident", "scae_dali.chunk_writer"},
-    {f"scae_dali.{name}" for name in ("region", "crop", "gradcam", "cache", "verify")},
-    {"scae_dali.losses", "scae_dali.ranks", "scae_dali.checkpoint"},
+    {f"scae_dali.{n}" for n in ("region", "crop", "mixing", "order", "gradcam", "cache", "verify")},
+    {
+        "scae_dali.losses",
+        "scae_dali.models",
+        "scae_dali.ranks",
+        "scae_dali.checkpoint",
+        "scae_dali.arrays",
+    },
+    {"scae_dali.second_stage", "scae_dali.evaluation"},
     {"scae_dali.methods.base"},
     {"scae_dali.methods.rectangle"},
     {f"scae_dali.methods.{name}" for name in ("none", "random_erasing", "scae")},
     {"scae_dali.methods"},
     {"scae_dali.planner"},
-    {"scae_dali.ops", "scae_dali.iterator", "scae_dali.metrics"},
+    {"scae_dali.second", "scae_dali.iterator", "scae_dali.metrics"},
+    {"scae_dali.ops"},
     {"scae_dali.refresh"},
     {"scae_dali"},
-    {"pipelines.config"},
+    {"pipelines.config", "pipelines.data"},
     {"pipelines.images", "pipelines.recipe"},
-    {"pipelines.train", "pipelines.val", "pipelines.saliency"},
+    {f"pipelines.{name}" for name in ("train", "val", "saliency", "arrays")},
+    {"pipelines.loaders"},
     {"pipelines"},
     {"train"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
-NUMPY_ALONE = ("rng", "schedule", "region", "crop", "config")
+NUMPY_ALONE = ("rng", "schedule", "region", "crop", "config", "longtail")
 
 
 def module_name(path: Path) -> str:

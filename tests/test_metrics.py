@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tensorboard.backend.event_processing import event_accumulator
 
 from scae_dali.methods import Status
 from scae_dali.metrics import Log, Meter, closing, read_rows, summary
@@ -26,17 +27,59 @@ def row(epoch, **more):
     } | more
 
 
+def so_far(best, epoch, median):
+    return {"best_top1": best, "best_epoch": epoch, "median10_top1": median}
+
+
 def test_rows_are_appended_and_a_resume_drops_those_it_does_again(tmp_path):
     log = Log(tmp_path, 0)
     for epoch in range(3):
         log.write(row(epoch))
-    assert log.close() == [row(0), row(1), row(2)]
+    lines = [row(0) | so_far(50, 0, 50), row(1) | so_far(51, 1, 50.5), row(2) | so_far(52, 2, 51)]
+    assert log.close() == read_rows(tmp_path / "metrics.jsonl") == lines
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 3, "lo')  # a kill in the midst of a line
-    assert Log(tmp_path, 2).close() == [row(0), row(1)]
+    assert Log(tmp_path, 2).close() == lines[:2]
     log = Log(tmp_path, 2)
     log.write(row(2, val_top1=7.0))
-    assert [line["val_top1"] for line in log.close()] == [50.0, 51.0, 7.0]
+    again = row(2, val_top1=7.0) | so_far(51, 1, 50)
+    assert log.close() == read_rows(tmp_path / "metrics.jsonl") == [*lines[:2], again]
+
+
+def test_a_line_cut_off_spoils_none_after_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(row(0)) + '\n{"epoch": 1, "lo')
+    log = Log(tmp_path, 1)
+    log.write(row(1))
+    log.close()
+    assert [line["epoch"] for line in read_rows(path)] == [0, 1]
+    path.write_text('{"epoch": 0, "lo\n' + json.dumps(row(1)) + "\n")
+    assert read_rows(path) == [row(1)]
+
+
+def test_figures_of_the_run_go_on_from_an_older_log(tmp_path):
+    top1 = [60.0, 80.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 90.0]
+    rows = [row(epoch, val_top1=value) for epoch, value in enumerate(top1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+    log = Log(tmp_path, 11)  # the best row is done again
+    log.write(row(11, val_top1=80.0))
+    *older, last = log.close()
+    assert older == rows[:11]
+    assert last == row(11, val_top1=80.0) | so_far(80, 1, 5.5)  # the median of epochs 2 to 11
+
+
+def test_tensorboard_gets_figures_and_a_histogram_of_the_classes(tmp_path):
+    log = Log(tmp_path, 0)
+    log.write(row(0, val_few=9.0, val_per_class=[10.0, None, 30.0, 30.0]))
+    assert log.close()[0]["val_per_class"] == [10.0, None, 30.0, 30.0]
+    board = event_accumulator.EventAccumulator(str(tmp_path))
+    board.Reload()
+    names = {"best_top1", "best_epoch", "median10_top1", "val_few", "seconds/train"}
+    assert names <= set(board.Tags()["scalars"])
+    assert board.Tags()["histograms"] == ["val_per_class"]
+    (event,) = board.Histograms("val_per_class")
+    values = event.histogram_value
+    assert (values.min, values.max, values.num, values.sum) == (10, 30, 3, 70)
 
 
 def test_there_are_no_rows_before_the_first(tmp_path):
@@ -58,9 +101,22 @@ def test_lines_for_the_reader():
     idle = {**row(4)["share"], "erased": 0.0}
     assert "λ" not in summary(row(4, lam=0.0, share=idle))
     end = closing([row(0, val_top1=60.0), row(1)])
-    assert "top-1 51.00 (best 60.00, epoch 0), 100 img/s" in end
+    assert (
+        "top-1 51.00 (epoch 1), best 60.00 (epoch 0), median of the last ten 55.50, top-5 90.00, "
+        "100 img/s"
+    ) in end
     assert "data 4.0 s, step 16.0 s, saliency 2.0 s, validation 6.0 s" in end
     assert "overhead of the method 11.0 %" in end
+
+
+def test_lines_tell_of_many_and_few_where_the_row_does():
+    tail = {"val_many": 65.12, "val_medium": 38.0, "val_few": 9.1, "val_ece": 3.2}
+    assert "top-5 90.00 many 65.1 medium 38.0 few 9.1  100 img/s" in summary(row(4, **tail))
+    assert "top-5 90.00  100 img/s" in summary(row(4))
+    end = closing([row(0), row(1, **tail)])
+    assert "top-5 90.00 many 65.1 medium 38.0 few 9.1 ece 3.2, 100 img/s" in end
+    del tail["val_medium"]
+    assert "many 65.1 few 9.1  " in summary(row(4, **tail))
 
 
 def test_the_meter_sums_an_epoch_and_forgets_it():

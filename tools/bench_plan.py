@@ -68,7 +68,11 @@ def plans(n: int, size: int, backend: str) -> Callable[[], object]:
     maps = asarray(np.round(255 * smooth_maps(n)).astype(np.uint8))
     found = asarray(np.ones(n, bool))
     run = Run(
-        seed=0, epochs=1, class_counts=index.class_counts, saliency=lambda i: (maps[i], found[i])
+        seed=0,
+        epochs=1,
+        labels=index.labels,
+        class_counts=index.class_counts,
+        saliency=lambda i: (maps[i], found[i]),
     )
     planner = Planner(
         index,

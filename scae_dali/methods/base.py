@@ -21,6 +21,8 @@ from scae_dali.rng import Array, Stream, uniforms
 DataNode = Any
 Triple = tuple[float, float, float]
 BUILT_IN = ("none", "random_erasing", "scae")
+# Of a method that mixes in a second sample, which the pipeline fetches.
+MIX_FIELDS = {"partner_id": 1}
 
 
 class Status(IntFlag):
@@ -37,16 +39,20 @@ class Status(IntFlag):
 class Run:
     """What a plan may depend on besides the samples.
 
-    epochs: T of eq. 5. class_counts: int64 [K]. mean, std: of the images as `apply` gets them.
+    epochs: T of eq. 5. labels: int64 [N], of all samples. class_counts: int64 [K], of them.
+    mean, std: of the images as `apply` gets them.
     saliency: ids int64 [B] -> (maps uint8 [B, gh, gw], found bool [B]); None: there are no maps.
+    neighbors: () -> int [K, m], the nearest other classes, or None as long as they are unknown.
     """
 
     seed: int
     epochs: int
+    labels: Any
     class_counts: Any
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
     saliency: Callable[[Array], tuple[Array, Array]] | None = None
+    neighbors: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +61,12 @@ class Samples:
 
     ids, labels, epoch: int64 [B]. window: float64 [B, 4], the crop (y, x, h, w) as shares of the
     full frame. size_px: int64 [B, 2], (H, W) of the crop as the network sees it.
+    keys: int64 [B], of the random numbers: the id, and in its high 32 bits how often the sample
+    came before within the epoch.
     """
 
     ids: Array
+    keys: Array
     labels: Array
     epoch: Array
     window: Array
@@ -70,16 +79,19 @@ class Samples:
 
     def draw(self, run: Run, stream: Stream, n: int) -> Array:
         """Uniforms in (0, 1) of one stream: float64 [B, n]."""
-        return uniforms(run.seed, stream, self.epoch, self.ids, n)
+        return uniforms(run.seed, stream, self.epoch, self.keys, n)
 
 
 class Method(Protocol):
     """An augmentation, made by Method(config, run).
 
     plan(samples) returns `status` (int64 [B], of Status); `box` (float64 [B, 4], (y, x, h, w) in
-    pixels of the crop), `partner` (int64 [B], ids) and `mu` (float64 [B]) where they are not the
-    do-nothing ones: no area, the sample itself, 1; and float64 [B, width] for each of `fields`.
-    apply(images, plan) turns HWC images and the plan inside a graph (ops.PlanNodes) into images.
+    pixels of the crop) where it is not the do-nothing one, of no area; and for each of `fields`
+    float64 [B, width], or [B] if the width is 1. A method that mixes in second samples has
+    MIX_FIELDS, gives the status MIXED alone to the samples that are mixed, and plans `partner_id`
+    (the sample's own where it is not mixed) and `mu` (float64 [B], the weight of the own sample).
+    apply(images, plan) turns HWC images, mixed already, and the plan inside a graph
+    (ops.PlanNodes) into images.
     """
 
     @property

@@ -1,48 +1,96 @@
 """SCAE: where from the saliency map, how strongly from the epoch, how often from the class.
 
-Eqs. 4-7. A sample whose map is missing or constant is erased without guidance (λ = 0), and its
-status says so.
+Eqs. 4-8. A sample whose map is missing or constant is erased without guidance (λ = 0), and its
+status says so. Samples of tail classes may be mixed instead (`mixing`); the pipeline fetches the
+second one.
 """
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from scae_dali import region, schedule
 from scae_dali.config import ScaeConfig as Config
 from scae_dali.methods import rectangle
-from scae_dali.methods.base import Run, Samples, Status, zeros
+from scae_dali.methods.base import MIX_FIELDS, Run, Samples, Status, zeros
+from scae_dali.mixing import Partners, mix_weight
 from scae_dali.rng import Stream
 
 __all__ = ["Config", "Method"]
 
 
 class Method:
-    """Erase a sample of class k with probability p_k, around a centre drawn from P."""
+    """Erase a sample of class k with probability p_k, around a centre drawn from P; or mix it."""
 
     def __init__(self, config: Config, run: Run) -> None:
         self.config = config
         self.run = run
-        self.fields = rectangle.fields(config)
         frequency = schedule.frequency(run.class_counts)
         if not config.class_aware:
             frequency = frequency**0
+        # A class without samples is neither mixed nor a partner.
+        self.tail = (frequency < config.tail) & (frequency > 0)
         self.erase_prob = schedule.erase_prob(frequency, config.p_min, config.p_max, config.gamma)
+        self.lam_max = np.full(len(frequency), float(config.lam_max))
+        if config.tail_erase == "always":
+            self.erase_prob[self.tail] = 1.0
+        if config.tail_lambda is not None:
+            self.lam_max[self.tail] = config.tail_lambda
+        self.fields = rectangle.fields(config)
+        self.mixes = bool(config.mix_prob and self.tail.any())
+        if self.mixes:
+            self.partners = Partners(run.labels, len(frequency))
+            self.fields |= MIX_FIELDS
 
     def plan(self, samples):
         xp = array_namespace(samples.ids)
         status = xp.zeros_like(samples.ids)
         box = zeros(samples.ids, samples.ids.shape[0], 4)
         prob = xp.asarray(self.erase_prob, device=samples.ids.device)[samples.labels]
+        mix = {}
+        if self.mixes:
+            rows, mix = self._mix(samples)
+            status[rows] = int(Status.MIXED)
+            prob[rows] = 0.0
         erased, hw, fitted = rectangle.choose(samples, self.run, self.config, prob)
         status[erased] = int(Status.NO_FIT)
         erased, hw = erased[fitted], hw[fitted]
         if erased.shape[0]:
             box[erased], status[erased] = self._place(samples.take(erased), hw)
-        return {"status": status, "box": box} | rectangle.fill_fields(
-            samples, self.run, self.config
-        )
+        fill = rectangle.fill_fields(samples, self.run, self.config)
+        return {"status": status, "box": box} | mix | fill
 
     def apply(self, images, plan):
         return rectangle.erase(images, plan, self.run, self.config)
+
+    def _mix(self, samples: Samples):
+        """Eq. 8: which samples are mixed, int64 [n] rows, and the plan's `mu` and `partner_id`."""
+        xp = array_namespace(samples.ids)
+        device = samples.ids.device
+        tail = xp.nonzero(xp.asarray(self.tail, device=device)[samples.labels])[0]
+        chosen = samples.take(tail)
+        u, v, ids, labels = map(
+            _on_host,
+            (
+                chosen.draw(self.run, Stream.MIX, 2),
+                chosen.draw(self.run, Stream.PARTNER, 2),
+                chosen.ids,
+                chosen.labels,
+            ),
+        )
+        k = np.flatnonzero(u[:, 0] < self.config.mix_prob)
+        rows = tail[xp.asarray(k, device=device)]
+        mu = zeros(samples.ids, samples.ids.shape[0]) + 1.0
+        mu[rows] = xp.asarray(mix_weight(u[k, 1], self.config.mix_alpha), device=device)
+        partner = xp.asarray(samples.ids, copy=True)
+        partner[rows] = xp.asarray(
+            self.partners.draw(v[k], ids[k], labels[k], self._neighbors()), device=device
+        )
+        return rows, {"mu": mu, "partner_id": partner}
+
+    def _neighbors(self):
+        """int [K, m] of the nearest classes, or None before they are known."""
+        known = self.run.neighbors() if self.config.neighbors and self.run.neighbors else None
+        return None if known is None else known[:, : self.config.neighbors]
 
     def _place(self, samples: Samples, hw):
         """Boxes float64 [B, 4] and status int64 [B] for samples that are erased, of sizes hw."""
@@ -57,7 +105,7 @@ class Method:
             samples.size_px,
             first,
             last,
-            lam_bound=abs(self.config.lam_max),
+            lam_bound=self.config.lam_bound,
         )
         return xp.astype(region.box_at(centre, hw, samples.size_px), xp.float64), status
 
@@ -65,7 +113,8 @@ class Method:
         """λ float64 [B], Â float64 [B, gh, gw], status int64 [B]; λ = 0 where there is no map."""
         xp = array_namespace(samples.ids)
         status = xp.full_like(samples.ids, int(Status.ERASED))
-        lam = schedule.lam(samples.epoch, self.run.epochs, self.config.lam_max)
+        lam_max = xp.asarray(self.lam_max, device=samples.ids.device)[samples.labels]
+        lam = schedule.lam(samples.epoch, self.run.epochs, lam_max)
         if self.run.saliency is None or not xp.any(lam != 0):
             return 0.0 * lam, zeros(lam, lam.shape[0], 1, 1), status
         maps, found = self.run.saliency(samples.ids)
@@ -75,3 +124,7 @@ class Method:
         status = status + xp.where(guided & flat, int(Status.FLAT_MAP), 0)
         lam = xp.where(found & ~flat, lam, xp.zeros_like(lam))
         return lam, xp.astype(maps, xp.float64) / 255, status
+
+
+def _on_host(array) -> np.ndarray:
+    return array.cpu().numpy() if hasattr(array, "cpu") else array

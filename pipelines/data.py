@@ -1,0 +1,158 @@
+"""The data of a training run as a config: folders, lists or CIFAR, long-tailed or not, in memory
+or not."""
+
+import os
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from scae_dali.arrays import ArrayImages
+from scae_dali.config import check, check_choice
+from scae_dali.dataset import DatasetError, ImageIndex
+from scae_dali.longtail import imbalanced
+
+OF_FILES = {"train_dir", "val_dir", "train_list", "val_list", "exclude", "index_cache"}
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """The training and the validation images, of the same classes.
+
+    The pixels, uint8 [N, H, W, 3] and read-only, are those of the index beside them; None where
+    the index's files are read from disk.
+    """
+
+    train: ImageIndex
+    val: ImageIndex
+    train_pixels: npt.NDArray[np.uint8] | None = None
+    val_pixels: npt.NDArray[np.uint8] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images are, and which of them are trained on.
+
+    Args:
+        root: holds the folders of training and validation, or what the lists are relative to, or
+            CIFAR's files as torchvision downloads them.
+        format: folder: image files, in folders or lists; cifar10, cifar100: CIFAR's own files.
+        train_dir: folder in root with a folder a class.
+        val_dir: the same for validation; its name is often val or test.
+        train_list: file of `path label` lines, relative to root, instead of train_dir.
+        val_list: the same instead of val_dir.
+        exclude: file of training paths, one a line, to leave out.
+        index_cache: folder that keeps the indices between runs.
+        in_memory: decode all images once, which must have one size; CIFAR's own always are.
+        imbalance: train on a long-tailed subset, the largest class so many times the smallest.
+        imbalance_seed: which subset; 0 is the published one of CIFAR's own files.
+    """
+
+    root: str
+    format: Literal["folder", "cifar10", "cifar100"] = "folder"
+    train_dir: str = "train"
+    val_dir: str = "val"
+    train_list: str | None = None
+    val_list: str | None = None
+    exclude: str | None = None
+    index_cache: str | None = None
+    in_memory: bool = False
+    imbalance: float | None = None
+    imbalance_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("data.format", self.format, ("folder", "cifar10", "cifar100"))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            check(
+                self.format == "folder" or field.name not in OF_FILES or value == field.default,
+                f"data.{field.name} is for image files, got {value!r} with data.format="
+                f"{self.format}, whose own files leave nothing to choose; leave it out",
+            )
+        for split, folder in (("train", self.train_dir), ("val", self.val_dir)):
+            listed = getattr(self, f"{split}_list")
+            check(
+                listed is None or folder == split,
+                f"data.{split}_list and data.{split}_dir exclude each other, got {listed!r} and "
+                f"{folder!r}; the list's paths are relative to data.root",
+            )
+        check(
+            self.imbalance is None or self.imbalance >= 1,
+            f"data.imbalance must be at least 1, got {self.imbalance}; published subsets have 10, "
+            f"50 and 100",
+        )
+        check(
+            0 <= self.imbalance_seed < 1 << 32,
+            f"data.imbalance_seed must be in [0, 2^32), got {self.imbalance_seed}",
+        )
+
+    def open(self, threads: int = 4) -> Data:
+        """Read what there is. threads: of the decoder, for in_memory. Raises DatasetError for what
+        cannot be used, ValueError for an imbalance that leaves a class empty."""
+        if self.format != "folder":
+            train = ArrayImages.from_cifar(self.root, self.format, train=True)
+            val = ArrayImages.from_cifar(self.root, self.format, train=False)
+            if self.imbalance is not None:
+                train = train.subset(self._tailed(train.index, self.imbalance))
+            return Data(train.index, val.index, train.pixels, val.pixels)
+        first, second = self._indices()
+        if self.imbalance is not None:
+            first = first.subset(self._tailed(first, self.imbalance))
+        if not self.in_memory:
+            return Data(first, second)
+        pixels = [
+            ArrayImages.from_index(index, threads=threads).pixels for index in (first, second)
+        ]
+        return Data(first, second, *pixels)
+
+    def _tailed(self, index: ImageIndex, imbalance: float) -> npt.NDArray[np.int64]:
+        return imbalanced(index.labels, index.num_classes, imbalance, seed=self.imbalance_seed)
+
+    def _indices(self) -> tuple[ImageIndex, ImageIndex]:
+        """All of the training and the validation files."""
+        if self.train_list is None:
+            first = self._folder("train", self.train_dir, self.exclude or ())
+        else:
+            first = ImageIndex.from_list(self.train_list, self.root, exclude=self.exclude or ())
+        if self.val_list is not None:
+            second = ImageIndex.from_list(self.val_list, self.root)
+            if second.num_classes > first.num_classes:
+                i = int(second.labels.argmax())
+                raise DatasetError(
+                    f"data.val_list={self.val_list!r} gives {second.files[i]!r} the label "
+                    f"{second.labels[i]}, but training has the classes 0 … "
+                    f"{first.num_classes - 1}; give lists of the same classes"
+                )
+            return first, ImageIndex.from_arrays(
+                second.files, second.labels, second.root, classes=first.classes
+            )
+        second = self._folder("val", self.val_dir)
+        if self.train_list is not None and first.num_classes != second.num_classes:
+            raise DatasetError(
+                f"data.train_list={self.train_list!r} has the classes 0 … {first.num_classes - 1}, "
+                f"{second.root!r} {second.num_classes} class folders; the folders, sorted by name, "
+                f"must be the list's classes: give data.val_list if they are others"
+            )
+        if self.train_list is None and first.classes != second.classes:
+            odd = sorted(set(first.classes) ^ set(second.classes))[:3]
+            raise DatasetError(
+                f"{first.root!r} and {second.root!r} must have the same class folders; they differ "
+                f"in {', '.join(odd)}: complete the one that lacks them"
+            )
+        return first, second
+
+    def _folder(self, split: str, name: str, exclude: str | tuple[()] = ()) -> ImageIndex:
+        folder = os.path.join(self.root, name)
+        if os.path.isdir(self.root) and not os.path.isdir(folder):
+            inside = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+            found = ", ".join(inside[:5]) + (", …" if len(inside) > 5 else "")
+            raise DatasetError(
+                f"data.root={self.root!r} has no folder {name!r}, it has {found or 'none at all'}; "
+                f"data.{split}_dir names the one to take"
+            )
+        cache = None
+        if self.index_cache is not None:
+            os.makedirs(self.index_cache, exist_ok=True)
+            cache = os.path.join(self.index_cache, f"{split}.npz")
+        return ImageIndex(folder, exclude=exclude, cache=cache)
