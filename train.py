@@ -20,10 +20,9 @@ import jsonargparse
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.utils import save_image
 from tqdm import tqdm
 
-from pipelines.config import ExecConfig, ImageConfig
+from pipelines.config import ExecConfig
 from pipelines.loaders import Loaders
 from pipelines.recipe import Config, autocast, make_network
 from scae_dali import checkpoint, schedule
@@ -33,7 +32,7 @@ from scae_dali.evaluation import Evaluation
 from scae_dali.gradcam import GradCAM
 from scae_dali.iterator import Batch, ImageError, Loader
 from scae_dali.losses import Loss
-from scae_dali.metrics import Log, Meter, closing, summary
+from scae_dali.metrics import Log, Meter, closing, save_picture, summary
 from scae_dali.ops import Stage
 from scae_dali.order import epoch_size
 from scae_dali.ranks import Ranks
@@ -55,7 +54,7 @@ class Run:
         torch.manual_seed(derive(config.seed, "model"))
         self.net = make_network(config.model, self.index.num_classes)
         trained = [{"params": list(self.net.parameters()), "lr_factor": 1.0}]
-        if config.second_stage.weights:
+        if config.second_stage.classifier:
             classes = self.index.num_classes
             trained = prepare(self.net, config.second_stage, classes, seed=config.seed)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -150,7 +149,7 @@ class Run:
             layer=config.saliency.layer,
             name=config.model,
             input_size=image.size,
-            neighbors=config.scae.neighbors,
+            neighbors=config.scae.neighbors if self.stage.mixes else 0,
             autocast=partial(autocast, config.amp, self.device),
             progress=bar.update,
         )
@@ -163,7 +162,7 @@ class Run:
         """What is left of the epoch, with checkpoints in between."""
         config = self.config
         self.loader = self.loader or self.build_loader()
-        if config.second_stage.weights:
+        if config.second_stage.classifier:
             set_train_mode(self.net, config.second_stage)
         else:
             self.model.train()
@@ -192,7 +191,9 @@ class Run:
             if batch is None:
                 break
             if self.step == 0 and self.ranks.first:
-                save_picture(self.out / "erased.png", batch, config.image)
+                save_picture(
+                    self.out / "erased.png", batch.images, config.image.mean, config.image.std
+                )
             for group in self.optimizer.param_groups:
                 done = self.epoch * steps + self.step
                 lr = config.optim.lr_at(done, steps, config.epochs)
@@ -290,13 +291,6 @@ class Run:
         return ["net", "optimizer", "scaler"] + ["ema"] * (self.ema is not None)
 
 
-def save_picture(path: Path, batch: Batch, image: ImageConfig) -> None:
-    """A sheet of the batch's first images as the network gets them."""
-    mean, std = (torch.tensor(v, device=batch.images.device) for v in (image.mean, image.std))
-    pixels = batch.images[:32].float() * std[:, None, None] + mean[:, None, None]
-    save_image(pixels / 255, path, nrow=8)
-
-
 def run(config: Config, resume: bool) -> None:
     """Train to the last epoch. Nothing is written where `out` holds a run, unless resumed."""
     ranks = Ranks(config.device)
@@ -330,13 +324,18 @@ def run(config: Config, resume: bool) -> None:
     ranks.close()
 
 
-def main() -> None:
+def make_parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(prog="train.py", description="Train a network.")
     parser.add_argument("--config", action="config", help="YAML file of the settings below")
     parser.add_class_arguments(Config)
     parser.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in `out`, if there is one"
     )
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     arguments = parser.parse_args()
     try:
         settings = parser.instantiate(arguments)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 from pipelines.config import ExecConfig, ImageConfig
-from pipelines.images import cut, feed, normalise
+from pipelines.images import check_order, cut, feed, normalise
 from scae_dali.methods.base import DataNode, Status
 from scae_dali.ops import PlanNodes, Stage
 from scae_dali.order import Order
@@ -67,7 +67,8 @@ class FedPlan(PlanNodes):
 
     def _plan(self, first: int, many: int) -> None:
         keys = self._order.keys(first, many)
-        rows = self.planner(
+        rows = self._stage.rows(
+            self.planner,
             keys,
             np.full(len(keys), first),
             np.full((len(keys), 2), self._size),
@@ -117,6 +118,7 @@ def train_pipeline(
     checkpoint: bytes | None = None,
 ) -> Pipeline:
     """As pipelines.train.train_pipeline, of pixels uint8 [N, H, W, 3] in this order."""
+    check_order(order, stage, run)
     full_px = pixels.shape[1:3]
     if stage.mixes and (image.crop.kind != "pad" or full_px != (image.size, image.size)):
         raise ValueError(

@@ -13,6 +13,7 @@ import numpy as np
 from nvidia.dali import fn, types
 
 from pipelines.config import Decode, ExecConfig, ImageConfig
+from scae_dali.config import check
 from scae_dali.dataset import ImageIndex
 from scae_dali.methods.base import DataNode
 from scae_dali.ops import PlanNodes, Stage
@@ -68,6 +69,22 @@ def read_in_order(index: ImageIndex, order: Order) -> tuple[DataNode, DataNode]:
 
     keys = feed(lambda info: order.keys(info.iteration)[:, None])
     return fn.io.file.read(feed(paths)), keys
+
+
+def check_order(order: Order, stage: Stage, run: ExecConfig) -> None:
+    """Raise ValueError where a stage would count other epochs than the order has."""
+    sizes = order.batch_size, stage.batch_size, run.batch_size
+    check(
+        len(set(sizes)) == 1,
+        f"batch_size must be the same of order, stage and pipeline, got {sizes}",
+    )
+    mine = order.batches, order.start_epoch
+    other = stage.batches_per_epoch, stage.start_epoch
+    check(
+        mine == other,
+        f"order and stage must agree in batches an epoch and start_epoch, got {mine} and {other}; "
+        f"give the stage epoch_size={order.epoch_size} and num_shards={order.num_shards}",
+    )
 
 
 def resolve_decode(decode: Decode, device_id: int | None) -> Decode:

@@ -15,7 +15,7 @@ from torch import nn
 from pipelines.config import ImageConfig
 from pipelines.data import DataConfig
 from scae_dali import models
-from scae_dali.config import RandomErasingConfig, ScaeConfig, check, check_choice
+from scae_dali.config import MixupConfig, RandomErasingConfig, ScaeConfig, check, check_choice
 from scae_dali.losses import LossConfig
 from scae_dali.models import MODELS
 from scae_dali.second_stage import SecondStageConfig
@@ -101,9 +101,10 @@ class Config:
         data: the images.
         out: folder of the run: checkpoint, metrics, weights, saliency cache.
         model: a network of torchvision by name, or one for 32 px of scae_dali.models.
-        method: none, random_erasing, scae, or the dotted name of a module of yours.
+        method: none, random_erasing, scae, mixup, or the dotted name of a module of yours.
         scae: settings of the method scae.
         random_erasing: settings of the method random_erasing.
+        mixup: settings of the method mixup.
         method_args: settings of a module of yours.
         image: how images become tensors.
         optim: optimiser and schedule.
@@ -131,6 +132,7 @@ class Config:
     method: str = "scae"
     scae: ScaeConfig = field(default_factory=ScaeConfig)
     random_erasing: RandomErasingConfig = field(default_factory=RandomErasingConfig)
+    mixup: MixupConfig = field(default_factory=MixupConfig)
     method_args: dict[str, Any] = field(default_factory=dict)
     image: ImageConfig = field(default_factory=ImageConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -179,12 +181,12 @@ class Config:
             "optim.ema": self.optim.ema,
             "optim.decay_norms": self.optim.decay_norms,
             "sampling": self.sampling,
-            "second_stage.classifier": self.second_stage.weights and self.second_stage.classifier,
+            "second_stage.classifier": self.second_stage.classifier,
         }
 
     def method_settings(self) -> dict[str, Any]:
         """The settings of `method`, as keywords of its Config."""
-        if self.method in ("scae", "random_erasing"):
+        if self.method in ("scae", "random_erasing", "mixup"):
             return dataclasses.asdict(getattr(self, self.method))
         return self.method_args
 

@@ -8,7 +8,14 @@ from functools import partial
 from nvidia.dali import Pipeline, pipeline_def, types
 
 from pipelines.config import ExecConfig, ImageConfig
-from pipelines.images import crop_planned, decode_crop, normalise, read_in_order, read_shuffled
+from pipelines.images import (
+    check_order,
+    crop_planned,
+    decode_crop,
+    normalise,
+    read_in_order,
+    read_shuffled,
+)
 from scae_dali.ops import Stage
 from scae_dali.order import Order
 
@@ -31,6 +38,8 @@ def train_pipeline(
     checkpoint: what a pipeline of the same arguments gave as its state.
     """
 
+    if order is not None:
+        check_order(order, stage, run)
     fetch = partial(decode_crop, image=image, run=run)
 
     @pipeline_def(enable_checkpointing=True, enable_conditionals=stage.mixes, **run.arguments())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scae_dali.cache import SaliencyCache
+    from scae_dali.config import CropConfig
     from scae_dali.dataset import ImageIndex
     from scae_dali.gradcam import GradCAM
     from scae_dali.iterator import Batch, Loader
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SCAE",
     "Batch",
+    "CropConfig",
     "GradCAM",
     "ImageIndex",
     "Loader",
@@ -30,6 +32,7 @@ __all__ = [
 
 _HOME = {
     "Batch": "iterator",
+    "CropConfig": "config",
     "GradCAM": "gradcam",
     "ImageIndex": "dataset",
     "Loader": "iterator",

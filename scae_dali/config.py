@@ -137,6 +137,22 @@ class ScaeConfig(RectangleConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixupConfig:
+    """MixUp (Zhang et al., ICLR 2018): with probability `prob`, weight μ ~ Beta(alpha, alpha)."""
+
+    prob: float = 1.0
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_prob("prob", self.prob)
+        check(
+            0 < self.alpha <= 100,
+            f"alpha must be in (0, 100], got {self.alpha}; published ones are 1 for CIFAR, 0.2 for "
+            "ImageNet",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CropConfig:
     """Random crop and flip.
 

@@ -105,6 +105,9 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self._dali)
+        if self._position == len(self._dali):  # nothing is left, and DALI's begins the next epoch
+            self._position = 0
+            return
         while True:
             try:
                 (out,) = self._run(batches.__next__)

@@ -11,9 +11,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+from torchvision.utils import save_image
 
 from scae_dali.methods import Status
+from scae_dali.methods.base import Triple
 from scae_dali.ranks import Ranks
 
 
@@ -76,9 +79,9 @@ def summary(row: Mapping[str, Any]) -> str:
         f"data {seconds['data']:.1f} s  step {seconds['step']:.1f} s  "
         f"saliency {seconds['saliency']:.1f} s"
     )
-    if row["lam"] or share["erased"]:
+    if row["lam"] or share["erased"] or share["mixed"]:
         text += (
-            f"  λ {row['lam']:.2f}  erased {share['erased']:.1%}"
+            f"  λ {row['lam']:.2f}  erased {share['erased']:.1%}  mixed {share['mixed']:.1%}"
             f"  unguided {share['no_map'] + share['flat_map']:.1%}"
             f"  overhead {row['overhead_percent']:.1f} %"
         )
@@ -99,6 +102,15 @@ def closing(rows: list[dict[str, Any]]) -> str:
         f"step {seconds['step']:.1f} s, saliency {seconds['saliency']:.1f} s, validation "
         f"{seconds['val']:.1f} s; overhead of the method {last['overhead_percent']:.1f} %"
     )
+
+
+def save_picture(path: Path, images: Tensor, mean: Triple, std: Triple) -> None:
+    """A sheet of a batch's first images as the network gets them.
+
+    images: float [B, 3, H, W], normalised by mean and std in grey levels.
+    """
+    shift, scale = (torch.tensor(v, device=images.device)[:, None, None] for v in (mean, std))
+    save_image((images[:32].float() * scale + shift) / 255, path, nrow=8)
 
 
 def _present(row: Mapping[str, Any], *names: str) -> str:

@@ -1,23 +1,32 @@
 """MixUp's draws (Zhang et al., ICLR 2018): the weight, and the second sample of eq. 8.
 
-NumPy alone: few samples of a batch are mixed. What is mixed is decided by the methods; the random
-numbers come in as data.
+What is mixed is decided by the methods; the random numbers come in as data.
 """
 
 import numpy as np
+from array_api_compat import array_namespace
 from scipy.special import betaincinv
 
+from scae_dali.rng import Array
 
-def mix_weight(u: np.ndarray, alpha: float) -> np.ndarray:
+
+def mix_weight(u: Array, alpha: float) -> Array:
     """μ ~ Beta(alpha, alpha), by the inverse of its distribution function.
 
     u: float64 [B] in (0, 1) -> float64 [B] in [0, 1].
     """
-    return betaincinv(alpha, alpha, u)
+    xp = array_namespace(u)
+    return xp.asarray(betaincinv(alpha, alpha, on_host(u)), device=u.device)
+
+
+def on_host(array: Array) -> np.ndarray:
+    """As NumPy."""
+    return array.cpu().numpy() if hasattr(array, "cpu") else array
 
 
 class Partners:
-    """Draws the second sample from the same class or a neighbouring one.
+    """Draws the second sample from the same class or a neighbouring one; NumPy alone, since few
+    samples of a batch are of the tail.
 
     labels: int64 [N], of every sample. num_classes: K.
     """

@@ -214,6 +214,16 @@ class Stage:
             random_crop=random_crop,
         )
 
+    def rows(self, planner: Planner, *arrays: np.ndarray | None) -> np.ndarray:
+        """What the planner gives for these arguments, by the stage's backend."""
+        if self._device is None:
+            return planner(*arrays)
+        import torch
+
+        move = partial(torch.Tensor.to, device=self._device)
+        rows = planner(*(a if a is None else move(torch.from_numpy(a)) for a in arrays))
+        return rows.cpu().numpy()
+
     def mix(
         self, images: DataNode, plan: PlanNodes, crop: CropConfig, fetch: second.Fetch
     ) -> DataNode:
@@ -250,7 +260,7 @@ class _Operator:
 
     def numpy(self, *inputs: list[np.ndarray]) -> list[np.ndarray]:
         start = time.perf_counter()
-        rows = list(self.planner(*self._arguments(inputs)))
+        rows = list(self._stage.rows(self.planner, *self._arguments(inputs)))
         self._stage.seconds += time.perf_counter() - start
         return rows
 
@@ -260,13 +270,9 @@ class _Operator:
 
         start = time.perf_counter()
         arrays = [[dlpack.from_dlpack(one).numpy() for one in samples] for samples in inputs]
-        arguments = (
-            None if a is None else torch.from_numpy(a).to(self._stage._device)
-            for a in self._arguments(arrays)
-        )
-        rows = [dlpack.to_dlpack(row) for row in self.planner(*arguments).cpu()]
+        rows = torch.from_numpy(self._stage.rows(self.planner, *self._arguments(arrays)))
         self._stage.seconds += time.perf_counter() - start
-        return rows
+        return [dlpack.to_dlpack(row) for row in rows]
 
     def _arguments(self, inputs):
         """What the planner takes, of NumPy."""
@@ -291,12 +297,9 @@ def _decode_crop(encoded, start, shape, images, size):
     """A window of an image, as large as `images` and on their device."""
     decoder = "cpu" if images.device == "cpu" else "mixed"
     size = fn.cast(images.shape()[:2], dtype=types.FLOAT) if size is None else list(size)
-    return fn.resize(
-        fn.decoders.image(encoded, device=decoder),
-        roi_start=fn.cast(start, dtype=types.FLOAT),
-        roi_end=fn.cast(start + shape, dtype=types.FLOAT),
-        size=size,
-    )
+    whole = fn.decoders.image(encoded, device=decoder)
+    window = fn.slice(whole, start, shape, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
+    return fn.resize(window, size=size)
 
 
 def _batch(samples: list[np.ndarray]) -> np.ndarray:

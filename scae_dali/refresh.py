@@ -60,6 +60,7 @@ def refresh_cache(
     world = distributed.get_world_size() if distributed.is_initialized() else 1
     rank = distributed.get_rank() if world > 1 else 0
     cam = GradCAM(model, layer)
+    classifier = classifier_of(cam.model, index.num_classes)[1] if neighbors else None
     writer: AbstractContextManager[ChunkWriter | None] = nullcontext()
     if cache is not None:
         writer = ChunkWriter(
@@ -88,9 +89,9 @@ def refresh_cache(
                 progress(len(ids))
                 if chunks is not None:
                     chunks.write(ids, levels)
-        if cache is not None and neighbors:
-            weight = classifier_of(cam.model, index.num_classes)[1].weight
-            cache.write_neighbors(nearest_classes(weight, index.class_counts, neighbors))
+        if cache is not None and classifier is not None:
+            near = nearest_classes(classifier.weight, index.class_counts, neighbors)
+            cache.write_neighbors(near)
     if world > 1:
         distributed.barrier()  # nobody plans with the old maps after this
     return PassReport(images=len(pending), seconds=time.perf_counter() - start)

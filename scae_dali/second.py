@@ -12,9 +12,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from nvidia.dali import fn, types
+from nvidia.dali import Pipeline, fn, types
+from nvidia.dali.pipeline import do_not_convert
 
 from scae_dali.config import CropConfig
+from scae_dali.dataset import ImageIndex
 from scae_dali.methods.base import DataNode, Status
 from scae_dali.planner import Planner
 
@@ -25,11 +27,29 @@ Fetch = Callable[[DataNode, DataNode, DataNode], DataNode]
 def mix(images: DataNode, plan: Any, crop: CropConfig, fetch: Fetch) -> DataNode:
     """μ·image + (1 - μ)·partner where the plan says so; the other images are left as they are.
 
-    images: HWC, before the flip. plan: ops.PlanNodes. crop: of the second samples.
+    images: HWC, before the flip. plan: ops.PlanNodes. crop: of the second samples. Raises
+    ValueError in a pipeline without conditionals, and where the index's files are not on the disk.
     """
+    _check(plan.planner.index)
     if plan.scalar("status", types.INT32) == int(Status.MIXED):
         images = _blend(images, plan, crop, fetch)
     return images
+
+
+@do_not_convert
+def _check(index: ImageIndex) -> None:
+    if not getattr(Pipeline.current(), "_conditionals_enabled", True):
+        raise ValueError(
+            "enable_conditionals must be True where samples are mixed: define the pipeline with "
+            "@pipeline_def(enable_conditionals=True, ...), or set SCAE's mix_prob=0"
+        )
+    rarest = int(index.class_counts[index.labels].argmin())  # some class of the tail, if any is
+    path = os.path.join(index.root, index.files[rarest])
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"the files of the index must be on the disk where samples are mixed, and {path!r} is "
+            "not: index the files themselves, or set SCAE's mix_prob=0"
+        )
 
 
 def _blend(images, plan, crop, fetch):

@@ -23,20 +23,33 @@ class SecondStageConfig:
     """Training the classifier again on frozen features.
 
     Args:
-        weights: weights.pt of the first stage; None: no second stage.
         classifier: `reset` trains a new one (cRT), `scale` only a factor a class (LWS), `tune`
-            goes on with the old one and trains a factor a class beside it (MiSLAS).
+            goes on with the old one and trains a factor a class beside it (MiSLAS); None: no
+            second stage.
+        weights: weights.pt of the first stage.
         classifier_lr: factor of the learning rate of the classifier's own weights.
         train_norms: whether the features' BatchNorm keeps to the batch and goes on averaging.
     """
 
+    classifier: Literal["reset", "scale", "tune"] | None = None
     weights: str | None = None
-    classifier: Literal["reset", "scale", "tune"] = "reset"
     classifier_lr: float = 1.0
     train_norms: bool = False
 
     def __post_init__(self) -> None:
+        if self.classifier is None:
+            check(
+                (self.weights, self.classifier_lr, self.train_norms) == (None, 1.0, False),
+                "second_stage.classifier must be reset, scale or tune where other settings of "
+                "second_stage are given, got None",
+            )
+            return
         check_choice("second_stage.classifier", self.classifier, ("reset", "scale", "tune"))
+        check(
+            self.weights is not None,
+            "second_stage.weights must name the first stage's weights.pt, got None; train.py "
+            "writes it into the run's folder at its end",
+        )
         check(
             self.classifier_lr > 0,
             f"second_stage.classifier_lr must be positive, got {self.classifier_lr}",
@@ -45,13 +58,6 @@ class SecondStageConfig:
             self.classifier != "scale" or self.classifier_lr == 1,
             "second_stage.classifier=scale keeps the classifier's own weights, got classifier_lr="
             f"{self.classifier_lr}: leave it at 1, or choose tune",
-        )
-        # Without weights a forgotten option would quietly train a whole network for a few epochs.
-        given = (self.classifier, self.classifier_lr, self.train_norms) != ("reset", 1.0, False)
-        check(
-            self.weights is not None or not given,
-            "second_stage.weights must name the first stage's weights.pt where other settings of "
-            "second_stage are given, got None",
         )
 
 

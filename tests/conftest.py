@@ -33,6 +33,16 @@ def write_images(root: Path, counts: dict[str, int], seed: int = 0) -> None:
             image.save(root / name / f"{k:02d}.jpg", quality=95)
 
 
+def write_pngs(root: Path, counts: dict[str, int], size: tuple[int, int], seed: int = 0) -> None:
+    """Noise of (h, w), which every decoder gives alike: root/<class>/<k>.png."""
+    rng = np.random.default_rng(seed)
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for k in range(count):
+            pixels = rng.integers(0, 256, (*size, 3), np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{k:02d}.png")
+
+
 def fill_cache(path: Path, index: ImageIndex, *, naming: str = "index", seed: int = 0):
     """A complete cache of random maps, each with a minimum of 0 and a maximum of 255."""
     cache = SaliencyCache.create(path, index, grid=(7, 7), naming=naming)
@@ -61,3 +71,20 @@ def index(folder) -> ImageIndex:
 @pytest.fixture(scope="session")
 def cache(index, tmp_path_factory) -> SaliencyCache:
     return fill_cache(tmp_path_factory.mktemp("cache") / "maps.lmdb", index)
+
+
+@pytest.fixture(scope="session")
+def tailed(tmp_path_factory) -> ImageIndex:
+    """63 PNGs of 24 x 24; below f_k = 0.1 are the last three of 5 classes, below 0.5 four."""
+    root = tmp_path_factory.mktemp("tailed")
+    write_pngs(root, {"a": 40, "b": 16, "c": 3, "d": 3, "e": 1}, (24, 24))
+    return ImageIndex(root)
+
+
+@pytest.fixture(scope="session")
+def tailed_cache(tailed, tmp_path_factory) -> SaliencyCache:
+    """Maps of `tailed`, and two neighbours of every class."""
+    cache = fill_cache(tmp_path_factory.mktemp("cache") / "tailed.lmdb", tailed)
+    table = [[1, 2], [2, 4], [1, 3], [4, 0], [3, 1]]
+    cache.write_neighbors(np.array(table, np.uint16))
+    return cache

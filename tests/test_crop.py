@@ -1,6 +1,7 @@
-"""The random resized crop, against torchvision's."""
+"""The random resized crop, against torchvision's, and the padded one."""
 
 import numpy as np
+import pytest
 import torch
 from scipy import stats
 from torchvision.transforms import v2
@@ -62,3 +63,51 @@ def test_flips_have_their_probability_and_do_not_hang_on_the_window():
     window, flip = crop.crop_and_flip(u, np.full((20_000, 2), 100), config)
     assert abs(flip.mean() - 0.3) < 0.015
     assert stats.ks_2samp(window[flip, 0], window[~flip, 0]).pvalue > 1e-4
+
+
+def padded(n, pad, full=(32, 40)):
+    config = CropConfig(kind="pad", pad=pad, flip=0.3)
+    u = uniforms(2, Stream.CROP, 0, np.arange(n), crop.draws_per_sample(config))
+    return crop.crop_and_flip(u, np.tile(np.array(full), (n, 1)), config)
+
+
+def test_a_padded_crop_has_the_images_size_and_every_shift_equally_often():
+    window, flip = padded(40_000, 4)
+    assert window.dtype == np.int64
+    assert (window[:, 2:] == [32, 40]).all()
+    assert (window[:, :2].min(), window[:, :2].max()) == (-4, 4)
+    y, x = window[:, :2].T + 4
+    seen = np.bincount(18 * y + 2 * x + flip, minlength=162)  # jointly: shifts and flip
+    expected = np.tile([0.7, 0.3], 81) * 40_000 / 81
+    assert stats.chisquare(seen, expected).pvalue > 1e-3
+
+
+def test_without_padding_the_whole_image_is_seen():
+    assert (padded(100, 0)[0] == [0, 0, 32, 40]).all()
+
+
+def test_torch_draws_the_same_windows():
+    full = np.random.default_rng(0).integers(1, 200, (500, 2))
+    for kind in ("resized", "pad"):
+        config = CropConfig(kind=kind)
+        u = uniforms(1, Stream.CROP, 3, np.arange(500), crop.draws_per_sample(config))
+        window, flip = crop.crop_and_flip(u, full, config)
+        tensors = crop.crop_and_flip(torch.from_numpy(u), torch.from_numpy(full), config)
+        np.testing.assert_array_equal(tensors[0].numpy(), window)
+        np.testing.assert_array_equal(tensors[1].numpy(), flip)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "central"}, "crop.kind must be one of resized, pad; got 'central'"),
+        ({"pad": -1}, "crop.pad must be >= 0 pixels, got -1"),
+        ({"area": (0.0, 1.0)}, r"crop.area must be 0 < low <= high <= 1, got \(0.0, 1.0\)"),
+        ({"aspect": (2.0, 1.0)}, r"crop.aspect must be 0 < low <= high, got \(2.0, 1.0\)"),
+        ({"tries": 0}, r"crop.tries must be in \[1, 100\], got 0"),
+        ({"flip": 1.1}, r"crop.flip must be a probability in \[0, 1\], got 1.1"),
+    ],
+)
+def test_settings_are_validated(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CropConfig(**settings)

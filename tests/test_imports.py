@@ -22,7 +22,7 @@ RANKS = [
     {"scae_dali.second_stage", "scae_dali.evaluation"},
     {"scae_dali.methods.base"},
     {"scae_dali.methods.rectangle"},
-    {f"scae_dali.methods.{name}" for name in ("none", "random_erasing", "scae")},
+    {f"scae_dali.methods.{name}" for name in ("none", "random_erasing", "scae", "mixup")},
     {"scae_dali.methods"},
     {"scae_dali.planner"},
     {"scae_dali.second", "scae_dali.iterator", "scae_dali.metrics"},

@@ -1,11 +1,14 @@
 """Plans as pure functions: rates, guidance, fallbacks, and the shape of a method's module."""
 
+import dataclasses
 import sys
 import types
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
+from scipy import stats
 
 from scae_dali import schedule
 from scae_dali.methods import BUILT_IN, Run, Samples, Status, load, make_config
@@ -175,6 +178,178 @@ def test_clip_draws_centres_near_the_border():
     assert clipped[:, 2:].prod(1).mean() < 0.85 * inside[:, 2:].prod(1).mean()
 
 
+# f_k = 1, 0.1 (which is not below it), 0.09995, 0.03, 0.002, none.
+COUNTS = (20_000, 2_000, 1_999, 600, 40, 0)
+LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(6), COUNTS))
+
+
+def tail_method(saliency=None, near=None, **settings):
+    """SCAE on the long tail of LABELS. near: the cache's neighbours, [K][m]; None: it has none."""
+    module = load("scae")
+    run = Run(
+        seed=3,
+        epochs=10,
+        labels=LABELS,
+        class_counts=np.array(COUNTS),
+        saliency=saliency,
+        neighbors=lambda: None if near is None else np.array(near, np.uint16),
+    )
+    return module.Method(make_config(module, settings), run)
+
+
+def of_class(k, epoch=5, **keywords):
+    """The samples of one class."""
+    every = samples(len(LABELS), LABELS, epoch, **keywords)
+    return every.take(np.flatnonzero(k == LABELS))
+
+
+@pytest.mark.parametrize(
+    ("settings", "tail"),
+    [
+        ({}, (2, 3, 4)),
+        ({"tail_erase": "always"}, (2, 3, 4)),
+        ({"mix_prob": 1.0}, (2, 3, 4)),
+        ({"mix_prob": 0.2, "tail": 1.0, "p_max": 0.9}, (1, 2, 3, 4)),
+        ({"mix_prob": 0.0, "tail_erase": "always"}, (2, 3, 4)),
+        ({"mix_prob": 0.0}, ()),
+        ({"tail": 0.0}, ()),
+        ({"class_aware": False}, ()),
+    ],
+)
+def test_over_an_epoch_each_class_is_mixed_and_erased_as_eqs_7_and_8_say(settings, tail):
+    one = tail_method(**settings)
+    plan = one.plan(samples(len(LABELS), LABELS))
+    config, status = one.config, plan["status"]
+    assert set(status) <= {0, Status.ERASED, Status.MIXED}  # MIXED alone, never erased too
+    assert ((plan["box"][:, 2:] > 0).all(axis=1) == (status == Status.ERASED)).all()
+    rate = schedule.erase_prob(schedule.frequency(COUNTS), config.p_min, config.p_max, config.gamma)
+    if not config.class_aware:
+        rate[:] = config.p_max
+    for k in range(5):
+        mixed = config.mix_prob if k in tail else 0.0
+        always = k in tail and config.tail_erase == "always"
+        erased = (1 - mixed) * (1.0 if always else rate[k])
+        for kind, wanted in ((Status.MIXED, mixed), (Status.ERASED, erased)):
+            seen = (status[k == LABELS] == kind).sum()
+            assert stats.binomtest(int(seen), COUNTS[k], wanted).pvalue > 1e-3, (k, kind)
+    assert one.mixes == bool(tail and config.mix_prob)
+    assert ("mu" in plan) == ("partner_id" in plan) == one.mixes
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0])
+def test_the_weights_of_mixed_samples_follow_beta_and_hang_on_nothing_else(alpha):
+    one = tail_method(near=[[1]] * 6, mix_alpha=alpha)
+    plan = one.plan(samples(len(LABELS), LABELS))
+    mixed = plan["status"] == Status.MIXED
+    assert (plan["mu"][~mixed] == 1).all()
+    assert (plan["partner_id"][~mixed] == np.flatnonzero(~mixed)).all()
+    mu, near = plan["mu"][mixed], LABELS[plan["partner_id"][mixed]] == 1
+    assert stats.kstest(mu, stats.beta(alpha, alpha).cdf).pvalue > 1e-3
+    assert stats.ks_2samp(mu[near], mu[~near]).pvalue > 1e-3
+
+
+def partners(one, k, epochs):
+    """(id, partner) of the mixed samples of class k, int64 [n, 2]."""
+    pairs = []
+    for epoch in range(epochs):
+        batch = of_class(k, epoch)
+        plan = one.plan(batch)
+        rows = plan["status"] == Status.MIXED
+        pairs.append(np.stack([batch.ids[rows], plan["partner_id"][rows]], axis=1))
+    return np.concatenate(pairs)
+
+
+@pytest.mark.parametrize(("near", "neighbors"), [(None, 1), ([[1, 2]] * 6, 0)])
+def test_without_neighbours_the_partner_is_any_other_sample_of_the_class(near, neighbors):
+    """Before the first saliency pass, and on request."""
+    pairs = partners(tail_method(near=near, neighbors=neighbors, mix_prob=1.0), 4, 60)
+    assert len(pairs) == 60 * 40
+    place = np.searchsorted(np.flatnonzero(LABELS == 4), pairs)
+    assert (LABELS[pairs] == 4).all()
+    offset = (place[:, 1] - place[:, 0]) % 40
+    assert (offset > 0).all()  # never itself
+    assert stats.chisquare(np.bincount(offset - 1, minlength=39)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("neighbors", "classes"), [(1, [3, 0]), (2, [3, 0, 4]), (9, [3, 0, 4, 5])])
+def test_own_class_and_neighbours_are_equally_likely(neighbors, classes):
+    """As many of the cache's as are wanted and there; class 5 has no samples, class 3 stands in."""
+    near = [[5, 5, 5]] * 3 + [[0, 4, 5]] + [[5, 5, 5]] * 2
+    pairs = partners(tail_method(near=near, neighbors=neighbors, mix_prob=1.0), 3, 5)
+    assert (pairs[:, 0] != pairs[:, 1]).all()
+    chosen = LABELS[pairs[:, 1]]
+    wanted = np.bincount(np.where(np.array(classes) == 5, 3, classes), minlength=6)
+    expected = 3000 * wanted / len(classes)
+    seen = np.bincount(chosen, minlength=6)
+    assert (seen[expected == 0] == 0).all()
+    assert stats.chisquare(seen[expected > 0], expected[expected > 0]).pvalue > 1e-3
+    place = np.searchsorted(np.flatnonzero(LABELS == 0), pairs[chosen == 0, 1])
+    assert stats.kstest((place + 0.5) / 20_000, "uniform").pvalue > 1e-3
+
+
+def test_neighbours_are_asked_for_anew_in_every_batch():
+    near = [[4]] * 6
+    one = tail_method(near=near, mix_prob=1.0)
+    first = partners(one, 3, 1)
+    near[3] = [0]
+    second = partners(one, 3, 1)
+    assert set(LABELS[first[:, 1]]) == {3, 4}
+    assert set(LABELS[second[:, 1]]) == {3, 0}
+    own = LABELS[first[:, 1]] == 3
+    np.testing.assert_array_equal(first[own], second[own])
+
+
+def test_a_mixed_plan_does_not_depend_on_the_batch():
+    """Also where epochs and occurrences of a sample meet in one batch; NumPy and torch agree."""
+    one = tail_method(near=[[1, 2]] * 6, tail=1.0, mix_prob=0.7, fill="color")
+    rng = np.random.default_rng(1)
+    ids = rng.integers(0, len(LABELS), 400)
+    batch = samples(400, LABELS[ids])
+    batch = dataclasses.replace(
+        batch, ids=ids, keys=ids | rng.integers(0, 3, 400) << 32, epoch=rng.integers(0, 3, 400)
+    )
+    whole = one.plan(batch)
+    assert set(whole["status"]) == {0, Status.ERASED, Status.MIXED}
+    rows = rng.permutation(400)
+    for part in [*np.array_split(rows, 7), *rows[:40, None]]:
+        for key, value in one.plan(batch.take(part)).items():
+            np.testing.assert_array_equal(value, whole[key][part])
+    fields = {name: torch.from_numpy(value) for name, value in vars(batch).items()}
+    for key, value in one.plan(Samples(**fields)).items():
+        np.testing.assert_array_equal(value.numpy(), whole[key])
+
+
+def test_tail_classes_have_a_lambda_of_their_own():
+    """Boxes of the tail avoid the salient corner, the others seek it."""
+    settings = {"p_min": 1.0, "p_max": 1.0, "mix_prob": 0.0, "area": (0.02, 0.04)}
+
+    def distance(k, epoch=10, **more):
+        return centre_distance(tail_method(corner_maps, **settings | more).plan(of_class(k, epoch)))
+
+    own = {"lam_max": 8.0, "tail_lambda": -8.0}
+    for k in (1, 2):
+        plain = distance(k, 0, **own)
+        assert plain == pytest.approx(32 * 2**0.5, rel=0.2)
+        towards, away = distance(k, lam_max=8.0), distance(k, lam_max=-8.0)
+        assert towards < plain - 2 < plain + 0.5 < away
+        assert distance(k, **own) == pytest.approx(away if k == 2 else towards, abs=0.5)
+    assert distance(2, class_aware=False, **own) == pytest.approx(towards, abs=0.5)
+    uniform = {"lam_max": 0.0, "tail_lambda": -8.0}
+    assert distance(1, **uniform) == pytest.approx(plain, abs=1.0)
+    assert distance(2, **uniform) == pytest.approx(away, abs=0.5)
+
+
+def test_a_map_is_missed_only_where_the_class_is_guided():
+    def nothing(ids):
+        return np.zeros((len(ids), 7, 7), np.uint8), np.zeros(len(ids), bool)
+
+    settings = {"p_min": 1.0, "p_max": 1.0, "mix_prob": 0.0, "lam_max": 0.0, "tail_lambda": -1.0}
+    one = tail_method(nothing, **settings)
+    plan = one.plan(samples(3000, LABELS[:3000]))
+    assert set(plan["status"][LABELS[:3000] < 2]) == {Status.ERASED}
+    assert set(plan["status"][LABELS[:3000] >= 2]) == {Status.ERASED | Status.NO_MAP}
+
+
 def test_a_module_of_the_users_own_is_a_method(monkeypatch):
     module = types.ModuleType("my_package.my_method")
     module.Config = load("none").Config
@@ -188,7 +363,7 @@ def test_a_module_of_the_users_own_is_a_method(monkeypatch):
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"one of none, random_erasing, scae or.*got 'cutoff'"):
+    with pytest.raises(ValueError, match=rf"one of {', '.join(BUILT_IN)} or.*got 'cutoff'"):
         load("cutoff")
     with pytest.raises(ValueError, match=r"unknown setting lambda_max of .*lam_max"):
         make_config(load("scae"), {"lambda_max": 3})
@@ -196,11 +371,13 @@ def test_unknown_names_are_refused_with_the_known_ones():
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_field_of_a_plan_has_its_declared_width(name):
-    one = method(name, corner_maps, **({} if name == "none" else {"fill": "color"}))
+    colored = hasattr(load(name).Config, "fill")
+    one = method(name, corner_maps, (100, 5), **({"fill": "color"} if colored else {}))
     plan = one.plan(samples(6))
+    assert one.fields.keys() <= plan.keys()
     for field, width in one.fields.items():
-        assert plan[field].shape == (6, width)
-        assert plan[field].dtype == np.float64
+        assert plan[field].shape == ((6,) if width == 1 else (6, width))
+        assert plan[field].dtype == (np.int64 if field == "partner_id" else np.float64)
 
 
 @pytest.mark.parametrize(
@@ -215,9 +392,43 @@ def test_every_field_of_a_plan_has_its_declared_width(name):
         ("scae", {"border": "wrap"}, "border must be one of inside, clip; got 'wrap'"),
         ("scae", {"lam_max": 500}, r"lam_max must be in \[-100, 100\], got 500"),
         ("scae", {"refresh_every": -1}, "refresh_every must be >= 0, got -1"),
+        ("scae", {"tail": 1.5}, r"tail must be in \[0, 1\], got 1.5; the paper's is 0.1"),
+        ("scae", {"mix_prob": -0.5}, r"mix_prob must be a probability in \[0, 1\], got -0.5"),
+        ("scae", {"mix_alpha": 0.0}, r"mix_alpha must be in \(0, 100\], got 0.0"),
+        ("scae", {"mix_alpha": 200}, r"mix_alpha must be in \(0, 100\], got 200"),
+        ("scae", {"neighbors": -1}, "neighbors must be >= 0, got -1"),
+        ("scae", {"tail_erase": "never"}, "tail_erase must be one of class, always; got 'never'"),
+        ("scae", {"tail_lambda": -500}, r"tail_lambda must be in \[-100, 100\], got -500"),
         ("random_erasing", {"prob": -0.1}, r"prob must be a probability in \[0, 1\], got -0.1"),
     ],
 )
 def test_settings_are_validated(name, settings, message):
     with pytest.raises(ValueError, match=message):
         load(name).Config(**settings)
+
+
+@pytest.mark.parametrize(("prob", "alpha"), [(1.0, 1.0), (0.5, 0.2)])
+def test_mixup_mixes_any_two_samples(prob, alpha):
+    n, epochs = 40, 500
+    module = load("mixup")
+    run = Run(seed=3, epochs=1, labels=np.zeros(n, np.int64), class_counts=np.array([n]))
+    one = module.Method(make_config(module, {"prob": prob, "alpha": alpha}), run)
+    plans = [one.plan(samples(n, epoch=epoch)) for epoch in range(epochs)]
+    status, mu, partner = (
+        np.concatenate([plan[key] for plan in plans]) for key in ("status", "mu", "partner_id")
+    )
+    mixed, ids = status == Status.MIXED, np.tile(np.arange(n), epochs)
+    assert stats.binomtest(int(mixed.sum()), len(mixed), prob).pvalue > 1e-3
+    assert stats.kstest(mu[mixed], stats.beta(alpha, alpha).cdf).pvalue > 1e-3
+    assert (mu[~mixed] == 1).all()
+    assert (partner[~mixed] == ids[~mixed]).all()
+    pairs = np.zeros((n, n))
+    np.add.at(pairs, (ids[mixed], partner[mixed]), 1)
+    assert (np.diag(pairs) == 0).all()
+    assert stats.chisquare(pairs[~np.eye(n, dtype=bool)]).pvalue > 1e-3
+
+
+def test_mixup_of_a_single_sample_is_with_itself():
+    module = load("mixup")
+    run = Run(seed=3, epochs=1, labels=np.zeros(1, np.int64), class_counts=np.array([1]))
+    assert module.Method(module.Config(), run).plan(samples(1))["partner_id"].tolist() == [0]

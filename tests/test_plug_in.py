@@ -1,5 +1,6 @@
 """The README's code for somebody else's loader, run as it stands there on small data."""
 
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import fill_cache
+from nvidia.dali import fn, pipeline_def
+from PIL import Image
 from torch import nn
 
+import scae_dali
 from scae_dali.dataset import ImageIndex
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -138,3 +142,123 @@ def test_a_cache_from_tar_files(tar, tmp_path):
     names = run("refresh", changes, model=Net(), MEAN=MEAN, STD=STD)
     assert names["cache"].meta.epoch == 0
     assert names["cache"].read(np.arange(50))[1].all()
+
+
+@pytest.fixture(scope="module")
+def greys(tmp_path_factory):
+    """24 images of class a and 5 of b, of several sizes, each of one grey: index, cache, grey."""
+    root = tmp_path_factory.mktemp("greys")
+    grey = 250 - 8 * np.arange(29)
+    for k, value in enumerate(grey.tolist()):
+        path = root / "ab"[k >= 24] / f"{k:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (30 + k, 60 - k), (value,) * 3).save(path)
+    index = ImageIndex(root)
+    return index, fill_cache(root.parent / "greys.lmdb", index), grey
+
+
+def own_pipeline(
+    greys, *, size=(32, 32), window=True, conditionals=True, index=None, crop=None, **settings
+):
+    """A pipeline as the README has it, on data with a tail. Yields flat images, ids and targets."""
+    files, cache, _ = greys
+    if index is not None:
+        cache = None  # it is of the files
+    partner = {} if crop is None else {"partner_crop": crop}
+    settings = {"tail": 0.5, "fill": "zero", "mix_alpha": 2.0} | settings
+    scae = scae_dali.SCAE(index or files, cache, epochs=4, batch_size=10, seed=7, **settings)
+
+    @pipeline_def(
+        batch_size=10,
+        num_threads=1,
+        device_id=None,
+        enable_checkpointing=True,
+        enable_conditionals=conditionals,
+    )
+    def train():
+        encoded, ids = fn.readers.file(
+            files=list(files.files), file_root=files.root,
+            name="Reader", shuffle_after_epoch=True, pad_last_batch=True,
+        )  # fmt: skip
+        shapes = fn.peek_image_shape(encoded)
+        start, shape = fn.random_crop_generator(shapes, seed=1)
+        images = fn.decoders.image_slice(encoded, start=start, shape=shape, axis_names="HW")
+        images = fn.resize(images, size=(32, 32))
+        frame = (start, shape, shapes) if window else None
+        images, targets = scae(images, ids, window=frame, size=size, **partner)
+        return fn.flip(images, horizontal=fn.random.coin_flip(seed=2)), ids, *targets
+
+    return train()
+
+
+def given(pipeline, batches=12):
+    """Images uint8 [N, 32, 32, 3], ids, labels, partners' labels, mu."""
+    outputs = [[np.asarray(o.as_array()) for o in pipeline.run()] for _ in range(batches)]
+    images, *rest = (np.concatenate(one) for one in zip(*outputs, strict=True))
+    return images, *(one[:, 0] for one in rest)
+
+
+@pytest.mark.parametrize("size", [(32, 32), None])
+@pytest.mark.parametrize("window", [True, False])
+def test_tail_classes_are_mixed_in_somebodys_own_pipeline(greys, size, window):
+    """The grey of a mix tells the partner and its weight."""
+    images, ids, label, partner, mu = given(
+        own_pipeline(greys, size=size, window=window, neighbors=0)
+    )
+    index, _, grey = greys
+    assert (label == index.labels[ids]).all()
+    mixed = mu < 1
+    assert set(label[mixed]) == set(partner[mixed]) == {1}
+    assert (partner[~mixed] == label[~mixed]).all()
+    assert 0.2 < mixed[label == 1].mean() < 0.8
+    for image, i, weight in zip(images[mixed], ids[mixed], mu[mixed], strict=True):
+        (value,) = set(image.ravel().tolist())  # and no rectangle
+        others = [j for j in range(24, 29) if j != i]
+        wanted = [weight * grey[i] + (1 - weight) * grey[j] for j in others]
+        assert np.abs(np.array(wanted) - value).min() < 0.51
+    seen = set(zip(ids[mixed].tolist(), images[mixed, 0, 0, 0].tolist(), strict=True))
+    assert len(seen) > 5
+    for image, i in zip(images[~mixed], ids[~mixed], strict=True):
+        assert set(image.ravel().tolist()) <= {0, int(grey[i])}
+
+
+def test_a_neighbouring_class_comes_from_the_cache(greys):
+    greys[1].write_neighbors(np.array([[1], [0]], np.uint16))
+    _, _, label, partner, mu = given(own_pipeline(greys, mix_prob=1.0))
+    assert (mu[label == 0] == 1).all()
+    assert 0.2 < (partner[label == 1] == 0).mean() < 0.8
+
+
+def test_the_partners_crop_may_be_padded(greys):
+    """Then what lies outside the partner is black, and the sample's own share is left there."""
+    crop = scae_dali.CropConfig(kind="pad", pad=20)
+    pipeline = own_pipeline(greys, mix_prob=1.0, neighbors=0, crop=crop)
+    images, ids, label, _, mu = given(pipeline)
+    grey, borders = greys[2], 0
+    for image, i, weight in zip(images[label == 1], ids[label == 1], mu[label == 1], strict=True):
+        own = weight * grey[i]
+        assert image.min() > own - 0.51
+        rows, columns = (image.max((axis, 2)) for axis in (1, 0))
+        borders += min(rows[0], rows[-1], columns[0], columns[-1]) < own + 0.51
+    assert borders > (label == 1).sum() / 2
+
+
+def test_without_conditionals_the_error_says_what_to_do(greys):
+    message = (
+        "enable_conditionals must be True where samples are mixed: define the pipeline with "
+        r"@pipeline_def\(enable_conditionals=True, ...\), or set SCAE's mix_prob=0"
+    )
+    with pytest.raises(ValueError, match=message):
+        own_pipeline(greys, conditionals=False)
+    assert (given(own_pipeline(greys, conditionals=False, mix_prob=0.0), 2)[-1] == 1).all()
+
+
+def test_names_that_are_no_files_are_refused_where_they_would_be_mixed(greys):
+    """As those in archives are: when the graph is built, not in the midst of an epoch."""
+    files = greys[0]
+    names = ImageIndex.from_arrays([f"archive/{name}" for name in files.files], files.labels)
+    rarest = re.escape(repr(os.path.join("archive", files.files[24])))
+    message = f"must be on the disk where samples are mixed, and {rarest} is not: .*set SCAE's mix_prob=0"
+    with pytest.raises(ValueError, match=message):
+        own_pipeline(greys, index=names)
+    assert (given(own_pipeline(greys, index=names, mix_prob=0.0), 2)[-1] == 1).all()

@@ -10,7 +10,8 @@ from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.cache import SaliencyCache
 from scae_dali.gradcam import GradCAM
 from scae_dali.iterator import Loader
-from scae_dali.refresh import refresh_cache, weights_digest
+from scae_dali.refresh import nearest_classes, refresh_cache, weights_digest
+from scae_dali.second_stage import ScaledLinear
 
 IMAGE = ImageConfig(size=28, val_resize=28)
 
@@ -105,6 +106,107 @@ def test_path_named_caches_are_filled_in_key_order(index, tmp_path):
     run(Net(), cache, index, asked)
     assert asked == [np.argsort(index.keys("path")).tolist()]
     assert cache.read(np.arange(50))[1].all()
+
+
+# Weights of five classes by direction and length, and of one that has none.
+ANGLES, LENGTHS = np.radians([0, 10, 180, 25, 80, 0]), np.array([1, 50, 3, 0.1, 2, 0])
+WEIGHT = torch.from_numpy(np.stack([LENGTHS * np.cos(ANGLES), LENGTHS * np.sin(ANGLES)], axis=1))
+
+
+def test_the_nearest_classes_are_those_of_the_smallest_angle():
+    counts = np.full(6, 7)
+    table = nearest_classes(WEIGHT[:5], counts[:5], 2)
+    assert table.dtype == np.uint16
+    assert table.tolist() == [[1, 3], [0, 3], [4, 3], [1, 0], [3, 1]]
+    whole = nearest_classes(WEIGHT[:5], counts[:5], 4)
+    assert whole.tolist() == [[1, 3, 4, 2], [0, 3, 4, 2], [4, 3, 1, 0], [1, 0, 4, 2], [3, 1, 0, 2]]
+    assert nearest_classes(WEIGHT[:5], counts[:5], 9).tolist() == whole.tolist()
+    # The cosine of nothing with anything is 0, which is between.
+    assert nearest_classes(WEIGHT, counts, 4)[0].tolist()[:2] == [1, 3]
+    assert nearest_classes(WEIGHT, counts, 5)[0].tolist()[-1] == 2
+
+
+def test_a_class_without_samples_is_the_last_neighbour():
+    counts = np.array([5, 0, 5, 5, 0, 0])
+    near = nearest_classes(WEIGHT, counts, 2).tolist()
+    assert near[:5] == [[3, 2], [0, 3], [3, 0], [0, 2], [3, 0]]
+    for row in nearest_classes(WEIGHT, counts, 5).tolist():
+        present = [bool(counts[k]) for k in row]
+        assert present == sorted(present, reverse=True)
+        assert len(set(row)) == 5
+
+
+def test_there_are_never_more_neighbours_than_other_classes():
+    counts = np.full(6, 7)
+    for m in (5, 6, 99):
+        table = nearest_classes(WEIGHT.half(), counts, m).tolist()
+        assert [sorted([k, *row]) for k, row in enumerate(table)] == [list(range(6))] * 6
+    assert nearest_classes(WEIGHT[:1], counts[:1], 3).shape == (1, 0)
+
+
+def test_a_pass_writes_the_neighbours_before_it_counts_as_complete(fresh, index, monkeypatch):
+    model, written = Net(), []
+    end_pass = fresh.end_pass
+
+    def end(epoch):
+        written.append((fresh.read_neighbors(), fresh.meta.epoch))
+        end_pass(epoch)
+
+    monkeypatch.setattr(fresh, "end_pass", end)
+    run(model, fresh, index, [], neighbors=2)
+    ((table, epoch),) = written
+    assert epoch is None
+    unit = nn.functional.normalize(model.head.weight.detach(), dim=1)
+    similarity = (unit @ unit.T - 9 * torch.eye(3)).numpy()
+    assert table.tolist() == np.argsort(-similarity, axis=1)[:, :2].tolist()
+    assert fresh.read_neighbors().tolist() == table.tolist()
+
+
+def test_neighbours_follow_the_weights_and_are_not_written_unless_wanted(fresh, index):
+    model = Net()
+    run(model, fresh, index, [])
+    assert fresh.read_neighbors() is None
+    weights = [[[1, 0], [1, 0.1], [0, 1]], [[1, 0], [0, 1], [1, 0.1]]]
+    for epoch, (weight, nearest) in enumerate(zip(weights, ([1, 0, 1], [2, 2, 0]), strict=True), 4):
+        with torch.no_grad():
+            model.head.weight.zero_()
+            model.head.weight[:, :2] = torch.tensor(weight)
+        run(model, fresh, index, [], epoch=epoch, neighbors=1)
+        assert fresh.read_neighbors().tolist() == [[k] for k in nearest]
+
+
+def test_neighbours_of_a_second_stages_classifier(fresh, index):
+    """LWS and MiSLAS: a factor a class does not turn the weights."""
+    plain = Net()
+    scaled = Net()
+    scaled.head = ScaledLinear(scaled.head)
+    with torch.no_grad():
+        scaled.head.scale.copy_(torch.tensor([0.1, 3.0, 7.0]))
+    tables = []
+    for epoch, model in enumerate((plain, scaled), 1):
+        run(model, fresh, index, [], epoch=epoch, neighbors=2)
+        tables.append(fresh.read_neighbors().tolist())
+    assert tables[0] == tables[1]
+
+
+def test_a_network_without_a_linear_classifier_has_no_neighbours(fresh, index):
+    class Convolutional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = nn.Conv2d(3, 8, 3, 4, 1)
+            self.head = nn.Conv2d(8, 3, 1)
+
+        def forward(self, images):
+            return self.head(self.features(images)).mean((2, 3))
+
+    asked = []
+    with pytest.raises(
+        ValueError, match=r"must have a linear classifier of 3 outputs; .* of Convolutional, .*none"
+    ):
+        run(Convolutional(), fresh, index, asked, neighbors=1)
+    assert asked == []  # told before the pass, not after it
+    assert fresh.meta.under_way is None
+    assert run(Convolutional(), fresh, index, asked).images == 50
 
 
 def test_the_digest_sees_parameters_and_buffers():

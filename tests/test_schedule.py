@@ -11,6 +11,8 @@ def test_eq_5_grows_linearly_from_0_and_stops_at_t():
     lam = schedule.lam(np.arange(12), 10, 2.0)
     np.testing.assert_allclose(lam, [0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.0])
     assert schedule.lam(5, 10, -4.0) == -2.0
+    each = schedule.lam(np.array([0, 5, 20]), 10, np.array([2.0, -1.0, -3.0]))
+    np.testing.assert_allclose(each, [0, -0.5, -3.0])
 
 
 def test_eqs_6_and_7_by_hand():
@@ -41,9 +43,12 @@ def test_bad_class_counts_are_named(counts):
         ({"refresh_every": 7}, {7: 7, 14: 14, 21: 21}),
         ({"refresh_every": 0}, {}),
         ({"lam_max": 0.0}, {}),
+        ({"lam_max": 0.0, "tail_lambda": 0.0}, {}),
+        ({"lam_max": 0.0, "tail_lambda": -1.0}, {10: 10, 20: 20}),
+        ({"lam_max": 2.0, "tail_lambda": 0.0}, {10: 10, 20: 20}),
     ],
 )
-def test_passes_are_due_at_multiples_with_lambda_above_0(settings, passes):
+def test_passes_are_due_at_multiples_where_lambda_is_not_0(settings, passes):
     config = ScaeConfig(**settings)
     due = {}
     for epoch in range(25):

@@ -113,7 +113,7 @@ def test_reset_draws_from_the_seed_alone(weights):
         net = Net()
         torch.manual_seed(state)
         rng = torch.get_rng_state()
-        prepare(net, SecondStageConfig(weights=weights), CLASSES, seed=11)
+        prepare(net, SecondStageConfig(classifier="reset", weights=weights), CLASSES, seed=11)
         assert torch.equal(torch.get_rng_state(), rng)
         nets.append(net)
     other, _, _ = prepared(weights, "reset", seed=12)
@@ -127,7 +127,9 @@ def test_reset_draws_from_a_linear_layers_own_distribution(tmp_path):
     net = nn.Sequential(nn.Linear(100, 1000))
     checkpoint.save(tmp_path / "w.pt", net.state_dict())
     nn.init.constant_(net[0].weight, 9.0)
-    prepare(net, SecondStageConfig(weights=str(tmp_path / "w.pt")), 1000, seed=0)
+    prepare(
+        net, SecondStageConfig(classifier="reset", weights=str(tmp_path / "w.pt")), 1000, seed=0
+    )
     weight = net[0].weight.detach()
     assert weight.abs().max().item() == pytest.approx(0.1, rel=1e-3)
     assert weight.std().item() == pytest.approx(0.1 / 3**0.5, rel=0.01)
@@ -195,7 +197,7 @@ def test_train_mode_by_module(weights):
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm])
 def test_train_mode_knows_every_batchnorm(norm):
     net = nn.Sequential(norm(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4)).requires_grad_(False)
-    set_train_mode(net, SecondStageConfig(weights="w.pt", train_norms=True))
+    set_train_mode(net, SecondStageConfig(classifier="reset", weights="w.pt", train_norms=True))
     assert modes(net) == {"0"}
 
 
@@ -247,8 +249,8 @@ def test_our_and_torchvisions_networks_in_channels_last_and_autocast(tmp_path):
 
 
 def test_missing_weights_are_refused(tmp_path):
-    for path, shown in ((None, "None"), (str(tmp_path / "no.pt"), "no.pt"), (str(tmp_path), "")):
-        config = SecondStageConfig(weights=path)
+    for path, shown in ((str(tmp_path / "no.pt"), "no.pt"), (str(tmp_path), "")):
+        config = SecondStageConfig(classifier="reset", weights=path)
         with pytest.raises(ValueError, match=rf"must be the file of .*{shown}.*; train.py writes"):
             prepare(Net(), config, CLASSES, seed=0)
 
@@ -274,13 +276,13 @@ def test_weights_of_others_are_refused(first, weights, tmp_path):
         net = Net()
         before = copy.deepcopy(net.state_dict())
         with pytest.raises(ValueError, match=message):
-            prepare(net, SecondStageConfig(weights=str(path)), CLASSES, seed=0)
+            prepare(net, SecondStageConfig(classifier="reset", weights=str(path)), CLASSES, seed=0)
         assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     path.write_bytes(b"not torch's")
     with pytest.raises(ValueError, match=r"other.pt' cannot be read"):
-        prepare(Net(), SecondStageConfig(weights=str(path)), CLASSES, seed=0)
+        prepare(Net(), SecondStageConfig(classifier="reset", weights=str(path)), CLASSES, seed=0)
     with pytest.raises(ValueError, match="linear classifier of 11 outputs"):
-        prepare(Net(), SecondStageConfig(weights=weights), 11, seed=0)
+        prepare(Net(), SecondStageConfig(classifier="reset", weights=weights), 11, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -293,13 +295,13 @@ def test_weights_of_others_are_refused(first, weights, tmp_path):
             "got classifier_lr=0.2: leave it at 1, or choose tune",
         ),
         ({"weights": None, "classifier": "tune"}, "second_stage.weights must name .* got None"),
-        ({"weights": None, "train_norms": True}, "second_stage.weights must name .* got None"),
+        ({"classifier": None}, "second_stage.classifier must be .* where other settings .* None"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
-        SecondStageConfig(**{"weights": "weights.pt"} | settings)
+        SecondStageConfig(**{"classifier": "reset", "weights": "weights.pt"} | settings)
 
 
 def test_the_default_is_no_second_stage():
-    assert SecondStageConfig().weights is None
+    assert SecondStageConfig().classifier is None

@@ -7,7 +7,6 @@ Started again, it goes on where it stopped.
 """
 
 import argparse
-import dataclasses
 import sys
 from functools import partial
 
@@ -15,28 +14,38 @@ import torch
 from tqdm import tqdm
 
 import _path  # noqa: F401
-from pipelines import saliency
 from pipelines.config import ExecConfig, ImageConfig
+from pipelines.data import Data
+from pipelines.loaders import Loaders
 from pipelines.recipe import autocast, make_network
+from scae_dali.arrays import ArrayImages
 from scae_dali.cache import SaliencyCache
+from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
 from scae_dali.dataset import ImageIndex
 from scae_dali.gradcam import GradCAM
-from scae_dali.iterator import ImageError, Loader
+from scae_dali.iterator import ImageError
+from scae_dali.longtail import imbalanced
+from scae_dali.models import classifier_of
 from scae_dali.ranks import pick_device
 from scae_dali.refresh import refresh_cache
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", required=True, help="folder of class folders")
+    parser.add_argument("--data", required=True, help="folder of class folders, or CIFAR's")
+    parser.add_argument("--format", choices=["folder", "cifar10", "cifar100"], default="folder")
+    parser.add_argument("--imbalance", type=float, help="of CIFAR's long-tailed subset")
     parser.add_argument("--list", help="file of `path label` lines, relative to --data")
     parser.add_argument("--exclude", default=(), help="file of paths to leave out")
-    parser.add_argument("--model", required=True, help="a network of torchvision, by name")
+    parser.add_argument("--model", required=True, help="a network as train.py takes it")
     parser.add_argument("--weights", help="its state_dict; without it the weights are random")
     parser.add_argument("--layer", help="module to look at; default: by the network's family")
     parser.add_argument("--out", required=True, help="the cache")
     parser.add_argument("--naming", choices=["index", "path"], default="index")
     parser.add_argument("--size", type=int, default=224, help="side of the network's input")
+    parser.add_argument("--mean", type=float, nargs=3, default=IMAGENET_MEAN, help="in [0, 255]")
+    parser.add_argument("--std", type=float, nargs=3, default=IMAGENET_STD)
+    parser.add_argument("--neighbors", type=int, default=1, help="neighbouring classes of each")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
@@ -63,17 +72,47 @@ def load_model(name: str, weights: str | None, classes: int) -> torch.nn.Module:
     return model.eval()
 
 
-def build(arguments: argparse.Namespace) -> None:
-    """The pass, with a progress bar and its rate."""
+def open_data(arguments: argparse.Namespace) -> Data:
+    """The images; there are none to validate with."""
+    if arguments.format != "folder":
+        images = ArrayImages.from_cifar(arguments.data, arguments.format, train=True)
+        if arguments.imbalance is not None:
+            index = images.index
+            ids = imbalanced(index.labels, index.num_classes, arguments.imbalance)
+            images = images.subset(ids)
+        return Data(images.index, images.index, images.pixels, images.pixels)
+    if arguments.imbalance is not None:
+        raise ValueError(
+            f"--imbalance is of CIFAR's own files, got {arguments.imbalance} with --format folder; "
+            "tools/make_longtail.py writes a --list of any folder"
+        )
     if arguments.list:
         index = ImageIndex.from_list(arguments.list, root=arguments.data, exclude=arguments.exclude)
     else:
         index = ImageIndex(arguments.data, exclude=arguments.exclude)
+    return Data(index, index)
+
+
+def build(arguments: argparse.Namespace) -> None:
+    """The pass, with a progress bar and its rate."""
+    data = open_data(arguments)
+    index = data.train
     device = pick_device(arguments.device)
     model = load_model(arguments.model, arguments.weights, index.num_classes).to(device)
-    image = ImageConfig(size=arguments.size, val_resize=arguments.size)
-    if arguments.amp == "fp16":
-        image = dataclasses.replace(image, dtype="fp16")
+    image = ImageConfig(
+        size=arguments.size,
+        val_resize=arguments.size,
+        mean=tuple(arguments.mean),
+        std=tuple(arguments.std),
+        dtype="fp16" if arguments.amp == "fp16" else "fp32",
+    )
+    loaders = Loaders(data, image, sampling="shuffle", seed=0)
+    neighbors = arguments.neighbors
+    try:
+        classifier_of(model, index.num_classes)
+    except ValueError as error:
+        print(f"the cache gets no neighbouring classes: {error}", file=sys.stderr)
+        neighbors = 0
     grid = GradCAM(model, arguments.layer).grid(image.size)
     cache = SaliencyCache.create(
         arguments.out, index, grid=grid, naming=arguments.naming, exist_ok=True
@@ -84,8 +123,7 @@ def build(arguments: argparse.Namespace) -> None:
         run = ExecConfig(
             batch_size=arguments.batch_size, device_id=device.index, threads=arguments.threads
         )
-        pipeline = saliency.saliency_pipeline(index, image, run, ids)
-        return Loader(pipeline, saliency.OUTPUTS, index, drop_last=False)
+        return loaders.saliency(image, run, ids)
 
     with tqdm(unit="img", desc="saliency") as bar:
         report = refresh_cache(
@@ -97,6 +135,7 @@ def build(arguments: argparse.Namespace) -> None:
             layer=arguments.layer,
             name=arguments.model,
             input_size=image.size,
+            neighbors=neighbors,
             autocast=partial(autocast, arguments.amp, device),
             progress=bar.update,
         )

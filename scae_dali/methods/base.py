@@ -20,7 +20,7 @@ from scae_dali.rng import Array, Stream, uniforms
 
 DataNode = Any
 Triple = tuple[float, float, float]
-BUILT_IN = ("none", "random_erasing", "scae")
+BUILT_IN = ("none", "random_erasing", "scae", "mixup")
 # Of a method that mixes in a second sample, which the pipeline fetches.
 MIX_FIELDS = {"partner_id": 1}
 

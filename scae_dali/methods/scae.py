@@ -12,7 +12,7 @@ from scae_dali import region, schedule
 from scae_dali.config import ScaeConfig as Config
 from scae_dali.methods import rectangle
 from scae_dali.methods.base import MIX_FIELDS, Run, Samples, Status, zeros
-from scae_dali.mixing import Partners, mix_weight
+from scae_dali.mixing import Partners, mix_weight, on_host
 from scae_dali.rng import Stream
 
 __all__ = ["Config", "Method"]
@@ -69,7 +69,7 @@ class Method:
         tail = xp.nonzero(xp.asarray(self.tail, device=device)[samples.labels])[0]
         chosen = samples.take(tail)
         u, v, ids, labels = map(
-            _on_host,
+            on_host,
             (
                 chosen.draw(self.run, Stream.MIX, 2),
                 chosen.draw(self.run, Stream.PARTNER, 2),
@@ -124,7 +124,3 @@ class Method:
         status = status + xp.where(guided & flat, int(Status.FLAT_MAP), 0)
         lam = xp.where(found & ~flat, lam, xp.zeros_like(lam))
         return lam, xp.astype(maps, xp.float64) / 255, status
-
-
-def _on_host(array) -> np.ndarray:
-    return array.cpu().numpy() if hasattr(array, "cpu") else array
