@@ -55,20 +55,31 @@ def test_gpu_check_lists_every_method():
     listed = run("gpu_check", "--dry-run").split()
     methods = {name.split("/")[1] for name in listed if name.startswith("train/")}
     assert methods == set(BUILT_IN)
-    assert {name.split("/")[0] for name in listed} >= {"val", "saliency", "user", "gradcam"}
+    kinds = {name.split("/")[0] for name in listed}
+    assert kinds >= {"val", "saliency", "user", "gradcam", "arrays", "saliency-arrays", "mix"}
+    assert "compile/reduce-overhead" in listed
     assert not [name for name in listed if name.startswith("_")]
 
 
-def test_gpu_check_passes_on_the_cpu(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("train/scae/roi/fp16-NHWC", ["numpy cpu: 24 images", "torch cpu: 24 images"]),
+        ("mix/roi/fp16-NHWC", ["24 images", "mixed"]),
+        ("arrays/scae/fp16-NHWC", ["45 images", "mixed"]),
+        ("saliency-arrays/fp32-NCHW", ["45 images", "maps: mean |difference| 0.0000"]),
+        ("compile/reduce-overhead", ["skipped"]),
+    ],
+)
+def test_gpu_check_passes_on_the_cpu(tmp_path, name, expected):
     out = tmp_path / "checks.json"
-    run("gpu_check", "--device-id", "cpu", "--only", "train/scae/roi/fp16*", "--json", out)
+    run("gpu_check", "--device-id", "cpu", "--only", name, "--json", out)
     result = json.loads(out.read_text())
     assert {"command", "hardware", "versions", "checks"} == set(result)
     (check,) = result["checks"]
     assert check["ok"]
-    assert check["name"] == "train/scae/roi/fp16-NHWC"
-    assert "numpy cpu: 24 images" in check["detail"]
-    assert "torch cpu: 24 images" in check["detail"]
+    assert check["name"] == name
+    assert all(part in check["detail"] for part in expected), check["detail"]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +137,66 @@ def test_bench_pipeline_of_too_few_images(images):
     message = run("bench_pipeline", "--data", images, "--no-torchvision", status=1)
     assert "6 images, fewer than --batch-size 64" in message
     assert "--repeat 11" in message
+
+
+def test_bench_mixing(tmp_path, images):
+    out = tmp_path / "bench.json"
+    size = ["--size", 32, "--batch-size", 4, "--repeat", 8, "--tail-share", "0.05,0.1"]
+    run("bench_mixing", "--data", images, "--rounds", 2, "--json", out, *size)
+    result = json.loads(out.read_text())
+    ratios = {row["name"]: row["ratio"] for row in result["rows"]}
+    assert set(ratios) == {
+        *("unmixed 5%", "mixed 5%", "unmixed 5% (again)", "none"),
+        *("unmixed 10%", "mixed 10%"),
+    }
+    assert ratios["unmixed 5%"] == ratios["unmixed 10%"] == 1
+    share = result["mixed_share"]
+    assert 0 < share["mixed 5%"] < 0.15
+    assert share["mixed 5%"] < share["mixed 10%"] < 0.25
+    assert share["unmixed 10%"] == share["none"] == 0
+
+
+def test_bench_mixing_wants_a_tail(images):
+    size = ["--size", 32, "--batch-size", 4, "--rounds", 1]
+    assert "pass a larger --repeat" in run("bench_mixing", "--data", images, *size, status=1)
+    options = ["--data", images, "--tail-share", "0.01,1"]
+    assert "--tail-share must be" in run("bench_mixing", *options, status=2)
+
+
+def test_bench_arrays(tmp_path, images):
+    out = tmp_path / "bench.json"
+    run("bench_arrays", "--images", 640, "--size", 16, "--rounds", 1, "--json", out)
+    result = json.loads(out.read_text())
+    assert [row["name"] for row in result["rows"]] == [
+        "none",
+        "random_erasing",
+        "scae",
+        "scae, long tail",
+        "none (again)",
+    ]
+    share = result["mixed_share"]
+    assert 0 < share.pop("scae, long tail") < 0.1
+    assert set(share.values()) == {0}
+    assert result["settings"]["batches_per_round"] == 5
+    message = run("bench_arrays", "--images", 64, "--size", 16, status=1)
+    assert "there are 64 images, fewer than --batch-size 128" in message
+
+
+@pytest.mark.parametrize("source", ["arrays", "files"])
+def test_bench_train(tmp_path, images, monkeypatch, source):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = tmp_path / "bench.json"
+    data = ["--arrays"] if source == "arrays" else ["--data", images, "--repeat", 4]
+    size = ["--model", "cifar_resnet20", "--size", 16, "--batch-size", 4, "--quick"]
+    run("bench_train", *data, *size, "--pass-every", 2, "--json", out)
+    result = json.loads(out.read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert set(rows) == {"synthetic", "none", "scae", "saliency pass"}
+    assert min(row["img_per_s"] for row in rows.values()) > 0
+    assert set(result["overhead"]) == {"steps", "passes", "total"}
+    assert result["overhead"]["passes"] == pytest.approx(
+        0.5 / rows["saliency pass"]["ratio"], rel=0.01
+    )
 
 
 def test_show_erasing(tmp_path, images, maps):

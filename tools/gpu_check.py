@@ -23,6 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import _gpu_checks_fed  # noqa: F401 - it registers its checks
 import numpy as np
 import torch
 from _gpu_checks import CHECKS, SEED, Setup

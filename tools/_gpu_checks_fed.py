@@ -1,0 +1,181 @@
+"""More of `_gpu_checks`: images in memory, mixing, and the small network that is compiled.
+
+They make their own long-tailed data, so that samples are mixed: the files of the Setup relabelled,
+or random pixels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from _gpu_checks import (
+    BATCH,
+    SEED,
+    TENSORS,
+    Setup,
+    check,
+    compare,
+    execution,
+    image_config,
+    product,
+    scae_stage,
+    step,
+    train_loader,
+)
+from _live import long_tailed, memory_loader, random_cache, random_images
+
+import _path  # noqa: F401
+from pipelines import arrays, saliency
+from pipelines.config import ImageConfig
+from pipelines.recipe import autocast, make_network
+from scae_dali.config import CropConfig
+from scae_dali.iterator import Batch, Loader
+from scae_dali.losses import Loss, LossConfig
+from scae_dali.methods import Status
+from scae_dali.order import Order
+from scae_dali.refresh import refresh_cache
+
+SIDE = 32
+SAMPLES = 6 * BATCH - 3  # of random pixels: the last batch is not full
+MIXING: dict[str, Any] = {"mix_prob": 0.7, "tail": 0.5, "p_min": 0.5, "p_max": 0.5}
+CAM_DIFFERENCE = 0.01  # mean absolute one of maps in [0, 1] that is allowed
+
+
+def with_tail(setup: Setup, folder: str, grid: tuple[int, int] = (7, 7)) -> Setup:
+    """The same files with a long tail, and random maps of them."""
+    index = long_tailed(setup.index, 1 / 3)
+    cache = random_cache(os.path.join(folder, "tail.lmdb"), index, grid)
+    return replace(setup, index=index, cache=cache)
+
+
+def in_memory(setup: Setup, folder: str) -> tuple[Setup, np.ndarray]:
+    """Random pixels, uint8 [N, H, W, 3], instead of the files; with a long tail."""
+    images = random_images(SAMPLES, SIDE)
+    return with_tail(replace(setup, index=images.index), folder, (8, 8)), images.pixels
+
+
+def memory_image(tensor: str) -> ImageConfig:
+    crop = CropConfig(kind="pad")
+    return replace(image_config(tensor), size=SIDE, val_resize=SIDE, crop=crop)
+
+
+def train_batches(
+    setup: Setup, device_id: int | None, pixels: np.ndarray, method: str, tensor: str
+) -> Loader:
+    settings = MIXING if method == "scae" else {}
+    stage = scae_stage(setup, method, **settings)
+    image, execute = memory_image(tensor), execution(device_id)
+    return memory_loader(stage, pixels, image, execute, drop_last=False)
+
+
+def mixed(batches: list[Batch]) -> str:
+    """AssertionError unless some samples were mixed, and not all."""
+    status = torch.cat([batch.status for batch in batches])
+    n = int((status == int(Status.MIXED)).sum())
+    assert 0 < n < len(status), f"{n} of {len(status)} samples were mixed"
+    return f", {n} mixed"
+
+
+@check(*product("mix", ("roi", "full"), TENSORS))
+def mix_pipeline(setup: Setup, decode: str, tensor: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        tailed = with_tail(setup, folder)
+        reference, ours = (
+            list(train_loader(tailed, where, "scae", decode, tensor, **MIXING))
+            for where in (None, setup.device_id)
+        )
+        return compare(reference, ours) + mixed(ours)
+
+
+@check(*product("arrays", ("none", "random_erasing", "scae"), TENSORS))
+def arrays_pipeline(setup: Setup, method: str, tensor: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        tailed, pixels = in_memory(setup, folder)
+        reference, ours = (
+            list(train_batches(tailed, where, pixels, method, tensor))
+            for where in (None, setup.device_id)
+        )
+        return compare(reference, ours) + (mixed(ours) if method == "scae" else "")
+
+
+@check(*product("saliency-arrays", TENSORS))
+def saliency_arrays(setup: Setup, tensor: str) -> str:
+    """The pass as training makes it: images from memory, maps into the cache."""
+    image = memory_image(tensor)
+    with tempfile.TemporaryDirectory() as folder:
+        tailed, pixels = in_memory(setup, folder)
+        torch.manual_seed(SEED)
+        model = make_network("cifar_resnet20", tailed.index.num_classes).train()
+        with torch.no_grad():  # so that BatchNorm has something to normalise by
+            for _ in range(3):
+                model(torch.randn(BATCH, 3, SIDE, SIDE))
+        found = []
+        for epoch, device_id in ((1, None), (2, setup.device_id)):
+            step(f"pass on {device_id}")
+            device = torch.device("cpu" if device_id is None else f"cuda:{device_id}")
+            seen: list[Batch] = []
+
+            def loader_for(ids, device_id=device_id, seen=seen):
+                order = Order(
+                    tailed.index.labels[np.asarray(ids)],
+                    batch_size=BATCH,
+                    seed=SEED,
+                    sampling="in_turn",
+                )
+                execute = execution(device_id)
+                pipeline = arrays.whole_pipeline(pixels, image, execute, order, ids, stretch=True)
+                outputs, index = saliency.OUTPUTS, tailed.index
+                for batch in Loader(pipeline, outputs, index, drop_last=False, order=order):
+                    seen.append(batch)
+                    yield replace(batch, images=batch.images.float())
+
+            refresh_cache(model.to(device), tailed.cache, tailed.index, loader_for, epoch=epoch)
+            found.append((seen, tailed.cache.read(np.arange(SAMPLES))[0] / 255))
+        (reference, maps), (ours, other) = found
+        difference = float(np.abs(maps - other).mean())
+        assert maps.std() > 0.05, "the maps are constant"
+        assert difference <= CAM_DIFFERENCE, (
+            f"maps differ by {difference:.4f} on average, allowed is {CAM_DIFFERENCE}"
+        )
+        return f"{compare(reference, ours)}; maps: mean |difference| {difference:.4f}"
+
+
+@check(*product("compile", ("default", "reduce-overhead")))
+def compiled(setup: Setup, mode: str) -> str:
+    """ResNet-32 trained as the recipe for CIFAR-100-LT does, its network compiled."""
+    if setup.device_id is None:
+        return "skipped: on the CPU there is nothing to compare with, and compiling takes minutes"
+    with tempfile.TemporaryDirectory() as folder:
+        tailed, pixels = in_memory(setup, folder)
+        loader = train_batches(tailed, setup.device_id, pixels, "scae", "fp32-NCHW")
+        device = torch.device(setup.device)
+        torch.manual_seed(SEED)
+        net = make_network("cifar_resnet32", tailed.index.num_classes)
+        net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = torch.compile(net, mode=mode)
+        optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, nesterov=True)
+        criterion = Loss(LossConfig(), tailed.index.class_counts, device).at(0)
+
+        def train(batch: Batch) -> float:
+            images = batch.images.contiguous(memory_format=torch.channels_last)
+            with autocast("bf16", device):
+                logits = model(images)
+            loss = criterion(logits, batch.labels, batch.partners, batch.mu)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+
+        full = (b for b in itertools.chain(loader, loader) if len(b.images) == BATCH)
+        losses = []
+        for batch in full:  # another shape would be compiled anew
+            losses.append(train(batch))
+            step(f"loss {losses[-1]:.4f} after {len(losses)} steps")
+        assert np.isfinite(losses).all(), f"losses are not all finite: {losses}"
+        return f"{len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}"

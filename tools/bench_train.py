@@ -1,0 +1,199 @@
+"""What SCAE costs where it counts: in the time of training, saliency passes included.
+
+    python tools/bench_train.py --data imagenet/train --repeat 20 --model resnet50 --device-id 0 \\
+        --batch-size 256 --threads 16 --amp bf16 --channels-last --pass-every 10 --json OUT
+    python tools/bench_train.py --arrays --model cifar_resnet32 --device-id 0 \\
+        --batch-size 128 --amp bf16 --channels-last --compile reduce-overhead --json OUT
+
+Rows train one network as train.py does: `synthetic` on a batch that lies on the device already;
+`none` and `scae` on what the pipeline gives, SCAE where λ is largest, with random maps. The row
+`saliency pass`: Grad-CAM of a round's images into a cache, without its start. `ratio` is to `none`;
+`overhead` what SCAE adds to the time of `none`: by its steps, and by a pass every so many epochs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import _live
+import numpy as np
+import torch
+
+import _bench
+import _path  # noqa: F401
+from pipelines import train
+from pipelines.config import ExecConfig, ImageConfig
+from pipelines.data import Data
+from pipelines.loaders import Loaders
+from pipelines.recipe import OptimConfig, autocast, make_network
+from scae_dali.cache import SaliencyCache
+from scae_dali.config import CropConfig
+from scae_dali.gradcam import GradCAM
+from scae_dali.iterator import Batch, Loader
+from scae_dali.losses import Loss, LossConfig
+from scae_dali.ops import Stage
+from scae_dali.refresh import refresh_cache
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", metavar="DIR", help="DIR/<class>/<image>")
+    source.add_argument("--arrays", action="store_true", help="random pixels in memory")
+    parser.add_argument("--repeat", type=int, default=1, help="times each file is in an epoch")
+    parser.add_argument("--images", type=int, default=50_000, help="how many of --arrays")
+    parser.add_argument("--model", default="resnet50", help="a network as train.py takes it")
+    parser.add_argument("--size", type=int, help="in pixels; default: 224, of --arrays 32")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
+    parser.add_argument("--channels-last", action="store_true")
+    modes = ["none", "default", "reduce-overhead", "max-autotune"]
+    parser.add_argument("--compile", choices=modes, default="none")
+    parser.add_argument("--pass-every", type=int, default=0, metavar="EPOCHS")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=0, help="a round; default: an epoch's")
+    parser.add_argument("--threads", type=int, default=2, help="of DALI")
+    parser.add_argument("--device-id", default="cpu", metavar="N|cpu")
+    parser.add_argument("--quick", action="store_true", help="few images and 3 rounds of 4 steps")
+    parser.add_argument("--json", type=Path, default=None, metavar="OUT")
+    args = parser.parse_args(argv)
+    args.device_id = _live.device_number(parser, args.device_id)
+    args.size = args.size or (32 if args.arrays else 224)
+    if args.quick:
+        args.rounds, args.steps, args.images = 3, 4, 4 * args.batch_size
+    _live.check_counts(parser, args, "repeat", "images", "size", "batch_size", "rounds", "threads")
+    return args
+
+
+class Bench:
+    """The data, the network and its training step."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device = torch.device("cpu" if args.device_id is None else f"cuda:{args.device_id}")
+        batch_size, where = args.batch_size, args.device_id
+        self.run = ExecConfig(batch_size=batch_size, device_id=where, threads=args.threads)
+        self.image = ImageConfig(
+            size=args.size,
+            val_resize=args.size,
+            crop=CropConfig(kind="pad" if args.arrays else "resized"),
+            layout="NHWC" if args.channels_last else "NCHW",
+        )
+        self.pixels: np.ndarray | None = None
+        if args.arrays:
+            images = _live.random_images(args.images, args.size)
+            self.index, self.pixels = images.index, images.pixels
+        else:
+            self.index = _live.epoch_index(args.data, args.repeat, batch_size)
+        self.steps = args.steps or len(self.index) // batch_size
+        if args.pass_every and self.steps < 2:
+            raise SystemExit("--pass-every takes rounds of at least 2 steps; pass a larger --steps")
+        torch.manual_seed(_live.SEED)
+        self.layout = torch.channels_last if args.channels_last else torch.contiguous_format
+        self.net = make_network(args.model, self.index.num_classes)
+        self.net.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        self.grid = GradCAM(self.net).grid(args.size)
+        self.model: Callable = self.net
+        if args.compile != "none":
+            self.model = torch.compile(self.net, mode=args.compile)
+        self.optimizer = OptimConfig(lr=1e-3).optimizer([{"params": list(self.net.parameters())}])
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
+        self.criterion = Loss(LossConfig(), self.index.class_counts, self.device).at(0)
+        self.score = torch.zeros(2, device=self.device)  # as train.py sums it
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        """Train on a batch; -> its images."""
+        images = batch.images.contiguous(memory_format=self.layout)
+        with autocast(self.args.amp, self.device):
+            logits = self.model(images)
+        loss = self.criterion(logits, batch.labels, batch.partners, batch.mu)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        hits = (logits.argmax(1) == batch.labels).sum()
+        self.score += torch.stack([loss.detach() * len(images), hits])
+        return images
+
+    def row(self, method: str, cache: SaliencyCache | None = None, *, synthetic=False) -> _live.Row:
+        b = self.run.batch_size
+        stage = Stage(self.index, method, batch_size=b, cache=cache, **_live.GUIDED)
+        if self.pixels is not None:
+            loader = _live.memory_loader(stage, self.pixels, self.image, self.run)
+        else:
+            pipeline = train.train_pipeline(stage, self.image, self.run, seed=_live.SEED)
+            loader = Loader(pipeline, train.OUTPUTS, self.index, drop_last=True)
+        if synthetic:
+            return _live.Row(map(self.step, itertools.repeat(next(iter(loader)))), ahead=0)
+        return _live.Row(map(self.step, _live.endless(loader)), self.run.prefetch + 1, stage)
+
+    def pass_rate(self, folder: str) -> Callable[[], float]:
+        """-> a function that makes a saliency pass over `steps` batches and gives img/s."""
+        part = self.index.subset(range(min(self.steps * self.run.batch_size, len(self.index))))
+        data = Data(part, part, self.pixels, self.pixels)
+        loaders = Loaders(data, self.image, sampling="shuffle", seed=_live.SEED)
+        cache = SaliencyCache.create(os.path.join(folder, "pass.lmdb"), part, grid=self.grid)
+        epochs = itertools.count()
+
+        def measure() -> float:
+            done: list[tuple[float, int]] = []  # when, and how many images
+            refresh_cache(
+                self.net,
+                cache,
+                part,
+                partial(loaders.saliency, self.image, self.run),
+                epoch=next(epochs),
+                autocast=partial(autocast, self.args.amp, self.device),
+                progress=lambda images: done.append((time.perf_counter(), images)),
+            )
+            seconds = time.perf_counter() - done[0][0]
+            _live.settle()
+            return sum(images for _, images in done[1:]) / seconds
+
+        return measure
+
+
+def overhead(samples: dict[str, list[float]], pass_every: int) -> dict[str, float]:
+    """Time that SCAE adds to that of `none`, as a share of it: medians over the rounds."""
+    none = np.array(samples["none"])
+    found = {"steps": none / samples["scae"] - 1}
+    if pass_every:
+        found["passes"] = none / (pass_every * np.array(samples["saliency pass"]))
+        found["total"] = found["steps"] + found["passes"]
+    return {name: round(float(np.median(shares)), 4) for name, shares in found.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if args.device_id is not None:
+        torch.cuda.set_device(args.device_id)
+    bench = Bench(args)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = _live.random_cache(os.path.join(folder, "maps.lmdb"), bench.index, bench.grid)
+        live = {"synthetic": bench.row("none", synthetic=True), "none": bench.row("none")}
+        live["scae"] = bench.row("scae", cache)
+        calls: dict[str, Callable] = {
+            name: partial(row.measure, bench.steps) for name, row in live.items()
+        }
+        if args.pass_every:
+            calls["saliency pass"] = bench.pass_rate(folder)
+        _live.settle()
+        samples = _bench.interleaved(calls, args.rounds)
+    settings = {k: v for k, v in vars(args).items() if k not in ("data", "json")}
+    extra = {
+        "overhead": overhead(samples, args.pass_every),
+        **_live.medians(live),
+        "settings": settings | {"images": len(bench.index), "steps_per_round": bench.steps},
+    }
+    _bench.report(_bench.rows(samples, "none"), args.json, extra)
+
+
+if __name__ == "__main__":
+    main()
