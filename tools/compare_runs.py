@@ -95,9 +95,8 @@ def table(paths: list[Path]) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "seeds": [config["seed"] for config, _ in members],
-                "model": first["model"],
-                "epochs": first["epochs"],
                 "figures": figures,
+                "settings": settings(first),
             }
         )
     return out
@@ -120,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
             cells += f"{text:>14}"
         print(f"{len(row['seeds']):5d}{cells}  {row['name']}")
     if arguments.json is not None:
-        about = {"hardware": _bench.hardware(), "versions": _bench.versions()}
+        about: dict[str, Any] = {"hardware": _bench.hardware(), "versions": _bench.versions()}
         _bench.write_json(arguments.json, {**about, "rows": rows})
 
 
