@@ -1,0 +1,76 @@
+"""The offline cache: of folders as of images in memory, with the neighbouring classes."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_pngs
+from test_arrays import cifar  # noqa: F401
+
+from pipelines.recipe import make_network
+from scae_dali.arrays import ArrayImages
+from scae_dali.cache import SaliencyCache
+from scae_dali.dataset import ImageIndex
+from scae_dali.gradcam import GradCAM
+from scae_dali.refresh import nearest_classes
+
+ROOT = Path(__file__).parents[1]
+MEAN, STD = (129.0, 124.0, 112.0), (68.0, 65.0, 70.0)
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """build_cache.py with these options."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    module = __import__("build_cache")
+
+    def main(**options):
+        argv = ["build_cache", "--device=cpu", "--size=32"]
+        for name, value in options.items():
+            values = value if isinstance(value, tuple) else (value,)
+            argv += [f"--{name.replace('_', '-')}", *map(str, values)]
+        monkeypatch.setattr(sys, "argv", argv)
+        module.main()
+
+    return main
+
+
+def weights_of(name, classes, path):
+    torch.manual_seed(1)
+    net = make_network(name, classes).eval()
+    torch.save(net.state_dict(), path)
+    return net
+
+
+def test_maps_and_neighbours_of_images_in_memory(build, cifar, tmp_path):  # noqa: F811
+    net = weights_of("cifar_resnet20", 2, tmp_path / "w.pt")
+    out = tmp_path / "maps.lmdb"
+    build(data=cifar, format="cifar10", model="cifar_resnet20", weights=tmp_path / "w.pt",
+          out=out, mean=MEAN, std=STD, neighbors=2)  # fmt: skip
+    images = ArrayImages.from_cifar(cifar, "cifar10", train=True)
+    pixels = torch.tensor(images.pixels).permute(0, 3, 1, 2).float()
+    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
+    wanted = GradCAM(net)((pixels - mean) / std, torch.tensor(images.index.labels))
+    with SaliencyCache(out, index=images.index) as cache:
+        maps, found = cache.read(np.arange(len(images)))
+        assert found.all()
+        assert np.abs(maps / 255 - wanted.numpy()).max() < 0.01
+        near = nearest_classes(net.fc.weight, images.index.class_counts, 2)
+        np.testing.assert_array_equal(cache.read_neighbors(), near)
+
+
+def test_a_network_without_a_linear_classifier_gets_no_neighbours(build, tmp_path, capsys):
+    write_pngs(tmp_path / "data", {"a": 2, "b": 2}, (32, 32))
+    out = tmp_path / "maps.lmdb"
+    build(data=tmp_path / "data", model="squeezenet1_0", size=64, out=out)
+    assert "the cache gets no neighbouring classes" in capsys.readouterr().err
+    with SaliencyCache(out, index=ImageIndex(tmp_path / "data")) as cache:
+        assert cache.read_neighbors() is None
+        assert (cache.stamps() == 0).all()
+
+
+def test_a_tail_of_folders_is_made_as_a_list(build, tmp_path):
+    with pytest.raises(SystemExit, match=r"--imbalance is of CIFAR's own files, got 10.0 with"):
+        build(data=tmp_path, model="resnet18", out=tmp_path / "maps.lmdb", imbalance=10)
