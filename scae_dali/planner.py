@@ -113,7 +113,8 @@ class Planner:
         """Crop and flip of the second samples, drawn on their own.
 
         rows: float64 [n, K] of mixed samples. full_px: int64 [n, 2], of their partners. Returns
-        what crop_and_flip returns.
+        what crop_and_flip returns. Where the own flip is drawn here too it comes after mixing, and
+        the partner's is relative to it.
         """
         key, epoch = (rows[:, self.columns[name].start].astype(np.int64) for name in DRAW)
         window, flip = self._crop(Stream.PARTNER_CROP, key, epoch, full_px, config)
