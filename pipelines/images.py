@@ -4,12 +4,10 @@ The decode path is decided here. GPU decoding of a region of interest is reporte
 process with nvImageCodec 0.9 (NVIDIA/nvImageCodec#55), so `auto` avoids it there.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
-import numpy as np
 from nvidia.dali import fn, types
 
 from pipelines.config import Decode, ExecConfig, ImageConfig
@@ -63,9 +61,7 @@ def read_in_order(index: ImageIndex, order: Order) -> tuple[DataNode, DataNode]:
     """Encoded files in an order of ours, and their keys (see `order`), int64 [1]."""
 
     def paths(info):
-        ids = order.keys(info.iteration) & ID
-        names = (os.path.join(index.root, index.files[i]) for i in ids.tolist())
-        return [np.frombuffer(name.encode(), np.uint8) for name in names]
+        return index.encoded_paths((order.keys(info.iteration) & ID).tolist())
 
     keys = feed(lambda info: order.keys(info.iteration)[:, None])
     return fn.io.file.read(feed(paths)), keys

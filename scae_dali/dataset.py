@@ -227,6 +227,11 @@ class ImageIndex:
         keys.setflags(write=False)
         return keys, ascending, order
 
+    def encoded_paths(self, ids: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
+        """The samples' files, root included, as UTF-8 bytes: what DALI's fn.io.file.read takes."""
+        paths = (os.path.join(self.root, self.files[i]) for i in ids)
+        return [np.frombuffer(path.encode(), np.uint8) for path in paths]
+
     def ids_of(self, names: Sequence[str]) -> Int64:
         """Positions, int64 [B], of the samples that a reader's `source_info` names.
 

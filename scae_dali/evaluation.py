@@ -9,10 +9,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from scae_dali.longtail import shots
 from scae_dali.ranks import Ranks
 
 BINS = 15  # of confidence
-FEW, MANY = 20, 100  # Liu et al. 2019: few has less, many has more training images, medium the rest
 
 
 class Evaluation:
@@ -28,11 +28,7 @@ class Evaluation:
                 f"class_counts must be [K] with no negative entry, got {counts!r}; "
                 "ImageIndex.class_counts of the training set gives it"
             )
-        self._groups = {
-            "val_many": counts > MANY,
-            "val_medium": (counts >= FEW) & (counts <= MANY),
-            "val_few": counts < FEW,
-        }
+        self._groups = {f"val_{name}": group for name, group in shots(counts).items()}
         self._classes = torch.arange(len(counts), device=device)
         self._bounds = torch.linspace(0, 1, BINS + 1, device=device)[1:-1]
         # Rows: samples, those right at once, those right among the best.

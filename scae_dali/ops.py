@@ -18,7 +18,7 @@ from scae_dali import second
 from scae_dali.cache import SaliencyCache
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD, CropConfig
 from scae_dali.dataset import ImageIndex
-from scae_dali.methods.base import MIX_FIELDS, DataNode, Run, Triple, load, make_config
+from scae_dali.methods.base import DataNode, Run, Triple, load, make_config, mixes
 from scae_dali.planner import Planner
 
 
@@ -135,7 +135,7 @@ class Stage:
         )
         self._device = None if backend == "numpy" else torch_device
         self._method = module.Method(make_config(module, settings), self._run)
-        self.mixes = MIX_FIELDS.keys() <= self._method.fields.keys()
+        self.mixes = mixes(self._method)
 
     def __call__(
         self,

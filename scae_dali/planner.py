@@ -13,7 +13,7 @@ from array_api_compat import array_namespace
 from scae_dali import crop
 from scae_dali.config import CropConfig
 from scae_dali.dataset import ImageIndex
-from scae_dali.methods.base import MIX_FIELDS, Method, Run, Samples
+from scae_dali.methods.base import Method, Run, Samples, mixes
 from scae_dali.order import ID
 from scae_dali.rng import Array, Stream, uniforms
 
@@ -54,7 +54,7 @@ class Planner:
     ) -> None:
         self.index = index
         self.random_crop = random_crop
-        self.mixes = MIX_FIELDS.keys() <= method.fields.keys()
+        self.mixes = mixes(method)
         drawn = {} if random_crop is None else DRAWN
         draw = DRAW if self.mixes else {}
         self.columns = columns_of(COMMON | drawn | draw | dict(method.fields))

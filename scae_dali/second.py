@@ -69,10 +69,9 @@ def _blend(images, plan, crop, fetch):
 
 
 def _paths(planner: Planner, rows: list[np.ndarray]) -> list[np.ndarray]:
-    """The partners' files, as UTF-8 bytes."""
-    index, column = planner.index, planner.columns["partner_id"].start
-    files = (index.files[int(row[column])] for row in rows)
-    return [np.frombuffer(os.path.join(index.root, name).encode(), np.uint8) for name in files]
+    """The partners' files."""
+    column = planner.columns["partner_id"].start
+    return planner.index.encoded_paths([int(row[column]) for row in rows])
 
 
 def _crops(planner: Planner, crop: CropConfig, rows, shapes) -> tuple[list, list, list]:

@@ -11,6 +11,11 @@ from scae_dali.cache import SaliencyCache
 from scae_dali.dataset import ImageIndex
 
 torch.set_num_threads(2)
+# Behind the interpreter: what follows it runs in two processes.
+TWO_PROCESSES = (
+    *("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"),
+    *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TWO_PROCESSES
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from scae_dali.evaluation import Evaluation
@@ -196,9 +197,8 @@ def test_bad_input_is_named():
 def test_two_processes_with_uneven_batches_have_the_figures_of_all_samples(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(SCRIPT)
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     done = subprocess.run(
-        [sys.executable, *launch, "--rdzv-endpoint=localhost:0", str(script)],
+        [sys.executable, *TWO_PROCESSES, str(script)],
         cwd=ROOT,
         capture_output=True,
         text=True,

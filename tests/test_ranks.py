@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TWO_PROCESSES
 
 from scae_dali.ranks import Ranks, pick_device
 
@@ -38,9 +39,8 @@ def test_alone_there_is_nothing_to_add_or_share():
 def test_two_processes_see_each_others_values_and_the_buffers_of_the_first(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(SCRIPT)
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     done = subprocess.run(
-        [sys.executable, *launch, "--rdzv-endpoint=localhost:0", str(script)],
+        [sys.executable, *TWO_PROCESSES, str(script)],
         cwd=ROOT,
         capture_output=True,
         text=True,

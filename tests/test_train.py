@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import write_images
+from conftest import TWO_PROCESSES, write_images
 
 import train
 from pipelines.recipe import OptimConfig
@@ -172,8 +172,7 @@ def test_a_finished_run_has_nothing_left_to_do(data, whole, monkeypatch):
 
 def test_two_processes_share_the_epoch_the_pass_and_the_log(data, tmp_path):
     out = tmp_path / "two"
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "train.py"]
+    launch = [*TWO_PROCESSES, "train.py"]
     settings = {"batch_size": 4, "epochs": 3, "scae.refresh_every": 1}
     done = run_there(launch, *arguments(data, out, **settings))
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import write_pngs
+from conftest import TWO_PROCESSES, write_pngs
 from test_train import KILLER, ROOT, rows, run_here, run_there
 
 from scae_dali.cache import SaliencyCache
@@ -123,8 +123,7 @@ def test_a_second_stage_trains_the_classifier_and_nothing_else(
 
 def test_two_processes_share_images_in_memory(data, tmp_path):
     out = tmp_path / "two"
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "train.py"]
+    launch = [*TWO_PROCESSES, "train.py"]
     done = run_there(launch, *arguments(data, out, batch_size=4, epochs=2))
     assert done.returncode == 0, done.stderr
     lines = rows(out)

@@ -18,7 +18,7 @@ import numpy as np
 
 import _path  # noqa: F401
 from scae_dali.dataset import DatasetError, ImageIndex
-from scae_dali.longtail import imbalanced
+from scae_dali.longtail import FEW, MANY, imbalanced, shots
 
 ROWS, BAR = 20, 50  # of the histogram: lines, and columns of the longest
 
@@ -41,14 +41,11 @@ def describe(counts: np.ndarray) -> Iterator[str]:
     """The profile in lines. counts: int64 [K], positive."""
     total = counts.sum()
     yield f"{len(counts)} classes, {total} images; a class has {counts.max()} … {counts.min()}"
-    many, few = counts > 100, counts < 20
-    for name, these in (
-        ("many, > 100", many),
-        ("medium, 20-100", ~many & ~few),
-        ("few, < 20", few),
-    ):
+    bounds = {"many": f"> {MANY}", "medium": f"{FEW}-{MANY}", "few": f"< {FEW}"}
+    for name, these in shots(counts).items():
         share = counts[these].sum() / total
-        yield f"  {name:15s}{these.sum():5d} classes, {share:6.1%} of the images"
+        label = f"{name}, {bounds[name]}"
+        yield f"  {label:15s}{these.sum():5d} classes, {share:6.1%} of the images"
     for ids in np.array_split(np.arange(len(counts)), min(ROWS, len(counts))):
         mean = counts[ids].mean()
         bar = "█" * max(1, round(BAR * mean / counts.max()))

@@ -135,6 +135,11 @@ def make_config(module: ModuleType, settings: Mapping[str, Any]) -> Any:
     return module.Config(**settings)
 
 
+def mixes(method: Method) -> bool:
+    """Whether a method mixes in second samples, which the pipeline must fetch."""
+    return MIX_FIELDS.keys() <= method.fields.keys()
+
+
 def zeros(like: Array, *shape: int) -> Array:
     """float64 zeros on the device of `like`."""
     xp = array_namespace(like)
