@@ -33,8 +33,6 @@ from scae_dali.gradcam import GradCAM
 from scae_dali.iterator import Batch, ImageError, Loader
 from scae_dali.losses import Loss
 from scae_dali.metrics import Log, Meter, closing, save_picture, summary
-from scae_dali.ops import Stage
-from scae_dali.order import epoch_size
 from scae_dali.ranks import Ranks
 from scae_dali.refresh import refresh_cache
 from scae_dali.rng import derive
@@ -47,9 +45,9 @@ class Run:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.out = Path(config.out)
-        data = config.data.open(config.threads)
-        self.index = data.train
-        self.loaders = Loaders(data, config.image, sampling=config.sampling, seed=config.seed)
+        self.data = config.data.open(config.threads)
+        self.index = self.data.train
+        self.loaders = Loaders(self.data, config.image, sampling=config.sampling, seed=config.seed)
         self.identity = config.fixed() | {"data": self.index.fingerprint}
         torch.manual_seed(derive(config.seed, "model"))
         self.net = make_network(config.model, self.index.num_classes)
@@ -99,20 +97,8 @@ class Run:
     def build_loader(self) -> Loader:
         """Start the training pipeline where its state says."""
         config = self.config
-        self.stage = Stage(
-            self.index,
-            config.method,
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            cache=self.cache,
-            num_shards=self.ranks.world,
-            epoch_size=epoch_size(self.index.labels, config.sampling),
-            mean=config.image.mean,
-            std=config.image.std,
-            backend=config.backend,
-            torch_device=str(self.device),
-            **config.method_settings(),
+        self.stage = config.stage(
+            self.data, self.cache, device=str(self.device), num_shards=self.ranks.world
         )
         return self.loaders.train(
             self.stage,

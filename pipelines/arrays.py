@@ -1,16 +1,18 @@
 """Pipelines that are fed from memory: training, and whole images for validation and saliency pass.
 
-The order is ours here, so plans are made for many batches at once, in the source that feeds DALI:
-NumPy's cost a call is then spread over thousands of samples.
+The order is ours here, so plans are made for many batches at once, before DALI asks for them:
+NumPy's cost a call is then spread over thousands of samples, and a thread bears it beside DALI's.
 """
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 from pipelines.config import ExecConfig, ImageConfig
@@ -19,93 +21,118 @@ from scae_dali.methods.base import DataNode, Status
 from scae_dali.ops import PlanNodes, Stage
 from scae_dali.order import Order
 
-PLANNED_AT_ONCE = 2048  # samples
+PLANNED_AT_ONCE = 4096  # samples
 
 Pixels = npt.NDArray[np.uint8]  # [N, H, W, 3]
 
 
+class _Block(NamedTuple):
+    """What is planned at once: the batches from `first` on, by number.
+
+    rows: float64 [n, K]. others: int64 [n, 3], (y, x) of the windows of the samples that are mixed
+    in, and whether they are flipped.
+    """
+
+    first: int
+    rows: np.ndarray
+    others: np.ndarray
+
+
 class FedPlan(PlanNodes):
     """A plan that is made ahead of DALI: every part is fed on its own, which is faster than to cut
-    it out of the row in the graph. `images` are whole, or, where they are mixed, cropped already.
+    it out of the row in the graph. `images` are the crops, mixed already, if `crops`, and otherwise
+    whole.
     """
 
     def __init__(self, stage: Stage, order: Order, pixels: Pixels, image: ImageConfig) -> None:
         self._stage, self._order, self._pixels = stage, order, pixels
         self._size, self._crop = image.size, image.crop
-        self._full_px = np.array(pixels.shape[1:3])
-        self._first = -1  # of the batches planned last, by number
+        full_px = pixels.shape[1:3]
+        self._full_px = np.array(full_px)
+        self.crops = image.crop.kind == "pad" and full_px == (image.size, image.size)
+        self._many = max(1, PLANNED_AT_ONCE // order.batch_size)  # batches
+        self._thread = ThreadPoolExecutor(1, "plan")  # all plans are made in it, one by one
+        self._next: tuple[int, Future[_Block]] | None = None
+        self._block: _Block | None = None
         self.planner = stage.planner(image.crop)
         self.images = feed(self._images, layout="HWC")
-        self.row = feed(self._batch)
+        self.row = feed(self._rows)
 
     def _cut(self, columns: slice | int, dtype: types.DALIDataType) -> DataNode:
         numpy_type = types.to_numpy_type(dtype)
-        return feed(lambda info: self._batch(info)[:, columns].astype(numpy_type))
+        return feed(lambda info: self._rows(info)[:, columns].astype(numpy_type))
 
     def _images(self, info: Any) -> Pixels:
-        batch = self._planned(info)
-        images = self._pixels[self._column(self._rows[batch], "id")]
-        slot = self._slot[batch]
-        images[slot >= 0] = self._mixed[slot[slot >= 0]]
+        block, batch = self._planned(info)
+        rows, column = block.rows[batch], partial(self._column, block.rows[batch])
+        if not self.crops:
+            return self._pixels[column("id")]
+        start = rows[:, self.planner.columns["start"]].astype(np.int64)
+        images = shifted(self._pixels, column("id"), start, self._crop.pad)
+        mixed = np.flatnonzero(column("status") == Status.MIXED)
+        if len(mixed):
+            ids, window = column("partner_id")[mixed], block.others[batch][mixed]
+            others = shifted(self._pixels, ids, window[:, :2], self._crop.pad)
+            flip = window[:, 2] == 1
+            others[flip] = others[flip, :, ::-1]
+            mu = rows[mixed, self.planner.columns["mu"], None, None].astype(np.float32)
+            images[mixed] = np.floor(images[mixed] * mu + others * (1 - mu) + 0.5).astype(np.uint8)
         return images
 
-    def _batch(self, info: Any) -> np.ndarray:
+    def _rows(self, info: Any) -> np.ndarray:
         """float64 [B, K]."""
-        batch = self._planned(info)
-        return self._rows[batch]
+        block, batch = self._planned(info)
+        return block.rows[batch]
 
-    def _planned(self, info: Any) -> slice:
-        """Plan what is not planned yet; which of the rows are this batch's."""
+    def _planned(self, info: Any) -> tuple[_Block, slice]:
+        """The block that has this batch, and which of its rows; the one after it is begun."""
+        epoch, step = divmod(info.iteration, self._order.batches)
+        step %= self._many
+        first = info.iteration - step
+        if self._block is None or self._block.first != first:
+            if self._next is None or self._next[0] != first:
+                self._next = first, self._thread.submit(self._plan, first)
+            self._block = self._next[1].result()
+            after = min(first + self._many, (epoch + 1) * self._order.batches)
+            self._next = after, self._thread.submit(self._plan, after)
         b = self._order.batch_size
-        many = max(1, PLANNED_AT_ONCE // b)
-        step = info.iteration % self._order.batches % many
-        if self._first != info.iteration - step:
-            start = time.perf_counter()
-            self._plan(info.iteration - step, many)
-            self._stage.seconds += time.perf_counter() - start
-        return slice(step * b, (step + 1) * b)
+        return self._block, slice(step * b, (step + 1) * b)
 
-    def _plan(self, first: int, many: int) -> None:
-        keys = self._order.keys(first, many)
+    def _plan(self, first: int) -> _Block:
+        start = time.perf_counter()
+        keys = self._order.keys(first, self._many)
+        full_px = np.tile(self._full_px, (len(keys), 1))
         rows = self._stage.rows(
             self.planner,
             keys,
             np.full(len(keys), first),
             np.full((len(keys), 2), self._size),
-            np.tile(self._full_px, (len(keys), 1)).astype(np.float64),
+            full_px.astype(np.float64),
         )
+        others = np.zeros((len(rows), 3), np.int64)
         mixed = np.flatnonzero(self._column(rows, "status") == Status.MIXED)
-        self._slot = np.full(len(rows), -1)  # where its pixels are, if a sample is mixed
-        self._slot[mixed] = np.arange(len(mixed))
-        self._mixed = self._mix(rows[mixed]) if len(mixed) else self._pixels[:0]
-        rows[mixed, self.planner.columns["start"]] = 0  # cropped already
-        self._first, self._rows = first, rows
-
-    def _mix(self, rows: np.ndarray) -> np.ndarray:
-        """Crops mixed with those of their partners, before the flip: uint8 [n, H, W, 3]."""
-        columns = self.planner.columns
-        start = rows[:, columns["start"]].astype(np.int64)
-        full_px = np.tile(self._full_px, (len(rows), 1))
-        window, flip = self.planner.partner_crop(rows, full_px, self._crop)
-        column = partial(self._column, rows)
-        a = _shifted(self._pixels, column("id"), start, np.zeros(len(rows), bool))
-        b = _shifted(self._pixels, column("partner_id"), window[:, :2], flip)
-        mu = rows[:, columns["mu"], None, None].astype(np.float32)
-        return np.floor(a * mu + b * (1 - mu) + 0.5).astype(np.uint8)
+        if len(mixed):
+            window, flip = self.planner.partner_crop(rows[mixed], full_px[mixed], self._crop)
+            others[mixed] = np.column_stack([window[:, :2], flip])
+        self._stage.seconds += time.perf_counter() - start
+        return _Block(first, rows, others)
 
     def _column(self, rows: np.ndarray, name: str) -> np.ndarray:
         """int64 [B]."""
         return rows[:, self.planner.columns[name].start].astype(np.int64)
 
 
-def _shifted(pixels: Pixels, ids: np.ndarray, start: np.ndarray, flip: np.ndarray) -> Pixels:
-    """Windows of the images' own size, black outside them, flipped where `flip`."""
-    h, w = pixels.shape[1:3]
-    y, x = start[:, :1] + np.arange(h), start[:, 1:] + np.arange(w)
-    x = np.where(flip[:, None], x[:, ::-1], x)
-    inside = ((y >= 0) & (y < h))[:, :, None, None] & ((x >= 0) & (x < w))[:, None, :, None]
-    y, x = y.clip(0, h - 1)[:, :, None], x.clip(0, w - 1)[:, None]
-    return pixels[ids[:, None, None], y, x] * inside
+def shifted(pixels: Pixels, ids: np.ndarray, start: np.ndarray, pad: int) -> Pixels:
+    """Windows of the images' own size, black outside them.
+
+    ids: int64 [n]. start: int64 [n, 2], (y, x) in [-pad, pad]. Returns uint8 [n, H, W, 3].
+    """
+    n, (h, w) = len(ids), pixels.shape[1:3]
+    framed = np.zeros((n, h + 2 * pad, w + 2 * pad, 3), np.uint8)
+    framed[:, pad : pad + h, pad : pad + w] = pixels[ids]
+    windows = sliding_window_view(framed, (h, w), axis=(1, 2))  # [n, y, x, 3, H, W]
+    y, x = (start + pad).T
+    return windows.transpose(0, 1, 2, 4, 5, 3)[np.arange(n), y, x]
 
 
 def train_pipeline(
@@ -130,9 +157,11 @@ def train_pipeline(
     @pipeline_def(enable_checkpointing=True, **run.arguments())
     def define():
         plan = FedPlan(stage, order, pixels, image)
-        start, shape = plan.part("start", types.INT32), plan.part("shape", types.INT32)
         images = plan.images if run.device_id is None else plan.images.gpu()
-        images = stage.apply(cut(images, start, shape, image, full_px), plan)
+        if not plan.crops:
+            start, shape = plan.part("start", types.INT32), plan.part("shape", types.INT32)
+            images = cut(images, start, shape, image)
+        images = stage.apply(images, plan)
         return normalise(images, image, mirror=plan.scalar("flip", types.INT32)), plan.row
 
     return define(checkpoint=checkpoint)

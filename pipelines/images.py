@@ -117,21 +117,10 @@ def decode_crop(
     )
 
 
-def cut(
-    images: DataNode,
-    start: DataNode,
-    shape: DataNode,
-    image: ImageConfig,
-    full_px: tuple[int, int] | None = None,
-) -> DataNode:
-    """The window (start, shape) of decoded images, black outside them, resized to the crop's size.
-
-    full_px: (h, w) of the images where they are all alike.
-    """
-    size = (image.size, image.size)
+def cut(images: DataNode, start: DataNode, shape: DataNode, image: ImageConfig) -> DataNode:
+    """The window (start, shape) of images, black outside them, resized to the crop's size."""
     images = fn.slice(images, start, shape, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
-    same = image.crop.kind == "pad" and full_px == size
-    return images if same else fn.resize(images, size=size)
+    return fn.resize(images, size=(image.size, image.size))
 
 
 def crop_planned(

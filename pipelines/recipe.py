@@ -13,11 +13,14 @@ import torchvision
 from torch import nn
 
 from pipelines.config import ImageConfig
-from pipelines.data import DataConfig
+from pipelines.data import Data, DataConfig
 from scae_dali import models
+from scae_dali.cache import SaliencyCache
 from scae_dali.config import MixupConfig, RandomErasingConfig, ScaeConfig, check, check_choice
 from scae_dali.losses import LossConfig
 from scae_dali.models import MODELS
+from scae_dali.ops import Stage
+from scae_dali.order import epoch_size
 from scae_dali.second_stage import SecondStageConfig
 
 
@@ -189,6 +192,27 @@ class Config:
         if self.method in ("scae", "random_erasing", "mixup"):
             return dataclasses.asdict(getattr(self, self.method))
         return self.method_args
+
+    def stage(
+        self, data: Data, cache: SaliencyCache | None, *, device: str, num_shards: int
+    ) -> Stage:
+        """The augmentation. device: of the torch backend. num_shards: ranks."""
+        return Stage(
+            data.train,
+            self.method,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            cache=cache,
+            num_shards=num_shards,
+            epoch_size=epoch_size(data.train.labels, self.sampling),
+            mean=self.image.mean,
+            std=self.image.std,
+            backend=self.backend,
+            torch_device=device,
+            resident=data.train_pixels is not None,  # as the images are
+            **self.method_settings(),
+        )
 
     def saliency_image(self) -> ImageConfig:
         """The images of the saliency pass."""

@@ -20,6 +20,7 @@ from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD, CropConfig
 from scae_dali.dataset import ImageIndex
 from scae_dali.methods.base import DataNode, Run, Triple, load, make_config, mixes
 from scae_dali.planner import Planner
+from scae_dali.resident import ResidentCache
 
 
 class Targets(NamedTuple):
@@ -80,8 +81,9 @@ class Stage:
     epoch_size: samples of an epoch, of all shards; None: every sample once.
     start_epoch: the epoch of the pipeline's first batch, where it does not come from a checkpoint.
     mean, std: of the images as the stage gets them; the default is ImageNet's in [0, 255].
-    backend: `numpy`, or `torch` on `torch_device` with all maps resident there; the plan is the
-    same.
+    backend: `numpy`, or `torch` on `torch_device`; the plan is the same.
+    resident: whether all maps are kept in memory (there), taken anew after every pass; otherwise
+    they are looked up in the cache. The torch backend always keeps them.
 
     The reader must pad its shards (`pad_last_batch=True`), so that every epoch has
     `batches_per_epoch` batches; the epoch is computed from that.
@@ -103,6 +105,7 @@ class Stage:
         std: Triple = IMAGENET_STD,
         backend: Literal["numpy", "torch"] = "numpy",
         torch_device: str = "cpu",
+        resident: bool = False,
         **settings: Any,
     ) -> None:
         for name, value in (
@@ -123,6 +126,7 @@ class Stage:
         size = len(index) if epoch_size is None else epoch_size
         self.batches_per_epoch = math.ceil(math.ceil(size / num_shards) / batch_size)
         self.seconds = 0.0  # spent in the Python operator, in DALI's thread
+        self._device = None if backend == "numpy" else torch_device
         self._run = Run(
             seed=seed,
             epochs=epochs,
@@ -130,10 +134,9 @@ class Stage:
             class_counts=index.class_counts,
             mean=mean,
             std=std,
-            saliency=_saliency_source(cache, backend, torch_device),
+            saliency=_saliency_source(cache, resident, self._device),
             neighbors=None if cache is None else cache.read_neighbors,
         )
-        self._device = None if backend == "numpy" else torch_device
         self._method = module.Method(make_config(module, settings), self._run)
         self.mixes = mixes(self._method)
 
@@ -319,21 +322,27 @@ def _iteration(batch_size: int) -> DataNode:
 
 
 def _saliency_source(
-    cache: SaliencyCache | None, backend: str, device: str
+    cache: SaliencyCache | None, resident: bool, device: str | None
 ) -> Callable[[Any], tuple[Any, Any]] | None:
-    """ids -> (maps, found), in the backend's arrays."""
-    if cache is None or backend == "numpy":
-        return None if cache is None else cache.read
+    """ids -> (maps, found), in arrays of NumPy, or of torch on a device."""
+    if cache is None:
+        return None
+    if device is None:
+        return _Resident(cache, np.asarray) if resident else cache.read
     import torch
 
-    resident = cache.resident()
-    tables: dict[str, Any] = {}
+    return _Resident(cache, lambda array: torch.from_numpy(array.copy()).to(device))
 
-    def read(ids):
-        if not tables or resident.stale():
-            resident.refresh()
-            tables["maps"] = torch.from_numpy(resident.maps.copy()).to(device)
-            tables["found"] = torch.from_numpy(resident.found.copy()).to(device)
-        return tables["maps"][ids], tables["found"][ids]
 
-    return read
+class _Resident:
+    """All maps of a cache as arrays that are indexed, up to date with its passes."""
+
+    def __init__(self, cache: SaliencyCache, to_array: Callable[[np.ndarray], Any]) -> None:
+        self._cache, self._to_array = cache, to_array
+        self._copy: ResidentCache | None = None
+
+    def __call__(self, ids: Any) -> tuple[Any, Any]:
+        if self._copy is None or self._copy.stale():
+            self._copy = self._cache.resident()
+            self._maps, self._found = map(self._to_array, (self._copy.maps, self._copy.found))
+        return self._maps[ids], self._found[ids]

@@ -8,11 +8,12 @@ some hundred patches. A proposal is a patch in proportion to its envelope, a pix
 and is accepted with exp(λ·Â) over the envelope. Where all PROPOSALS fail, the centre is drawn from
 the full sum over pixels: both branches follow eq. 4, hence so does their mixture.
 
-Functions of arrays (NumPy or torch); nothing here draws a random number.
+Functions of arrays (NumPy or torch); random numbers are given.
 """
 
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -21,7 +22,7 @@ from scae_dali.config import Border, Range
 from scae_dali.rng import Array
 
 PROPOSALS = 8
-DRAWS = 4 * PROPOSALS + 1  # uniforms that draw_centre reads a sample
+_FIRST_PROPOSALS = 3  # nearly always enough; the rest is tried for the samples that need it
 _PATCH_LAMBDA = 2.0  # patches are divided until |λ| times the span of Â is at most about this
 
 
@@ -104,7 +105,7 @@ def uniform_centre(u: Array, first: Array, last: Array) -> Array:
 
 
 def draw_centre(
-    u: Array,
+    draw: Callable[[Array | slice, int], Array],
     saliency: Array,
     lam: Array,
     window: Array,
@@ -116,19 +117,44 @@ def draw_centre(
 ) -> Array:
     """Eq. 4: a pixel (i, j) with P(i, j) ∝ exp(λ·Â(i, j)) over first <= (i, j) <= last.
 
-    u: float64 [B, DRAWS] in (0, 1), four a proposal and one for the full sum. saliency: float64
-    [B, gh, gw] over the full frame. lam: float64 [B]. window: float64 [B, 4], the crop
-    (y, x, h, w) as shares of the full frame. size_px: int64 [B, 2], (H, W) of the crop. first,
-    last: int64 [B, 2], within the crop, first <= last. lam_bound: the largest |λ| of the run; it
-    sets how fine the envelope is, not what is drawn from. Where λ = 0 it is `uniform_centre` of
-    the first two numbers, for any map. Returns int64 [B, 2], (y, x).
+    draw: (rows, n) -> uniforms in (0, 1) of those rows, float64 [b, n], always the same first n of
+    a row. saliency: float64 [B, gh, gw] over the full frame. lam: float64 [B]. window: float64
+    [B, 4], the crop (y, x, h, w) as shares of the full frame. size_px: int64 [B, 2], (H, W) of the
+    crop. first, last: int64 [B, 2], within the crop, first <= last. lam_bound: the largest |λ| of
+    the run; it sets how fine the envelope is, not what is drawn from. Where λ = 0 it is
+    `uniform_centre` of the first two numbers, for any map. Returns int64 [B, 2], (y, x).
+    """
+    xp = array_namespace(saliency)
+    where = (saliency, lam, window, size_px, first, last)
+    centre, drawn = _propose(draw(slice(None), 4 * _FIRST_PROPOSALS), *where, lam_bound)
+    again = xp.nonzero(~drawn)[0]
+    if again.shape[0]:
+        u = draw(again, 4 * PROPOSALS + 1)
+        where = tuple(array[again] for array in where)
+        centre[again], drawn = _propose(u[:, :-1], *where, lam_bound)
+        for k in np.flatnonzero(~_to_host(drawn)).tolist():
+            centre[again[k]] = _draw_exact(u[k, -1], *(array[k] for array in where))
+    return centre
+
+
+def _propose(
+    u: Array,
+    saliency: Array,
+    lam: Array,
+    window: Array,
+    size_px: Array,
+    first: Array,
+    last: Array,
+    lam_bound: float,
+) -> tuple[Array, Array]:
+    """The first proposal that is accepted, int64 [B, 2], and bool [B], whether one is.
+
+    u: float64 [B, 4 · proposals]. The others are as in draw_centre.
     """
     xp = array_namespace(saliency)
     b, gh, gw = saliency.shape
-    u, u_exact = xp.reshape(u[:, :-1], (b, u.shape[1] // 4, 4)), u[:, -1]
-    axis_window = xp.stack(
-        [window[:, :2], window[:, 2:] / xp.astype(size_px, xp.float64)], axis=2
-    )  # [B, axis, (start, step)]
+    u = xp.reshape(u, (b, u.shape[1] // 4, 4))
+    axis_window = _axis_window(window, size_px)
     per_cell = max(1, math.ceil(lam_bound / _PATCH_LAMBDA))
     nodes_y, nodes_x = _nodes(gh, per_cell), _nodes(gw, per_cell)
     edge_y = _patch_edges(nodes_y, axis_window[:, 0], first[:, 0], last[:, 0], xp)
@@ -158,11 +184,13 @@ def draw_centre(
     chosen = proposal[rows[:, 0], xp.argmax(xp.astype(accepted, xp.int8), axis=1)]
 
     chosen = xp.where(lam[:, None] == 0, uniform_centre(u[:, 0, :2], first, last), chosen)
-    for k in np.flatnonzero(_to_host((lam != 0) & ~xp.any(accepted, axis=1))).tolist():
-        chosen[k] = _draw_exact(
-            u_exact[k], saliency[k], lam[k], axis_window[k], first[k], last[k], xp
-        )
-    return chosen
+    return chosen, (lam == 0) | xp.any(accepted, axis=1)
+
+
+def _axis_window(window, size_px) -> Array:
+    """What saliency_at takes, of a window and size: float64 [B, axis, (start, step)]."""
+    xp = array_namespace(window)
+    return xp.stack([window[:, :2], window[:, 2:] / xp.astype(size_px, xp.float64)], axis=2)
 
 
 def _patch_edges(nodes, axis_window, first, last, xp) -> Array:
@@ -209,14 +237,15 @@ def _refinement(g: int, per_cell: int) -> np.ndarray:
     return np.maximum(0.0, 1.0 - np.abs(place[:, None] - np.arange(g)))
 
 
-def _draw_exact(u, saliency, lam, axis_window, first, last, xp) -> Array:
+def _draw_exact(u, saliency, lam, window, size_px, first, last) -> Array:
     """Eq. 4 for one sample by the sum over all pixels. Returns int64 [2]."""
-    device = saliency.device
+    xp, device = array_namespace(saliency), saliency.device
     y = xp.arange(int(first[0]), int(last[0]) + 1, dtype=xp.int64, device=device)
     x = xp.arange(int(first[1]), int(last[1]) + 1, dtype=xp.int64, device=device)
     grid = xp.stack(xp.meshgrid(y, x, indexing="ij"), axis=-1)
     pixels = xp.reshape(grid, (1, -1, 2))
-    exponent = lam * saliency_at(saliency[None], pixels, axis_window[None])[0]
+    axis_window = _axis_window(window[None], size_px[None])
+    exponent = lam * saliency_at(saliency[None], pixels, axis_window)[0]
     mass = xp.cumulative_sum(xp.exp(exponent - xp.max(exponent)))
     k = xp.sum(xp.astype(mass <= u * mass[-1], xp.int64))
     return pixels[0, k.clip(max=pixels.shape[1] - 1)]

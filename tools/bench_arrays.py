@@ -103,7 +103,9 @@ def live_rows(
     counts: dict[str, Counter] = {}
 
     def add(name: str, index: ImageIndex, method: str, cache: SaliencyCache | None = None) -> None:
-        stage = Stage(index, method, batch_size=args.batch_size, cache=cache, **GUIDED)
+        stage = Stage(
+            index, method, batch_size=args.batch_size, cache=cache, resident=True, **GUIDED
+        )
         loader = memory_loader(stage, images.pixels, image, run)
         counts[name] = Counter()
         out[name] = Row(counts[name](endless(loader)), run.prefetch + 1, stage)

@@ -51,12 +51,16 @@ def boxes(maps: np.ndarray, lam: float, size: int, exact: bool) -> np.ndarray:
     u = uniforms(0, Stream.ERASE, 0, ids, 2 * config.tries).reshape(b, -1, 2)
     hw, _ = region.draw_size(u, size_px, config.area, config.aspect)
     first, last = region.centre_range(hw, size_px, "inside")
-    u = uniforms(0, Stream.CENTRE, 0, ids, region.DRAWS)
-    if exact:
-        u[:, 3:-1:4] = 2.0  # no proposal is accepted: the sum over pixels has to do it
+
+    def draw(rows: np.ndarray | slice, n: int) -> np.ndarray:
+        u = uniforms(0, Stream.CENTRE, 0, ids[rows], n)
+        if exact:
+            u[:, 3::4] = 2.0  # no proposal is accepted: the sum over pixels has to do it
+        return u
+
     window = np.tile([[0.2, 0.1, 0.6, 0.7]], (b, 1))
     centre = region.draw_centre(
-        u, maps, np.full(b, lam), window, size_px, first, last, lam_bound=abs(lam)
+        draw, maps, np.full(b, lam), window, size_px, first, last, lam_bound=abs(lam)
     )
     return region.box_at(centre, hw, size_px)
 

@@ -98,7 +98,7 @@ class Method:
         lam, saliency, status = self._guidance(samples)
         first, last = region.centre_range(hw, samples.size_px, self.config.border)
         centre = region.draw_centre(
-            samples.draw(self.run, Stream.CENTRE, region.DRAWS),
+            lambda rows, n: samples.take(rows).draw(self.run, Stream.CENTRE, n),
             saliency,
             lam,
             samples.window,
