@@ -105,7 +105,7 @@ class FedPlan(PlanNodes):
         rows = self._stage.rows(
             self.planner,
             keys,
-            np.full(len(keys), first),
+            first + np.arange(len(keys)) // self._order.batch_size,
             np.full((len(keys), 2), self._size),
             full_px.astype(np.float64),
         )

@@ -212,6 +212,7 @@ class Stage:
             self.index,
             self._method,
             self._run,
+            batch_size=self.batch_size,
             batches_per_epoch=self.batches_per_epoch,
             start_epoch=self.start_epoch,
             random_crop=random_crop,

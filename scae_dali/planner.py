@@ -48,6 +48,7 @@ class Planner:
         method: Method,
         run: Run,
         *,
+        batch_size: int,
         batches_per_epoch: int,
         start_epoch: int = 0,
         random_crop: CropConfig | None = None,
@@ -58,7 +59,7 @@ class Planner:
         drawn = {} if random_crop is None else DRAWN
         draw = DRAW if self.mixes else {}
         self.columns = columns_of(COMMON | drawn | draw | dict(method.fields))
-        self._method, self._run = method, run
+        self._method, self._run, self._batch_size = method, run, batch_size
         self._batches_per_epoch, self._start_epoch = batches_per_epoch, start_epoch
         self._labels = index.labels.copy()  # torch shares only arrays that can be written to
 
@@ -71,8 +72,8 @@ class Planner:
     ) -> Array:
         """The plan of a batch, in the array library of `ids` (NumPy or torch).
 
-        ids: int64 [B], or keys as `order` has them, where a sample may come twice in an epoch.
-        iteration: int64 [B]. size_px: int64 [B, 2], (H, W) of the crop as the network sees it.
+        ids: int64 [B], or keys as `order` has them, where a sample may come twice in an epoch; of
+        one batch, or of several full ones. iteration: int64 [B]. size_px: int64 [B, 2], (H, W) of the crop as the network sees it.
         window: float64 [B, 6], start, shape and the shape of the upright image, in pixels;
         [B, 2], that shape alone, where the crop is drawn here; None: the whole image is seen.
         Raises IndexError for an id outside the index.
@@ -83,6 +84,7 @@ class Planner:
         labels = self._label(xp, ids, keys)
         epoch = iteration // self._batches_per_epoch + self._start_epoch
         extra = []
+        flip = xp.zeros((b,), dtype=xp.bool, device=device)
         if self.random_crop is not None:
             cut, flip = self._crop(Stream.CROP, keys, epoch, window, self.random_crop)
             extra = [xp.astype(cut, xp.float64), xp.astype(flip, xp.float64)]
@@ -94,12 +96,28 @@ class Planner:
             share[:, 2:] = 1.0
         else:
             share = window[:, :4] / xp.concat([window[:, 4:], window[:, 4:]], axis=1)
+        place = xp.arange(b, dtype=xp.int64, device=device)
         plan = self._method.plan(
-            Samples(ids=ids, keys=keys, labels=labels, epoch=epoch, window=share, size_px=size_px)
+            Samples(
+                ids=ids,
+                keys=keys,
+                labels=labels,
+                epoch=epoch,
+                window=share,
+                size_px=size_px,
+                iteration=iteration,
+                place=place % self._batch_size,
+                flip=flip,
+            )
         )
+        partner = labels
+        if "partner_id" in plan:
+            partner = self._label(xp, plan["partner_id"], ids)
+        elif "source" in plan:
+            partner = labels[place - place % self._batch_size + plan["source"]]
         table = xp.empty((b, COMMON_WIDTH), dtype=xp.float64, device=device)
         table[:, 0] = labels
-        table[:, 1] = self._label(xp, plan["partner_id"], ids) if self.mixes else labels
+        table[:, 1] = partner
         table[:, 2] = ids
         table[:, 3] = plan["status"]
         table[:, 4] = plan.get("mu", 1.0)

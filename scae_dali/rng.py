@@ -35,6 +35,11 @@ class Stream(IntEnum):
     PARTNER = 5
     PARTNER_CROP = 6
     ORDER = 7
+    PERMUTATION = 8  # of a batch: the epoch is the iteration, the id the place
+    BATCH_MIX = 9  # of a batch: the epoch is the iteration, the id 0
+    POLICY = 10
+    GRID = 11
+    REGION = 12  # KeepAugment's candidates
 
 
 def philox(counter: Array, seed: int) -> Array:

@@ -22,6 +22,9 @@ def samples(n, labels=None, epoch=5, size=(64, 64), window=(0.0, 0.0, 1.0, 1.0))
         epoch=np.full(n, epoch),
         window=np.tile(np.array(window), (n, 1)),
         size_px=np.tile(np.array(size), (n, 1)),
+        iteration=np.full(n, 7),
+        place=np.arange(n),
+        flip=np.zeros(n, bool),
     )
 
 

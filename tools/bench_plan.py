@@ -82,6 +82,7 @@ def plans(n: int, size: int, backend: str) -> Callable[[], object]:
         index,
         scae.Method(ScaeConfig(), run),
         run,
+        batch_size=n,
         batches_per_epoch=1,
         start_epoch=1,
         random_crop=CropConfig(),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntFlag
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from array_api_compat import array_namespace
 
@@ -20,7 +20,22 @@ from scae_dali.rng import Array, Stream, uniforms
 
 DataNode = Any
 Triple = tuple[float, float, float]
-BUILT_IN = ("none", "random_erasing", "scae", "mixup")
+BUILT_IN = (
+    "none",
+    "random_erasing",
+    "cutout",
+    "grid_mask",
+    "scae",
+    "semantic_grid_mask",
+    "rand_augment",
+    "auto_augment",
+    "trivial_augment",
+    "keep_augment",
+    "mixup",
+    "cutmix",
+    "saliency_mix",
+)
+Kind = Literal["policy", "erase", "mix"]
 # Of a method that mixes in a second sample, which the pipeline fetches.
 MIX_FIELDS = {"partner_id": 1}
 
@@ -32,7 +47,8 @@ class Status(IntFlag):
     NO_MAP = 2  # erased without guidance: the cache holds no map of it
     FLAT_MAP = 4  # erased without guidance: its map is constant
     NO_FIT = 8  # not erased: no rectangle fitted into the crop
-    MIXED = 16
+    MIXED = 16  # with a second sample that the pipeline fetches
+    MIXED_IN_BATCH = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +79,8 @@ class Samples:
     full frame. size_px: int64 [B, 2], (H, W) of the crop as the network sees it.
     keys: int64 [B], of the random numbers: the id, and in its high 32 bits how often the sample
     came before within the epoch.
+    iteration, place: int64 [B], the number of the batch in the run, and the place in it.
+    flip: bool [B], whether the crop is flipped later, as far as the stage knows.
     """
 
     ids: Array
@@ -71,6 +89,9 @@ class Samples:
     epoch: Array
     window: Array
     size_px: Array
+    iteration: Array
+    place: Array
+    flip: Array
 
     def take(self, rows: Array) -> "Samples":
         """The samples of these rows (int64 [n] or bool [B])."""
@@ -90,9 +111,19 @@ class Method(Protocol):
     float64 [B, width], or [B] if the width is 1. A method that mixes in second samples has
     MIX_FIELDS, gives the status MIXED alone to the samples that are mixed, and plans `partner_id`
     (the sample's own where it is not mixed) and `mu` (float64 [B], the weight of the own sample).
+    A method that mixes within the batch gives those samples the status MIXED_IN_BATCH and plans
+    `source` (int64 [B], the place in the batch of the second sample; its own where there is none)
+    and `mu`.
     apply(images, plan) turns HWC images, mixed already, and the plan inside a graph
     (ops.PlanNodes) into images.
+
+    kinds: what it does, of Kind in this order; a list of methods has each kind once at most. A
+    method without kinds combines with none. conditional: whether apply needs a pipeline with
+    `enable_conditionals=True`.
     """
+
+    kinds: ClassVar[tuple[Kind, ...]]
+    conditional: ClassVar[bool]
 
     @property
     def fields(self) -> Mapping[str, int]: ...
