@@ -154,7 +154,9 @@ def train_pipeline(
             "the images from files (data.in_memory=false)"
         )
 
-    @pipeline_def(enable_checkpointing=True, **run.arguments())
+    @pipeline_def(
+        enable_checkpointing=True, enable_conditionals=stage.conditional, **run.arguments()
+    )
     def define():
         plan = FedPlan(stage, order, pixels, image)
         images = plan.images if run.device_id is None else plan.images.gpu()

@@ -42,7 +42,9 @@ def train_pipeline(
         check_order(order, stage, run)
     fetch = partial(decode_crop, image=image, run=run)
 
-    @pipeline_def(enable_checkpointing=True, enable_conditionals=stage.mixes, **run.arguments())
+    @pipeline_def(
+        enable_checkpointing=True, enable_conditionals=stage.conditional, **run.arguments()
+    )
     def define():
         if order is None:
             encoded, ids = read_shuffled(stage.index, run, seed)

@@ -137,19 +137,54 @@ class ScaeConfig(RectangleConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixupConfig:
-    """MixUp (Zhang et al., ICLR 2018): with probability `prob`, weight μ ~ Beta(alpha, alpha)."""
+class BatchMixConfig:
+    """Mixing within the batch: with probability `prob`, weight μ ~ Beta(alpha, alpha).
+
+    per: both are drawn for each `sample`, or once for the whole `batch`, as in the authors' code.
+    """
 
     prob: float = 1.0
     alpha: float = 1.0
+    per: Literal["sample", "batch"] = "sample"
 
     def __post_init__(self) -> None:
         check_prob("prob", self.prob)
         check(
             0 < self.alpha <= 100,
-            f"alpha must be in (0, 100], got {self.alpha}; published ones are 1 for CIFAR, 0.2 for "
-            "ImageNet",
+            f"alpha must be in (0, 100], got {self.alpha}; published ones are 1, and for MixUp on "
+            "ImageNet 0.2",
         )
+        check_choice("per", self.per, ("sample", "batch"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixupConfig(BatchMixConfig):
+    """MixUp (Zhang et al., ICLR 2018). Published alphas: 1 for CIFAR, 0.2 for ImageNet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutmixConfig(BatchMixConfig):
+    """CutMix (Yun et al., ICCV 2019). Published probabilities: 0.5 for PyramidNet on CIFAR, 1 for
+    ResNets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaliencyMixConfig(CutmixConfig):
+    """SaliencyMix (Uddin et al., ICLR 2021).
+
+    preset: `paper` centres the box on the peak of the second image's map; `official` does what the
+    authors' code does: one box for the whole batch (`per` is ignored), centred anywhere.
+    refresh_every: epochs between saliency passes; 0 means a cache built offline, never refreshed.
+    """
+
+    prob: float = 0.5
+    preset: Literal["paper", "official"] = "paper"
+    refresh_every: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("preset", self.preset, ("paper", "official"))
+        check(self.refresh_every >= 0, f"refresh_every must be >= 0, got {self.refresh_every}")
 
 
 @dataclass(frozen=True, kw_only=True)

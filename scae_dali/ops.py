@@ -18,7 +18,8 @@ from scae_dali import second
 from scae_dali.cache import SaliencyCache
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD, CropConfig
 from scae_dali.dataset import ImageIndex
-from scae_dali.methods.base import DataNode, Run, Triple, load, make_config, mixes
+from scae_dali.methods import compose
+from scae_dali.methods.base import DataNode, Run, Triple, mixes
 from scae_dali.planner import Planner
 from scae_dali.resident import ResidentCache
 
@@ -76,7 +77,9 @@ class Stage:
     """One augmentation of one data set, ready to be put into a DALI pipeline.
 
     index: the data set; its order gives the ids. method: see methods.load; its settings are
-    further keywords. cache: a SaliencyCache of this index or its path; None: no maps.
+    further keywords. Several are joined by +, `rand_augment+scae` (see methods.compose); then the
+    settings of each are a mapping under its name, scae={"lam_max": 1.0}.
+    cache: a SaliencyCache of this index or its path; None: no maps.
     epochs: T of eq. 5. batch_size: the pipeline's. num_shards: the reader's. seed: of all plans.
     epoch_size: samples of an epoch, of all shards; None: every sample once.
     start_epoch: the epoch of the pipeline's first batch, where it does not come from a checkpoint.
@@ -117,7 +120,6 @@ class Stage:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if backend not in ("numpy", "torch"):
             raise ValueError(f"backend must be numpy or torch, got {backend!r}")
-        module = load(method)
         if cache is not None and not isinstance(cache, SaliencyCache):
             cache = SaliencyCache(cache, index=index)
         self.index = index
@@ -137,8 +139,9 @@ class Stage:
             saliency=_saliency_source(cache, resident, self._device),
             neighbors=None if cache is None else cache.read_neighbors,
         )
-        self._method = module.Method(make_config(module, settings), self._run)
+        self._method = compose.make(method, settings, self._run)
         self.mixes = mixes(self._method)
+        self.conditional = self.mixes or getattr(self._method, "conditional", False)
 
     def __call__(
         self,

@@ -73,7 +73,8 @@ class Planner:
         """The plan of a batch, in the array library of `ids` (NumPy or torch).
 
         ids: int64 [B], or keys as `order` has them, where a sample may come twice in an epoch; of
-        one batch, or of several full ones. iteration: int64 [B]. size_px: int64 [B, 2], (H, W) of the crop as the network sees it.
+        one batch, or of several full ones. iteration: int64 [B], the number of the batch. size_px:
+        int64 [B, 2], (H, W) of the crop as the network sees it.
         window: float64 [B, 6], start, shape and the shape of the upright image, in pixels;
         [B, 2], that shape alone, where the crop is drawn here; None: the whole image is seen.
         Raises IndexError for an id outside the index.

@@ -137,6 +137,28 @@ def draw_centre(
     return centre
 
 
+def peak(saliency: Array, window: Array, size_px: Array) -> Array:
+    """The pixel of the crop where Â is largest, or one of them: int64 [B, 2], (y, x).
+
+    saliency: float64 [B, gh, gw]. window: float64 [B, 4]. size_px: int64 [B, 2]. As in draw_centre.
+    """
+    xp = array_namespace(saliency)
+    b, gh, gw = saliency.shape
+    axis_window = _axis_window(window, size_px)
+    zero, last = xp.zeros_like(size_px), size_px - 1
+    # Â is bilinear on every patch, so it is largest at a corner of one.
+    corners = []
+    for axis, g in enumerate((gh, gw)):
+        edges = _patch_edges(_nodes(g, 1), axis_window[:, axis], zero[:, axis], last[:, axis], xp)
+        ends = xp.concat([edges[:, :-1], edges[:, 1:] - 1], axis=1)
+        corners.append(xp.minimum(ends.clip(min=0), last[:, axis : axis + 1]))
+    y = xp.broadcast_to(corners[0][:, :, None], (b, corners[0].shape[1], corners[1].shape[1]))
+    x = xp.broadcast_to(corners[1][:, None, :], y.shape)
+    pixels = xp.reshape(xp.stack([y, x], axis=3), (b, -1, 2))
+    best = xp.argmax(saliency_at(saliency, pixels, axis_window), axis=1)
+    return pixels[_arange(xp, b, saliency), best]
+
+
 def _propose(
     u: Array,
     saliency: Array,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntFlag
 from types import ModuleType
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from array_api_compat import array_namespace
 
@@ -122,8 +122,11 @@ class Method(Protocol):
     `enable_conditionals=True`.
     """
 
-    kinds: ClassVar[tuple[Kind, ...]]
-    conditional: ClassVar[bool]
+    @property
+    def kinds(self) -> tuple[Kind, ...]: ...
+
+    @property
+    def conditional(self) -> bool: ...
 
     @property
     def fields(self) -> Mapping[str, int]: ...

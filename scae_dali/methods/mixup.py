@@ -1,42 +1,38 @@
-"""MixUp (Zhang et al., ICLR 2018): every sample is mixed with another one of the data set.
+"""MixUp (Zhang et al., ICLR 2018): an image plus another one of its batch, weighed at random."""
 
-Weight and partner are drawn for each sample on its own, so that they do not depend on the batch.
-"""
-
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from array_api_compat import array_namespace
+from nvidia.dali import types
 
 from scae_dali.config import MixupConfig as Config
-from scae_dali.methods.base import MIX_FIELDS, Run, Status
-from scae_dali.mixing import mix_weight
-from scae_dali.rng import Stream
+from scae_dali.methods import batch
+from scae_dali.methods.base import DataNode, Kind, Run, Samples, Status
+from scae_dali.rng import Array
 
 __all__ = ["Config", "Method"]
 
 
 class Method:
-    """Mix with probability `prob`, with weight μ ~ Beta(alpha, alpha)."""
+    """μ·image + (1 - μ)·other, μ ~ Beta(alpha, alpha), with probability `prob`."""
 
-    fields: ClassVar[dict[str, int]] = MIX_FIELDS
+    kinds: ClassVar[tuple[Kind, ...]] = ("mix",)
+    conditional: ClassVar[bool] = False
+    fields: ClassVar[dict[str, int]] = batch.FIELDS | {"weight": 1}
 
     def __init__(self, config: Config, run: Run) -> None:
         self.config = config
         self.run = run
 
-    def plan(self, samples):
+    def plan(self, samples: Samples) -> dict[str, Array]:
         xp = array_namespace(samples.ids)
-        u = samples.draw(self.run, Stream.MIX, 2)
-        mixed = u[:, 0] < self.config.prob
-        u_partner = samples.draw(self.run, Stream.PARTNER, 1)[:, 0]
-        others = max(1, len(self.run.labels) - 1)
-        partner = xp.astype(xp.floor(u_partner * others), xp.int64)
-        partner = (partner + xp.astype(partner >= samples.ids, xp.int64)) % len(self.run.labels)
-        return {
-            "status": xp.where(mixed, int(Status.MIXED), xp.zeros_like(samples.ids)),
-            "mu": xp.where(mixed, mix_weight(u[:, 1], self.config.alpha), xp.ones_like(u_partner)),
-            "partner_id": xp.where(mixed, partner, samples.ids),
-        }
+        mixed, mu, _ = batch.draw(samples, self.run, self.config)
+        _, source = batch.second(samples, self.run, mixed)
+        mu = xp.where(mixed, mu, xp.ones_like(mu))
+        status = xp.where(mixed, int(Status.MIXED_IN_BATCH), xp.zeros_like(samples.ids))
+        return {"status": status, "mu": mu, "weight": mu} | source
 
-    def apply(self, images, plan):
-        return images
+    def apply(self, images: DataNode, plan: Any) -> DataNode:
+        """Float images: rounding to bytes would cost as much as the mixing."""
+        weight = plan.scalar("weight", types.FLOAT)
+        return images * weight + batch.images(images, plan) * (1.0 - weight)

@@ -10,8 +10,8 @@ from array_api_compat import array_namespace
 
 from scae_dali import region, schedule
 from scae_dali.config import ScaeConfig as Config
-from scae_dali.methods import rectangle
-from scae_dali.methods.base import MIX_FIELDS, Run, Samples, Status, zeros
+from scae_dali.methods import guidance, rectangle
+from scae_dali.methods.base import MIX_FIELDS, Kind, Run, Samples, Status, zeros
 from scae_dali.mixing import Partners, mix_weight, on_host
 from scae_dali.rng import Stream
 
@@ -37,6 +37,7 @@ class Method:
             self.lam_max[self.tail] = config.tail_lambda
         self.fields = rectangle.fields(config)
         self.mixes = bool(config.mix_prob and self.tail.any())
+        self.kinds: tuple[Kind, ...] = ("erase", "mix") if self.mixes else ("erase",)
         if self.mixes:
             self.partners = Partners(run.labels, len(frequency))
             self.fields |= MIX_FIELDS
@@ -117,10 +118,6 @@ class Method:
         lam = schedule.lam(samples.epoch, self.run.epochs, lam_max)
         if self.run.saliency is None or not xp.any(lam != 0):
             return 0.0 * lam, zeros(lam, lam.shape[0], 1, 1), status
-        maps, found = self.run.saliency(samples.ids)
-        flat = found & (xp.max(maps, axis=(1, 2)) == xp.min(maps, axis=(1, 2)))
-        guided = lam != 0
-        status = status + xp.where(guided & ~found, int(Status.NO_MAP), 0)
-        status = status + xp.where(guided & flat, int(Status.FLAT_MAP), 0)
-        lam = xp.where(found & ~flat, lam, xp.zeros_like(lam))
-        return lam, xp.astype(maps, xp.float64) / 255, status
+        saliency, known, missing = guidance.maps(samples, self.run)
+        status = status + xp.where(lam != 0, missing, xp.zeros_like(missing))
+        return xp.where(known, lam, xp.zeros_like(lam)), saliency, status

@@ -1,0 +1,48 @@
+"""Shared by the methods that mix images of one batch: who with whom, and the second images.
+
+The permutation is a function of (seed, iteration) alone. Everything else is drawn for each sample
+from (seed, epoch, id), or, where `per` is `batch`, once for all from (seed, iteration), as in the
+authors' code.
+"""
+
+from typing import Any
+
+from array_api_compat import array_namespace
+from nvidia.dali import fn, types
+
+from scae_dali.config import BatchMixConfig
+from scae_dali.methods.base import DataNode, Run, Samples
+from scae_dali.mixing import mix_weight
+from scae_dali.rng import Array, Stream, uniforms
+
+# `source`: the place of the second image; `source_flip`: whether it is turned against the first.
+FIELDS = {"source": 1, "source_flip": 1}
+DRAWS = 4  # of a sample or a batch: whether, the weight, and two for the method
+
+
+def draw(samples: Samples, run: Run, config: BatchMixConfig) -> tuple[Array, Array, Array]:
+    """Which samples are mixed, bool [B]; their weights by Beta(alpha, alpha), float64 [B]; and two
+    more uniforms, float64 [B, 2]."""
+    if config.per == "batch":
+        u = uniforms(run.seed, Stream.BATCH_MIX, samples.iteration, 0 * samples.place, DRAWS)
+    else:
+        u = samples.draw(run, Stream.MIX, DRAWS)
+    return u[:, 0] < config.prob, mix_weight(u[:, 1], config.alpha), u[:, 2:]
+
+
+def second(samples: Samples, run: Run, mixed: Array) -> tuple[Array, dict[str, Array]]:
+    """The rows of the second samples, int64 [B], and FIELDS; a sample's own where not mixed."""
+    xp = array_namespace(samples.place)
+    u = uniforms(run.seed, Stream.PERMUTATION, samples.iteration, samples.place, 1)[:, 0]
+    # A plan may be of several batches: they stay apart.
+    batch = xp.astype(xp.cumulative_sum(xp.astype(samples.place == 0, xp.int64)), xp.float64)
+    rows = xp.arange(u.shape[0], dtype=xp.int64, device=u.device)
+    rows = xp.where(mixed, xp.argsort(batch + u, stable=True), rows)
+    flip = samples.flip != samples.flip[rows]
+    return rows, {"source": samples.place[rows], "source_flip": xp.astype(flip, xp.float64)}
+
+
+def images(first: DataNode, plan: Any) -> DataNode:
+    """The second images of a batch, HWC, in the flip of the first."""
+    other = fn.permute_batch(first, indices=plan.scalar("source", types.INT32))
+    return fn.flip(other, horizontal=plan.scalar("source_flip", types.INT32))

@@ -1,0 +1,53 @@
+"""CutMix (Yun et al., ICCV 2019): a box of another image of the batch, labels by area."""
+
+from typing import Any, ClassVar
+
+from array_api_compat import array_namespace
+
+from scae_dali import region
+from scae_dali.config import CutmixConfig as Config
+from scae_dali.methods import batch, paste
+from scae_dali.methods.base import DataNode, Kind, Run, Samples, Status
+from scae_dali.rng import Array
+
+__all__ = ["Config", "Method"]
+
+
+class Method:
+    """Paste a box of area 1 - λ, λ ~ Beta(alpha, alpha), its centre uniform, with probability
+    `prob`. The box is clipped at the border, and μ is what is left of the image's own area.
+    """
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("mix",)
+    conditional: ClassVar[bool] = False
+    fields: ClassVar[dict[str, int]] = batch.FIELDS | paste.FIELDS
+
+    def __init__(self, config: Config, run: Run) -> None:
+        self.config = config
+        self.run = run
+
+    def plan(self, samples: Samples) -> dict[str, Array]:
+        xp = array_namespace(samples.ids)
+        mixed, lam, u = batch.draw(samples, self.run, self.config)
+        rows, source = batch.second(samples, self.run, mixed)
+        size_px = samples.size_px
+        centre = region.uniform_centre(u, xp.zeros_like(size_px), size_px - 1)
+        centre, status = self._centre(samples, rows, mixed, centre)
+        box = paste.box_of_share(1 - lam, centre, size_px)
+        box = xp.where(mixed[:, None], box, xp.zeros_like(box))
+        area = xp.astype(box[:, 2] * box[:, 3], xp.float64)
+        mu = 1 - area / xp.astype(size_px[:, 0] * size_px[:, 1], xp.float64)
+        status = xp.where(mixed, status | int(Status.MIXED_IN_BATCH), xp.zeros_like(status))
+        return {"status": status, "mu": mu} | source | paste.fields(box, size_px)
+
+    def apply(self, images: DataNode, plan: Any) -> DataNode:
+        return paste.paste(images, batch.images(images, plan), plan)
+
+    def _centre(
+        self, samples: Samples, rows: Array, mixed: Array, uniform: Array
+    ) -> tuple[Array, Array]:
+        """Centres of the boxes, int64 [B, 2], and status, int64 [B].
+
+        rows: int64 [B], of the second samples. uniform: int64 [B, 2], pixels anywhere.
+        """
+        return uniform, array_namespace(uniform).zeros_like(samples.ids)

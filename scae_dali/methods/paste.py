@@ -1,0 +1,42 @@
+"""Shared by the methods that paste a box of another image: its geometry, and the operator."""
+
+from typing import Any
+
+from array_api_compat import array_namespace
+from nvidia.dali import fn, types
+
+from scae_dali.methods.base import DataNode
+from scae_dali.rng import Array
+
+# What fn.multi_paste takes, two regions: the whole first image, then the box.
+FIELDS = {"paste_anchors": 4, "paste_shapes": 4}
+
+
+def box_of_share(share: Array, centre: Array, size_px: Array) -> Array:
+    """A box of about this share of the image and of its aspect, clipped at its borders.
+
+    share: float64 [B]. centre, size_px: int64 [B, 2]. As CutMix's authors round: the sides are
+    whole pixels, and half of them lie on each side of the centre, whole pixels too. Returns int64
+    [B, 4], (y, x, h, w).
+    """
+    xp = array_namespace(share)
+    sides = xp.astype(size_px, xp.float64) * xp.sqrt(share)[:, None]
+    half = xp.astype(sides, xp.int64) // 2
+    begin = (centre - half).clip(min=0)
+    end = xp.minimum(centre + half, size_px)
+    return xp.concat([begin, end - begin], axis=1)
+
+
+def fields(box: Array, size_px: Array) -> dict[str, Array]:
+    """FIELDS of boxes int64 [B, 4]; a box of no area pastes nothing."""
+    xp = array_namespace(box)
+    return {
+        "paste_anchors": xp.concat([xp.zeros_like(size_px), box[:, :2]], axis=1),
+        "paste_shapes": xp.concat([size_px, box[:, 2:]], axis=1),
+    }
+
+
+def paste(images: DataNode, others: DataNode, plan: Any) -> DataNode:
+    """Images (HWC, of one size) with the boxes of others at the same place."""
+    anchors, shapes = (fn.reshape(plan.part(name, types.INT32), shape=[2, 2]) for name in FIELDS)
+    return fn.multi_paste(images, others, in_anchors=anchors, out_anchors=anchors, shapes=shapes)

@@ -1,0 +1,46 @@
+"""SaliencyMix (Uddin et al., ICLR 2021): CutMix whose box lies on the second image's salient peak.
+
+The authors' code reads normalised floats as bytes, so that its peak is anywhere, and has one box
+for the whole batch: that is the preset `official`. `paper` takes each image's own map.
+"""
+
+import dataclasses
+
+from array_api_compat import array_namespace
+
+from scae_dali import region
+from scae_dali.config import SaliencyMixConfig as Config
+from scae_dali.methods import cutmix, guidance
+from scae_dali.methods.base import Run, Samples
+from scae_dali.rng import Array
+
+__all__ = ["Config", "Method"]
+
+
+class Method(cutmix.Method):
+    """CutMix; by the preset `paper`, the box is centred at the largest saliency of the second
+    image's crop, and pasted at the same place. Without a map it is CutMix's.
+    """
+
+    def __init__(self, config: Config, run: Run) -> None:
+        self._guided = config.preset == "paper"
+        if not self._guided:
+            config = dataclasses.replace(config, per="batch")
+        super().__init__(config, run)
+
+    def _centre(
+        self, samples: Samples, rows: Array, mixed: Array, uniform: Array
+    ) -> tuple[Array, Array]:
+        xp = array_namespace(uniform)
+        status = xp.zeros_like(samples.ids)
+        if not self._guided:
+            return uniform, status
+        chosen = xp.nonzero(mixed)[0]
+        second = samples.take(rows[chosen])
+        saliency, known, status[chosen] = guidance.maps(second, self.run)
+        peak = region.peak(saliency, second.window, second.size_px)
+        turned = second.flip != samples.flip[chosen]
+        peak[:, 1] = xp.where(turned, second.size_px[:, 1] - 1 - peak[:, 1], peak[:, 1])
+        centre = xp.asarray(uniform, copy=True)
+        centre[chosen] = xp.where(known[:, None], peak, uniform[chosen])
+        return centre, status
