@@ -73,7 +73,8 @@ class Run:
         self.meter = Meter()
         self.pipeline_state: bytes | None = None
         self.loader: Loader | None = None
-        self.cache = self.open_cache() if config.method == "scae" else None
+        self.guide = config.guide()
+        self.cache = None if self.guide is None else self.open_cache(self.guide.refresh_every)
         self.val_loader = self.loaders.val(self.exec_config(config.batch_size))
 
     def exec_config(self, batch_size: int, *, sharded: bool = True) -> ExecConfig:
@@ -85,11 +86,11 @@ class Run:
             num_shards=self.ranks.world if sharded else 1,
         )
 
-    def open_cache(self) -> SaliencyCache:
+    def open_cache(self, refresh_every: int) -> SaliencyCache:
         """The cache built offline, or the run's own, made where it is missing."""
         config = self.config.saliency
         path = config.cache or self.out / "saliency.lmdb"
-        if self.config.scae.refresh_every:
+        if refresh_every:
             grid = GradCAM(self.net, config.layer).grid(self.config.saliency_image().size)
             SaliencyCache.create(path, self.index, grid=grid, exist_ok=True)
         return SaliencyCache(path, index=self.index)
@@ -109,9 +110,11 @@ class Run:
 
     def saliency_pass(self) -> None:
         """Refresh the cache if a pass is due by this epoch and has not been made."""
-        config, cache = self.config, self.cache
-        due = schedule.pass_epoch(self.epoch, config.epochs, config.scae)
-        if cache is None or due is None:
+        config, cache, guide = self.config, self.cache, self.guide
+        if guide is None or cache is None:
+            return
+        due = schedule.pass_epoch(self.epoch, guide.refresh_every)
+        if due is None:
             return
         made = cache.meta.epoch == due and cache.meta.under_way is None
         if all(self.ranks.gather(made)):
@@ -135,7 +138,7 @@ class Run:
             layer=config.saliency.layer,
             name=config.model,
             input_size=image.size,
-            neighbors=config.scae.neighbors if self.stage.mixes else 0,
+            neighbors=guide.neighbors if self.stage.mixes else 0,
             autocast=partial(autocast, config.amp, self.device),
             progress=bar.update,
         )
@@ -223,14 +226,13 @@ class Run:
             evaluation.update(logits, batch.labels)
         figures = evaluation.compute(self.ranks)
         self.meter.sums["val"] += time.perf_counter() - start
-        guided = self.config.method == "scae"
-        lam = schedule.lam(self.epoch, self.config.epochs, self.config.scae.lam_max)
+        lam_max = getattr(self.guide, "lam_max", 0.0)
         return {
             "epoch": self.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "lam": float(lam) if guided else 0.0,
+            "lam": float(schedule.lam(self.epoch, self.config.epochs, lam_max)),
             **figures,
-            **self.meter.close_epoch(self.ranks, guided),
+            **self.meter.close_epoch(self.ranks, self.guide is not None),
         }
 
     def save(self) -> None:

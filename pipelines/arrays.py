@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali.pipeline import do_not_convert
 
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.images import check_order, cut, feed, normalise
@@ -84,6 +85,7 @@ class FedPlan(PlanNodes):
         block, batch = self._planned(info)
         return block.rows[batch]
 
+    @do_not_convert  # nothing that AutoGraph need look at
     def _planned(self, info: Any) -> tuple[_Block, slice]:
         """The block that has this batch, and which of its rows; the one after it is begun."""
         epoch, step = divmod(info.iteration, self._order.batches)

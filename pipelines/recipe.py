@@ -16,8 +16,24 @@ from pipelines.config import ImageConfig
 from pipelines.data import Data, DataConfig
 from scae_dali import models
 from scae_dali.cache import SaliencyCache
-from scae_dali.config import MixupConfig, RandomErasingConfig, ScaeConfig, check, check_choice
+from scae_dali.config import (
+    AutoAugmentConfig,
+    CutmixConfig,
+    CutoutConfig,
+    GridMaskConfig,
+    KeepAugmentConfig,
+    MixupConfig,
+    RandAugmentConfig,
+    RandomErasingConfig,
+    SaliencyMixConfig,
+    ScaeConfig,
+    SemanticGridMaskConfig,
+    TrivialAugmentConfig,
+    check,
+    check_choice,
+)
 from scae_dali.losses import LossConfig
+from scae_dali.methods import BUILT_IN, compose, load, make_config
 from scae_dali.models import MODELS
 from scae_dali.ops import Stage
 from scae_dali.order import epoch_size
@@ -104,11 +120,21 @@ class Config:
         data: the images.
         out: folder of the run: checkpoint, metrics, weights, saliency cache.
         model: a network of torchvision by name, or one for 32 px of scae_dali.models.
-        method: none, random_erasing, scae, mixup, or the dotted name of a module of yours.
-        scae: settings of the method scae.
-        random_erasing: settings of the method random_erasing.
-        mixup: settings of the method mixup.
-        method_args: settings of a module of yours.
+        method: one of scae_dali.methods.BUILT_IN, or the dotted name of a module of yours; several
+            are joined by +, rand_augment+scae.
+        scae: settings of the method of this name, as are those that follow.
+        semantic_grid_mask: SCAE with a grid.
+        random_erasing: Random Erasing.
+        cutout: Cutout.
+        grid_mask: GridMask.
+        mixup: MixUp.
+        cutmix: CutMix.
+        saliency_mix: SaliencyMix.
+        keep_augment: KeepAugment.
+        rand_augment: RandAugment.
+        auto_augment: AutoAugment.
+        trivial_augment: TrivialAugment.
+        method_args: settings of a module of yours; where several methods are joined, by its name.
         image: how images become tensors.
         optim: optimiser and schedule.
         loss: weights of the classes and smoothing of the labels.
@@ -134,8 +160,17 @@ class Config:
     model: str = "resnet50"
     method: str = "scae"
     scae: ScaeConfig = field(default_factory=ScaeConfig)
+    semantic_grid_mask: SemanticGridMaskConfig = field(default_factory=SemanticGridMaskConfig)
     random_erasing: RandomErasingConfig = field(default_factory=RandomErasingConfig)
+    cutout: CutoutConfig = field(default_factory=CutoutConfig)
+    grid_mask: GridMaskConfig = field(default_factory=GridMaskConfig)
     mixup: MixupConfig = field(default_factory=MixupConfig)
+    cutmix: CutmixConfig = field(default_factory=CutmixConfig)
+    saliency_mix: SaliencyMixConfig = field(default_factory=SaliencyMixConfig)
+    keep_augment: KeepAugmentConfig = field(default_factory=KeepAugmentConfig)
+    rand_augment: RandAugmentConfig = field(default_factory=RandAugmentConfig)
+    auto_augment: AutoAugmentConfig = field(default_factory=AutoAugmentConfig)
+    trivial_augment: TrivialAugmentConfig = field(default_factory=TrivialAugmentConfig)
     method_args: dict[str, Any] = field(default_factory=dict)
     image: ImageConfig = field(default_factory=ImageConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -161,9 +196,10 @@ class Config:
             f"optim.warmup_epochs must be below epochs ({self.epochs}), got "
             f"{self.optim.warmup_epochs}",
         )
+        guide = self.guide()
         check(
-            self.method != "scae" or self.scae.refresh_every > 0 or bool(self.saliency.cache),
-            "scae.refresh_every=0 means a cache built offline, got saliency.cache=None: name it "
+            guide is None or guide.refresh_every > 0 or bool(self.saliency.cache),
+            "refresh_every=0 means a cache built offline, got saliency.cache=None: name it "
             "(tools/build_cache.py builds one), or refresh every so many epochs",
         )
         check(
@@ -187,11 +223,37 @@ class Config:
             "second_stage.classifier": self.second_stage.classifier,
         }
 
+    def method_configs(self) -> dict[str, Any]:
+        """The Config of every method in use, by its name."""
+        names = compose.split(self.method)
+        given = self.method_args if len(names) > 1 else {names[0]: self.method_args}
+        return {
+            name: getattr(self, name)
+            if name in BUILT_IN and name != "none"
+            else make_config(load(name), given.get(name, {}))
+            for name in names
+        }
+
+    def guide(self) -> Any | None:
+        """The Config of the method that looks at saliency maps, if one does."""
+        guides = {
+            name: config
+            for name, config in self.method_configs().items()
+            if getattr(config, "guided", False)
+        }
+        passes = {name: config.refresh_every for name, config in guides.items()}
+        check(
+            len(set(passes.values())) < 2,
+            f"refresh_every must be the same for methods that share the maps, got {passes}",
+        )
+        return next(iter(guides.values()), None)
+
     def method_settings(self) -> dict[str, Any]:
-        """The settings of `method`, as keywords of its Config."""
-        if self.method in ("scae", "random_erasing", "mixup"):
-            return dataclasses.asdict(getattr(self, self.method))
-        return self.method_args
+        """The settings of `method`, as keywords of the stage."""
+        settings = {
+            name: dataclasses.asdict(config) for name, config in self.method_configs().items()
+        }
+        return settings if len(settings) > 1 else next(iter(settings.values()))
 
     def stage(
         self, data: Data, cache: SaliencyCache | None, *, device: str, num_shards: int

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from scae_dali.losses import mixed_cross_entropy
     from scae_dali.ops import SCAE, Stage, Targets
     from scae_dali.refresh import refresh_cache
+    from scae_dali.scorecam import ScoreCAM
 
 __all__ = [
     "SCAE",
@@ -24,6 +25,7 @@ __all__ = [
     "ImageIndex",
     "Loader",
     "SaliencyCache",
+    "ScoreCAM",
     "Stage",
     "Targets",
     "mixed_cross_entropy",
@@ -38,6 +40,7 @@ _HOME = {
     "Loader": "iterator",
     "SCAE": "ops",
     "SaliencyCache": "cache",
+    "ScoreCAM": "scorecam",
     "Stage": "ops",
     "Targets": "ops",
     "mixed_cross_entropy": "losses",

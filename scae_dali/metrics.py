@@ -72,6 +72,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def summary(row: Mapping[str, Any]) -> str:
     """One line for the terminal."""
     seconds, share = row["seconds"], row["share"]
+    mixed = share["mixed"] + share.get("mixed_in_batch", 0.0)
     text = (
         f"epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  top-1 {row['val_top1']:5.2f}  "
         f"top-5 {row['val_top5']:5.2f}{_present(row, 'many', 'medium', 'few')}  "
@@ -79,9 +80,9 @@ def summary(row: Mapping[str, Any]) -> str:
         f"data {seconds['data']:.1f} s  step {seconds['step']:.1f} s  "
         f"saliency {seconds['saliency']:.1f} s"
     )
-    if row["lam"] or share["erased"] or share["mixed"]:
+    if row["lam"] or share["erased"] or mixed:
         text += (
-            f"  λ {row['lam']:.2f}  erased {share['erased']:.1%}  mixed {share['mixed']:.1%}"
+            f"  λ {row['lam']:.2f}  erased {share['erased']:.1%}  mixed {mixed:.1%}"
             f"  unguided {share['no_map'] + share['flat_map']:.1%}"
             f"  overhead {row['overhead_percent']:.1f} %"
         )

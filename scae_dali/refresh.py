@@ -1,8 +1,8 @@
-"""The saliency pass: Grad-CAM of every sample's own label, into the cache.
+"""The saliency pass: a map of every sample's own label, into the cache.
 
 Every rank computes its part; the first process of each node writes, in key order, a chunk a
 transaction. A pass that was killed goes on with the samples whose records do not carry its stamp.
-When a pass is due is decided by `schedule`.
+When a pass is due is decided by `schedule`, what a map shows by the method.
 """
 
 import hashlib
@@ -16,11 +16,19 @@ import torch
 from torch import Tensor, distributed, nn
 
 from scae_dali.cache import SaliencyCache
+from scae_dali.cam import CAM, SaliencyMethod
 from scae_dali.chunk_writer import ChunkWriter
+from scae_dali.config import check_choice
 from scae_dali.dataset import ImageIndex
 from scae_dali.gradcam import GradCAM
 from scae_dali.iterator import Batch
 from scae_dali.models import classifier_of
+from scae_dali.scorecam import ScoreCAM
+
+# (model, layer) -> what maps images and labels; layer None: by the network's family.
+MethodFactory = Callable[[nn.Module, str | None], SaliencyMethod]
+
+METHODS: dict[str, type[CAM]] = {cam.method: cam for cam in (GradCAM, ScoreCAM)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,7 @@ def refresh_cache(
     loader_for: Callable[[Sequence[int]], Iterable[Batch]],
     *,
     epoch: int,
+    method: str | MethodFactory = "gradcam",
     layer: str | None = None,
     name: str | None = None,
     input_size: int | None = None,
@@ -50,16 +59,22 @@ def refresh_cache(
 
     cache: of this node, given to the one process of the node that writes; None on the others.
     loader_for(ids): batches of whole upright images, in this order, normalised as in training.
-    layer: see GradCAM. name, input_size: of the model, for the cache's meta. progress: called with
-    the number of images done since its last call. neighbors: how many neighbouring classes of each
-    the cache shall hold, by the weights of the model's classifier (see nearest_classes).
+    method: a name of `METHODS`, or what makes one, such as partial(ScoreCAM, chunk=256); maps of
+    this epoch by another method, as by other weights, are withdrawn and made anew. layer: see CAM.
+    name, input_size: of the model, for the cache's meta. progress: called with the number of images
+    done since its last call. neighbors: how many neighbouring classes of each the cache shall hold,
+    by the weights of the model's classifier (see nearest_classes).
     Raises what the cache raises; whatever was committed stays, and the next call goes on from
-    there. ValueError where neighbours are wanted of a model without a linear classifier.
+    there. ValueError for an unknown method, and where neighbours are wanted of a model without a
+    linear classifier.
     """
     start = time.perf_counter()
     world = distributed.get_world_size() if distributed.is_initialized() else 1
     rank = distributed.get_rank() if world > 1 else 0
-    cam = GradCAM(model, layer)
+    if isinstance(method, str):
+        check_choice("method", method, tuple(METHODS))
+        method = METHODS[method]
+    cam = method(model, layer)
     classifier = classifier_of(cam.model, index.num_classes)[1] if neighbors else None
     writer: AbstractContextManager[ChunkWriter | None] = nullcontext()
     if cache is not None:
@@ -68,7 +83,7 @@ def refresh_cache(
             epoch,
             commit_every=commit_every,
             weights=weights_digest(model),
-            method="gradcam",
+            method=cam.method,
             model=name or type(model).__name__,
             layer=cam.layer,
             input_size=input_size,

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import numpy as np
 from array_api_compat import array_namespace
 
-from scae_dali.config import Border, Range
+from scae_dali.config import AspectLaw, Border, Range
 from scae_dali.rng import Array
 
 PROPOSALS = 8
@@ -26,18 +26,25 @@ _FIRST_PROPOSALS = 3  # nearly always enough; the rest is tried for the samples 
 _PATCH_LAMBDA = 2.0  # patches are divided until |λ| times the span of Â is at most about this
 
 
-def draw_size(u: Array, size_px: Array, area: Range, aspect: Range) -> tuple[Array, Array]:
-    """Area a ~ U[area] of the crop, aspect r = h/w ~ U[aspect]: h = √(a·HW·r), w = √(a·HW/r).
+def draw_size(
+    u: Array, size_px: Array, area: Range, aspect: Range, law: AspectLaw = "uniform"
+) -> tuple[Array, Array]:
+    """Area a ~ U[area] of the crop, aspect r = h/w: h = √(a·HW·r), w = √(a·HW/r).
 
-    u: float64 [B, tries, 2] in (0, 1). size_px: int64 [B, 2], (H, W). The first try with
-    1 <= h < H and 1 <= w < W counts, as in Random Erasing. Returns (int64 [B, 2] sizes (h, w) in
-    pixels, bool [B] whether a try fitted; the size is 0 where none did).
+    u: float64 [B, tries, 2] in (0, 1). size_px: int64 [B, 2], (H, W). law: r ~ U[aspect], or
+    log r is uniform. The first try with 1 <= h < H and 1 <= w < W counts, as in Random Erasing.
+    Returns (int64 [B, 2] sizes (h, w) in pixels, bool [B] whether a try fitted; the size is 0 where
+    none did).
     """
     xp = array_namespace(u)
     height = xp.astype(size_px[:, 0:1], xp.float64)
     width = xp.astype(size_px[:, 1:2], xp.float64)
     a = (area[0] + (area[1] - area[0]) * u[:, :, 0]) * (height * width)
-    r = aspect[0] + (aspect[1] - aspect[0]) * u[:, :, 1]
+    if law == "log":
+        low, high = math.log(aspect[0]), math.log(aspect[1])
+        r = xp.exp(low + (high - low) * u[:, :, 1])
+    else:
+        r = aspect[0] + (aspect[1] - aspect[0]) * u[:, :, 1]
     h, w = xp.round(xp.sqrt(a * r)), xp.round(xp.sqrt(a / r))  # [B, tries]
     fits = (h >= 1) & (h < height) & (w >= 1) & (w < width)
     rows = _arange(xp, u.shape[0], u)
@@ -152,9 +159,10 @@ def peak(saliency: Array, window: Array, size_px: Array) -> Array:
         edges = _patch_edges(_nodes(g, 1), axis_window[:, axis], zero[:, axis], last[:, axis], xp)
         ends = xp.concat([edges[:, :-1], edges[:, 1:] - 1], axis=1)
         corners.append(xp.minimum(ends.clip(min=0), last[:, axis : axis + 1]))
-    y = xp.broadcast_to(corners[0][:, :, None], (b, corners[0].shape[1], corners[1].shape[1]))
-    x = xp.broadcast_to(corners[1][:, None, :], y.shape)
-    pixels = xp.reshape(xp.stack([y, x], axis=3), (b, -1, 2))
+    n, m = corners[0].shape[1], corners[1].shape[1]
+    y = xp.broadcast_to(corners[0][:, :, None], (b, n, m))
+    x = xp.broadcast_to(corners[1][:, None, :], (b, n, m))
+    pixels = xp.reshape(xp.stack([y, x], axis=3), (b, n * m, 2))  # b may be 0
     best = xp.argmax(saliency_at(saliency, pixels, axis_window), axis=1)
     return pixels[_arange(xp, b, saliency), best]
 

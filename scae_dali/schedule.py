@@ -7,8 +7,6 @@ methods.
 import numpy as np
 from array_api_compat import array_namespace
 
-from scae_dali.config import ScaeConfig
-
 
 def lam(epoch, epochs: int, lam_max):
     """Eq. 5: λ(t) = λ_max · t/T. epoch: whole epochs t >= 0, int or int64 [B]; epochs: T; lam_max:
@@ -39,13 +37,13 @@ def erase_prob(frequency: np.ndarray, p_min: float, p_max: float, gamma: float) 
     return p_min + (p_max - p_min) * frequency**gamma
 
 
-def pass_epoch(epoch: int, epochs: int, config: ScaeConfig) -> int | None:
+def pass_epoch(epoch: int, refresh_every: int) -> int | None:
     """The epoch of the latest saliency pass that is due by `epoch`, or None where none is yet.
 
-    Passes are due at the multiples of `refresh_every` at which λ is not 0 (eq. 5), so never at
-    epoch 0; `refresh_every=0` means a cache that was built offline and is never refreshed.
+    Passes are due at the multiples of `refresh_every`, but for epoch 0, when there is nothing to
+    see yet (and λ = 0, eq. 5); `refresh_every=0` means a cache that was built offline and is never
+    refreshed.
     """
-    if config.refresh_every == 0:
+    if refresh_every == 0:
         return None
-    due = epoch // config.refresh_every * config.refresh_every
-    return due if lam(due, epochs, config.lam_bound) != 0 else None
+    return epoch // refresh_every * refresh_every or None

@@ -12,9 +12,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import fn, types
 from nvidia.dali.pipeline import do_not_convert
 
+from scae_dali import conditionals
 from scae_dali.config import CropConfig
 from scae_dali.dataset import ImageIndex
 from scae_dali.methods.base import DataNode, Status
@@ -38,11 +39,7 @@ def mix(images: DataNode, plan: Any, crop: CropConfig, fetch: Fetch) -> DataNode
 
 @do_not_convert
 def _check(index: ImageIndex) -> None:
-    if not getattr(Pipeline.current(), "_conditionals_enabled", True):
-        raise ValueError(
-            "enable_conditionals must be True where samples are mixed: define the pipeline with "
-            "@pipeline_def(enable_conditionals=True, ...), or set SCAE's mix_prob=0"
-        )
+    conditionals.require("samples are mixed", "set SCAE's mix_prob=0")
     rarest = int(index.class_counts[index.labels].argmin())  # some class of the tail, if any is
     path = os.path.join(index.root, index.files[rarest])
     if not os.path.isfile(path):

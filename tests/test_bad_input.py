@@ -479,7 +479,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no cache named": (
         OFFLINE,
-        "scae.refresh_every=0 means a cache built offline, got saliency.cache=None: name it",
+        "refresh_every=0 means a cache built offline, got saliency.cache=None: name it",
     ),
     "no cache there": (
         OFFLINE | {"saliency__cache": "PLACE/none.lmdb"},

@@ -63,6 +63,18 @@ def test_file_reader(folder, index, cache):
     check(names, index, cache)
 
 
+def test_composition(index, cache):
+    names = {"scae_dali": scae_dali, "index": index}
+    exec(BLOCKS["compose"].replace("imagenet.lmdb", cache.path), names)
+    stage = names["stage"]
+    planner = stage.planner()
+    assert stage.conditional
+    assert {"op0", "sign1", "box"} <= planner.columns.keys()
+    ids = np.arange(len(index))
+    rows = stage.rows(planner, ids, 0 * ids, np.full((len(ids), 2), 224))
+    assert (rows[:, planner.columns["box"]].prod(axis=1) > 0).any()
+
+
 @pytest.fixture(scope="module")
 def tar(folder, index, tmp_path_factory):
     """The images in a tar as webdataset has them, and the list of their names and labels."""

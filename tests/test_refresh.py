@@ -1,5 +1,7 @@
 """The saliency pass: what it writes, how it resumes, what it leaves alone."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.cache import SaliencyCache
 from scae_dali.gradcam import GradCAM
 from scae_dali.iterator import Loader
-from scae_dali.refresh import nearest_classes, refresh_cache, weights_digest
+from scae_dali.refresh import METHODS, nearest_classes, refresh_cache, weights_digest
+from scae_dali.scorecam import ScoreCAM
 from scae_dali.second_stage import ScaledLinear
 
 IMAGE = ImageConfig(size=28, val_resize=28)
@@ -98,6 +101,50 @@ def test_a_pass_that_breaks_goes_on_where_it_was(fresh, index):
     assert run(model, fresh, index, asked).images == 50 - 32
     assert asked[1] == list(range(32, 50))
     assert (fresh.stamps() == 3).all()
+
+
+def test_the_pass_is_of_the_method_it_is_told(fresh, index):
+    model = Net()
+    for epoch, method in enumerate(["scorecam", partial(ScoreCAM, chunk=5)]):
+        assert run(model, fresh, index, [], epoch=epoch, method=method).images == 50
+        assert fresh.meta.method == "scorecam"
+        maps, found = fresh.read(np.arange(50))
+        assert found.all()
+        for batch in loaders(index, [])(range(50)):
+            wanted = (ScoreCAM(model, "features")(batch.images, batch.labels) * 255).round().numpy()
+            assert np.abs(maps[batch.ids.numpy()] - wanted).max() <= 1
+    assert run(model, fresh, index, [], epoch=2).images == 50
+    assert fresh.meta.method == "gradcam"
+    assert (fresh.read(np.arange(50))[0] != maps).any()
+    assert {name: cam.method for name, cam in METHODS.items()} == {name: name for name in METHODS}
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_pass_is_not_taken_for_that_of_another_method(fresh, index, complete):
+    model, asked = Net(), []
+
+    def breaking(ids):
+        for k, batch in enumerate(loaders(index, [])(ids)):
+            if k == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+    if complete:
+        run(model, fresh, index, [])
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            refresh_cache(model, fresh, index, breaking, epoch=3, layer="features")
+    assert (fresh.stamps() == 3).sum() == (50 if complete else 32)
+    assert run(model, fresh, index, asked, method="scorecam").images == 50
+    assert asked == [list(range(50))]
+    assert run(model, fresh, index, asked, method="scorecam").images == 0
+    assert run(model, fresh, index, asked).images == 50
+
+
+def test_an_unknown_method_is_named_before_anything_is_touched(fresh, index):
+    with pytest.raises(ValueError, match=r"method must be one of gradcam, scorecam; got 'gradcan'"):
+        run(Net(), fresh, index, [], method="gradcan")
+    assert fresh.meta.under_way is None
 
 
 def test_path_named_caches_are_filled_in_key_order(index, tmp_path):

@@ -36,23 +36,26 @@ def test_bad_class_counts_are_named(counts):
 
 
 @pytest.mark.parametrize(
-    ("settings", "passes"),
+    ("refresh_every", "passes"),
     [
-        ({}, {10: 10, 20: 20}),
-        ({"refresh_every": 1}, {t: t for t in range(1, 25)}),
-        ({"refresh_every": 7}, {7: 7, 14: 14, 21: 21}),
-        ({"refresh_every": 0}, {}),
-        ({"lam_max": 0.0}, {}),
-        ({"lam_max": 0.0, "tail_lambda": 0.0}, {}),
-        ({"lam_max": 0.0, "tail_lambda": -1.0}, {10: 10, 20: 20}),
-        ({"lam_max": 2.0, "tail_lambda": 0.0}, {10: 10, 20: 20}),
+        (10, {10: 10, 20: 20}),
+        (1, {t: t for t in range(1, 25)}),
+        (7, {7: 7, 14: 14, 21: 21}),
+        (0, {}),
     ],
 )
-def test_passes_are_due_at_multiples_where_lambda_is_not_0(settings, passes):
-    config = ScaeConfig(**settings)
+def test_passes_are_due_at_multiples_but_for_epoch_0(refresh_every, passes):
     due = {}
     for epoch in range(25):
-        last = schedule.pass_epoch(epoch, 25, config)
+        last = schedule.pass_epoch(epoch, refresh_every)
         if last is not None:
             due.setdefault(last, epoch)
     assert due == passes
+
+
+@pytest.mark.parametrize(
+    ("lam_max", "tail_lambda", "guided"),
+    [(2.0, None, True), (0.0, None, False), (0.0, 0.0, False), (0.0, -1.0, True), (2.0, 0.0, True)],
+)
+def test_maps_are_wanted_where_some_lambda_is_not_0(lam_max, tail_lambda, guided):
+    assert ScaeConfig(lam_max=lam_max, tail_lambda=tail_lambda).guided == guided

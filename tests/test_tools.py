@@ -112,22 +112,24 @@ def test_gpu_check_without_a_gpu():
 def test_bench_pipeline(tmp_path, images):
     out = tmp_path / "bench.json"
     size = ["--size", 32, "--batch-size", 4, "--repeat", 2]
+    methods = ["none", "random_erasing", "scae", "cutmix", "rand_augment+scae"]
+    size += ["--methods", ",".join(methods)]
     run("bench_pipeline", "--data", images, "--rounds", 1, "--json", out, *size)
     result = json.loads(out.read_text())
     rows = {row["name"]: row for row in result["rows"]}
-    assert list(rows)[:6] == [
-        "none",
-        "random_erasing",
-        "scae",
+    assert list(rows)[:9] == [
+        *methods,
         "native_erase",
         "none (again)",
-        "torchvision",
+        "torchvision random_erasing",
+        "torchvision cutmix",
     ]
     assert rows["none"]["ratio"] == 1
     assert min(row["img_per_s"] for row in rows.values()) > 0
-    assert result["scae_vs_torchvision"] == pytest.approx(
-        rows["scae"]["img_per_s"] / rows["torchvision"]["img_per_s"]
-    )
+    versus = result["versus_torchvision"]
+    assert set(versus) == {"random_erasing", "scae", "cutmix"}
+    other = rows["torchvision random_erasing"]["img_per_s"]
+    assert versus["scae"] == pytest.approx(rows["scae"]["img_per_s"] / other, abs=6e-4)
     ours = {name for name in rows if not name.startswith("torchvision")}
     assert set(result["plan_ms_per_batch"]) == ours
     assert result["settings"]["images"] == 12

@@ -136,5 +136,5 @@ def test_mixup_and_deferred_weights_train(data, tmp_path, monkeypatch):
     argv += ["--loss.class_balanced", "0.99", "--loss.defer", "1"]
     run_here(monkeypatch, *argv)
     lines = rows(tmp_path / "run")
-    assert [line["share"]["mixed"] for line in lines] == [1.0, 1.0]
+    assert [line["share"]["mixed_in_batch"] for line in lines] == [1.0, 1.0]
     assert all(np.isfinite(line["train_loss"]) for line in lines)

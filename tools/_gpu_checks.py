@@ -250,7 +250,7 @@ def scae_stage(setup: Setup, method: str = "scae", **settings) -> Stage:
         start_epoch=2,
         batch_size=BATCH,
         seed=SEED,
-        cache=setup.cache if method == "scae" else None,
+        cache=setup.cache,
         **settings,
     )
 

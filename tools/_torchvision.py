@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 from torchvision import io
 from torchvision.transforms import v2
 
@@ -17,7 +18,7 @@ from pipelines.config import ImageConfig
 from scae_dali.config import RandomErasingConfig
 from scae_dali.dataset import ImageIndex
 
-__all__ = ["AHEAD", "DECODERS", "endless"]
+__all__ = ["AHEAD", "COUNTERPARTS", "DECODERS", "endless"]
 
 AHEAD = 2  # batches that each worker prepares
 
@@ -25,21 +26,23 @@ AHEAD = 2  # batches that each worker prepares
 class Files(Dataset):
     """The same files and recipe by torchvision alone."""
 
-    def __init__(self, index: ImageIndex, image: ImageConfig, decoder: str) -> None:
+    def __init__(self, index: ImageIndex, image: ImageConfig, decoder: str, method: str) -> None:
         self._paths = [os.path.join(index.root, name) for name in index.files]
         self._labels = index.labels
         self._decode = DECODERS[decoder]
         dtype = torch.float32 if image.dtype == "fp32" else torch.float16
+        before, after = COUNTERPARTS.get(method, ([], []))
         self._transform = v2.Compose(
             [
                 v2.RandomResizedCrop(
                     image.size, image.crop.area, image.crop.aspect, antialias=True
                 ),
                 v2.RandomHorizontalFlip(image.crop.flip),
+                *before,
                 v2.ToImage(),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize([m / 255 for m in image.mean], [s / 255 for s in image.std]),
-                v2.RandomErasing(RandomErasingConfig().prob),
+                *after,
                 v2.ToDtype(dtype),
             ]
         )
@@ -49,6 +52,27 @@ class Files(Dataset):
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
         return self._transform(self._decode(self._paths[i])), int(self._labels[i])
+
+
+# By method: torchvision's transforms of the pixels, before and after the normalisation.
+COUNTERPARTS: dict[str, tuple[list[nn.Module], list[nn.Module]]] = {
+    "random_erasing": ([], [v2.RandomErasing(RandomErasingConfig().prob)]),
+    "rand_augment": ([v2.RandAugment()], []),
+    "auto_augment": ([v2.AutoAugment()], []),
+    "trivial_augment": ([v2.TrivialAugmentWide()], []),
+    "mixup": ([], []),
+    "cutmix": ([], []),
+}
+
+
+class Mixed:
+    """Collates a batch and mixes it."""
+
+    def __init__(self, mix: v2.MixUp | v2.CutMix) -> None:
+        self._mix = mix
+
+    def __call__(self, samples: list) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._mix(*default_collate(samples))
 
 
 def decode_pil(path: str) -> Image.Image:
@@ -72,17 +96,20 @@ def endless(
     index: ImageIndex,
     image: ImageConfig,
     *,
+    method: str,
     decoder: str,
     batch_size: int,
     workers: int,
     device: str,
 ) -> Iterator[torch.Tensor]:
-    """Batches of images on `device`, shuffled, without end."""
-    files = Files(index, image, decoder)
+    """Batches of images on `device`, shuffled, without end, by the counterpart of a method."""
+    files = Files(index, image, decoder, method)
+    mixing = {"mixup": v2.MixUp, "cutmix": v2.CutMix}.get(method)
     loader = DataLoader(
         files,
         batch_size,
         sampler=RandomSampler(files, num_samples=1 << 40),
+        collate_fn=Mixed(mixing(num_classes=index.num_classes)) if mixing else None,
         num_workers=workers,
         prefetch_factor=AHEAD,
         pin_memory=device != "cpu",

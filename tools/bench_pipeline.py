@@ -2,15 +2,17 @@
 
     python tools/bench_pipeline.py --data imagenet/train --json tools/results/pipeline_cpu.json
 
-Rows: a method each; `none (again)`, a second pipeline like `none`, which shows the noise floor;
-`native_erase`, a random rectangle by DALI's own operators alone; `torchvision`, the same recipe in
-a DataLoader with as many workers as DALI has threads, decoded with Pillow as ImageFolder does;
-`torchvision (decode_image)`, the same with torchvision's own decoder.
-`ratio` is a row's rate over that of `none`.
+Rows: a method each, or several joined by +; `none (again)`, a second pipeline like `none`, which
+shows the noise floor; `native_erase`, a random rectangle by DALI's own operators alone;
+`torchvision METHOD`, the same recipe with torchvision's counterpart of a method in a DataLoader
+with as many workers as DALI has threads, decoded with Pillow as ImageFolder does; `torchvision
+(decode_image)`, that of Random Erasing with torchvision's own decoder.
+`ratio` is a row's rate over that of `none`; `versus_torchvision` that over the counterpart.
 `cpu_ms_per_image` counts the work instead of the time: it bears other load on the machine.
 
-All rows live at once and take turns. SCAE runs where λ is largest, from a cache of random maps, and
-where nothing is mixed: the classes have one size (bench_mixing.py has a tail).
+All rows live at once and take turns. Methods run with their default settings; SCAE where λ is
+largest, from a cache of random maps, and where nothing of a tail is mixed: the classes have one
+size (bench_mixing.py has a tail).
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ from scae_dali.rng import derive
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", required=True, metavar="DIR", help="DIR/<class>/<image>")
-    parser.add_argument("--methods", default="none,random_erasing,scae", metavar="A,B,...")
+    parser.add_argument("--methods", default=",".join(BUILT_IN), metavar="A,B,...")
     parser.add_argument("--backends", default="numpy", help="of SCAE's plan: numpy, torch or both")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
@@ -75,7 +77,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.backends = args.backends.split(",")
     if "none" not in args.methods:
         parser.error("--methods must name none, the row that the ratios are to")
-    if unknown := set(args.methods) - set(BUILT_IN):
+    if unknown := {part for name in args.methods for part in name.split("+")} - set(BUILT_IN):
         parser.error(f"--methods: no method {', '.join(unknown)}; there are {', '.join(BUILT_IN)}")
     if unknown := set(args.backends) - {"numpy", "torch"}:
         parser.error(f"--backends must be numpy, torch or both, got {', '.join(unknown)}")
@@ -123,8 +125,8 @@ def live_rows(
     device = "cpu" if args.device_id is None else f"cuda:{args.device_id}"
 
     def stage(method: str, **keywords) -> Stage:
-        keywords |= {"cache": cache} if method == "scae" else {}
-        return Stage(index, method, batch_size=args.batch_size, **GUIDED, **keywords)
+        keywords |= GUIDED | {"cache": cache}
+        return Stage(index, method, batch_size=args.batch_size, **keywords)
 
     def row(build: Callable, method: str, **keywords) -> Row:
         of = stage(method, **keywords)
@@ -140,17 +142,28 @@ def live_rows(
             out["scae (torch)"] = row(ours, method, backend="torch", torch_device=device)
     out["native_erase"] = row(native_erase_pipeline, "none")
     out["none (again)"] = row(ours, "none")
-    for decoder in () if args.no_torchvision else _torchvision.DECODERS:
+    for method, decoder in counterparts(args):
         batches = _torchvision.endless(
             index,
             image,
+            method=method,
             decoder=decoder,
             batch_size=args.batch_size,
             workers=args.threads,
             device=device,
         )
-        out[decoder] = Row(batches, args.threads * (_torchvision.AHEAD + 1))
+        name = f"torchvision {method}" if decoder == "torchvision" else decoder
+        out[name] = Row(batches, args.threads * (_torchvision.AHEAD + 1))
     return out
+
+
+def counterparts(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """The rows of torchvision: method and decoder."""
+    if args.no_torchvision:
+        return []
+    methods = [name for name in args.methods if name in _torchvision.COUNTERPARTS]
+    pillow, *others = _torchvision.DECODERS
+    return [(name, pillow) for name in methods] + [("random_erasing", name) for name in others]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -174,13 +187,19 @@ def main(argv: list[str] | None = None) -> None:
             {name: partial(row.measure, batches) for name, row in live.items()}, args.rounds
         )
     table = _bench.rows(samples, "none")
-    versus = None
-    if {"scae", "torchvision"} <= samples.keys():
-        pairs = zip(samples["scae"], samples["torchvision"], strict=True)
-        versus = statistics.median(ours / theirs for ours, theirs in pairs)
+    rivals = {name: f"torchvision {name}" for name in args.methods} | {
+        "scae": "torchvision random_erasing"
+    }
+    versus = {
+        name: statistics.median(
+            ours / theirs for ours, theirs in zip(samples[name], samples[rival], strict=True)
+        )
+        for name, rival in rivals.items()
+        if {name, rival} <= samples.keys()
+    }
     extra = {
         **medians(live),
-        "scae_vs_torchvision": versus,
+        "versus_torchvision": {name: round(ratio, 3) for name, ratio in versus.items()},
         "settings": {k: v for k, v in vars(args).items() if k not in ("data", "json")}
         | {
             "images": len(index),

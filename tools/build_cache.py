@@ -3,11 +3,13 @@
     python tools/build_cache.py --data /data/imagenet/train --model resnet50 \\
         --weights resnet50.pt --out imagenet.lmdb
 
-Started again, it goes on where it stopped.
+Started again, it goes on where it stopped. `--method scorecam` takes as many forward passes an
+image as the layer has channels.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -20,14 +22,15 @@ from pipelines.loaders import Loaders
 from pipelines.recipe import autocast, make_network
 from scae_dali.arrays import ArrayImages
 from scae_dali.cache import SaliencyCache
+from scae_dali.cam import CAM
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
 from scae_dali.dataset import ImageIndex
-from scae_dali.gradcam import GradCAM
 from scae_dali.iterator import ImageError
 from scae_dali.longtail import imbalanced
 from scae_dali.models import classifier_of
 from scae_dali.ranks import pick_device
-from scae_dali.refresh import refresh_cache
+from scae_dali.refresh import METHODS, refresh_cache
+from scae_dali.scorecam import ScoreCAM
 
 
 def parse() -> argparse.Namespace:
@@ -39,6 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--exclude", default=(), help="file of paths to leave out")
     parser.add_argument("--model", required=True, help="a network as train.py takes it")
     parser.add_argument("--weights", help="its state_dict; without it the weights are random")
+    parser.add_argument("--method", choices=list(METHODS), default="gradcam")
     parser.add_argument("--layer", help="module to look at; default: by the network's family")
     parser.add_argument("--out", required=True, help="the cache")
     parser.add_argument("--naming", choices=["index", "path"], default="index")
@@ -46,7 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mean", type=float, nargs=3, default=IMAGENET_MEAN, help="in [0, 255]")
     parser.add_argument("--std", type=float, nargs=3, default=IMAGENET_STD)
     parser.add_argument("--neighbors", type=int, default=1, help="neighbouring classes of each")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64, help="of a forward pass")
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
@@ -93,6 +97,23 @@ def open_data(arguments: argparse.Namespace) -> Data:
     return Data(index, index)
 
 
+def open_cache(
+    arguments: argparse.Namespace, index: ImageIndex, grid: tuple[int, int]
+) -> SaliencyCache:
+    """The cache, new or to be continued; ValueError rather than replace another method's maps."""
+    path, method = arguments.out, arguments.method
+    cache = SaliencyCache.create(
+        path, index, grid=grid, naming=arguments.naming, exist_ok=True, method=method
+    )
+    made = cache.meta.under_way or cache.meta.last_pass
+    if made["epoch"] is not None and made["method"] != method:
+        raise ValueError(
+            f"saliency cache {path!r} has maps by {made['method']!r}, not {method!r}; pass the "
+            "--method that it was built with, or build a new cache at another --out"
+        )
+    return cache
+
+
 def build(arguments: argparse.Namespace) -> None:
     """The pass, with a progress bar and its rate."""
     data = open_data(arguments)
@@ -113,16 +134,18 @@ def build(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         print(f"the cache gets no neighbouring classes: {error}", file=sys.stderr)
         neighbors = 0
-    grid = GradCAM(model, arguments.layer).grid(image.size)
-    cache = SaliencyCache.create(
-        arguments.out, index, grid=grid, naming=arguments.naming, exist_ok=True
-    )
+    method: Callable[..., CAM] = METHODS[arguments.method]
+    batch_size, commit_every = arguments.batch_size, 4096
+    if arguments.method == "scorecam":
+        method = partial(ScoreCAM, chunk=batch_size)
+        # With 64 channels or more, so few images fill a chunk; and a kill loses little.
+        batch_size, commit_every = max(1, batch_size // 64), 16
+    grid = method(model, arguments.layer).grid(image.size)
+    cache = open_cache(arguments, index, grid)
 
     def loader_for(ids):
         bar.reset(total=len(ids))
-        run = ExecConfig(
-            batch_size=arguments.batch_size, device_id=device.index, threads=arguments.threads
-        )
+        run = ExecConfig(batch_size=batch_size, device_id=device.index, threads=arguments.threads)
         return loaders.saliency(image, run, ids)
 
     with tqdm(unit="img", desc="saliency") as bar:
@@ -132,19 +155,22 @@ def build(arguments: argparse.Namespace) -> None:
             index,
             loader_for,
             epoch=arguments.epoch,
+            method=method,
             layer=arguments.layer,
             name=arguments.model,
             input_size=image.size,
             neighbors=neighbors,
             autocast=partial(autocast, arguments.amp, device),
             progress=bar.update,
+            commit_every=commit_every,
         )
     if report.images == 0:
         print(f"{arguments.out} is complete already: {len(index)} maps")
         return
+    rate = report.images / report.seconds
     print(
         f"{arguments.out}: {report.images} maps of {len(index)} in {report.seconds:.1f} s, "
-        f"{report.images / report.seconds:.0f} img/s, {cache.size_bytes / 1e6:.1f} MB"
+        f"{rate:.{0 if rate >= 10 else 2}f} img/s, {cache.size_bytes / 1e6:.1f} MB"
     )
 
 

@@ -6,28 +6,13 @@ Runs whose settings differ in `seed` and `out` alone are one row, mean ± standa
 """
 
 import argparse
-import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-import _bench
-import _path  # noqa: F401
-from scae_dali.methods import BUILT_IN
-from scae_dali.metrics import read_rows
+import _runs
 
-# Column -> where the figure is in the last row of metrics.jsonl
-FIGURES = {
-    "last": "val_top1",
-    "best": "best_top1",
-    "median10": "median10_top1",
-    "top-5": "val_top5",
-    "many": "val_many",
-    "medium": "val_medium",
-    "few": "val_few",
-    "ECE": "val_ece",
-}
+import _bench
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,47 +22,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_run(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A finished run's settings and its last row; ValueError where there is none."""
-    rows = read_rows(path / "metrics.jsonl")
-    if not rows or not (path / "config.json").exists():
-        raise ValueError(f"{str(path)!r} must be the folder of a run with a finished epoch")
-    config = json.loads((path / "config.json").read_text())
-    done = rows[-1]["epoch"] + 1
-    if done < config["epochs"]:
-        raise ValueError(
-            f"{str(path)!r} has {done} of {config['epochs']} epochs: let it end (--resume) first"
-        )
-    return config, rows[-1]
-
-
 def name_of(config: dict[str, Any], others: list[dict[str, Any]]) -> str:
     """The method, and the settings in which runs of it differ."""
-    mine = settings(config)
-    rivals = [settings(other) for other in others if other["method"] == config["method"]]
+    mine = _runs.settings(config)
+    rivals = [_runs.settings(other) for other in others if other["method"] == config["method"]]
     keys = sorted(key for key in mine if any(one.get(key) != mine[key] for one in rivals))
     return ", ".join([config["method"], *(f"{key} {mine[key]}" for key in keys)])
 
 
-def settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Those that a result depends on, by their names on the command line."""
-    unused = {"out", "seed", "threads", "checkpoint_every", *BUILT_IN} - {config["method"]}
-    return _flat({key: value for key, value in config.items() if key not in unused})
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def table(paths: list[Path]) -> list[dict[str, Any]]:
     """A row for each set of settings: figures over its seeds, in percent."""
-    runs = [read_run(path) for path in paths]
+    runs = [_runs.read_run(path) for path in paths]
     configs = [config for config, _ in runs]
     groups: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for config, row in runs:
@@ -85,18 +40,17 @@ def table(paths: list[Path]) -> list[dict[str, Any]]:
     out = []
     for name, members in groups.items():
         figures = {}
-        for column, key in FIGURES.items():
+        for column, key in _runs.FIGURES.items():
             values = [row[key] for _, row in members if key in row]
             if values:
-                spread = statistics.stdev(values) if len(values) > 1 else None
-                figures[column] = {"mean": statistics.mean(values), "std": spread}
+                figures[column] = _runs.spread(values)
         first = members[0][0]
         out.append(
             {
                 "name": name,
                 "seeds": [config["seed"] for config, _ in members],
                 "figures": figures,
-                "settings": settings(first),
+                "settings": _runs.settings(first),
             }
         )
     return out
@@ -108,10 +62,10 @@ def main(argv: list[str] | None = None) -> None:
         rows = table(arguments.runs)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print("seeds" + "".join(f"{column:>14}" for column in FIGURES))
+    print("seeds" + "".join(f"{column:>14}" for column in _runs.FIGURES))
     for row in rows:
         cells = ""
-        for column in FIGURES:
+        for column in _runs.FIGURES:
             figure = row["figures"].get(column)
             text = "" if figure is None else f"{figure['mean']:.2f}"
             if figure is not None and figure["std"] is not None:

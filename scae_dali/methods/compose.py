@@ -47,8 +47,12 @@ def make(names: str, settings: Mapping[str, Any], run: Run) -> Method:
         )
     made = {}
     for name in parts:
-        module = load(name)
-        made[name] = module.Method(make_config(module, settings.get(name, {})), run)
+        module, given = load(name), settings.get(name, {})
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"settings of {name} must be a mapping, as in {name}={{...}}, got {name}={given!r}"
+            )
+        made[name] = module.Method(make_config(module, given), run)
     _check(made)
     order = get_args(Kind)
     return Composition(sorted(made.values(), key=lambda one: order.index(one.kinds[0])))
@@ -57,6 +61,7 @@ def make(names: str, settings: Mapping[str, Any], run: Run) -> Method:
 def _check(methods: Mapping[str, Method]) -> None:
     """Raise ValueError where methods do not combine."""
     of: dict[str, str] = {}  # kind -> the method that has it
+    plans: dict[str, str] = {}  # field -> likewise
     for name, method in methods.items():
         kinds = getattr(method, "kinds", ())
         if not kinds:
@@ -68,6 +73,12 @@ def _check(methods: Mapping[str, Method]) -> None:
             if kind in of:
                 raise ValueError(f"{of[kind]} and {name} do not combine: {_WHY_ONE[kind]}")
             of[kind] = name
+        for field in method.fields:
+            if field in plans:
+                raise ValueError(
+                    f"{plans[field]} and {name} do not combine: both plan a field {field!r}"
+                )
+            plans[field] = name
 
 
 class Composition:
@@ -76,9 +87,8 @@ class Composition:
     def __init__(self, methods: list[Method]) -> None:
         self._methods = methods
         self.kinds = tuple(kind for method in methods for kind in method.kinds)
-        self.conditional = any(method.conditional for method in methods)
+        self.conditional = any(getattr(method, "conditional", False) for method in methods)
         self.fields = {name: width for method in methods for name, width in method.fields.items()}
-        assert len(self.fields) == sum(len(method.fields) for method in methods)
 
     def plan(self, samples: Samples) -> dict[str, Array]:
         plans = [method.plan(samples) for method in self._methods]

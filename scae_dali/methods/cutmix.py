@@ -20,7 +20,7 @@ class Method:
 
     kinds: ClassVar[tuple[Kind, ...]] = ("mix",)
     conditional: ClassVar[bool] = False
-    fields: ClassVar[dict[str, int]] = batch.FIELDS | paste.FIELDS
+    fields: ClassVar[dict[str, int]] = batch.FIELDS | paste.fields("paste")
 
     def __init__(self, config: Config, run: Run) -> None:
         self.config = config
@@ -38,10 +38,10 @@ class Method:
         area = xp.astype(box[:, 2] * box[:, 3], xp.float64)
         mu = 1 - area / xp.astype(size_px[:, 0] * size_px[:, 1], xp.float64)
         status = xp.where(mixed, status | int(Status.MIXED_IN_BATCH), xp.zeros_like(status))
-        return {"status": status, "mu": mu} | source | paste.fields(box, size_px)
+        return {"status": status, "mu": mu} | source | paste.plan_of("paste", box, size_px)
 
     def apply(self, images: DataNode, plan: Any) -> DataNode:
-        return paste.paste(images, batch.images(images, plan), plan)
+        return paste.paste("paste", images, batch.images(images, plan), plan)
 
     def _centre(
         self, samples: Samples, rows: Array, mixed: Array, uniform: Array

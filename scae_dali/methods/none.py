@@ -5,7 +5,7 @@ from typing import ClassVar
 from array_api_compat import array_namespace
 
 from scae_dali.config import NoneConfig as Config
-from scae_dali.methods.base import Run
+from scae_dali.methods.base import Kind, Run
 
 __all__ = ["Config", "Method"]
 
@@ -13,6 +13,8 @@ __all__ = ["Config", "Method"]
 class Method:
     """Plans nothing and leaves the images as they are."""
 
+    kinds: ClassVar[tuple[Kind, ...]] = ()
+    conditional: ClassVar[bool] = False
     fields: ClassVar[dict[str, int]] = {}
 
     def __init__(self, config: Config, run: Run) -> None:

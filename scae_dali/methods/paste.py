@@ -8,8 +8,10 @@ from nvidia.dali import fn, types
 from scae_dali.methods.base import DataNode
 from scae_dali.rng import Array
 
-# What fn.multi_paste takes, two regions: the whole first image, then the box.
-FIELDS = {"paste_anchors": 4, "paste_shapes": 4}
+
+def fields(name: str) -> dict[str, int]:
+    """Of a plan: what fn.multi_paste takes, two regions, the whole first image and the box."""
+    return {f"{name}_anchors": 4, f"{name}_shapes": 4}
 
 
 def box_of_share(share: Array, centre: Array, size_px: Array) -> Array:
@@ -27,16 +29,26 @@ def box_of_share(share: Array, centre: Array, size_px: Array) -> Array:
     return xp.concat([begin, end - begin], axis=1)
 
 
-def fields(box: Array, size_px: Array) -> dict[str, Array]:
-    """FIELDS of boxes int64 [B, 4]; a box of no area pastes nothing."""
+def plan_of(name: str, box: Array, size_px: Array) -> dict[str, Array]:
+    """The fields for boxes int64 [B, 4] of images of size_px, int64 [B, 2]; a box of no area pastes
+    nothing."""
     xp = array_namespace(box)
     return {
-        "paste_anchors": xp.concat([xp.zeros_like(size_px), box[:, :2]], axis=1),
-        "paste_shapes": xp.concat([size_px, box[:, 2:]], axis=1),
+        f"{name}_anchors": xp.concat([xp.zeros_like(size_px), box[:, :2]], axis=1),
+        f"{name}_shapes": xp.concat([size_px, box[:, 2:]], axis=1),
     }
 
 
-def paste(images: DataNode, others: DataNode, plan: Any) -> DataNode:
-    """Images (HWC, of one size) with the boxes of others at the same place."""
-    anchors, shapes = (fn.reshape(plan.part(name, types.INT32), shape=[2, 2]) for name in FIELDS)
-    return fn.multi_paste(images, others, in_anchors=anchors, out_anchors=anchors, shapes=shapes)
+def paste(name: str, images: DataNode, others: DataNode, plan: Any) -> DataNode:
+    """Images (HWC) with the boxes of others, as large as they are, at the same place."""
+    anchors, shapes = (
+        fn.reshape(plan.part(field, types.INT32), shape=[2, 2]) for field in fields(name)
+    )
+    return fn.multi_paste(
+        images,
+        others,
+        in_anchors=anchors,
+        out_anchors=anchors,
+        shapes=shapes,
+        output_size=plan.part(f"{name}_shapes", types.INT32, slice(0, 2)),
+    )

@@ -1,14 +1,17 @@
 """Random Erasing (Zhong et al., AAAI 2020): a rectangle anywhere in the crop, with one probability.
 
-Area and aspect are uniform as in the paper and its code; torchvision draws the aspect log-uniform.
+Area and aspect are uniform as in the paper and its code; torchvision and timm draw the aspect
+log-uniform, and their settings are presets.
 """
+
+from typing import ClassVar
 
 from array_api_compat import array_namespace
 
 from scae_dali import region
 from scae_dali.config import RandomErasingConfig as Config
 from scae_dali.methods import rectangle
-from scae_dali.methods.base import Run, Status, zeros
+from scae_dali.methods.base import Kind, Run, Status, zeros
 from scae_dali.rng import Stream
 
 __all__ = ["Config", "Method"]
@@ -16,6 +19,9 @@ __all__ = ["Config", "Method"]
 
 class Method:
     """Erase with probability `prob`, the position uniform over those that fit."""
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("erase",)
+    conditional: ClassVar[bool] = False
 
     def __init__(self, config: Config, run: Run) -> None:
         self.config = config

@@ -1,20 +1,27 @@
-"""Shared by the methods that erase a rectangle: its size, and the DALI operators that fill it."""
+"""Shared by the methods that erase: how large a rectangle is, and DALI operators that fill it."""
 
-from typing import Any
+from typing import Any, Protocol
 
 from array_api_compat import array_namespace
 from nvidia.dali import fn, types
 
 from scae_dali import region
-from scae_dali.config import RectangleConfig
+from scae_dali.config import Fill, RectangleConfig
 from scae_dali.methods.base import DataNode, Run, Samples
 from scae_dali.rng import Array, Stream, derive
 
 _FIRST_TRIES = 3  # nearly always enough; more are drawn for the samples that need them
 
 
-def fields(config: RectangleConfig) -> dict[str, int]:
-    """What the plan has besides the box: the colour, where it varies."""
+class Filled(Protocol):
+    """The settings of a method that erases, whatever the shape."""
+
+    @property
+    def fill(self) -> Fill: ...
+
+
+def fields(config: Filled) -> dict[str, int]:
+    """What the plan has besides the region: the colour, where it varies."""
     return {"color": 3} if config.fill == "color" else {}
 
 
@@ -41,34 +48,54 @@ def choose(
 
 def _sizes(u, size_px, config):
     pairs = array_namespace(u).reshape(u, (u.shape[0], u.shape[1] // 2, 2))
-    return region.draw_size(pairs, size_px, config.area, config.aspect)
+    return region.draw_size(pairs, size_px, config.area, config.aspect, config.aspect_law)
 
 
-def fill_fields(samples: Samples, run: Run, config: RectangleConfig) -> dict[str, Array]:
+def fill_fields(samples: Samples, run: Run, config: Filled) -> dict[str, Array]:
     """The plan's `color`, float64 [B, 3] in grey levels, where the fill needs it."""
     if config.fill != "color":
         return {}
     return {"color": 255 * samples.draw(run, Stream.COLOR, 3)}
 
 
-def erase(images: DataNode, plan: Any, run: Run, config: RectangleConfig) -> DataNode:
+def erase(images: DataNode, plan: Any, run: Run, config: Filled) -> DataNode:
     """Eq. 1. images: HWC with 3 channels, CPU or GPU; a box of no area leaves an image as it is."""
-    where = {
-        "anchor": plan.part("box", types.FLOAT, slice(0, 2)),
-        "shape": plan.part("box", types.FLOAT, slice(2, 4)),
-        "axis_names": "HW",
-    }
+    anchor = plan.part("box", types.FLOAT, slice(0, 2))
+    shape = plan.part("box", types.FLOAT, slice(2, 4))
+    return erase_regions(images, anchor, shape, plan, run, config)
+
+
+def erase_regions(
+    images: DataNode, anchor: DataNode, shape: DataNode, plan: Any, run: Run, config: Filled
+) -> DataNode:
+    """Fill any number of rectangles of an image. anchor, shape: float32 [2n], y and x in turns."""
+    where = {"anchor": anchor, "shape": shape, "axis_names": "HW"}
     if config.fill == "noise":
-        # fn.erase knows one value a channel: cut a mask with it and blend.
+        # fn.erase knows one value a channel: cut a mask with it.
         keep = fn.erase(images * 0 + 1, fill_value=0, **where)
-        noise = fn.random.normal(keep, dtype=types.FLOAT, seed=derive(run.seed, "noise"))
+        return fill_where(images, keep, plan, run, config)
+    return fn.erase(images, fill_value=_value(plan, run, config), **where)
+
+
+def fill_where(images: DataNode, keep: DataNode, plan: Any, run: Run, config: Filled) -> DataNode:
+    """images where keep is 1, filled where it is 0. keep: of their shape, any type."""
+    if config.fill == "noise":
+        value = fn.random.normal(keep, dtype=types.FLOAT, seed=derive(run.seed, "noise"))
         std, mean = (types.Constant(v, device=images.device) for v in (run.std, run.mean))
-        noise = noise * std + mean
-        return fn.cast_like(images * keep + noise * (1 - keep), images)
+        value = value * std + mean
+    elif config.fill == "color":
+        value = _value(plan, run, config)
+        value = value if images.device == "cpu" else value.gpu()
+    else:
+        value = types.Constant(_value(plan, run, config), device=images.device)
+    return fn.cast_like(images * keep + value * (1 - keep), images)
+
+
+def _value(plan: Any, run: Run, config: Filled) -> Any:
+    """One value a channel, of every fill but noise."""
     if config.fill == "color":
-        fill = plan.part("color", types.FLOAT)
-    elif config.fill == "zero":
-        fill = (0.0, 0.0, 0.0)
-    else:  # fn.erase truncates to the type of the images: round what is meant for bytes
-        fill = tuple(round(m) for m in run.mean) if max(run.mean) > 1 else run.mean
-    return fn.erase(images, fill_value=fill, **where)
+        return plan.part("color", types.FLOAT)
+    if config.fill == "zero":
+        return (0.0, 0.0, 0.0)
+    # fn.erase truncates to the type of the images: round what is meant for bytes.
+    return tuple(round(m) for m in run.mean) if max(run.mean) > 1 else run.mean

@@ -23,8 +23,8 @@ class Method(cutmix.Method):
     """
 
     def __init__(self, config: Config, run: Run) -> None:
-        self._guided = config.preset == "paper"
-        if not self._guided:
+        self._guided = config.guided
+        if config.preset == "official":
             config = dataclasses.replace(config, per="batch")
         super().__init__(config, run)
 

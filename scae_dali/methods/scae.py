@@ -2,28 +2,37 @@
 
 Eqs. 4-8. A sample whose map is missing or constant is erased without guidance (λ = 0), and its
 status says so. Samples of tail classes may be mixed instead (`mixing`); the pipeline fetches the
-second one.
+second one. What is erased is a rectangle; `semantic_grid_mask` puts a grid in its place.
 """
+
+from typing import Any, ClassVar
 
 import numpy as np
 from array_api_compat import array_namespace
 
 from scae_dali import region, schedule
+from scae_dali.config import ClassAdaptiveConfig
 from scae_dali.config import ScaeConfig as Config
 from scae_dali.methods import guidance, rectangle
-from scae_dali.methods.base import MIX_FIELDS, Kind, Run, Samples, Status, zeros
+from scae_dali.methods.base import MIX_FIELDS, DataNode, Kind, Run, Samples, Status, zeros
 from scae_dali.mixing import Partners, mix_weight, on_host
-from scae_dali.rng import Stream
+from scae_dali.rng import Array, Stream
 
-__all__ = ["Config", "Method"]
+__all__ = ["ClassAdaptive", "Config", "Method"]
 
 
-class Method:
-    """Erase a sample of class k with probability p_k, around a centre drawn from P; or mix it."""
+class ClassAdaptive:
+    """Erase a sample of class k with probability p_k, guided by its map; or mix it.
 
-    def __init__(self, config: Config, run: Run) -> None:
+    What is erased is for subclasses: `fields` of the plan for it, `_erase` and `apply`.
+    """
+
+    conditional: ClassVar[bool] = False
+
+    def __init__(self, config: ClassAdaptiveConfig, run: Run, fields: dict[str, int]) -> None:
         self.config = config
         self.run = run
+        self.fields = fields
         frequency = schedule.frequency(run.class_counts)
         if not config.class_aware:
             frequency = frequency**0
@@ -35,33 +44,26 @@ class Method:
             self.erase_prob[self.tail] = 1.0
         if config.tail_lambda is not None:
             self.lam_max[self.tail] = config.tail_lambda
-        self.fields = rectangle.fields(config)
         self.mixes = bool(config.mix_prob and self.tail.any())
         self.kinds: tuple[Kind, ...] = ("erase", "mix") if self.mixes else ("erase",)
         if self.mixes:
             self.partners = Partners(run.labels, len(frequency))
             self.fields |= MIX_FIELDS
 
-    def plan(self, samples):
+    def plan(self, samples: Samples) -> dict[str, Array]:
         xp = array_namespace(samples.ids)
-        status = xp.zeros_like(samples.ids)
-        box = zeros(samples.ids, samples.ids.shape[0], 4)
         prob = xp.asarray(self.erase_prob, device=samples.ids.device)[samples.labels]
-        mix = {}
-        if self.mixes:
-            rows, mix = self._mix(samples)
-            status[rows] = int(Status.MIXED)
-            prob[rows] = 0.0
-        erased, hw, fitted = rectangle.choose(samples, self.run, self.config, prob)
-        status[erased] = int(Status.NO_FIT)
-        erased, hw = erased[fitted], hw[fitted]
-        if erased.shape[0]:
-            box[erased], status[erased] = self._place(samples.take(erased), hw)
-        fill = rectangle.fill_fields(samples, self.run, self.config)
-        return {"status": status, "box": box} | mix | fill
+        if not self.mixes:
+            return self._erase(samples, prob)
+        rows, mix = self._mix(samples)
+        prob[rows] = 0.0
+        plan = self._erase(samples, prob) | mix
+        plan["status"][rows] = int(Status.MIXED)
+        return plan
 
-    def apply(self, images, plan):
-        return rectangle.erase(images, plan, self.run, self.config)
+    def _erase(self, samples: Samples, prob: Array) -> dict[str, Array]:
+        """The plan without mixing. prob: float64 [B], of erasing."""
+        raise NotImplementedError
 
     def _mix(self, samples: Samples):
         """Eq. 8: which samples are mixed, int64 [n] rows, and the plan's `mu` and `partner_id`."""
@@ -93,24 +95,7 @@ class Method:
         known = self.run.neighbors() if self.config.neighbors and self.run.neighbors else None
         return None if known is None else known[:, : self.config.neighbors]
 
-    def _place(self, samples: Samples, hw):
-        """Boxes float64 [B, 4] and status int64 [B] for samples that are erased, of sizes hw."""
-        xp = array_namespace(samples.ids)
-        lam, saliency, status = self._guidance(samples)
-        first, last = region.centre_range(hw, samples.size_px, self.config.border)
-        centre = region.draw_centre(
-            lambda rows, n: samples.take(rows).draw(self.run, Stream.CENTRE, n),
-            saliency,
-            lam,
-            samples.window,
-            samples.size_px,
-            first,
-            last,
-            lam_bound=self.config.lam_bound,
-        )
-        return xp.astype(region.box_at(centre, hw, samples.size_px), xp.float64), status
-
-    def _guidance(self, samples: Samples):
+    def _guidance(self, samples: Samples) -> tuple[Array, Array, Array]:
         """λ float64 [B], Â float64 [B, gh, gw], status int64 [B]; λ = 0 where there is no map."""
         xp = array_namespace(samples.ids)
         status = xp.full_like(samples.ids, int(Status.ERASED))
@@ -121,3 +106,50 @@ class Method:
         saliency, known, missing = guidance.maps(samples, self.run)
         status = status + xp.where(lam != 0, missing, xp.zeros_like(missing))
         return xp.where(known, lam, xp.zeros_like(lam)), saliency, status
+
+    def _draw_centre(
+        self, samples: Samples, saliency: Array, lam: Array, first: Array, last: Array
+    ) -> Array:
+        """Eq. 4; see region.draw_centre."""
+        return region.draw_centre(
+            lambda rows, n: samples.take(rows).draw(self.run, Stream.CENTRE, n),
+            saliency,
+            lam,
+            samples.window,
+            samples.size_px,
+            first,
+            last,
+            lam_bound=self.config.lam_bound,
+        )
+
+
+class Method(ClassAdaptive):
+    """A rectangle around a centre drawn from P."""
+
+    config: Config
+
+    def __init__(self, config: Config, run: Run) -> None:
+        super().__init__(config, run, rectangle.fields(config))
+
+    def apply(self, images: DataNode, plan: Any) -> DataNode:
+        return rectangle.erase(images, plan, self.run, self.config)
+
+    def _erase(self, samples: Samples, prob: Array) -> dict[str, Array]:
+        xp = array_namespace(samples.ids)
+        status = xp.zeros_like(samples.ids)
+        box = zeros(samples.ids, samples.ids.shape[0], 4)
+        erased, hw, fitted = rectangle.choose(samples, self.run, self.config, prob)
+        status[erased] = int(Status.NO_FIT)
+        erased, hw = erased[fitted], hw[fitted]
+        if erased.shape[0]:
+            box[erased], status[erased] = self._place(samples.take(erased), hw)
+        fill = rectangle.fill_fields(samples, self.run, self.config)
+        return {"status": status, "box": box} | fill
+
+    def _place(self, samples: Samples, hw: Array) -> tuple[Array, Array]:
+        """Boxes float64 [B, 4] and status int64 [B] for samples that are erased, of sizes hw."""
+        xp = array_namespace(samples.ids)
+        lam, saliency, status = self._guidance(samples)
+        first, last = region.centre_range(hw, samples.size_px, self.config.border)
+        centre = self._draw_centre(samples, saliency, lam, first, last)
+        return xp.astype(region.box_at(centre, hw, samples.size_px), xp.float64), status

@@ -1,0 +1,58 @@
+"""AutoAugment (Cubuk et al., CVPR 2019): one of 25 learned pairs of operations."""
+
+import numpy as np
+from array_api_compat import array_namespace
+from nvidia.dali.auto_aug import augmentations
+from nvidia.dali.auto_aug import auto_augment as policies
+
+from scae_dali.config import AutoAugmentConfig as Config
+from scae_dali.methods import policy
+from scae_dali.methods.base import Run, Samples
+from scae_dali.rng import Array, Stream
+
+__all__ = ["Config", "Method"]
+
+
+class Method(policy.Policy):
+    """One sub-policy, uniform; each of its operations with the probability that it has there.
+
+    The policies are those of nvidia.dali.auto_aug.auto_augment.
+    """
+
+    def __init__(self, config: Config, run: Run) -> None:
+        make = getattr(policies, f"get_{config.policy}_policy")
+        # This one translates nothing.
+        size = {} if config.policy == "reduced_image_net" else policy.translation(config)
+        learned = make(**size)
+        subs = learned.sub_policies
+        length = max(map(len, subs))
+        # For each sub-policy and level: the operation, its probability, its magnitude.
+        self._op = np.zeros((len(subs), length))
+        self._prob = np.zeros((len(subs), length))
+        self._bin = np.zeros((len(subs), length))
+        levels = []
+        for k in range(length):
+            there = {s: sub[k] for s, sub in enumerate(subs) if k < len(sub)}
+            # Last comes what is done where the operation is not applied.
+            level = [*dict.fromkeys(op for op, _, _ in there.values()), augmentations.identity]
+            for s, (op, prob, magnitude) in there.items():
+                self._op[s, k], self._prob[s, k] = level.index(op), prob
+                self._bin[s, k] = magnitude or 0  # None: the operation has no magnitude
+            levels.append(level)
+        super().__init__(config, run, levels, learned.num_magnitude_bins)
+
+    def plan(self, samples: Samples) -> dict[str, Array]:
+        xp = array_namespace(samples.ids)
+        op, prob, magnitude = (
+            xp.asarray(table, device=samples.ids.device)
+            for table in (self._op, self._prob, self._bin)
+        )
+        u = samples.draw(self.run, Stream.POLICY, 1 + 2 * len(self.levels))
+        sub = xp.astype(xp.floor(u[:, 0] * op.shape[0]), xp.int64)
+        plan = {"status": xp.zeros_like(samples.ids)}
+        for k, level in enumerate(self.levels):
+            applied = u[:, 1 + 2 * k] < prob[sub, k]
+            plan[f"op{k}"] = xp.where(applied, op[sub, k], len(level) - 1.0)
+            plan[f"sign{k}"] = xp.floor(2 * u[:, 2 + 2 * k])
+            plan[f"bin{k}"] = magnitude[sub, k]
+        return plan

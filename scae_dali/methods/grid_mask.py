@@ -1,0 +1,40 @@
+"""GridMask (Chen et al., 2020): a grid of squares is erased, more often from epoch to epoch."""
+
+from typing import Any, ClassVar
+
+from array_api_compat import array_namespace
+
+from scae_dali.config import GridMaskConfig as Config
+from scae_dali.methods import grid, rectangle
+from scae_dali.methods.base import DataNode, Kind, Run, Samples, Status
+from scae_dali.rng import Array, Stream
+
+__all__ = ["Config", "Method"]
+
+
+class Method:
+    """Erase with probability prob · min(1, epoch / ramp_epochs); the grid is uniform."""
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("erase",)
+    conditional: ClassVar[bool] = False
+
+    def __init__(self, config: Config, run: Run) -> None:
+        self.config = config
+        self.run = run
+        self.fields = grid.FIELDS | rectangle.fields(config)
+
+    def plan(self, samples: Samples) -> dict[str, Array]:
+        xp = array_namespace(samples.ids)
+        prob: float | Array = self.config.prob
+        if self.config.ramp_epochs:
+            epoch = xp.astype(samples.epoch, xp.float64)
+            prob = prob * (epoch / self.config.ramp_epochs).clip(max=1.0)
+        rows = xp.nonzero(samples.draw(self.run, Stream.ERASE, 1)[:, 0] < prob)[0]
+        grids, status = grid.none(samples), xp.zeros_like(samples.ids)
+        grids[rows] = grid.draw(samples.take(rows), self.run, self.config)
+        status[rows] = int(Status.ERASED)
+        fill = rectangle.fill_fields(samples, self.run, self.config)
+        return {"status": status, "grid": grids} | fill
+
+    def apply(self, images: DataNode, plan: Any) -> DataNode:
+        return grid.erase(images, plan, self.run, self.config)

@@ -1,0 +1,60 @@
+"""SCAE with a grid: where, how strongly and how often as there, what is erased as in GridMask.
+
+A pixel is drawn by eq. 4, and a square of the grid is centred there. The pixel is drawn from one
+period of the grid, d x d pixels that lie anywhere in the crop, as likely one place as another: over
+the whole crop, some offsets would have more pixels than others, and λ = 0 would not be GridMask.
+"""
+
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from scae_dali import region
+from scae_dali.config import SemanticGridMaskConfig as Config
+from scae_dali.methods import grid, rectangle, scae
+from scae_dali.methods.base import DataNode, Run, Samples
+from scae_dali.rng import Array, Stream
+
+__all__ = ["Config", "Method"]
+
+
+class Method(scae.ClassAdaptive):
+    """A grid with the centre of a square drawn from P. Where λ = 0 it is GridMask's, grid by grid.
+
+    As λ goes to 0 the offset becomes uniform, if the grid is upright and its period fits into the
+    crop; otherwise nearly so.
+    """
+
+    config: Config
+
+    def __init__(self, config: Config, run: Run) -> None:
+        super().__init__(config, run, grid.FIELDS | rectangle.fields(config))
+
+    def apply(self, images: DataNode, plan: Any) -> DataNode:
+        return grid.erase(images, plan, self.run, self.config)
+
+    def _erase(self, samples: Samples, prob: Array) -> dict[str, Array]:
+        xp = array_namespace(samples.ids)
+        rows = xp.nonzero(samples.draw(self.run, Stream.ERASE, 1)[:, 0] < prob)[0]
+        grids, status = grid.none(samples), xp.zeros_like(samples.ids)
+        if rows.shape[0]:
+            grids[rows], status[rows] = self._place(samples.take(rows))
+        fill = rectangle.fill_fields(samples, self.run, self.config)
+        return {"status": status, "grid": grids} | fill
+
+    def _place(self, samples: Samples) -> tuple[Array, Array]:
+        """Grids float64 [B, 7] and status int64 [B] for samples that are erased."""
+        xp = array_namespace(samples.ids)
+        grids = grid.draw(samples, self.run, self.config)
+        lam, saliency, status = self._guidance(samples)
+        guided = xp.nonzero(lam != 0)[0]
+        if guided.shape[0]:
+            chosen = samples.take(guided)
+            period = xp.astype(grids[guided, :1], xp.int64)
+            period = xp.minimum(chosen.size_px, period)  # [n, 2]
+            u = grid.place_draws(chosen, self.run)
+            first = region.uniform_centre(u, xp.zeros_like(period), chosen.size_px - period)
+            last = first + period - 1
+            centre = self._draw_centre(chosen, saliency[guided], lam[guided], first, last)
+            grids[guided] = grid.centred(grids[guided], centre)
+        return grids, status

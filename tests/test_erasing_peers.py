@@ -1,0 +1,173 @@
+"""Random Erasing against torchvision's and timm's own: what they erase, drawn from their code."""
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from test_methods import method, samples
+from timm.data.random_erasing import RandomErasing as TimmErasing
+from torchvision.transforms import v2
+
+import train
+from pipelines.recipe import Config
+from scae_dali.config import ERASING_PRESETS, RandomErasingConfig, ScaeConfig
+from scae_dali.methods import Samples, Status, load, make_config
+
+N = 4000
+
+
+def boxes_of(erased: torch.Tensor) -> np.ndarray:
+    """(y, x, h, w) of what is not 0: bool [B, H, W] -> int64 [B, 4]."""
+    boxes = []
+    for axis in (1, 2):
+        seen = erased.any(dim=3 - axis)
+        length = seen.shape[1]
+        first = seen.int().argmax(dim=1)
+        last = length - 1 - seen.flip(1).int().argmax(dim=1)
+        boxes.append(torch.stack([first, last - first + 1], dim=1))
+    y, x = boxes
+    box = torch.stack([y[:, 0], x[:, 0], y[:, 1], x[:, 1]], dim=1)
+    assert (erased.sum(dim=(1, 2)) == box[:, 2] * box[:, 3]).all()
+    return box.numpy()
+
+
+def peer_boxes(name, h, w):
+    """What the peer erases in N images of zeros."""
+    if name == "torchvision":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            erase = v2.RandomErasing(p=1.0, value=1)
+            out = torch.stack([erase(torch.zeros(1, h, w))[0] for _ in range(N)])
+    else:
+        state = random.getstate()
+        random.seed(0)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            erase = TimmErasing(probability=1.0, mode="pixel", device="cpu")
+            out = erase(torch.zeros(N, 1, h, w))[:, 0]
+        random.setstate(state)
+    return boxes_of(out != 0)
+
+
+def mine(preset, h, w, n=N):
+    plan = method("random_erasing", prob=1.0, preset=preset).plan(samples(n, size=(h, w)))
+    assert (plan["status"] == Status.ERASED).all()
+    return plan["box"].astype(int)
+
+
+def quantities(box, h, w):
+    """What the laws are compared by, float64 [n] each, with (y, x) as places among those free."""
+    return {
+        "area": box[:, 2] * box[:, 3],
+        "aspect": box[:, 2] / box[:, 3],
+        "height": box[:, 2],
+        "y": box[:, 0] / np.maximum(1, h - box[:, 2]),
+        "x": box[:, 1] / np.maximum(1, w - box[:, 3]),
+        "middle": box[:, 0] + box[:, 2] / 2 + 1000 * (box[:, 1] > (w - box[:, 3]) / 2),
+        "bottom right": (box[:, 0] + box[:, 2]) * w + box[:, 1] + box[:, 3],
+    }
+
+
+def p_values(one, other, h, w):
+    pairs = zip(quantities(one, h, w).items(), quantities(other, h, w).values(), strict=True)
+    return {name: stats.ks_2samp(a, b).pvalue for (name, a), b in pairs}
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 40)])
+@pytest.mark.parametrize("peer", ["torchvision", "timm"])
+def test_a_preset_erases_as_its_implementation_does(peer, size):
+    values = p_values(mine(peer, *size), peer_boxes(peer, *size), *size)
+    assert min(values.values()) > 1e-4, values
+
+
+def test_the_authors_law_is_told_apart():
+    values = p_values(mine("official", 64, 40), peer_boxes("timm", 64, 40), 64, 40)
+    assert values["aspect"] < 1e-10
+    assert values["area"] < 1e-10
+    assert values["y"] > 1e-4
+
+
+def test_three_of_four_of_the_authors_rectangles_are_tall_and_half_of_the_others():
+    """(3.33 - 1) / (3.33 - 0.3) = 0.77, less what does not fit and what is square."""
+
+    def tall(preset):
+        box = mine(preset, 224, 224, 20_000)
+        return (box[:, 2] > box[:, 3]).mean()
+
+    def is_the_authors(share):
+        return abs(share - 0.75) < 0.02
+
+    assert is_the_authors(tall("official"))
+    assert not is_the_authors(tall("torchvision"))
+    for preset in ERASING_PRESETS:
+        assert tall(preset) == pytest.approx(0.5, abs=0.015)
+
+
+@pytest.mark.parametrize(
+    ("preset", "area"), [("official", 0.201), ("torchvision", 0.174), ("timm", 0.176)]
+)
+def test_mean_areas_at_32_pixels(preset, area):
+    box = mine(preset, 32, 32, 60_000)
+    assert box[:, 2:].prod(axis=1).mean() / 32**2 == pytest.approx(area, abs=0.002)
+
+
+@pytest.mark.parametrize("preset", ["official", "torchvision", "timm"])
+def test_a_preset_survives_on_its_way_to_the_method(preset):
+    """Through asdict, through a change of the probability, and from the command line."""
+    config = RandomErasingConfig(preset=preset)
+    wanted = ERASING_PRESETS.get(preset, {"area": (0.02, 0.4), "aspect_law": "uniform"})
+    for name, value in wanted.items():
+        assert getattr(config, name) == value
+    again = make_config(load("random_erasing"), dataclasses.asdict(config))
+    assert again == config
+    assert dataclasses.replace(config, prob=0.25).area == config.area
+    parser = train.make_parser()
+    line = ["--data.root=none", "--out=none", "--method=random_erasing"]
+    given = parser.parse_args([*line, f"--random_erasing.preset={preset}"])
+    settings = parser.instantiate(given)
+    full = Config(**{name: settings[name] for name in Config.__dataclass_fields__})
+    assert full.random_erasing == config
+    assert make_config(load("random_erasing"), full.method_settings()) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"preset": "timm", "area": (0.1, 0.2)},
+            r"preset=timm sets area, aspect, aspect_law, tries, fill, got area=\(0.1, 0.2\), asp"
+            ".*set all of them without one",
+        ),
+        (
+            dataclasses.asdict(RandomErasingConfig(preset="timm")) | {"fill": "mean"},
+            "preset=timm sets .*, got fill=mean too",
+        ),
+        ({"preset": "kornia"}, "preset must be one of official, torchvision, timm; got 'kornia'"),
+        ({"aspect_law": "normal"}, "aspect_law must be one of uniform, log; got 'normal'"),
+    ],
+)
+def test_settings_are_validated(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RandomErasingConfig(**settings)
+
+
+def test_scae_draws_the_aspect_uniformly_and_may_draw_its_logarithm():
+    assert ScaeConfig().aspect_law == "uniform"
+    both = [
+        method("scae", p_min=1.0, p_max=1.0, aspect_law=law).plan(samples(4000))["box"]
+        for law in ("uniform", "log")
+    ]
+    tall = [(box[:, 2] > box[:, 3]).mean() for box in both]
+    assert tall[1] == pytest.approx(0.5, abs=0.03)
+    assert tall[0] > 0.7
+
+
+@pytest.mark.parametrize("preset", list(ERASING_PRESETS))
+def test_torch_draws_the_same(preset):
+    one = method("random_erasing", prob=1.0, preset=preset)
+    batch = samples(500)
+    fields = {name: torch.from_numpy(value) for name, value in vars(batch).items()}
+    np.testing.assert_array_equal(one.plan(Samples(**fields))["box"], one.plan(batch)["box"])

@@ -1,0 +1,226 @@
+"""The runs of train.py that make a table: one a cell and seed, with what train.py makes of its
+options; which of them lie in a folder already, and whether they are the ones asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import _runs
+from _tables import TABLES, Cell, Section
+
+import _path
+import train
+from pipelines.data import DataConfig
+from pipelines.recipe import Config
+from scae_dali.dataset import ImageIndex
+from scae_dali.order import epoch_size
+
+__all__ = [
+    "STARTS",
+    "Job",
+    "existing",
+    "finished",
+    "make_job",
+    "plan",
+    "read_starts",
+    "refuse_others",
+    "twin",
+]
+
+STARTS = "starts.json"  # in a run's folder: how and on what it was started
+IN_EPOCHS = ("milestones", "warmup_epochs", "ramp_epochs", "defer")  # shrink with --epochs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run of train.py: a cell with a seed.
+
+    first: the folder of the run whose weights it goes on from. index: of the training images; None
+    in a dry run without them.
+    """
+
+    section: Section
+    model: str
+    cell: Cell
+    seed: int
+    path: Path
+    options: tuple[str, ...]
+    config: Config
+    first: Path | None
+    index: ImageIndex | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The config as train.py writes it into config.json."""
+        return json.loads(json.dumps(dataclasses.asdict(self.config)))
+
+    @property
+    def epoch_images(self) -> int | None:
+        return None if self.index is None else epoch_size(self.index.labels, self.config.sampling)
+
+    @property
+    def epochs_left(self) -> int:
+        return max(0, self.config.epochs - _runs.epochs_done(self.path))
+
+
+def make_job(args: argparse.Namespace, section: Section, model: str, cell: Cell, seed: int) -> Job:
+    """Raises ValueError where train.py does not take the options."""
+    path = args.place / f"{section.name}-{model}-{cell.name}-s{seed}"
+    recipes = (section.recipe, *cell.recipes)
+    base = [f"--config={_path.ROOT / 'pipelines' / recipe}.yaml" for recipe in recipes]
+    ours = {"model": model, "method": cell.method, "seed": seed, "data.root": args.data}
+    ours["out"] = path
+    first = None
+    if cell.first is not None:
+        first = args.place / f"{section.name}-{model}-{cell.first}-s{seed}"
+        ours["second_stage.weights"] = first / "weights.pt"
+    own = dict(text.split("=", 1) for text in (*section.overrides, *cell.overrides))
+    fitted: dict[str, Any] = {}
+    if args.epochs is not None:
+        whole = resolve(path.name, [*base, *_options({**own, **ours})])
+        ours["epochs"] = args.epochs if first is None else min(args.epochs, whole.epochs)
+        if ours["epochs"] != whole.epochs:
+            fitted = shrunk(whole, ours["epochs"] / whole.epochs)
+    own |= {key: value for key, value in fitted.items() if key in own}
+    early = {key: value for key, value in fitted.items() if key not in own}
+    options = [*base, *_options(early), *args.options, *_options({**own, **ours}), "--resume"]
+    config = resolve(path.name, options)
+    try:
+        index = train_index(dataclasses.replace(config.data, in_memory=False))
+    except (OSError, ValueError):
+        if not args.dry_run:
+            raise
+        index = None
+    return Job(section=section, model=model, cell=cell, seed=seed, path=path, first=first,
+               options=tuple(options), config=config, index=index)  # fmt: skip
+
+
+def _options(settings: Mapping[str, Any]) -> list[str]:
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def resolve(name: str, options: Sequence[str]) -> Config:
+    """What train.py makes of its options."""
+    parser = train.make_parser()
+    parser.exit_on_error = False
+    try:
+        found = parser.instantiate(parser.parse_args(list(options)))
+        return Config(**{field.name: found[field.name] for field in dataclasses.fields(Config)})
+    except (argparse.ArgumentError, ValueError, OSError) as error:
+        raise ValueError(f"{name}: train.py does not take its options: {error}") from error
+
+
+def shrunk(config: Config, factor: float) -> dict[str, Any]:
+    """Settings that count epochs, for a run of `factor` times the epochs."""
+    found: dict[str, Any] = {}
+    for key, value in _runs.settings(dataclasses.asdict(config)).items():
+        if key.rpartition(".")[2] not in IN_EPOCHS:
+            continue
+        if isinstance(value, tuple):
+            found[key] = [_shrink(one, factor) for one in value]
+        elif value:
+            found[key] = _shrink(value, factor)
+    if config.optim.schedule != "step":
+        found.pop("optim.milestones", None)
+    return found
+
+
+def _shrink(value: float, factor: float) -> float:
+    if isinstance(value, float):
+        return round(value * factor, 6)
+    return max(min(1, value), round(value * factor))
+
+
+@functools.lru_cache(maxsize=4)
+def train_index(data: DataConfig) -> ImageIndex:
+    return data.open().train
+
+
+def plan(args: argparse.Namespace) -> list[Job]:
+    """The runs asked for, the first seed of every cell before the second of any."""
+    jobs = []
+    for seed in range(args.seeds):
+        for section in TABLES[args.table].sections:
+            if args.sections and section.name not in args.sections:
+                continue
+            asked = {*(args.methods or (cell.name for cell in section.cells))}
+            asked |= {cell.first for cell in section.cells if cell.name in asked and cell.first}
+            for model in args.models:
+                for cell in section.cells:
+                    if cell.name in asked:
+                        jobs.append(make_job(args, section, model, cell, seed))
+    return jobs
+
+
+def existing(args: argparse.Namespace) -> list[tuple[Path, Section, str, Cell, int]]:
+    """Runs of the table's cells that lie in its folder, in the order of the table."""
+    table = TABLES[args.table]
+    cells = {(one.name, cell.name): (one, cell) for one in table.sections for cell in one.cells}
+    order = [*cells]
+    found = []
+    for config in args.place.glob("*/config.json"):
+        match = re.fullmatch(r"(\w+)-(\w+)-(\w+)-s(\d+)", config.parent.name)
+        if match and (match[1], match[3]) in cells:
+            section, cell = cells[match[1], match[3]]
+            found.append((config.parent, section, match[2], cell, int(match[4])))
+    return sorted(found, key=lambda run: (run[2], order.index((run[1].name, run[3].name)), run[4]))
+
+
+def refuse_others(args: argparse.Namespace) -> None:
+    """ValueError where --out holds runs of the table that these options would make otherwise."""
+    for path, section, model, cell, seed in existing(args):
+        job = make_job(args, section, model, cell, seed)
+        found = _runs.differing(json.loads((path / "config.json").read_text()), job.settings)
+        if found:
+            odd = "; ".join(f"{key}={was!r}, not {now!r}" for key, (was, now) in found.items())
+            raise ValueError(
+                f"{str(path)!r} was made with {odd}: give the options that it was made with, or "
+                "another --out"
+            )
+        starts = read_starts(path)
+        if starts and job.index is not None and starts[0]["data"] != job.index.fingerprint:
+            raise ValueError(
+                f"{str(path)!r} was made from other images than those of --data {args.data}: give "
+                "the same, or another --out"
+            )
+
+
+def read_starts(path: Path) -> list[dict[str, Any]]:
+    return json.loads((path / STARTS).read_text()) if (path / STARTS).exists() else []
+
+
+def twin(args: argparse.Namespace, job: Job) -> Path | None:
+    """A finished run of another table that is this one too."""
+    if job.first is not None or job.index is None or os.path.lexists(job.path):
+        return None
+    for file in sorted(args.out.glob("table*/*/config.json")):
+        path, config = file.parent, json.loads(file.read_text())
+        starts = read_starts(path)
+        if (
+            path.parent != args.place
+            and config["seed"] == job.seed
+            and starts
+            and starts[0]["data"] == job.index.fingerprint
+            and not _runs.differing(config, job.settings)
+            and _runs.epochs_done(path) >= config["epochs"]
+        ):
+            return path
+    return None
+
+
+def finished(job: Job, jobs: Sequence[Job]) -> bool:
+    """Whether nothing is left to do; a second stage that is not finished needs weights."""
+    if job.epochs_left:
+        return False
+    needed = any(other.first == job.path and other.epochs_left for other in jobs)
+    return not needed or (job.path / "weights.pt").exists()

@@ -1,0 +1,189 @@
+"""The report of a table: collected from its runs, printed, and drawn."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import _jobs
+import _runs
+from _tables import TABLES, Cell, Section
+
+import _bench
+
+__all__ = ["collect", "draw", "show"]
+
+COLUMNS = _runs.FIGURES | {"overhead": "overhead_percent"}
+
+
+def collect(args: argparse.Namespace) -> dict[str, Any]:
+    """The report. ValueError where nothing is finished, or runs do not belong together."""
+    runs: dict[tuple[str, str, str], dict[int, tuple[dict, dict, Path]]] = {}
+    cells: dict[tuple[str, str, str], tuple[Section, Cell]] = {}
+    unfinished = []
+    for path, section, model, cell, seed in _jobs.existing(args):
+        key = (section.name, model, cell.name)
+        try:
+            runs.setdefault(key, {})[seed] = (*_runs.read_run(path), path)
+            cells[key] = (section, cell)
+        except ValueError:
+            unfinished.append(path.name)
+    runs = {key: members for key, members in runs.items() if members}
+    if not runs:
+        raise ValueError(f"{str(args.place)!r} must hold a finished run for a report, it has none")
+    rows = []
+    for key, members in runs.items():
+        section, cell = cells[key]
+        baseline = runs.get((*key[:2], "none"), {})
+        together(section, cell, members, baseline)
+        known = key[1] in TABLES[args.table].models
+        paper = dict(cell.paper) if known else {}
+        reference = section.cell("none").paper
+        figures = {
+            column: {**_runs.spread(values), "values": values}
+            for column, name in COLUMNS.items()
+            if (values := [row[name] for _, row, _ in members.values() if name in row])
+        }
+        gain = None if cell.name == "none" else _runs.gain(top1(members), top1(baseline))
+        rows.append({
+            "section": section.title, "model": key[1], "name": cell.title, "cell": cell.name,
+            "recipes": [section.recipe, *cell.recipes],
+            "options": [f"method={cell.method}", *section.overrides, *cell.overrides],
+            "epochs": next(iter(members.values()))[0]["epochs"],
+            "seeds": [*members], "figures": figures, "gain": gain, "paper": paper,
+            "paper_gain": round(paper["last"] - reference["last"], 2)
+            if cell.name != "none" and "last" in paper and "last" in reference else None,
+            "independent": list(cell.independent.get(key[1], ())),
+        })  # fmt: skip
+    starts = [
+        s for each in runs.values() for *_, path in each.values() for s in _jobs.read_starts(path)
+    ]
+    return {
+        "command": shlex.join(["python", "tools/reproduce.py", *map(tidy, args.argv)]),
+        "hardware": agreed([start["hardware"] for start in starts]) or _bench.hardware(),
+        "versions": agreed([start["versions"] for start in starts]) or _bench.versions(),
+        "table": args.table,
+        "title": TABLES[args.table].title,
+        "note": TABLES[args.table].note,
+        "paper_epochs": TABLES[args.table].epochs,
+        "train_options": agreed([[*map(tidy, start["options"])] for start in starts]),
+        "unfinished": unfinished,
+        "rows": rows,
+    }
+
+
+def top1(members: Mapping[int, tuple[dict, dict, Path]]) -> dict[int, float]:
+    return {seed: row["val_top1"] for seed, (_, row, _) in members.items()}
+
+
+def together(section: Section, cell: Cell, members: Mapping, baseline: Mapping) -> None:
+    """ValueError unless a cell's runs differ in their seeds alone, and last as long as `none`."""
+    configs = [config for config, *_ in members.values()]
+    for config in configs[1:]:
+        if found := _runs.differing(configs[0], config):
+            raise ValueError(f"{section.name}, {cell.name}: its seeds were made with different "
+                             f"{', '.join(found)}; report runs of the same settings")  # fmt: skip
+    epochs = {config["epochs"] for config, *_ in baseline.values()} | {configs[0]["epochs"]}
+    if cell.first is None and len(epochs) > 1:
+        raise ValueError(
+            f"{section.name}: {cell.name} and none must have the same epochs, they have "
+            f"{' and '.join(map(str, sorted(epochs)))}; report runs of the same settings"
+        )
+
+
+def agreed(notes: Sequence[Any]) -> Any:
+    """What all say, or the list of what is said; None where nothing is."""
+    distinct = [note for i, note in enumerate(notes) if note not in notes[:i]]
+    return distinct[0] if len(distinct) == 1 else distinct or None
+
+
+def tidy(text: str) -> str:
+    """An argument without the folders of this machine."""
+    option, equals, value = text.rpartition("=")
+    return f"{option}{equals}{Path(value).name}" if os.path.isabs(value) else text
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """Print a table for every section and network."""
+    for rows in parts(report):
+        lines = [cells_of(row) for row in rows]
+        used = [name for name in lines[0] if any(line[name] for line in lines)]
+        width = {name: max(len(name), *(len(line[name]) for line in lines)) for name in used}
+        print(f"\n{heading(report, rows)}")
+        for line in [{name: name for name in used}, *lines]:
+            print("  ".join(line[n].ljust(width[n]) if n == "" else line[n].rjust(width[n])
+                            for n in used).rstrip())  # fmt: skip
+    print(f"\nMean ± standard deviation over seeds, percent; gains are paired by seed. "
+          f"{report['note']}")  # fmt: skip
+    if report["unfinished"]:
+        print(f"Not finished, left out: {', '.join(report['unfinished'])}.")
+
+
+def parts(report: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+    """Rows by section and network."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        groups.setdefault((row["section"], row["model"]), []).append(row)
+    return [*groups.values()]
+
+
+def heading(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], glue=", ") -> str:
+    epochs, paper = max(row["epochs"] for row in rows), report["paper_epochs"]  # stage 2 has fewer
+    text = f"{rows[0]['section']}{glue}{rows[0]['model']}, {epochs} epochs"
+    return text if epochs == paper else f"{text} (paper: {paper})"
+
+
+def cells_of(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row's texts by column; the first has no title."""
+
+    def text(figure: Mapping[str, Any] | None, form: str = ".2f") -> str:
+        if figure is None:
+            return ""
+        deviation = "" if figure["std"] is None else f" ± {figure['std']:.2f}"
+        return f"{figure['mean']:{form}}{deviation}"
+
+    figures = {column: text(row["figures"].get(column)) for column in COLUMNS}
+    paper, paper_gain = row["paper"], row["paper_gain"]
+    return {
+        "": row["name"],
+        "seeds": str(len(row["seeds"])),
+        "top-1": figures.pop("last"),
+        "gain": text(row["gain"], "+.2f"),
+        "paper": " / ".join(f"{value:.2f}" for value in paper.values()),
+        "paper's gain": "" if paper_gain is None else f"{paper_gain:+.2f}",
+        "independent": "–".join(f"{value:.1f}" for value in row["independent"]),
+        **figures,
+    }
+
+
+def draw(report: Mapping[str, Any], path: Path) -> None:
+    """Gains over `none` with error bars, the paper's beside. Nothing where there is no gain."""
+    from matplotlib.figure import Figure  # of the extra `train`
+
+    groups = [[row for row in rows if row["gain"] or row["paper_gain"]] for rows in parts(report)]
+    groups = [rows for rows in groups if any(row["gain"] for row in rows)]
+    if not groups:
+        return
+    size = (6 * len(groups), 2 + 0.4 * max(map(len, groups)))
+    figure = Figure(figsize=size, layout="constrained")
+    for axes, rows in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+        for y, row in enumerate(rows):
+            if row["gain"]:
+                mean, deviation = row["gain"]["mean"], row["gain"]["std"]
+                axes.barh(y, mean, xerr=deviation, color="C0", capsize=3, height=0.6)
+            if row["paper_gain"] is not None:
+                axes.plot(row["paper_gain"], y, "D", color="C1", zorder=3)
+        axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+        axes.invert_yaxis()
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_xlabel("gain in top-1 over none, percentage points")
+        axes.set_title(heading(report, rows, "\n"), fontsize="medium")
+    axes.barh([], [], color="C0", label="measured, ± standard deviation over seeds")
+    axes.plot([], [], "D", color="C1", label="paper")
+    figure.legend(loc="outside lower center", ncols=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

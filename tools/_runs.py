@@ -1,0 +1,185 @@
+"""Runs of train.py: their settings, how far they came and their figures, as their folders tell
+them; and how one is started as a child of ours and stopped. Which are made is for others.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import _path  # noqa: F401
+from scae_dali.methods import BUILT_IN
+from scae_dali.metrics import read_rows
+
+__all__ = [
+    "FIGURES",
+    "LOG",
+    "differing",
+    "environment",
+    "epochs_done",
+    "gain",
+    "last_lines",
+    "pace",
+    "read_run",
+    "settings",
+    "spread",
+    "start",
+    "stop",
+]
+
+LOG = "train.log"  # in a run's folder: what train.py printed
+
+# Column -> where the figure is in the last row of metrics.jsonl
+FIGURES = {
+    "last": "val_top1",
+    "best": "best_top1",
+    "median10": "median10_top1",
+    "top-5": "val_top5",
+    "many": "val_many",
+    "medium": "val_medium",
+    "few": "val_few",
+    "ECE": "val_ece",
+}
+# Where things lie and what computes them: no result depends on it.
+PLACES = {
+    "data.root",
+    "data.index_cache",
+    "device",
+    "saliency.cache",
+    "second_stage.weights",
+}
+
+
+def read_run(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A finished run's settings and its last row; ValueError where there is none."""
+    rows = read_rows(path / "metrics.jsonl")
+    if not rows or not (path / "config.json").exists():
+        raise ValueError(f"{str(path)!r} must be the folder of a run with a finished epoch")
+    config = json.loads((path / "config.json").read_text())
+    done = rows[-1]["epoch"] + 1
+    if done < config["epochs"]:
+        raise ValueError(
+            f"{str(path)!r} has {done} of {config['epochs']} epochs: let it end (--resume) first"
+        )
+    return config, rows[-1]
+
+
+def epochs_done(path: Path) -> int:
+    rows = read_rows(path / "metrics.jsonl")
+    return rows[-1]["epoch"] + 1 if rows else 0
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that a result depends on, by their names on the command line."""
+    used = config["method"].split("+")  # as train.py joins several
+    unused = {"out", "seed", "threads", "checkpoint_every", *BUILT_IN} - {*used}
+    return _flat({key: value for key, value in config.items() if key not in unused})
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that two configs have both, and not alike; where things lie does not count."""
+    mine, yours = settings(one), settings(other)
+    shared = sorted(mine.keys() & yours.keys() - PLACES)
+    return {key: (mine[key], yours[key]) for key in shared if mine[key] != yours[key]}
+
+
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and standard deviation, of a sample; one value has none."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "std": deviation}
+
+
+def gain(own: Mapping[int, float], baseline: Mapping[int, float]) -> dict[str, Any] | None:
+    """Mean and deviation of the differences by seed; None where no seed has both."""
+    pairs = {seed: own[seed] - baseline[seed] for seed in own if seed in baseline}
+    return {**spread([*pairs.values()]), "seeds": [*pairs]} if pairs else None
+
+
+def pace(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Seconds that an image of training took, passes and validation included; None without rows."""
+    images = sum(row["img_per_s"] * row["seconds"]["train"] for row in rows)
+    if not images:
+        return None
+    parts = ("train", "saliency", "val")
+    return sum(row["seconds"][part] for row in rows for part in parts) / images
+
+
+def environment(slot: int, jobs: int, device: str) -> dict[str, str]:
+    """For the child in this slot of `jobs`: GPUs in turn, or its part of the CPU's threads."""
+    env = os.environ | {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "30"}
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if gpus > 1:
+        named = env.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        env["CUDA_VISIBLE_DEVICES"] = named.split(",")[slot % gpus]
+    if not gpus:
+        threads = int(env.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))
+        env["OMP_NUM_THREADS"] = str(max(1, threads // jobs))
+    return env
+
+
+def start(out: Path, command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen | None:
+    """train.py as a child, with its output in the run's log; None where another one writes it.
+
+    The child holds a lock on the log for as long as it lives, whatever becomes of us.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / LOG, "ab") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        # In a session of its own: Ctrl-C is ours, and stop() reaches its children too.
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+        )
+
+
+def stop(children: Sequence[subprocess.Popen], patience_s: float = 10.0) -> None:
+    """End them and theirs; those that do not heed SIGTERM by force. A checkpoint stays whole."""
+    for child in children:
+        _signal(child, signal.SIGTERM)
+    for child in children:
+        try:
+            child.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            _signal(child, signal.SIGKILL)
+            child.wait()
+
+
+def last_lines(path: Path, n: int = 15) -> list[str]:
+    """Of a log; a progress bar's earlier states do not count."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes()[-100_000:].decode(errors="replace").splitlines()
+    bar = re.compile(r"\d+%\|")
+    return [line for line in lines if line.strip() and not bar.search(line)][-n:]
+
+
+def _signal(child: subprocess.Popen, number: int) -> None:
+    if child.poll() is None:
+        os.killpg(child.pid, number)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
