@@ -37,7 +37,7 @@ from pipelines.recipe import autocast, make_network
 from scae_dali.config import CropConfig
 from scae_dali.iterator import Batch, Loader
 from scae_dali.losses import Loss, LossConfig
-from scae_dali.methods import Status
+from scae_dali.methods import BUILT_IN, Status
 from scae_dali.order import Order
 from scae_dali.refresh import refresh_cache
 
@@ -93,7 +93,7 @@ def mix_pipeline(setup: Setup, decode: str, tensor: str) -> str:
         return compare(reference, ours) + mixed(ours)
 
 
-@check(*product("arrays", ("none", "random_erasing", "scae"), TENSORS))
+@check(*product("arrays", BUILT_IN, TENSORS))
 def arrays_pipeline(setup: Setup, method: str, tensor: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         tailed, pixels = in_memory(setup, folder)
