@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import statistics
 import sys
 from pathlib import Path
@@ -268,6 +269,15 @@ def test_a_first_stage_without_weights_is_made_again(data, tmp_path, fake):
     assert weights.exists()
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """A shell's background jobs, and what they start, ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_stops_the_runs_and_the_same_command_goes_on(
     data, tmp_path, fake, monkeypatch, capsys
 ):
