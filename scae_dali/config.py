@@ -125,12 +125,29 @@ class RandomErasingConfig(RectangleConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassAdaptiveConfig:
+class GuidedConfig:
+    """Of a method that looks at saliency maps.
+
+    refresh_every: epochs between saliency passes; 0 means a cache built offline, never refreshed.
+    """
+
+    refresh_every: int = 10
+
+    def __post_init__(self) -> None:
+        check(self.refresh_every >= 0, f"refresh_every must be >= 0, got {self.refresh_every}")
+
+    @property
+    def guided(self) -> bool:
+        """Whether maps are looked at with these settings."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassAdaptiveConfig(GuidedConfig):
     """Guided by the saliency map (eq. 4), as often as the class is frequent (eq. 7).
 
     lam_max: λ at the last epoch (eq. 5); negative values protect the salient region.
     p_min, p_max, gamma: eq. 7; class_aware=False erases every class with p_max.
-    refresh_every: epochs between saliency passes; 0 means a cache built offline, never refreshed.
 
     Eq. 8, where class_aware: a class k is of the tail if f_k < tail. Its samples are mixed with
     probability mix_prob, with weight μ ~ Beta(mix_alpha, mix_alpha) and a partner of the same class
@@ -144,7 +161,6 @@ class ClassAdaptiveConfig:
     p_max: float = 0.5
     gamma: float = 0.5
     class_aware: bool = True
-    refresh_every: int = 10
     tail: float = 0.1
     mix_prob: float = 0.5
     mix_alpha: float = 0.4
@@ -153,6 +169,7 @@ class ClassAdaptiveConfig:
     tail_lambda: float | None = None
 
     def __post_init__(self) -> None:
+        GuidedConfig.__post_init__(self)
         for name in ("lam_max", "tail_lambda"):
             value = getattr(self, name) or 0.0
             check(
@@ -162,7 +179,6 @@ class ClassAdaptiveConfig:
         check_prob("p_min", self.p_min)
         check_prob("p_max", self.p_max)
         check(self.gamma >= 0, f"gamma must be >= 0, got {self.gamma}; the paper's value is 0.5")
-        check(self.refresh_every >= 0, f"refresh_every must be >= 0, got {self.refresh_every}")
         check(0 <= self.tail <= 1, f"tail must be in [0, 1], got {self.tail}; the paper's is 0.1")
         check_prob("mix_prob", self.mix_prob)
         check(
@@ -179,7 +195,6 @@ class ClassAdaptiveConfig:
 
     @property
     def guided(self) -> bool:
-        """Whether maps are looked at."""
         return self.lam_bound > 0
 
 
@@ -318,26 +333,23 @@ class CutmixConfig(BatchMixConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaliencyMixConfig(CutmixConfig):
+class SaliencyMixConfig(CutmixConfig, GuidedConfig):
     """SaliencyMix (Uddin et al., ICLR 2021).
 
     preset: `paper` centres the box on the peak of the second image's map; `official` does what the
     authors' code does: one box for the whole batch (`per` is ignored), centred anywhere.
-    refresh_every: epochs between saliency passes; 0 means a cache built offline, never refreshed.
     """
 
     prob: float = 0.5
     preset: Literal["paper", "official"] = "paper"
-    refresh_every: int = 10
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        CutmixConfig.__post_init__(self)
+        GuidedConfig.__post_init__(self)
         check_choice("preset", self.preset, ("paper", "official"))
-        check(self.refresh_every >= 0, f"refresh_every must be >= 0, got {self.refresh_every}")
 
     @property
     def guided(self) -> bool:
-        """Whether maps are looked at."""
         return self.preset == "paper"
 
 
@@ -412,23 +424,22 @@ class AutoAugmentConfig(PolicyConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeepAugmentConfig(RectangleConfig, RandAugmentConfig):
+class KeepAugmentConfig(GuidedConfig, RectangleConfig, RandAugmentConfig):
     """KeepAugment (Gong et al., CVPR 2021); there is no code of the authors.
 
     mode: `cut` erases a rectangle that is not important; `paste` is RandAugment that puts an
     important rectangle back, and takes no note of `fill`. prob: of erasing, or of putting back.
     tau: a rectangle is important when its mean saliency is above this quantile of that of
     `candidates` random ones of its size.
-    refresh_every: epochs between saliency passes; 0 means a cache built offline, never refreshed.
     """
 
     mode: Literal["cut", "paste"] = "cut"
     prob: float = 1.0
     tau: float = 0.6
     candidates: int = 16
-    refresh_every: int = 10
 
     def __post_init__(self) -> None:
+        GuidedConfig.__post_init__(self)
         RectangleConfig.__post_init__(self)
         RandAugmentConfig.__post_init__(self)
         check_choice("mode", self.mode, ("cut", "paste"))
@@ -438,12 +449,6 @@ class KeepAugmentConfig(RectangleConfig, RandAugmentConfig):
             2 <= self.candidates <= 256,
             f"candidates must be in [2, 256], got {self.candidates}; the default is 16",
         )
-        check(self.refresh_every >= 0, f"refresh_every must be >= 0, got {self.refresh_every}")
-
-    @property
-    def guided(self) -> bool:
-        """Whether maps are looked at."""
-        return True
 
 
 @dataclass(frozen=True, kw_only=True)

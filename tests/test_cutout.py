@@ -4,11 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
-from test_methods import method, samples
+from test_methods import check_pure, method, samples
 
-from scae_dali.methods import Samples, Status, load
+from scae_dali.methods import Status, load
 
 
 @pytest.mark.parametrize(
@@ -45,13 +44,7 @@ def test_it_is_erased_at_its_rate_and_not_otherwise():
 def test_a_plan_does_not_depend_on_the_batch_nor_on_the_library():
     one = method("cutout", fill="color", prob=0.5)
     batch = samples(300, size=(20, 30))
-    whole = one.plan(batch)
-    for part in np.array_split(np.random.default_rng(0).permutation(300), 7):
-        for key, value in one.plan(batch.take(part)).items():
-            np.testing.assert_array_equal(value, whole[key][part])
-    fields = {name: torch.from_numpy(value) for name, value in vars(batch).items()}
-    for key, value in one.plan(Samples(**fields)).items():
-        np.testing.assert_array_equal(value.numpy(), whole[key])
+    check_pure(one, batch, np.array_split(np.random.default_rng(0).permutation(300), 7))
 
 
 @pytest.mark.parametrize(

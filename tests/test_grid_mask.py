@@ -6,15 +6,14 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 from scipy import stats
-from test_methods import method, samples
+from test_methods import check_pure, method, samples
 
 from scae_dali.config import IMAGENET_MEAN
 from scae_dali.dataset import ImageIndex
-from scae_dali.methods import Samples, Status, grid, load
+from scae_dali.methods import Status, grid, load
 from scae_dali.ops import PlanNodes, Stage
 
 IMAGENET = {"d_min": 96, "d_max": 224, "ratio": 0.6, "rotate": 360}
@@ -179,13 +178,7 @@ def test_the_recipes_are_the_authors():
 def test_a_plan_does_not_depend_on_the_batch_nor_on_the_library(rotate):
     one = method("grid_mask", **SMALL, rotate=rotate, prob=0.5, fill="color")
     batch = samples(300, size=(30, 41))
-    whole = one.plan(batch)
-    for part in np.array_split(np.random.default_rng(0).permutation(300), 7):
-        for key, value in one.plan(batch.take(part)).items():
-            np.testing.assert_array_equal(value, whole[key][part])
-    fields = {name: torch.from_numpy(value) for name, value in vars(batch).items()}
-    for key, value in one.plan(Samples(**fields)).items():
-        np.testing.assert_array_equal(value.numpy(), whole[key])
+    check_pure(one, batch, np.array_split(np.random.default_rng(0).permutation(300), 7))
 
 
 def test_what_is_cut_does_not_depend_on_the_batch_either():

@@ -47,6 +47,20 @@ def method(name, saliency=None, counts=(100,), epochs=10, **settings):
     return module.Method(make_config(module, settings), run)
 
 
+def check_pure(one, batch, parts):
+    """A part's plan is that of the whole batch, and torch's is NumPy's. Returns the whole's."""
+    whole = one.plan(batch)
+    for part in parts:
+        for key, value in one.plan(batch.take(part)).items():
+            np.testing.assert_array_equal(value, whole[key][part])
+    fields = {name: torch.from_numpy(value) for name, value in vars(batch).items()}
+    by_torch = one.plan(Samples(**fields))
+    assert by_torch.keys() == whole.keys()
+    for key, value in by_torch.items():
+        np.testing.assert_array_equal(value.numpy(), whole[key])
+    return whole
+
+
 def test_none_plans_nothing():
     plan = method("none").plan(samples(5))
     assert plan["status"].tolist() == [0] * 5
@@ -311,15 +325,9 @@ def test_a_mixed_plan_does_not_depend_on_the_batch():
     batch = dataclasses.replace(
         batch, ids=ids, keys=ids | rng.integers(0, 3, 400) << 32, epoch=rng.integers(0, 3, 400)
     )
-    whole = one.plan(batch)
-    assert set(whole["status"]) == {0, Status.ERASED, Status.MIXED}
     rows = rng.permutation(400)
-    for part in [*np.array_split(rows, 7), *rows[:40, None]]:
-        for key, value in one.plan(batch.take(part)).items():
-            np.testing.assert_array_equal(value, whole[key][part])
-    fields = {name: torch.from_numpy(value) for name, value in vars(batch).items()}
-    for key, value in one.plan(Samples(**fields)).items():
-        np.testing.assert_array_equal(value.numpy(), whole[key])
+    whole = check_pure(one, batch, [*np.array_split(rows, 7), *rows[:40, None]])
+    assert set(whole["status"]) == {0, Status.ERASED, Status.MIXED}
 
 
 def test_tail_classes_have_a_lambda_of_their_own():

@@ -12,7 +12,7 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali.auto_aug import augmentations as a
 from nvidia.dali.auto_aug import auto_augment as policies
 from scipy import stats
-from test_methods import method, samples
+from test_methods import check_pure, method, samples
 
 from pipelines import arrays, train
 from pipelines.config import ExecConfig, ImageConfig
@@ -21,7 +21,7 @@ from scae_dali.arrays import ArrayImages
 from scae_dali.config import CropConfig
 from scae_dali.dataset import ImageIndex
 from scae_dali.iterator import Loader
-from scae_dali.methods import Samples, load
+from scae_dali.methods import load
 from scae_dali.methods.policy import deprecations_hidden
 from scae_dali.ops import Stage
 from scae_dali.order import Order
@@ -127,16 +127,8 @@ def test_auto_augment_draws_sub_policies_and_applies_each_operation_at_its_rate(
 @pytest.mark.parametrize(("name", "settings"), EVERY)
 def test_a_plan_hangs_on_the_sample_alone_and_torch_agrees(name, settings):
     one, batch = method(name, **settings), samples(500)
-    plan = one.plan(batch)
     rows = np.random.default_rng(0).permutation(500)
-    for part in [*np.array_split(rows, 7), *rows[:20, None]]:
-        for key, value in one.plan(batch.take(part)).items():
-            np.testing.assert_array_equal(value, plan[key][part])
-    fields = {key: torch.from_numpy(value) for key, value in vars(batch).items()}
-    by_torch = one.plan(Samples(**fields))
-    assert by_torch.keys() == plan.keys()
-    for key, value in by_torch.items():
-        np.testing.assert_array_equal(value.numpy(), plan[key])
+    check_pure(one, batch, [*np.array_split(rows, 7), *rows[:20, None]])
 
 
 def test_defaults_are_those_of_the_papers():

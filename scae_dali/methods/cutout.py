@@ -1,28 +1,20 @@
 """Cutout (DeVries and Taylor, 2017): a square whose centre is any pixel, clipped at the border."""
 
-from typing import Any, ClassVar
-
 from array_api_compat import array_namespace
 
 from scae_dali import region
 from scae_dali.config import CutoutConfig as Config
 from scae_dali.methods import rectangle
-from scae_dali.methods.base import DataNode, Kind, Run, Samples, Status, zeros
+from scae_dali.methods.base import Samples, Status, zeros
 from scae_dali.rng import Array, Stream
 
 __all__ = ["Config", "Method"]
 
 
-class Method:
+class Method(rectangle.Erasing):
     """Erase with probability `prob`, the centre uniform over the pixels of the crop."""
 
-    kinds: ClassVar[tuple[Kind, ...]] = ("erase",)
-    conditional: ClassVar[bool] = False
-
-    def __init__(self, config: Config, run: Run) -> None:
-        self.config = config
-        self.run = run
-        self.fields = rectangle.fields(config)
+    config: Config
 
     def plan(self, samples: Samples) -> dict[str, Array]:
         xp = array_namespace(samples.ids)
@@ -38,6 +30,3 @@ class Method:
         return {"status": status, "box": box} | rectangle.fill_fields(
             samples, self.run, self.config
         )
-
-    def apply(self, images: DataNode, plan: Any) -> DataNode:
-        return rectangle.erase(images, plan, self.run, self.config)

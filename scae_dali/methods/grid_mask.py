@@ -1,27 +1,25 @@
 """GridMask (Chen et al., 2020): a grid of squares is erased, more often from epoch to epoch."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from array_api_compat import array_namespace
 
 from scae_dali.config import GridMaskConfig as Config
 from scae_dali.methods import grid, rectangle
-from scae_dali.methods.base import DataNode, Kind, Run, Samples, Status
+from scae_dali.methods.base import DataNode, Run, Samples, Status
 from scae_dali.rng import Array, Stream
 
 __all__ = ["Config", "Method"]
 
 
-class Method:
+class Method(rectangle.Erasing):
     """Erase with probability prob · min(1, epoch / ramp_epochs); the grid is uniform."""
 
-    kinds: ClassVar[tuple[Kind, ...]] = ("erase",)
-    conditional: ClassVar[bool] = False
+    config: Config
 
     def __init__(self, config: Config, run: Run) -> None:
-        self.config = config
-        self.run = run
-        self.fields = grid.FIELDS | rectangle.fields(config)
+        super().__init__(config, run)
+        self.fields |= grid.FIELDS
 
     def plan(self, samples: Samples) -> dict[str, Array]:
         xp = array_namespace(samples.ids)

@@ -4,31 +4,23 @@ Area and aspect are uniform as in the paper and its code; torchvision and timm d
 log-uniform, and their settings are presets.
 """
 
-from typing import ClassVar
-
 from array_api_compat import array_namespace
 
 from scae_dali import region
 from scae_dali.config import RandomErasingConfig as Config
 from scae_dali.methods import rectangle
-from scae_dali.methods.base import Kind, Run, Status, zeros
-from scae_dali.rng import Stream
+from scae_dali.methods.base import Samples, Status, zeros
+from scae_dali.rng import Array, Stream
 
 __all__ = ["Config", "Method"]
 
 
-class Method:
+class Method(rectangle.Erasing):
     """Erase with probability `prob`, the position uniform over those that fit."""
 
-    kinds: ClassVar[tuple[Kind, ...]] = ("erase",)
-    conditional: ClassVar[bool] = False
+    config: Config
 
-    def __init__(self, config: Config, run: Run) -> None:
-        self.config = config
-        self.run = run
-        self.fields = rectangle.fields(config)
-
-    def plan(self, samples):
+    def plan(self, samples: Samples) -> dict[str, Array]:
         xp = array_namespace(samples.ids)
         status = xp.zeros_like(samples.ids)
         box = zeros(samples.ids, samples.ids.shape[0], 4)
@@ -42,6 +34,3 @@ class Method:
         return {"status": status, "box": box} | rectangle.fill_fields(
             samples, self.run, self.config
         )
-
-    def apply(self, images, plan):
-        return rectangle.erase(images, plan, self.run, self.config)

@@ -1,13 +1,13 @@
 """Shared by the methods that erase: how large a rectangle is, and DALI operators that fill it."""
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from array_api_compat import array_namespace
 from nvidia.dali import fn, types
 
 from scae_dali import region
 from scae_dali.config import Fill, RectangleConfig
-from scae_dali.methods.base import DataNode, Run, Samples
+from scae_dali.methods.base import DataNode, Kind, Run, Samples
 from scae_dali.rng import Array, Stream, derive
 
 _FIRST_TRIES = 3  # nearly always enough; more are drawn for the samples that need them
@@ -23,6 +23,21 @@ class Filled(Protocol):
 def fields(config: Filled) -> dict[str, int]:
     """What the plan has besides the region: the colour, where it varies."""
     return {"color": 3} if config.fill == "color" else {}
+
+
+class Erasing:
+    """A method that erases boxes by `erase`; what is planned is for subclasses."""
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("erase",)
+    conditional: ClassVar[bool] = False
+
+    def __init__(self, config: Filled, run: Run) -> None:
+        self.config = config
+        self.run = run
+        self.fields = fields(config)
+
+    def apply(self, images: DataNode, plan: Any) -> DataNode:
+        return erase(images, plan, self.run, self.config)
 
 
 def choose(

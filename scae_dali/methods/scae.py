@@ -101,8 +101,8 @@ class ClassAdaptive:
         status = xp.full_like(samples.ids, int(Status.ERASED))
         lam_max = xp.asarray(self.lam_max, device=samples.ids.device)[samples.labels]
         lam = schedule.lam(samples.epoch, self.run.epochs, lam_max)
-        if self.run.saliency is None or not xp.any(lam != 0):
-            return 0.0 * lam, zeros(lam, lam.shape[0], 1, 1), status
+        if not xp.any(lam != 0):
+            return lam, zeros(lam, lam.shape[0], 1, 1), status
         saliency, known, missing = guidance.maps(samples, self.run)
         status = status + xp.where(lam != 0, missing, xp.zeros_like(missing))
         return xp.where(known, lam, xp.zeros_like(lam)), saliency, status
