@@ -11,8 +11,9 @@ import numpy.typing as npt
 from scae_dali.arrays import ArrayImages
 from scae_dali.config import check, check_choice
 from scae_dali.dataset import DatasetError, ImageIndex
-from scae_dali.longtail import imbalanced
+from scae_dali.longtail import choose, imbalanced
 
+Ids = npt.NDArray[np.int64]
 OF_FILES = {"train_dir", "val_dir", "train_list", "val_list", "exclude", "index_cache"}
 
 
@@ -47,6 +48,8 @@ class DataConfig:
         in_memory: decode all images once, which must have one size; CIFAR's own always are.
         imbalance: train on a long-tailed subset, the largest class so many times the smallest.
         imbalance_seed: which subset; 0 is the published one of CIFAR's own files.
+        holdout: validate on so many training images of each class, which are not trained on,
+            instead of on val_dir or val_list: settings are to be chosen on these.
     """
 
     root: str
@@ -60,6 +63,7 @@ class DataConfig:
     in_memory: bool = False
     imbalance: float | None = None
     imbalance_seed: int = 0
+    holdout: int = 0
 
     def __post_init__(self) -> None:
         check_choice("data.format", self.format, ("folder", "cifar10", "cifar100"))
@@ -86,19 +90,32 @@ class DataConfig:
             0 <= self.imbalance_seed < 1 << 32,
             f"data.imbalance_seed must be in [0, 2^32), got {self.imbalance_seed}",
         )
+        check(
+            self.holdout >= 0,
+            f"data.holdout must be at least 0, got {self.holdout}; it counts images of each class",
+        )
+        check(
+            not self.holdout or (self.val_dir, self.val_list) == ("val", None),
+            f"data.holdout={self.holdout} validates on training images, so leave out data.val_dir "
+            f"and data.val_list, got {self.val_dir!r} and {self.val_list!r}",
+        )
 
     def open(self, threads: int = 4) -> Data:
         """Read what there is. threads: of the decoder, for in_memory. Raises DatasetError for what
-        cannot be used, ValueError for an imbalance that leaves a class empty."""
+        cannot be used, ValueError for an imbalance or a holdout that leaves a class empty."""
         if self.format != "folder":
-            train = ArrayImages.from_cifar(self.root, self.format, train=True)
-            val = ArrayImages.from_cifar(self.root, self.format, train=False)
-            if self.imbalance is not None:
-                train = train.subset(self._tailed(train.index, self.imbalance))
+            whole = ArrayImages.from_cifar(self.root, self.format, train=True)
+            kept, held = self._split(whole.index)
+            train = whole if kept is None else whole.subset(kept)
+            if held is None:
+                val = ArrayImages.from_cifar(self.root, self.format, train=False)
+            else:
+                val = whole.subset(held)
             return Data(train.index, val.index, train.pixels, val.pixels)
-        first, second = self._indices()
-        if self.imbalance is not None:
-            first = first.subset(self._tailed(first, self.imbalance))
+        files = self._train_files()
+        kept, held = self._split(files)
+        first = files if kept is None else files.subset(kept)
+        second = self._val_files(files) if held is None else files.subset(held)
         if not self.in_memory:
             return Data(first, second)
         pixels = [
@@ -106,15 +123,32 @@ class DataConfig:
         ]
         return Data(first, second, *pixels)
 
-    def _tailed(self, index: ImageIndex, imbalance: float) -> npt.NDArray[np.int64]:
-        return imbalanced(index.labels, index.num_classes, imbalance, seed=self.imbalance_seed)
+    def _split(self, index: ImageIndex) -> tuple[Ids | None, Ids | None]:
+        """Ids to train on, None for all of them, and ids held out, None without a holdout."""
+        kept = held = None
+        if self.holdout:
+            counts = index.class_counts
+            if (short := np.flatnonzero((counts > 0) & (counts <= self.holdout))).size:
+                k = short[counts[short].argmin()]
+                raise ValueError(
+                    f"data.holdout={self.holdout} leaves no image of class {index.classes[k]!r}, "
+                    f"which has {counts[k]}; give less than that"
+                )
+            held = choose(index.labels, np.minimum(counts, self.holdout))
+            kept = np.setdiff1d(np.arange(len(index)), held)
+        if self.imbalance is not None:
+            labels = index.labels if kept is None else index.labels[kept]
+            tailed = imbalanced(labels, index.num_classes, self.imbalance, seed=self.imbalance_seed)
+            kept = tailed if kept is None else kept[tailed]
+        return kept, held
 
-    def _indices(self) -> tuple[ImageIndex, ImageIndex]:
-        """All of the training and the validation files."""
+    def _train_files(self) -> ImageIndex:
         if self.train_list is None:
-            first = self._folder("train", self.train_dir, self.exclude or ())
-        else:
-            first = ImageIndex.from_list(self.train_list, self.root, exclude=self.exclude or ())
+            return self._folder("train", self.train_dir, self.exclude or ())
+        return ImageIndex.from_list(self.train_list, self.root, exclude=self.exclude or ())
+
+    def _val_files(self, first: ImageIndex) -> ImageIndex:
+        """first: all files of training, whose classes they must have."""
         if self.val_list is not None:
             second = ImageIndex.from_list(self.val_list, self.root)
             if second.num_classes > first.num_classes:
@@ -124,7 +158,7 @@ class DataConfig:
                     f"{second.labels[i]}, but training has the classes 0 … "
                     f"{first.num_classes - 1}; give lists of the same classes"
                 )
-            return first, ImageIndex.from_arrays(
+            return ImageIndex.from_arrays(
                 second.files, second.labels, second.root, classes=first.classes
             )
         second = self._folder("val", self.val_dir)
@@ -140,7 +174,7 @@ class DataConfig:
                 f"{first.root!r} and {second.root!r} must have the same class folders; they differ "
                 f"in {', '.join(odd)}: complete the one that lacks them"
             )
-        return first, second
+        return second
 
     def _folder(self, split: str, name: str, exclude: str | tuple[()] = ()) -> ImageIndex:
         folder = os.path.join(self.root, name)

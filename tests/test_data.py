@@ -84,6 +84,41 @@ def test_cifars_own_files(tmp_path, monkeypatch):
     assert (len(ten.train), ten.train.classes) == (60, ("plane", "car"))
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_held_out_training_images_are_validated_on(root, in_memory):
+    whole = opened(root, in_memory=True)
+    data = opened(root, val_dir="val", holdout=2, imbalance=5, in_memory=in_memory)
+    assert data.val.class_counts.tolist() == [2, 2, 2]
+    assert data.train.class_counts.tolist() == [10, 4, 2]
+    assert not {*data.train.files} & {*data.val.files}
+    assert {*data.train.files, *data.val.files} < {*whole.train.files}
+    if in_memory:
+        for index, pixels in ((data.train, data.train_pixels), (data.val, data.val_pixels)):
+            ids = [whole.train.files.index(name) for name in index.files]
+            assert (pixels == whole.train_pixels[ids]).all()
+    untailed = opened(root, val_dir="val", holdout=2)
+    assert untailed.val.fingerprint == data.val.fingerprint
+    assert untailed.train.class_counts.tolist() == [10, 7, 4]
+    with pytest.raises(
+        ValueError, match=r"data\.holdout=7 leaves no image of class 'c', which has"
+    ):
+        opened(root, val_dir="val", holdout=7)
+
+
+def test_cifars_training_images_are_held_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5: Path(path).is_file())
+    write_cifar(tmp_path)
+    whole = DataConfig(root=str(tmp_path), format="cifar100").open()
+    data = DataConfig(root=str(tmp_path), format="cifar100", holdout=1, imbalance=3).open()
+    assert data.val.class_counts.tolist() == [1, 1, 1]
+    assert data.train.class_counts.tolist() == [3, 1, 1]
+    names = [*data.train.files, *data.val.files]
+    places = [int(name.removeprefix("train/")) for name in names]
+    assert len({*places}) == 8
+    pixels = np.concatenate([data.train_pixels, data.val_pixels])
+    assert (pixels == whole.train_pixels[places]).all()
+
+
 def test_the_lists_of_imagenet_lt(tmp_path):
     """Their lines, in files that lie elsewhere than the images."""
     train = write(
@@ -166,6 +201,12 @@ def test_an_imbalance_that_empties_a_class_is_refused(root):
         ({"val_list": "v.txt", "val_dir": "test"}, "val_list and data.val_dir exclude each other"),
         ({"imbalance": 0.01}, "data.imbalance must be at least 1, got 0.01; published subsets"),
         ({"imbalance": float("nan")}, "data.imbalance must be at least 1, got nan"),
+        ({"holdout": -1}, "data.holdout must be at least 0, got -1; it counts images of each"),
+        (
+            {"holdout": 50, "val_dir": "test"},
+            "data.holdout=50 validates on training images, so leave out data.val_dir and data.val_"
+            "list, got 'test' and None",
+        ),
         ({"imbalance_seed": -1}, r"data.imbalance_seed must be in \[0, 2\^32\), got -1"),
     ],
 )
