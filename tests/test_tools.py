@@ -113,22 +113,19 @@ def test_gpu_check_without_a_gpu():
 def test_bench_pipeline(tmp_path, images):
     out = tmp_path / "bench.json"
     size = ["--size", 32, "--batch-size", 4, "--repeat", 2]
-    methods = ["none", "random_erasing", "scae", "cutmix", "rand_augment+scae"]
+    methods = ["none", "random_erasing", "scae", "cutmix", "trivial_augment", "rand_augment+scae"]
     size += ["--methods", ",".join(methods)]
     run("bench_pipeline", "--data", images, "--rounds", 1, "--json", out, *size)
     result = json.loads(out.read_text())
     rows = {row["name"]: row for row in result["rows"]}
-    assert list(rows)[:9] == [
-        *methods,
-        "native_erase",
-        "none (again)",
-        "torchvision random_erasing",
-        "torchvision cutmix",
-    ]
+    peers = ["native random_erasing", "native trivial_augment", "none (again)"]
+    peers += [f"torchvision {name}" for name in ("random_erasing", "cutmix", "trivial_augment")]
+    assert list(rows)[:12] == [*methods, *peers]
     assert rows["none"]["ratio"] == 1
     assert min(row["img_per_s"] for row in rows.values()) > 0
     versus = result["versus_torchvision"]
-    assert set(versus) == {"random_erasing", "scae", "cutmix"}
+    assert set(versus) == {"random_erasing", "scae", "cutmix", "trivial_augment"}
+    assert set(result["versus_native"]) == {"random_erasing", "scae", "trivial_augment"}
     other = rows["torchvision random_erasing"]["img_per_s"]
     assert versus["scae"] == pytest.approx(rows["scae"]["img_per_s"] / other, abs=6e-4)
     ours = {name for name in rows if not name.startswith("torchvision")}

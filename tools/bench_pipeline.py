@@ -3,11 +3,12 @@
     python tools/bench_pipeline.py --data imagenet/train --json tools/results/pipeline_cpu.json
 
 Rows: a method each, or several joined by +; `none (again)`, a second pipeline like `none`, which
-shows the noise floor; `native_erase`, a random rectangle by DALI's own operators alone;
-`torchvision METHOD`, the same recipe with torchvision's counterpart of a method in a DataLoader
-with as many workers as DALI has threads, decoded with Pillow as ImageFolder does; `torchvision
-(decode_image)`, that of Random Erasing with torchvision's own decoder.
-`ratio` is a row's rate over that of `none`; `versus_torchvision` that over the counterpart.
+shows the noise floor; `native METHOD`, DALI's own counterpart of a method, with DALI's random
+numbers; `torchvision METHOD`, the same recipe with torchvision's in a DataLoader with as many
+workers as DALI has threads, decoded with Pillow as ImageFolder does; `torchvision (decode_image)`,
+that of Random Erasing with torchvision's own decoder.
+`ratio` is a row's rate over that of `none`; `versus_native` and `versus_torchvision` are those over
+the counterparts, which for SCAE are those of Random Erasing.
 `cpu_ms_per_image` counts the work instead of the time: it bears other load on the machine.
 
 All rows live at once and take turns. Methods run with their default settings; SCAE where λ is
@@ -21,9 +22,10 @@ import argparse
 import os
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import _torchvision
 import torch
@@ -39,7 +41,8 @@ from _live import (
     random_cache,
     settle,
 )
-from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali import Pipeline, fn, math, pipeline_def, types
+from nvidia.dali.auto_aug import auto_augment, rand_augment, trivial_augment
 
 import _bench
 import _path  # noqa: F401
@@ -47,10 +50,17 @@ from pipelines import train
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.images import crop_planned, normalise, read_shuffled, resolve_decode
 from scae_dali.cache import SaliencyCache
-from scae_dali.config import RandomErasingConfig
+from scae_dali.config import (
+    AutoAugmentConfig,
+    PolicyConfig,
+    RandAugmentConfig,
+    RandomErasingConfig,
+    TrivialAugmentConfig,
+)
 from scae_dali.dataset import ImageIndex
 from scae_dali.iterator import Loader
 from scae_dali.methods import BUILT_IN
+from scae_dali.methods.policy import deprecations_hidden
 from scae_dali.ops import Stage
 from scae_dali.rng import derive
 
@@ -86,28 +96,61 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def native_erase_pipeline(stage: Stage, image: ImageConfig, run: ExecConfig):
-    """As train_pipeline with the method `none`, and a rectangle by DALI's operators alone."""
+def native_erase(images: Any, image: ImageConfig) -> Any:
+    """A random rectangle by DALI's operators alone."""
     erasing = RandomErasingConfig()
+    area = fn.random.uniform(range=erasing.area, seed=derive(SEED, "area"))
+    aspect = fn.random.uniform(range=erasing.aspect, seed=derive(SEED, "aspect"))
+    place = fn.random.uniform(range=(0.0, 1.0), shape=2, seed=derive(SEED, "place"))
+    erase = fn.random.coin_flip(probability=erasing.prob, seed=derive(SEED, "erase"))
+    shape = fn.stack(math.sqrt(area * aspect), math.sqrt(area / aspect))
+    shape = math.min(shape, 1.0) * erase
+    return fn.erase(
+        images,
+        anchor=place * (1.0 - shape),
+        shape=shape,
+        normalized=True,
+        axis_names="HW",
+        fill_value=image.mean,
+    )
 
-    @pipeline_def(enable_checkpointing=True, **run.arguments())
+
+def native_policy(policy: Callable, config: PolicyConfig, **settings) -> Callable:
+    """One of auto_aug's own, with the settings of ours."""
+
+    def augment(images: Any, image: ImageConfig) -> Any:
+        if config.max_translate_rel is not None:
+            settings["shape"] = (image.size, image.size)
+            settings["max_translate_rel"] = config.max_translate_rel
+        with deprecations_hidden():
+            return policy(images, fill_value=config.fill_value, seed=SEED, **settings)
+
+    return augment
+
+
+RAND, AUTO, TRIVIAL = RandAugmentConfig(), AutoAugmentConfig(), TrivialAugmentConfig()
+NATIVE = {
+    "random_erasing": native_erase,
+    "rand_augment": native_policy(
+        rand_augment.rand_augment, RAND, n=RAND.n, m=RAND.m, num_magnitude_bins=RAND.bins
+    ),
+    "auto_augment": native_policy(auto_augment.auto_augment, AUTO, policy_name=AUTO.policy),
+    "trivial_augment": native_policy(
+        trivial_augment.trivial_augment_wide, TRIVIAL, num_magnitude_bins=TRIVIAL.bins
+    ),
+}
+
+
+def native_pipeline(
+    stage: Stage, image: ImageConfig, run: ExecConfig, augment: Callable
+) -> Pipeline:
+    """As train_pipeline with the method `none`, and one of NATIVE."""
+
+    @pipeline_def(enable_checkpointing=True, enable_conditionals=True, **run.arguments())
     def define():
         encoded, ids = read_shuffled(stage.index, run, SEED)
         images, plan = crop_planned(stage, encoded, ids, image, run)
-        area = fn.random.uniform(range=erasing.area, seed=derive(SEED, "area"))
-        aspect = fn.random.uniform(range=erasing.aspect, seed=derive(SEED, "aspect"))
-        place = fn.random.uniform(range=(0.0, 1.0), shape=2, seed=derive(SEED, "place"))
-        erase = fn.random.coin_flip(probability=erasing.prob, seed=derive(SEED, "erase"))
-        shape = fn.stack(math.sqrt(area * aspect), math.sqrt(area / aspect))
-        shape = math.min(shape, 1.0) * erase
-        images = fn.erase(
-            images,
-            anchor=place * (1.0 - shape),
-            shape=shape,
-            normalized=True,
-            axis_names="HW",
-            fill_value=image.mean,
-        )
+        images = augment(images, image)
         images = normalise(images, image, mirror=plan.part("flip", types.INT32))
         return images, plan.row
 
@@ -140,7 +183,10 @@ def live_rows(
             out[method] = row(ours, method)
         if method == "scae" and "torch" in args.backends:
             out["scae (torch)"] = row(ours, method, backend="torch", torch_device=device)
-    out["native_erase"] = row(native_erase_pipeline, "none")
+    for method in args.methods:
+        if method in NATIVE:
+            native = partial(native_pipeline, augment=NATIVE[method])
+            out[f"native {method}"] = row(native, "none")
     out["none (again)"] = row(ours, "none")
     for method, decoder in counterparts(args):
         batches = _torchvision.endless(
@@ -166,6 +212,18 @@ def counterparts(args: argparse.Namespace) -> list[tuple[str, str]]:
     return [(name, pillow) for name in methods] + [("random_erasing", name) for name in others]
 
 
+def versus(samples: Mapping[str, Sequence[float]], peer: str) -> dict[str, float]:
+    """The median over rounds of each method's rate over that of its counterpart."""
+    out = {}
+    for name, ours in samples.items():
+        theirs = samples.get(f"{peer} {'random_erasing' if name == 'scae' else name}")
+        if theirs is not None:
+            out[name] = round(
+                statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3
+            )
+    return out
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.device_id is not None:
@@ -187,25 +245,13 @@ def main(argv: list[str] | None = None) -> None:
             {name: partial(row.measure, batches) for name, row in live.items()}, args.rounds
         )
     table = _bench.rows(samples, "none")
-    rivals = {name: f"torchvision {name}" for name in args.methods} | {
-        "scae": "torchvision random_erasing"
-    }
-    versus = {
-        name: statistics.median(
-            ours / theirs for ours, theirs in zip(samples[name], samples[rival], strict=True)
-        )
-        for name, rival in rivals.items()
-        if {name, rival} <= samples.keys()
-    }
-    extra = {
-        **medians(live),
-        "versus_torchvision": {name: round(ratio, 3) for name, ratio in versus.items()},
-        "settings": {k: v for k, v in vars(args).items() if k not in ("data", "json")}
-        | {
-            "images": len(index),
-            "batches_per_round": batches,
-            "decode_resolved": resolve_decode(image.decode, args.device_id),
-        },
+    extra: dict[str, Any] = medians(live)
+    for peer in ("native", "torchvision"):
+        extra[f"versus_{peer}"] = versus(samples, peer)
+    extra["settings"] = {k: v for k, v in vars(args).items() if k not in ("data", "json")} | {
+        "images": len(index),
+        "batches_per_round": batches,
+        "decode_resolved": resolve_decode(image.decode, args.device_id),
     }
     _bench.report(table, args.json, extra)
 
