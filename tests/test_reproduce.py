@@ -132,7 +132,7 @@ def test_tables_are_consistent():
             assert names[0] == "none"
             assert all(re.fullmatch(r"\w+", name) for name in (section.name, *names))
             assert len({cell.title for cell in section.cells}) == len(names)
-            settings = {(c.method, c.overrides, c.recipes) for c in section.cells}
+            settings = {(c.method, c.overrides, c.recipes, c.first) for c in section.cells}
             assert len(settings) == len(names)
             for i, cell in enumerate(section.cells):
                 assert cell.first is None or cell.first in names[:i]
