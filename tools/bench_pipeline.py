@@ -119,11 +119,11 @@ def native_policy(policy: Callable, config: PolicyConfig, **settings) -> Callabl
     """One of auto_aug's own, with the settings of ours."""
 
     def augment(images: Any, image: ImageConfig) -> Any:
-        if config.max_translate_rel is not None:
-            settings["shape"] = (image.size, image.size)
-            settings["max_translate_rel"] = config.max_translate_rel
+        largest, moved = config.max_translate_rel, {}
+        if largest is not None:
+            moved = {"shape": (image.size, image.size), "max_translate_rel": largest}
         with deprecations_hidden():
-            return policy(images, fill_value=config.fill_value, seed=SEED, **settings)
+            return policy(images, fill_value=config.fill_value, seed=SEED, **settings, **moved)
 
     return augment
 
