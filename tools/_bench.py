@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["hardware", "interleaved", "iqr", "report", "rows", "versions", "write_json"]
+__all__ = ["about", "hardware", "interleaved", "iqr", "report", "rows", "versions", "write_json"]
 
 PACKAGES = {
     "numpy": ("numpy",),
@@ -106,19 +106,22 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def about() -> dict[str, Any]:
+    """Of a result: the line that started this tool, on what, with what."""
+    return {
+        "command": shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+
+
 def report(
     table: Sequence[Mapping[str, Any]],
     path: str | os.PathLike[str] | None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Prints rows and `extra`; writes them, with hardware and versions, to `path`, if any."""
-    result = {
-        "command": shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "hardware": hardware(),
-        "versions": versions(),
-        "rows": list(table),
-        **(extra or {}),
-    }
+    """Prints rows and `extra`; writes them, with `about`, to `path`, if any."""
+    result = {**about(), "rows": list(table), **(extra or {})}
     width = max([len(row["name"]) for row in table], default=4)
     print(f"{'':{width}}  {'per second':>12}  {'IQR':>10}  {'ratio':>6}")
     for row in table:

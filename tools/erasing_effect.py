@@ -4,10 +4,11 @@
 
 RUN is a finished run of train.py with a saliency cache. Its images are seen whole, as in the
 saliency pass, and every one of them is erased; a rectangle has one size at all λ, so that rows
-differ in its place alone. Columns: mean Â under the rectangle over mean Â of the image (1 where
-saliency is not heeded), top-1, and the mean probability of the image's class with its fall against
-the images that are not erased. Where guidance is of use, both rise with λ: a fall that stays that
-of λ = 0 says that the maps, or λ, do nothing.
+differ in its place alone. Columns: mean Â under the rectangle over mean Â of the image, top-1, and
+the mean probability of the image's class with its fall against the images that are not erased.
+λ = 0 heeds no saliency; its rectangles fit into the image and so cover the middle more often.
+Where guidance is of use, saliency and fall rise with λ: where they stay those of λ = 0, the maps,
+or λ, do nothing.
 """
 
 from __future__ import annotations
@@ -32,12 +33,9 @@ from pipelines.loaders import Loaders
 from pipelines.recipe import Config, autocast, make_network
 from scae_dali import checkpoint
 from scae_dali.cache import SaliencyCache
-from scae_dali.config import ScaeConfig
 from scae_dali.dataset import ImageIndex
-from scae_dali.methods.base import Run
 from scae_dali.methods.keep_augment import importance
-from scae_dali.methods.scae import Method
-from scae_dali.planner import Planner
+from scae_dali.ops import Stage
 
 WHOLE = np.array([[0.0, 0.0, 1.0, 1.0]])  # the window of an image that is seen whole
 
@@ -55,8 +53,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.lam = [float(value) for value in args.lam.split(",")]
     except ValueError as error:
         parser.error(f"--lam are numbers with commas between, such as --lam=-2,0,2; {error}")
-    if args.images < 1:
-        parser.error(f"--images must be at least 1, got {args.images}")
+    if args.images < 2:
+        parser.error(f"--images must be at least 2, for an error, got {args.images}")
     return args
 
 
@@ -77,13 +75,12 @@ def open_run(args: argparse.Namespace) -> tuple[Config, torch.nn.Module, Data, S
 def planner(index: ImageIndex, cache: SaliencyCache, config: Config, lam: float, seed: int):
     """Ids int64 [B] -> boxes int64 [B, 4], (y, x, h, w), for whole images."""
     fitted = {name: getattr(config.scae, name) for name in ("area", "aspect", "tries", "border")}
-    settings = ScaeConfig(lam_max=lam, p_min=1.0, p_max=1.0, mix_prob=0.0, **fitted)
     # λ(t) = λ_max from epoch T = 1 on.
-    run = Run(seed=seed, epochs=1, labels=index.labels, class_counts=index.class_counts,
-              mean=config.image.mean, std=config.image.std, saliency=cache.read)  # fmt: skip
-    plan = Planner(
-        index, Method(settings, run), run, batch_size=len(index), batches_per_epoch=1, start_epoch=1
-    )
+    stage = Stage(
+        index, "scae", cache=cache, epochs=1, start_epoch=1, batch_size=len(index), seed=seed,
+        lam_max=lam, p_min=1.0, p_max=1.0, mix_prob=0.0, **fitted,
+    )  # fmt: skip
+    plan = stage.planner()
     size = config.saliency_image().size
 
     def boxes(ids: np.ndarray) -> np.ndarray:
@@ -180,9 +177,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:>10}{ratio:>10}{figures}{row['fall_error']:9.3f}")
     if args.json is not None:
         settings = json.loads((args.run / "config.json").read_text())
-        about = {"hardware": _bench.hardware(), "versions": _bench.versions(), "seed": args.seed,
-                 "model": settings["model"], "epochs": settings["epochs"]}  # fmt: skip
-        _bench.write_json(args.json, about | {"rows": table})
+        trained = {"model": settings["model"], "epochs": settings["epochs"]}
+        _bench.write_json(
+            args.json, {**_bench.about(), **trained, "seed": args.seed, "rows": table}
+        )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import faulthandler
 import fnmatch
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -140,9 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     failed = sum(not row["ok"] for row in results)
     print(f"{len(results) - failed} of {len(results)} checks passed")
     if args.json:
-        command = shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-        about = {"hardware": _bench.hardware(), "versions": _bench.versions()}
-        _bench.write_json(args.json, {"command": command, **about, "checks": results})
+        _bench.write_json(args.json, {**_bench.about(), "checks": results})
     return 1 if failed else 0
 
 

@@ -8,10 +8,10 @@ turned about the image's centre. The plan has what fn.grid_mask takes: with
 pixel (y, x) is erased where g_x mod d and g_y mod d are both below the square's side. Shifts are of
 half pixels where θ = 0, so that no pixel lies on an edge and float32 decides as float64 does.
 
-The GPU erases by fn.grid_mask. On the CPU that, and filling what it leaves black, would make a
-training pipeline slower by a third (0.65 ms an image of 224 px); fn.erase does it for a thirtieth,
-with the squares cut into rows of pixels by a Python operator, which sees plans and no images.
-Where and how often grids are erased is for the methods.
+The GPU erases by fn.grid_mask. On the CPU that, and filling what it leaves black, would take a good
+part of a training pipeline's time; fn.erase takes little, with the squares cut into rows of pixels
+by a Python operator, which sees plans and no images. Where and how often grids are erased is for
+the methods.
 """
 
 from typing import Any
