@@ -152,8 +152,8 @@ def train_pipeline(
     if stage.mixes and (image.crop.kind != "pad" or full_px != (image.size, image.size)):
         raise ValueError(
             "images in memory are mixed only where image.crop.kind is pad and image.size theirs, "
-            f"{full_px}, got {image.crop.kind!r} and {image.size}; set scae.mix_prob=0, or read "
-            "the images from files (data.in_memory=false)"
+            f"{full_px}, got {image.crop.kind!r} and {image.size}; set the method's mix_prob=0, or "
+            "read the images from files (data.in_memory=false)"
         )
 
     @pipeline_def(

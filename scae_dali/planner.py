@@ -38,7 +38,8 @@ def columns_of(widths: dict[str, int]) -> dict[str, slice]:
 class Planner:
     """Ids, iteration and crop windows -> float64 [B, K], laid out by `columns`.
 
-    The epoch is iteration // batches_per_epoch + start_epoch. random_crop: how to draw crop and
+    The epoch is iteration // batches_per_epoch + start_epoch, and the number of the batch in the
+    run goes on from there likewise. random_crop: how to draw crop and
     flip; None: the window is given.
     """
 
@@ -83,7 +84,8 @@ class Planner:
         b, device = ids.shape[0], ids.device
         keys, ids = ids, ids & ID
         labels = self._label(xp, ids, keys)
-        epoch = iteration // self._batches_per_epoch + self._start_epoch
+        iteration = iteration + self._start_epoch * self._batches_per_epoch
+        epoch = iteration // self._batches_per_epoch
         extra = []
         flip = xp.zeros((b,), dtype=xp.bool, device=device)
         if self.random_crop is not None:

@@ -39,13 +39,13 @@ def mix(images: DataNode, plan: Any, crop: CropConfig, fetch: Fetch) -> DataNode
 
 @do_not_convert
 def _check(index: ImageIndex) -> None:
-    conditionals.require("samples are mixed", "set SCAE's mix_prob=0")
+    conditionals.require("samples are mixed", "set the method's mix_prob=0")
     rarest = int(index.class_counts[index.labels].argmin())  # some class of the tail, if any is
     path = os.path.join(index.root, index.files[rarest])
     if not os.path.isfile(path):
         raise ValueError(
             f"the files of the index must be on the disk where samples are mixed, and {path!r} is "
-            "not: index the files themselves, or set SCAE's mix_prob=0"
+            "not: index the files themselves, or set the method's mix_prob=0"
         )
 
 

@@ -481,6 +481,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         OFFLINE,
         "refresh_every=0 means a cache built offline, got saliency.cache=None: name it",
     ),
+    "passes that differ": (
+        {"method": "scae+saliency_mix", "scae__refresh_every": 5},
+        "refresh_every must be the same for methods that share the maps, got "
+        r"\{'scae': 5, 'saliency_mix': 10\}",
+    ),
     "no cache there": (
         OFFLINE | {"saliency__cache": "PLACE/none.lmdb"},
         "no saliency cache at '.*/none.lmdb': .* build one with tools/build_cache.py",

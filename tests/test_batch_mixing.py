@@ -162,6 +162,28 @@ def test_the_rate_is_prob_and_the_others_are_left_alone(name, prob):
 
 
 @pytest.mark.parametrize("per", ["sample", "batch"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stage_that_begins_later_plans_what_the_whole_run_does(index, cache, name, per):
+    """Batch b of one that begins with epoch k is the run's k * batches_per_epoch + b."""
+    ids = np.random.default_rng(2).integers(0, len(index), 240)
+    run = {"epochs": 9, "batch_size": 10, "seed": 1, "cache": cache}
+
+    def plan(start_epoch, first):
+        """24 batches."""
+        stage = Stage(index, name, start_epoch=start_epoch, prob=0.6, per=per, **run)
+        assert stage.batches_per_epoch == 5
+        planner = stage.planner()
+        rows = planner(ids, first + np.arange(240) // 10, np.full((240, 2), 32))
+        return {key: rows[:, where] for key, where in planner.columns.items()}
+
+    whole, other = plan(0, first=15), plan(0, first=0)
+    check_equal(plan(3, first=0), whole)
+    check_equal(plan(1, first=10), whole)
+    for key in ("source", "status", "mu"):
+        assert (whole[key] != other[key]).any()
+
+
+@pytest.mark.parametrize("per", ["sample", "batch"])
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
 def test_mixups_weights_follow_beta(alpha, per):
     mu = method("mixup", alpha=alpha, per=per).plan(samples(8000, 1))["mu"]

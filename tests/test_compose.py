@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from nvidia.dali import fn, pipeline_def
+from test_second import shifted
 
 from pipelines import arrays, train
 from pipelines.config import ExecConfig, ImageConfig
@@ -314,6 +315,52 @@ def test_a_policy_then_erasing_then_mixing(tailed, tailed_cache, pixels):
         changed += sum((base != before).any(axis=(1, 2, 3)))
     assert {0, 1, 32, 33} <= set(seen)
     assert changed > 50
+
+
+def posterised(images):
+    """Four levels a channel, of NumPy's images and of DALI's."""
+    return images // 64 * 64
+
+
+@pytest.mark.parametrize("where", ["memory", "files"])
+@pytest.mark.parametrize("names", ["scae+mine.posterise", "mine.posterise+scae"])
+def test_scae_mixes_before_a_users_own_policy_and_erases_after_it(
+    tailed, tailed_cache, pixels, users, where, names
+):
+    """By NumPy, of the crops of both samples; no other order gives these pixels."""
+
+    def apply(self, images, plan):
+        return fn.cast_like(posterised(images), images)  # DALI's quotients are int32
+
+    users("posterise", kinds=("policy",), apply=apply)
+    scae = {"tail": 0.5, "mix_prob": 1.0, "mix_alpha": 4.0, "p_max": 0.8}
+    planner = Stage(tailed, "scae", epochs=3, batch_size=BATCH, seed=8, **scae).planner(CROP)
+    memory = pixels if where == "memory" else None
+    counts, rounded = dict.fromkeys((0, Status.ERASED, Status.MIXED), 0), 0
+    for pictures, part in batches(tailed, memory, names, cache=tailed_cache, scae=scae):
+        rows = np.concatenate([part[k].reshape(BATCH, -1) for k in planner.columns], axis=1)
+        second, second_flip = planner.partner_crop(rows, np.full((BATCH, 2), SIZE), CROP)
+        first = np.concatenate([part["start"], part["shape"]], axis=1).astype(int)
+        ids, partners, boxes = (part[k].astype(int) for k in ("id", "partner_id", "box"))
+        for k, picture in enumerate(pictures):
+            a = shifted(pixels[ids[k]], first[k]).astype(np.float64)
+            b = turned(shifted(pixels[partners[k]], second[k]), second_flip[k])
+            mu, (y, x, h, w) = part["mu"][k], boxes[k]
+            # Where μ·a + (1 - μ)·b ends on a half, float32 may round it the other way.
+            either = [np.round(mu * a + (1 - mu) * b + e) for e in (-1e-3, 1e-3)]
+            wanted = [posterised(one) for one in either]
+            for one in wanted:
+                one[y : y + h, x : x + w] = FILL
+            found = turned(picture, part["flip"][k])
+            assert ((found == wanted[0]) | (found == wanted[1])).all()
+            rounded += (wanted[0] != wanted[1]).sum()
+            counts[part["status"][k]] += 1
+            if part["status"][k] == Status.MIXED:
+                assert (found != np.round(mu * posterised(a) + (1 - mu) * posterised(b))).any()
+            elif h * w:
+                assert (found[y : y + h, x : x + w] != posterised(np.array(FILL))).all()
+    assert min(counts.values()) > 10
+    assert rounded < 0.001 * len(pictures) * pictures[0].size * 8
 
 
 @pytest.mark.parametrize("names", ["random_erasing+mixup", "scae+saliency_mix"])

@@ -5,12 +5,14 @@ import copy
 import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torchvision.models as tv
 from torch import nn
 
 from scae_dali.gradcam import GradCAM, default_layer, gradcam
+from scae_dali.region import saliency_at
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of grad-cam's own imports
@@ -213,6 +215,59 @@ def test_equals_grad_cam_on_a_vision_transformer():
     expected = reference(model, cam.layer, images, labels, reshape)
     assert (cam(images, labels).double() - expected).abs().max() < 1e-4
     assert (expected.amax((1, 2)) > 0).sum() >= 3
+
+
+def upscaled(maps, size_px):
+    """As eq. 4 reads a map: f[B,h,w] -> f64[B,H,W] at every pixel of the whole image."""
+    pixels = np.stack(np.meshgrid(*map(np.arange, size_px), indexing="ij"), axis=-1)
+    pixels = np.tile(pixels.reshape(1, -1, 2), (len(maps), 1, 1))
+    whole = np.tile([[0.0, 1 / n] for n in size_px], (len(maps), 1, 1))
+    return saliency_at(maps.double().numpy(), pixels, whole).reshape(-1, *size_px)
+
+
+def stretched(maps, eps):
+    """Each map less its minimum, over its span and eps. f64[B,H,W]."""
+    maps = maps - maps.min((1, 2), keepdims=True)
+    return maps / (maps.max((1, 2), keepdims=True) + eps)
+
+
+@pytest.mark.parametrize("size_px", [(40, 40), (40, 64)])
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_equals_what_grad_cam_gives_out(net, size_px, scale):
+    """The layer's map over its span and 1e-7, upscaled bilinearly; and min-maxed once more.
+
+    scale: of the logits; at 1e-6 the span is of the order of that 1e-7, so the map shrinks.
+    """
+    net.body.stride = (8, 8)
+    images = torch.randn(4, 3, *size_px, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        labels = net(images).argmax(1)
+        net.head.weight.mul_(scale)
+    found = GradCAM(net, "body")(images, labels)
+    assert found.shape == (4, size_px[0] // 8, size_px[1] // 8)
+    assert (found.amax((1, 2)) == 1).all()
+    targets = [ClassifierOutputTarget(int(label)) for label in labels]
+    with ReferenceCAM(net, [net.body]) as cam:
+        finished = cam(images, targets)
+        (of_layer,) = cam.compute_cam_per_layer(images, targets, False)
+        features, gradients = (
+            getattr(cam.activations_and_grads, name)[0].numpy()
+            for name in ("activations", "gradients")
+        )
+        raw = cam.get_cam_image(images, net.body, targets, features, gradients).clip(min=0)
+    span = np.ptp(raw.astype(np.float64), axis=(1, 2))[:, None, None]
+    assert (span > 1e-8).all()
+    ours = upscaled(found, size_px)
+    expected = ours * span / (span + 1e-7)
+    assert np.abs(of_layer[:, 0] - expected).max() < 1e-5
+    assert np.abs(finished - stretched(expected, 1e-7)).max() < 1e-5
+    # Any other of these steps is told apart.
+    assert np.abs(finished - expected).max() > 1e-2
+    assert np.abs(of_layer[:, 0] - stretched(expected, 1e-7)).max() > 1e-2
+    assert (np.abs(of_layer[:, 0] - ours).max() > 1e-2) == (scale < 1)
+    corners = {"size": size_px, "mode": "bilinear", "align_corners": True}
+    other = nn.functional.interpolate(found[:, None].double(), **corners)[:, 0].numpy()
+    assert np.abs(finished - stretched(other, 1e-7)).max() > 1e-2
 
 
 # ---- layers

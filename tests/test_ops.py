@@ -2,16 +2,20 @@
 
 import numpy as np
 import pytest
-from nvidia.dali import fn, pipeline_def
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from scipy import stats
+from timm.data.random_erasing import RandomErasing as TimmErasing
 
 from pipelines import train
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.config import IMAGENET_MEAN, CropConfig
+from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD, CropConfig
 from scae_dali.iterator import Loader
 from scae_dali.ops import SCAE, Stage
 
 IMAGE = ImageConfig(size=48, val_resize=48)
 EPOCHS = 4
+CIFAR100 = (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)  # mean and std of the training images
 
 
 def stage(index, cache, batch_size, name="scae", **keywords):
@@ -134,15 +138,22 @@ def test_labels_partners_and_weights_leave_the_pipeline(index, cache):
         assert (batch.mu == 1).all()
 
 
-@pytest.mark.parametrize("name", ["scae", "random_erasing"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("scae", {"p_min": 1.0, "p_max": 1.0}),
+        ("random_erasing", {"prob": 1.0}),
+        ("cutout", {"length": 16}),
+    ],
+)
 @pytest.mark.parametrize("fill", ["mean", "zero", "color", "noise"])
-def test_exactly_the_box_is_filled(index, cache, name, fill):
+def test_exactly_the_box_is_filled(index, cache, name, settings, fill):
     """Against the pipeline without erasing: pixels differ inside the box and nowhere else."""
-    settings = {"p_min": 1.0, "p_max": 1.0} if name == "scae" else {"prob": 1.0}
     one = stage(index, cache, 50, name, fill=fill, **settings)
     (plain,) = loader(stage(index, cache, 50, "none"), index)
     (erased,) = loader(one, index)
     assert (plain.ids == erased.ids).all()
+    assert (erased.boxes[:, 2:] > 0).all()
     std = np.array(IMAGE.std)[:, None, None]
     planner = one.planner(CropConfig())
     shapes = upright_shapes(index)[erased.ids.numpy()]
@@ -167,7 +178,58 @@ def test_exactly_the_box_is_filled(index, cache, name, fill):
         elif fill == "color":
             assert (inside == inside[:, :1]).all()
         elif h * w > 50:
-            assert 0.6 < after[:, mask].std() < 1.2
+            # Less than 1 by what is clipped; the standard error of a deviation is σ/√(2n).
+            assert abs(after[:, mask].std() - 0.98) < 4 / np.sqrt(2 * 3 * h * w)
+
+
+def follows_the_noise_law(levels, mean, std):
+    """Whether grey levels, uint8 [n], are N(mean, std), rounded and clipped to [0, 255]."""
+    borders = stats.norm.cdf(np.arange(255) + 0.5, mean, std)
+    law, n = np.diff(np.concatenate([[0.0], borders, [1.0]])), len(levels)
+    grey, seen = np.arange(256), np.bincount(levels, minlength=256)
+    # The law's mean as well: by chi-square, half a grey level would need millions of pixels.
+    error = np.sqrt((grey**2 @ law - (grey @ law) ** 2) / n)
+    near = abs(levels.mean() - grey @ law) < 3.5 * error
+    return near and stats.chisquare(seen, n * law).pvalue > 1e-4
+
+
+def rounded(values):
+    return np.rint(values).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(IMAGENET_MEAN, IMAGENET_STD), CIFAR100])
+def test_noise_is_timms_rounded_and_clipped_to_bytes(index, mean, std):
+    """timm fills normalised images with N(0, 1), of any value; here they are bytes still."""
+    size = (200, 200)
+    settings = {"fill": "noise", "prob": 1.0, "area": (0.8, 0.8), "aspect": (1.0, 1.0)}
+    one = stage(index, None, 20, "random_erasing", mean=mean, std=std, **settings)
+
+    @pipeline_def(batch_size=20, num_threads=1, device_id=None)
+    def define():
+        encoded, ids = fn.readers.file(files=list(index.files), file_root=index.root)
+        images = fn.resize(fn.decoders.image(encoded), size=size)
+        plan = one.plan(ids, size=size)
+        return one.apply(images, plan), plan.part("box", types.INT32)
+
+    images, boxes = (out.as_array() for out in define().run())
+    cut = [i[y : y + h, x : x + w] for i, (y, x, h, w) in zip(images, boxes, strict=True)]
+    noise = np.stack(cut).reshape(-1, 3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        erase = TimmErasing(1.0, 0.9, 0.9, min_aspect=1.0, mode="pixel", device="cpu")
+        normal = erase(torch.zeros(3, 1000, 1000)).flatten(1).double().numpy()
+    normal = normal[:, (normal != 0).all(axis=0)].T * std + mean
+    assert min(len(noise), len(normal)) > 600_000
+    for c in range(3):
+        law = mean[c], std[c]
+        assert follows_the_noise_law(noise[:, c], *law)
+        assert follows_the_noise_law(rounded(normal[:, c]), *law)
+        truncated = normal[:, c].clip(0, 255).astype(np.uint8)
+        wrapped = np.rint(normal[:, c]).astype(np.int64).astype(np.uint8)
+        narrower = rounded(mean[c] + 0.97 * (normal[:, c] - mean[c]))
+        for other in (truncated, wrapped, narrower, noise[:, c - 1]):
+            assert not follows_the_noise_law(other, *law)
+    assert np.abs(np.corrcoef(noise.T) - np.eye(3)).max() < 0.01
 
 
 def test_colours_differ_between_images(index, cache):

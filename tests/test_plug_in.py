@@ -258,7 +258,7 @@ def test_the_partners_crop_may_be_padded(greys):
 def test_without_conditionals_the_error_says_what_to_do(greys):
     message = (
         "enable_conditionals must be True where samples are mixed: define the pipeline with "
-        r"@pipeline_def\(enable_conditionals=True, ...\), or set SCAE's mix_prob=0"
+        r"@pipeline_def\(enable_conditionals=True, ...\), or set the method's mix_prob=0"
     )
     with pytest.raises(ValueError, match=message):
         own_pipeline(greys, conditionals=False)
@@ -270,7 +270,7 @@ def test_names_that_are_no_files_are_refused_where_they_would_be_mixed(greys):
     files = greys[0]
     names = ImageIndex.from_arrays([f"archive/{name}" for name in files.files], files.labels)
     rarest = re.escape(repr(os.path.join("archive", files.files[24])))
-    message = f"on the disk where samples are mixed, and {rarest} is not: .*set SCAE's mix_prob=0"
+    message = f"on the disk where samples are mixed, and {rarest} is not: .*set the method's mix_prob=0"
     with pytest.raises(ValueError, match=message):
         own_pipeline(greys, index=names)
     assert (given(own_pipeline(greys, index=names, mix_prob=0.0), 2)[-1] == 1).all()

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_pngs
+from conftest import write_images, write_pngs
 
 from scae_dali import schedule
 from scae_dali.longtail import profile
-from scae_dali.methods import load, make_config
+from scae_dali.methods import Run, compose
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -31,10 +31,12 @@ CELLS = [
     for model in table.models
     for cell in section.cells
 ]
-# In the place of train.py: top-1 grows by 1 an epoch, from 10 x seed + the method's length.
+# In the place of train.py: top-1 grows by 1 an epoch, from 10 x seed + the method's length. It
+# notes when it ran, and lasts LAST_S and until MEET runs have begun.
 FAKE = """
 import json, os, signal, sys, time
 from pathlib import Path
+began = time.monotonic()
 given = dict(text[2:].split("=", 1) for text in sys.argv[1:] if "=" in text)
 out, epochs = Path(given["out"]), int(given["epochs"])
 assert "--resume" in sys.argv
@@ -57,6 +59,12 @@ for epoch in range(len(rows.read_text().splitlines()) if rows.exists() else 0, e
         os.kill(os.getppid(), signal.SIGINT)
         time.sleep(60)
 (out / "weights.pt").write_text("")
+(out / "begun").touch()
+time.sleep(float(os.environ.get("LAST_S", 0)))
+while len([*out.parent.glob("*/begun")]) < int(os.environ.get("MEET", 1)):
+    assert time.monotonic() < began + 30
+    time.sleep(0.01)
+(out / "times.json").write_text(json.dumps([began, time.monotonic()]))
 """
 
 
@@ -116,7 +124,10 @@ def test_train_py_takes_every_cell(tmp_path, number, section, model, cell):
     job = _jobs.make_job(arguments(number, tmp_path), section, model, cell, seed=2)
     config = job.config
     assert (config.method, config.model, config.seed) == (cell.method, model, 2)
-    make_config(load(config.method), config.method_settings())
+    counts = profile(500, 100, config.data.imbalance or 1)
+    labels = np.repeat(np.arange(100), counts)
+    run = Run(seed=2, epochs=config.epochs, labels=labels, class_counts=counts)
+    compose.make(config.method, config.method_settings(), run)
     assert config.out == str(job.path)
     assert config.second_stage.weights == (str(job.first / "weights.pt") if job.first else None)
     for text in (*section.overrides, *cell.overrides):
@@ -210,7 +221,8 @@ def test_a_dry_run_tells_what_would_be_done_and_does_nothing(data, tmp_path, cap
     weights = out / "table3" / names[0] / "weights.pt"
     assert f"--second_stage.weights={weights}" in commands[1]
     assert reproduce.main(command(data, out, *more)) == 0
-    assert "1,248 image-steps; time unknown: give --rate" in capsys.readouterr().out
+    told = r"1,248 image-steps; about .* at the rate of a few steps of cifar_resnet32, .* img/s"
+    assert re.search(told, capsys.readouterr().out)
     assert reproduce.main(command(tmp_path / "no", out, *more)) == 0
     assert "--data cannot be read" in capsys.readouterr().out
 
@@ -238,6 +250,19 @@ def test_runs_are_made_once_and_reported(data, tmp_path, fake, capsys):
     text = capsys.readouterr().out
     assert text.count("images; done") == 8
     assert "left: 2 runs, 6 epochs, 348 image-steps; about 2 s at the rate of the runs" in text
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_as_many_runs_as_there_are_jobs_go_at_once(data, tmp_path, fake, monkeypatch, jobs):
+    """What three runs of one cell say of when they ran."""
+    monkeypatch.setenv("LAST_S", "0.3")
+    monkeypatch.setenv("MEET", str(jobs))
+    more = ["--methods", "none", "--seeds", "3", "--jobs", str(jobs)]
+    assert reproduce.main(command(data, tmp_path, *more)) == 0
+    times = [json.loads(path.read_text()) for path in tmp_path.glob("table3/*/times.json")]
+    assert len(times) == 3
+    at_once = [sum(a <= begun < b for a, b in times) for begun, _ in times]
+    assert max(at_once) == jobs
 
 
 def test_a_failure_is_told_and_the_rest_goes_on(data, tmp_path, fake, monkeypatch, capsys):
@@ -476,3 +501,31 @@ def test_two_cells_the_second_on_the_firsts_weights_end_to_end(data, tmp_path):
     written = json.loads((jobs[1].path / "config.json").read_text())
     assert written == jobs[1].settings
     assert written["second_stage"]["classifier"] == "tune"
+
+
+def test_cells_of_imagenet_end_to_end(tmp_path):
+    """Its recipe, but for the size, on folders as ImageNet has them."""
+    counts = dict.fromkeys(("n01440764", "n01443537", "n01484850"), 8)
+    for seed, split in enumerate(("train", "val")):
+        write_images(tmp_path / "data" / split, counts, seed=seed)
+    for path in tmp_path.glob("data/*/*/*.jpg"):
+        path.rename(path.with_suffix(".JPEG"))
+    tiny = {"device": "cpu", "threads": 1, "batch_size": 8}
+    tiny |= {"image.size": 32, "image.val_resize": 36, "saliency.size": 64}
+    given = {"table": 2, "data": tmp_path / "data", "out": tmp_path, "models": "resnet18"}
+    given |= {"methods": "none,scae", "seeds": 1, "epochs": 1, "jobs": 2}
+    argv, options = ([f"--{name}={value}" for name, value in d.items()] for d in (given, tiny))
+    status = reproduce.main([*argv, "--", *options])
+    logs = [path.read_text()[-2000:] for path in tmp_path.glob("table2/*/train.log")]
+    assert status == 0, logs
+    found = json.loads((tmp_path / "table2.json").read_text())
+    assert found["title"] == "ImageNet"
+    assert [row["cell"] for row in found["rows"]] == ["none", "scae"]
+    none, scae = (row["figures"] for row in found["rows"])
+    assert {"last", "top-5", "ECE", "overhead"} <= scae.keys()
+    assert none["top-5"]["values"] == [100]  # of three classes
+    assert found["rows"][1]["gain"]["seeds"] == [0]
+    run = tmp_path / "table2" / "imagenet-resnet18-scae-s0"
+    made = json.loads((run / "config.json").read_text())
+    assert made["amp"] == "bf16"
+    assert (made["image"]["dtype"], made["image"]["layout"]) == ("fp16", "NHWC")

@@ -94,6 +94,12 @@ def rows(out):
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
+def check_same_weights(out, other):
+    mine, theirs = (torch.load(o / "weights.pt", weights_only=True) for o in (out, other))
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=0, atol=0)
+
+
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     """A run that nobody disturbed."""
@@ -152,10 +158,7 @@ def test_killed_in_an_epoch_and_in_a_pass_a_run_goes_on_as_if_nothing_happened(
     assert 0 < resumed[2]["saliency_images"] < 50
     resumed[2]["saliency_images"] = 50
     assert resumed == rows(whole)
-    mine = torch.load(out / "weights.pt", weights_only=True)
-    other = torch.load(whole / "weights.pt", weights_only=True)
-    for name, value in other.items():
-        torch.testing.assert_close(mine[name], value, rtol=0, atol=0)
+    check_same_weights(out, whole)
     index = ImageIndex(data / "train")
     maps = []
     for folder in (out, whole):
@@ -205,6 +208,49 @@ def test_methods_precision_and_layout(data, tmp_path, monkeypatch, more):
     assert np.isfinite(last["train_loss"])
     assert (out / "saliency.lmdb").exists() == ("method" not in more)
     assert (last["share"]["erased"] > 0) == (more.get("method") != "none")
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.fixture
+def one_thread():
+    """Of torch: for small networks, threads that wait for each other cost more than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_composition_trains_and_goes_on_within_an_epoch(data, tmp_path, monkeypatch):
+    """rand_augment+scae: erased, mixed, with a pass; what is stopped ends as what is not."""
+    whole, out = tmp_path / "whole", tmp_path / "stopped"
+    more = {"method": "rand_augment+scae", "rand_augment.n": 1, "scae.tail": 0.2}
+    more |= {"epochs": 2, "scae.refresh_every": 1, "model": "cifar_resnet20"}
+    run_here(monkeypatch, *arguments(data, whole, **more))
+    lines = rows(whole)
+    assert [line["saliency_images"] for line in lines] == [0, 50]
+    assert [line["lam"] for line in lines] == [0, 1]
+    assert all(line["share"]["erased"] > 0 for line in lines)
+    assert any(line["share"]["mixed"] > 0 for line in lines)
+    original, steps = train.Run.train_step, iter(range(9))
+
+    def train_step(*given):
+        if next(steps, None) is None:
+            raise StoppedError
+        original(*given)
+
+    monkeypatch.setattr(train.Run, "train_step", train_step)
+    with pytest.raises(StoppedError):
+        run_here(monkeypatch, *arguments(data, out, **more))
+    monkeypatch.setattr(train.Run, "train_step", original)
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 2)
+    run_here(monkeypatch, *arguments(data, out, **more), "--resume")
+    assert rows(out) == lines
+    check_same_weights(out, whole)
 
 
 def test_the_recipes_parse(tmp_path, monkeypatch, capsys):

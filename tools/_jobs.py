@@ -38,7 +38,8 @@ __all__ = [
 ]
 
 STARTS = "starts.json"  # in a run's folder: how and on what it was started
-IN_EPOCHS = ("milestones", "warmup_epochs", "ramp_epochs", "defer")  # shrink with --epochs
+# Shrink with --epochs.
+IN_EPOCHS = ("milestones", "warmup_epochs", "ramp_epochs", "defer", "refresh_every")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -161,29 +161,43 @@ def cells_of(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Gains over `none` with error bars, the paper's beside. Nothing where there is no gain."""
+    """Top-1 and gains over `none` with error bars, the paper's and other sources' figures beside.
+
+    Nothing where there is no gain.
+    """
     from matplotlib.figure import Figure  # of the extra `train`
 
-    groups = [[row for row in rows if row["gain"] or row["paper_gain"]] for rows in parts(report)]
-    groups = [rows for rows in groups if any(row["gain"] for row in rows)]
+    groups = [rows for rows in parts(report) if any(row["gain"] for row in rows)]
     if not groups:
         return
-    size = (6 * len(groups), 2 + 0.4 * max(map(len, groups)))
+    size = (10, sum(2 + 0.35 * len(rows) for rows in groups))
     figure = Figure(figsize=size, layout="constrained")
-    for axes, rows in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+    grid = figure.subplots(
+        len(groups), 2, squeeze=False, sharey="row", height_ratios=[*map(len, groups)]
+    )
+    for (left, right), rows in zip(grid, groups, strict=True):
         for y, row in enumerate(rows):
-            if row["gain"]:
-                mean, deviation = row["gain"]["mean"], row["gain"]["std"]
-                axes.barh(y, mean, xerr=deviation, color="C0", capsize=3, height=0.6)
+            last, gain = row["figures"]["last"], row["gain"]
+            left.errorbar(last["mean"], y, xerr=last["std"], fmt="o", color="C0", capsize=3)
+            if row["independent"]:
+                low, high = min(row["independent"]), max(row["independent"])
+                left.plot([low, high], [y, y], "|-", color="gray", zorder=1)
+            if "last" in row["paper"]:
+                left.plot(row["paper"]["last"], y, "D", color="C1")
+            if gain:
+                right.barh(y, gain["mean"], xerr=gain["std"], color="C0", capsize=3, height=0.6)
             if row["paper_gain"] is not None:
-                axes.plot(row["paper_gain"], y, "D", color="C1", zorder=3)
-        axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
-        axes.invert_yaxis()
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_xlabel("gain in top-1 over none, percentage points")
-        axes.set_title(heading(report, rows, "\n"), fontsize="medium")
-    axes.barh([], [], color="C0", label="measured, ± standard deviation over seeds")
-    axes.plot([], [], "D", color="C1", label="paper")
-    figure.legend(loc="outside lower center", ncols=2)
+                right.plot(row["paper_gain"], y, "D", color="C1", zorder=3)
+        left.set_yticks(range(len(rows)), [row["name"] for row in rows])
+        left.invert_yaxis()
+        left.grid(axis="x", alpha=0.3)
+        left.set_xlabel("top-1, percent")
+        right.axvline(0, color="black", linewidth=0.8)
+        right.set_xlabel("gain in top-1 over none, percentage points")
+        left.set_title(heading(report, rows), fontsize="medium", loc="left")
+    right.barh([], [], color="C0", label="measured, ± standard deviation over seeds")
+    right.plot([], [], "D", color="C1", label="paper")
+    right.plot([], [], "|-", color="gray", label="other sources")
+    figure.legend(loc="outside lower center", ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

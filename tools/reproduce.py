@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import _jobs
+import _probe
 import _report
 import _runs
 from _jobs import Job
@@ -189,11 +190,14 @@ def describe(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
         print(f"{job.path.name}: {job.config.epochs} epochs of {images} images; {state}")
         print("    " + shlex.join(["python", "train.py", *job.options]).replace(
             f"{_path.ROOT}{os.sep}", ""))  # fmt: skip
-    print(estimate(args, left))
+    print(estimate(args, left, probe=True))
 
 
-def estimate(args: argparse.Namespace, jobs: Sequence[Job]) -> str:
-    """Runs, epochs, image-steps and time of what is left, in words."""
+def estimate(args: argparse.Namespace, jobs: Sequence[Job], probe: bool = False) -> str:
+    """Runs, epochs, image-steps and time of what is left, in words.
+
+    probe: whether a network that has no run yet is tried for a moment.
+    """
     start = f"left: {len(jobs)} runs, {sum(job.epochs_left for job in jobs):,} epochs"
     paces: dict[tuple[str, ...], list[float]] = {}
     for file in args.out.glob("table*/*/config.json"):
@@ -202,7 +206,7 @@ def estimate(args: argparse.Namespace, jobs: Sequence[Job]) -> str:
             model, stage = config["model"], config.get("second_stage", {}).get("classifier") or ""
             for key in ((model, stage, config["method"]), (model, stage), (model,)):
                 paces.setdefault(key, []).append(measured)
-    total, seconds = 0, 0.0
+    total, seconds, tried = 0, 0.0, {}
     for job in jobs:
         if job.epoch_images is None:
             return f"{start}; image-steps and time unknown: --data cannot be read"
@@ -213,12 +217,23 @@ def estimate(args: argparse.Namespace, jobs: Sequence[Job]) -> str:
         total += images
         if args.rate:
             seconds += images / args.rate
+        elif known:
+            seconds += images * statistics.mean(known)
+        elif probe and job.index is not None:
+            if job.model not in tried:
+                classes = job.index.num_classes
+                tried[job.model] = _probe.pace(job.config, classes, args.jobs)
+            seconds += images * tried[job.model]
         else:
-            seconds += images * (statistics.mean(known) if known else math.nan)
+            seconds = math.nan
     text = f"{start}, {total:,} image-steps"
     if math.isnan(seconds):
         return f"{text}; time unknown: give --rate, or let a run of each network begin"
-    source = f"--rate {args.rate:g}" if args.rate else "the rate of the runs in --out"
+    sources = ["the rate of the runs in --out"] * bool(paces) + [
+        f"the rate of a few steps of {model}, {1 / pace:.3g} img/s a run"
+        for model, pace in tried.items()
+    ]
+    source = f"--rate {args.rate:g}" if args.rate else " and ".join(sources)
     return f"{text}; about {duration(seconds / args.jobs)} at {source}, {args.jobs} at once"
 
 

@@ -1,7 +1,8 @@
 """Methods by name, one or several: `rand_augment+scae` transforms first and erases then.
 
-Whatever the order of the names, a policy comes first, then what is erased, then what is mixed.
-Saliency is that of the crop before the policy.
+Whatever the order of the names, a policy comes first, then what is erased, then what is mixed
+within the batch. The samples of the tail that SCAE itself mixes are mixed as crops, before all of
+that. Saliency is that of the crop before the policy.
 """
 
 from collections.abc import Mapping
@@ -14,8 +15,8 @@ _WHY_ONE = {
     "policy": "an image is transformed by one policy",
     "erase": "one region of an image is planned to be erased",
     "mix": (
-        "an image is mixed with one other at most (scae mixes where the data set has classes of "
-        "the tail: mix_prob=0 switches it off)"
+        "an image is mixed with one other at most (scae and semantic_grid_mask mix where the data "
+        "set has classes of the tail: their mix_prob=0 switches it off)"
     ),
 }
 
