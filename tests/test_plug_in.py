@@ -270,7 +270,7 @@ def test_names_that_are_no_files_are_refused_where_they_would_be_mixed(greys):
     files = greys[0]
     names = ImageIndex.from_arrays([f"archive/{name}" for name in files.files], files.labels)
     rarest = re.escape(repr(os.path.join("archive", files.files[24])))
-    message = f"on the disk where samples are mixed, and {rarest} is not: .*set the method's mix_prob=0"
+    message = f"on the disk where samples are mixed, and {rarest} is not: .*the method's mix_prob=0"
     with pytest.raises(ValueError, match=message):
         own_pipeline(greys, index=names)
     assert (given(own_pipeline(greys, index=names, mix_prob=0.0), 2)[-1] == 1).all()
