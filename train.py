@@ -12,7 +12,6 @@ import dataclasses
 import json
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from pipelines.config import ExecConfig
+from pipelines.guide import Guide
 from pipelines.loaders import Loaders
 from pipelines.recipe import Config, autocast, make_network
 from scae_dali import checkpoint, schedule
-from scae_dali.cache import SaliencyCache
 from scae_dali.config import check
 from scae_dali.evaluation import Evaluation
-from scae_dali.gradcam import GradCAM
 from scae_dali.iterator import Batch, ImageError, Loader
 from scae_dali.losses import Loss
 from scae_dali.metrics import Log, Meter, closing, save_picture, summary
 from scae_dali.ranks import Ranks
-from scae_dali.refresh import refresh_cache
 from scae_dali.rng import derive
 from scae_dali.second_stage import prepare, set_train_mode
 
@@ -57,10 +54,15 @@ class Run:
             trained = prepare(self.net, config.second_stage, classes, seed=config.seed)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.net.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        self.guided = config.guide()
         self.ema = None
         if config.optim.ema:
             average = get_ema_multi_avg_fn(config.optim.ema)
             self.ema = AveragedModel(self.net, multi_avg_fn=average, use_buffers=True)
+        self.guide, self.harvest = None, None
+        if self.guided is not None:
+            self.guide = Guide(config, self.guided, self.net, self.index, self.loaders, ranks)
+            self.harvest = self.guide.harvest
         self.model = self.net
         if config.compile != "none":
             self.model = torch.compile(self.model, mode=config.compile)  # type: ignore[assignment]
@@ -73,8 +75,6 @@ class Run:
         self.meter = Meter()
         self.pipeline_state: bytes | None = None
         self.loader: Loader | None = None
-        self.guide = config.guide()
-        self.cache = None if self.guide is None else self.open_cache(self.guide.refresh_every)
         self.val_loader = self.loaders.val(self.exec_config(config.batch_size))
 
     def exec_config(self, batch_size: int, *, sharded: bool = True) -> ExecConfig:
@@ -86,20 +86,14 @@ class Run:
             num_shards=self.ranks.world if sharded else 1,
         )
 
-    def open_cache(self, refresh_every: int) -> SaliencyCache:
-        """The cache built offline, or the run's own, made where it is missing."""
-        config = self.config.saliency
-        path = config.cache or self.out / "saliency.lmdb"
-        if refresh_every:
-            grid = GradCAM(self.net, config.layer).grid(self.config.saliency_image().size)
-            SaliencyCache.create(path, self.index, grid=grid, exist_ok=True)
-        return SaliencyCache(path, index=self.index)
-
     def build_loader(self) -> Loader:
         """Start the training pipeline where its state says."""
         config = self.config
         self.stage = config.stage(
-            self.data, self.cache, device=str(self.device), num_shards=self.ranks.world
+            self.data,
+            None if self.guide is None else self.guide.cache,
+            device=str(self.device),
+            num_shards=self.ranks.world,
         )
         return self.loaders.train(
             self.stage,
@@ -110,41 +104,20 @@ class Run:
 
     def saliency_pass(self) -> None:
         """Refresh the cache if a pass is due by this epoch and has not been made."""
-        config, cache, guide = self.config, self.cache, self.guide
-        if guide is None or cache is None:
-            return
-        due = schedule.pass_epoch(self.epoch, guide.refresh_every)
-        if due is None:
-            return
-        made = cache.meta.epoch == due and cache.meta.under_way is None
-        if all(self.ranks.gather(made)):
+        due = None if self.guide is None else self.guide.due(self.epoch)
+        if self.guide is None or due is None:
             return
         start = time.perf_counter()
         self.loader = None  # it has planned ahead with the old maps
-        image = config.saliency_image()
-        batch_size = config.saliency.batch_size or config.batch_size
-        bar = tqdm(desc=f"saliency {due}", unit="img", disable=not self.ranks.first)
-
-        def loader_for(ids):
-            bar.reset(total=len(ids) * self.ranks.world)
-            return self.loaders.saliency(image, self.exec_config(batch_size, sharded=False), ids)
-
-        report = refresh_cache(
-            self.net,
-            cache if self.ranks.local == 0 else None,
-            self.index,
-            loader_for,
-            epoch=due,
-            layer=config.saliency.layer,
-            name=config.model,
-            input_size=image.size,
-            neighbors=guide.neighbors if self.stage.mixes else 0,
-            autocast=partial(autocast, config.amp, self.device),
-            progress=bar.update,
+        run = self.exec_config(
+            self.config.saliency.batch_size or self.config.batch_size, sharded=False
         )
-        bar.close()
+        report = self.guide.refresh(due, run, mixes=self.stage.mixes)
         self.loader = self.build_loader()
         self.meter.sums["saliency_images"] += report.images
+        if report.agreement is not None:
+            self.meter.sums["agreement"] += report.agreement
+            self.meter.sums["compared"] += 1
         self.meter.sums["saliency"] += time.perf_counter() - start
 
     def train_epoch(self) -> None:
@@ -201,6 +174,8 @@ class Run:
         images = batch.images.contiguous(memory_format=self.layout)
         with autocast(self.config.amp, self.device):
             logits = self.model(images)
+        if self.harvest is not None:
+            self.harvest.add(batch)
         loss = self.loss.at(self.epoch)(logits, batch.labels, batch.partners, batch.mu)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -226,7 +201,7 @@ class Run:
             evaluation.update(logits, batch.labels)
         figures = evaluation.compute(self.ranks)
         self.meter.sums["val"] += time.perf_counter() - start
-        lam_max = getattr(self.guide, "lam_max", 0.0)
+        lam_max = getattr(self.guided, "lam_max", 0.0)
         return {
             "epoch": self.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -247,6 +222,9 @@ class Run:
             "cuda_rng": cuda,
         }
         ranks = self.ranks.gather(mine)
+        if self.harvest is not None:
+            self.harvest.merge()
+            self.harvest.keep_on(self.ranks.first)
         if self.ranks.first:
             state = {name: getattr(self, name).state_dict() for name in self.parts()}
             state |= {
@@ -268,6 +246,8 @@ class Run:
         )
         for name in self.parts():
             getattr(self, name).load_state_dict(state[name])
+        if self.harvest is not None:
+            self.harvest.keep_on(self.ranks.first)
         self.epoch, self.step, self.meter.totals = state["epoch"], state["step"], state["totals"]
         mine = state["ranks"][self.ranks.rank]
         self.pipeline_state, self.meter.sums = mine["pipeline"], mine["sums"]
@@ -276,7 +256,8 @@ class Run:
             torch.cuda.set_rng_state(mine["cuda_rng"])
 
     def parts(self) -> list[str]:
-        return ["net", "optimizer", "scaler"] + ["ema"] * (self.ema is not None)
+        optional = [name for name in ("ema", "harvest") if getattr(self, name) is not None]
+        return ["net", "optimizer", "scaler", *optional]
 
 
 def run(config: Config, resume: bool) -> None:

@@ -39,6 +39,8 @@ from scae_dali.ops import Stage
 from scae_dali.order import epoch_size
 from scae_dali.second_stage import SecondStageConfig
 
+POLICIES = ("rand_augment", "auto_augment", "trivial_augment", "keep_augment")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -97,19 +99,38 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SaliencyConfig:
-    """The saliency cache and the pass that fills it.
+    """The saliency cache and what fills it.
 
     Args:
+        source: `pass`: Grad-CAM of the whole images, in passes of their own. `harvest`: out of the
+            training's own forward passes, for networks that end in a pooling and one linear layer.
+            `both`: a pass over `share`, and what was harvested of the rest.
+        share: of the samples, seen by a pass; the stalest first.
         cache: LMDB cache; None: `saliency.lmdb` in the run's folder.
         layer: module whose features Grad-CAM weighs; None: the family's default.
         batch_size: of the pass, a rank; None: the training's.
         size: side in pixels to which the whole image is stretched; None: the crop's.
     """
 
+    source: Literal["pass", "harvest", "both"] = "pass"
+    share: float = 1.0
     cache: str | None = None
     layer: str | None = None
     batch_size: int | None = None
     size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("saliency.source", self.source, ("pass", "harvest", "both"))
+        check(
+            0 < self.share <= 1,
+            f"saliency.share must be in (0, 1], got {self.share}; 0.1 sees a tenth of the images "
+            "in a pass",
+        )
+        check(
+            self.source != "both" or self.share < 1,
+            "saliency.share must be below 1 where saliency.source is both, got 1: the pass would "
+            "leave nothing to the harvest",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +223,16 @@ class Config:
             "refresh_every=0 means a cache built offline, got saliency.cache=None: name it "
             "(tools/build_cache.py builds one), or refresh every so many epochs",
         )
+        moved = sorted({*compose.split(self.method)} & {*POLICIES})
+        check(
+            guide is None or self.saliency.source == "pass" or not moved,
+            f"saliency.source must be pass with {'+'.join(moved)}, which moves pixels, got "
+            f"{self.saliency.source}",
+        )
+        check(
+            guide is None or self.saliency.source == "pass" or guide.refresh_every > 0,
+            f"saliency.source={self.saliency.source} needs refresh_every > 0, got 0",
+        )
         check(
             self.image.dtype == "fp32" or self.amp != "none",
             "image.dtype must be fp32 where amp is none, got fp16: give --amp bf16 or fp16",
@@ -218,6 +249,7 @@ class Config:
             "batch_size": self.batch_size,
             "seed": self.seed,
             "optim.ema": self.optim.ema,
+            "saliency.source": self.saliency.source,
             "optim.decay_norms": self.optim.decay_norms,
             "sampling": self.sampling,
             "second_stage.classifier": self.second_stage.classifier,

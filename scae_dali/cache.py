@@ -55,6 +55,7 @@ from scae_dali.records import (
     split,
 )
 from scae_dali.resident import ResidentCache
+from scae_dali.rng import Stream, uniforms
 
 __all__ = [
     "CHUNK",
@@ -227,10 +228,28 @@ class SaliencyCache:
 
         return self._view(count)
 
+    def stalest(self, count: int, *, epoch: int) -> NDArray[np.int64]:
+        """The samples for a pass of `epoch` that makes `count` maps -> i64[count], in key order.
+
+        Those that carry its stamp come first, so that a pass that is resumed keeps to its samples;
+        then those without a map, then by age. Ties are broken by an order that changes with the
+        epoch.
+        """
+        epoch = checked_epoch(epoch)
+        if not 0 <= count <= self._samples:
+            raise ValueError(f"count must be in 0..{self._samples}, the samples, got {count}")
+        stamps = self.stamps()
+        age = np.where(stamps == epoch, -2, stamps)
+        ties = uniforms(0, Stream.STALEST, epoch, np.arange(self._samples), 1)[:, 0]
+        chosen = np.zeros(self._samples, np.bool_)
+        chosen[np.lexsort((ties, age))[:count]] = True
+        return self._order[chosen[self._order]].astype(np.int64)
+
     def begin_pass(
         self,
         epoch: int,
         *,
+        ids: ArrayLike | None = None,
         weights: str = "",
         method: str | None = None,
         model: str | None = None,
@@ -239,6 +258,7 @@ class SaliencyCache:
     ) -> NDArray[np.int64]:
         """Begins or resumes the pass of `epoch` (0..65535) -> i64[P], ids to do in key order.
 
+        ids: int[B], the samples of the pass, each once; None: all. The other maps stay as they are.
         weights: hex digest of the model's weights; "" where unknown, which trusts any other unknown
         one. The provenance is the last pass's unless given. Maps that carry this epoch are done if
         the pass under way, or the last complete one, has the same epoch, weights and provenance. If
@@ -248,15 +268,21 @@ class SaliencyCache:
         meta = self.meta
         given = {"method": method, "model": model, "layer": layer, "input_size": input_size}
         kept = {name: getattr(meta, name) for name in PROVENANCE if given[name] is None}
-        wanted = {"epoch": epoch, "weights": weights, **given, **kept}
-        stamps = self.stamps()
         order = self._order
+        part = None
+        if ids is not None:
+            ours = np.zeros(self._samples, np.bool_)
+            ours[checked_ids(ids, self._samples)] = True
+            order = order[ours[order]]
+            part = len(order)
+        wanted = {"epoch": epoch, "weights": weights, "part": part, **given, **kept}
+        stamps = self.stamps()
         trusted = wanted in (meta.under_way, meta.last_pass)
         if not trusted:
             # Emptied rather than deleted: the place in the page is kept, and the file stays packed.
             # In chunks before the meta record rather than with it: a crash between leaves fewer
             # maps but none that is taken for new.
-            self._withdraw(order[stamps[order] == epoch])
+            self._withdraw(self._order[stamps[self._order] == epoch])
         pending = order[stamps[order] != epoch] if trusted else order
 
         def begin(txn: lmdb.Transaction) -> None:
@@ -318,11 +344,12 @@ class SaliencyCache:
                     f"end_pass({epoch}): no such pass is under way in {self.path!r}; call "
                     "begin_pass"
                 )
-            if (missing := np.flatnonzero(self._stamps(txn) != epoch)).size:
+            part = meta.under_way["part"]
+            wanted = self._samples if part is None else part
+            if (missing := wanted - np.count_nonzero(self._stamps(txn) == epoch)) > 0:
                 raise CacheError(
-                    f"end_pass({epoch}): {missing.size} of {self._samples} maps are missing (the "
-                    f"first: sample {missing[0]}); write them, begin_pass with the same arguments "
-                    "lists them all"
+                    f"end_pass({epoch}): {missing} of {wanted} maps are missing; write them, "
+                    "begin_pass with the same arguments lists them all"
                 )
             done = replace(meta, **meta.under_way, under_way=None, passes=meta.passes + 1)
             txn.put(_META, to_json(done))

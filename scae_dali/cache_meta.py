@@ -27,7 +27,8 @@ class CacheMeta:
     epoch, weights and the provenance (method, model, layer, input_size) are those of the last
     complete pass, of which there were `passes`; epoch is None before the first one, and once its
     maps were withdrawn. under_way: the same fields of a pass that was begun and has not ended, or
-    None. neighbors: shape [K, m] of that array, or None.
+    None. neighbors: shape [K, m] of that array, or None. part: of how many samples the last pass
+    was; None: of all.
     """
 
     format: int
@@ -44,11 +45,12 @@ class CacheMeta:
     passes: int = 0
     under_way: dict[str, Any] | None = None
     neighbors: tuple[int, int] | None = None
+    part: int | None = None
 
     @property
     def last_pass(self) -> dict[str, Any]:
         """The last complete pass in the form of `under_way`."""
-        return {name: getattr(self, name) for name in ("epoch", "weights", *PROVENANCE)}
+        return {name: getattr(self, name) for name in ("epoch", "weights", "part", *PROVENANCE)}
 
 
 def to_json(meta: CacheMeta) -> bytes:

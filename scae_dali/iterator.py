@@ -13,10 +13,12 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 from scae_dali.dataset import ImageIndex
 from scae_dali.order import Order
-from scae_dali.planner import COMMON_WIDTH
+from scae_dali.planner import COMMON, COMMON_WIDTH, columns_of
 from scae_dali.verify import concerns_images, explain
 
 T = TypeVar("T")
+
+_COLUMNS = columns_of(COMMON)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,7 @@ class Batch:
     mu: float32 [B], the weight of `labels`.
     On the CPU: ids: int64 [B], places in the index. status: int64 [B] of methods.Status.
     boxes: float32 [B, 4], (y, x, h, w) in pixels before the flip, of no area where none.
+    windows: float32 [B, 4], (y, x, h, w) of the crop in shares of the full frame. flips: bool [B].
     """
 
     images: torch.Tensor
@@ -37,6 +40,8 @@ class Batch:
     ids: torch.Tensor
     status: torch.Tensor
     boxes: torch.Tensor
+    windows: torch.Tensor
+    flips: torch.Tensor
 
 
 class ImageError(RuntimeError):
@@ -131,20 +136,26 @@ class Loader:
             images = images.permute(0, 3, 1, 2)
         n = len(images)
         if "plan" in out:
-            label, partner, ids, status, mu, *box = out["plan"][:, :COMMON_WIDTH].T
+            plan = out["plan"]
         else:
-            ids = out["id"].reshape(n)
-            label = partner = self._labels[ids.long()]
-            status, mu, box = torch.zeros(n), torch.ones(n), [torch.zeros(n)] * 4
+            plan = torch.zeros(n, COMMON_WIDTH, dtype=torch.float64)
+            ids = out["id"].reshape(n, 1).long()
+            plan[:, _COLUMNS["id"]] = ids.double()
+            plan[:, _COLUMNS["label"]] = plan[:, _COLUMNS["partner"]] = self._labels[ids].double()
+            plan[:, _COLUMNS["mu"]] = 1.0
+            plan[:, _COLUMNS["window"]] = torch.tensor([0.0, 0.0, 1.0, 1.0])
+        part = {name: plan[:, columns] for name, columns in _COLUMNS.items()}
         move = partial(torch.Tensor.to, device=images.device, non_blocking=True)
         return Batch(
             images=images,
-            labels=move(label.long()),
-            partners=move(partner.long()),
-            mu=move(mu.float()),
-            ids=ids.long(),
-            status=status.long(),
-            boxes=torch.stack(box, dim=1).float(),
+            labels=move(part["label"][:, 0].long()),
+            partners=move(part["partner"][:, 0].long()),
+            mu=move(part["mu"][:, 0].float()),
+            ids=part["id"][:, 0].long(),
+            status=part["status"][:, 0].long(),
+            boxes=part["box"].float(),
+            windows=part["window"].float(),
+            flips=part["flip"][:, 0].bool(),
         )
 
     def _run(self, step: Callable[[], T]) -> T:

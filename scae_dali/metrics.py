@@ -171,7 +171,10 @@ class Meter:
         total = self.totals
         cost = total["saliency"] + (total["plan"] if guided else 0.0)
         self._clear()
-        return {
+        agreement = {}
+        if sums["compared"]:  # by the processes that write a cache
+            agreement["saliency_agreement"] = sums["agreement"] / sums["compared"]
+        return agreement | {
             "train_loss": sums["loss"] / sums["images"],
             "train_top1": 100 * sums["hits"] / sums["images"],
             "img_per_s": sums["images"] / seconds["train"],
@@ -183,7 +186,8 @@ class Meter:
 
     def _clear(self) -> None:
         seconds = ("train", "data", "saliency", "plan", "val")
-        names = ("loss", "hits", "images", "saliency_images", *seconds, *map(_name, Status))
+        saliency = ("saliency_images", "agreement", "compared")
+        names = ("loss", "hits", "images", *saliency, *seconds, *map(_name, Status))
         self.sums = dict.fromkeys(names, 0.0)
 
 

@@ -17,11 +17,12 @@ from scae_dali.methods.base import Method, Run, Samples, mixes
 from scae_dali.order import ID
 from scae_dali.rng import Array, Stream, uniforms
 
-# Of every plan, in this order, with their widths; `box` is (y, x, h, w) in pixels of the crop.
-COMMON = {"label": 1, "partner": 1, "id": 1, "status": 1, "mu": 1, "box": 4}
+# Of every plan, in this order, with their widths; `box` is (y, x, h, w) in pixels of the crop,
+# `window` the crop in shares of the full frame, and `flip` 0 where it is not drawn here.
+COMMON = {"label": 1, "partner": 1, "id": 1, "status": 1, "mu": 1, "box": 4, "window": 4, "flip": 1}
 COMMON_WIDTH = sum(COMMON.values())
 # Where the crop is drawn here: start (y, x) and shape (h, w) in pixels of the full frame.
-DRAWN = {"start": 2, "shape": 2, "flip": 1}
+DRAWN = {"start": 2, "shape": 2}
 # Where the method mixes: what the crop of the second sample is drawn from.
 DRAW = {"key": 1, "epoch": 1}
 
@@ -90,7 +91,7 @@ class Planner:
         flip = xp.zeros((b,), dtype=xp.bool, device=device)
         if self.random_crop is not None:
             cut, flip = self._crop(Stream.CROP, keys, epoch, window, self.random_crop)
-            extra = [xp.astype(cut, xp.float64), xp.astype(flip, xp.float64)]
+            extra = [xp.astype(cut, xp.float64)]
             window = xp.concat([extra[0], window], axis=1)
         if self.mixes:
             extra += [xp.astype(keys, xp.float64), xp.astype(epoch, xp.float64)]
@@ -119,12 +120,18 @@ class Planner:
         elif "source" in plan:
             partner = labels[place - place % self._batch_size + plan["source"]]
         table = xp.empty((b, COMMON_WIDTH), dtype=xp.float64, device=device)
-        table[:, 0] = labels
-        table[:, 1] = partner
-        table[:, 2] = ids
-        table[:, 3] = plan["status"]
-        table[:, 4] = plan.get("mu", 1.0)
-        table[:, 5:] = plan.get("box", 0.0)
+        for name, value in {
+            "label": labels,
+            "partner": partner,
+            "id": ids,
+            "status": plan["status"],
+            "mu": plan.get("mu", 1.0),
+            "box": plan.get("box", 0.0),
+            "window": share,
+            "flip": flip,
+        }.items():
+            wide = COMMON[name] > 1
+            table[:, self.columns[name] if wide else self.columns[name].start] = value
         extra += [xp.astype(plan[name], xp.float64) for name in self._method.fields]
         return xp.concat([table, *(xp.reshape(part, (b, -1)) for part in extra)], axis=1)
 

@@ -2,14 +2,17 @@
 
 Every rank computes its part; the first process of each node writes, in key order, a chunk a
 transaction. A pass that was killed goes on with the samples whose records do not carry its stamp.
-When a pass is due is decided by `schedule`, what a map shows by the method.
+When a pass is due is decided by `schedule`, what a map shows by the method; maps that training has
+gathered by itself (`harvest`) are written along.
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ from scae_dali.chunk_writer import ChunkWriter
 from scae_dali.config import check_choice
 from scae_dali.dataset import ImageIndex
 from scae_dali.gradcam import GradCAM
+from scae_dali.harvest import Harvest
 from scae_dali.iterator import Batch
 from scae_dali.models import classifier_of
 from scae_dali.scorecam import ScoreCAM
@@ -30,13 +34,20 @@ MethodFactory = Callable[[nn.Module, str | None], SaliencyMethod]
 
 METHODS: dict[str, type[CAM]] = {cam.method: cam for cam in (GradCAM, ScoreCAM)}
 
+COMPARED = 4096  # maps that are compared, of a pass
+
 
 @dataclass(frozen=True, kw_only=True)
 class PassReport:
-    """images: of this pass, all ranks, 0 where there was nothing to do. seconds: wall clock."""
+    """images: seen by this pass, all ranks, 0 where there was nothing to do. harvested: maps that
+    were written without. seconds: wall clock. agreement: the mean rank correlation (Spearman) of
+    harvested maps with those of the pass, over samples that have both; None where none has.
+    """
 
     images: int
+    harvested: int
     seconds: float
+    agreement: float | None
 
 
 def refresh_cache(
@@ -46,6 +57,8 @@ def refresh_cache(
     loader_for: Callable[[Sequence[int]], Iterable[Batch]],
     *,
     epoch: int,
+    share: float = 1.0,
+    harvest: Harvest | None = None,
     method: str | MethodFactory = "gradcam",
     layer: str | None = None,
     name: str | None = None,
@@ -59,6 +72,8 @@ def refresh_cache(
 
     cache: of this node, given to the one process of the node that writes; None on the others.
     loader_for(ids): batches of whole upright images, in this order, normalised as in training.
+    share: of the samples, whose maps are made anew, the stalest first. harvest: what training has
+    gathered, for the rest; it is merged over the ranks, and not cleared.
     method: a name of `METHODS`, or what makes one, such as partial(ScoreCAM, chunk=256); maps of
     this epoch by another method, as by other weights, are withdrawn and made anew. layer: see CAM.
     name, input_size: of the model, for the cache's meta. progress: called with the number of images
@@ -69,6 +84,8 @@ def refresh_cache(
     linear classifier.
     """
     start = time.perf_counter()
+    if not (0 < share <= 1 or (share == 0 and harvest is not None)):
+        raise ValueError(f"share must be in (0, 1], or 0 with a harvest, got {share}")
     world = distributed.get_world_size() if distributed.is_initialized() else 1
     rank = distributed.get_rank() if world > 1 else 0
     if isinstance(method, str):
@@ -76,26 +93,41 @@ def refresh_cache(
         method = METHODS[method]
     cam = method(model, layer)
     classifier = classifier_of(cam.model, index.num_classes)[1] if neighbors else None
+    count = math.ceil(share * len(index))
+    part: dict[str, Any] = {}
+    if harvest is not None:
+        harvest.merge()
+    if cache is not None and (count < len(index) or harvest is not None):
+        chosen = cache.stalest(count, epoch=epoch)
+        gathered = np.empty(0, np.int64) if harvest is None else harvest.seen()
+        part["ids"] = np.union1d(chosen, gathered)
     writer: AbstractContextManager[ChunkWriter | None] = nullcontext()
     if cache is not None:
+        made_by = [cam.method] * (count > 0) + [harvest.method for _ in (harvest,) if harvest]
         writer = ChunkWriter(
             cache,
             epoch,
             commit_every=commit_every,
             weights=weights_digest(model),
-            method=cam.method,
+            method="+".join(made_by),
             model=name or type(model).__name__,
             layer=cam.layer,
             input_size=input_size,
+            **part,
         )
     with writer as chunks:
         pending = np.empty(0, np.int64) if chunks is None else chunks.pending
+        given = np.empty(0, np.int64)
+        if cache is not None and harvest is not None:
+            seen = np.isin(pending, chosen)
+            given, pending = pending[~seen], pending[seen]
         if world > 1:
             pending = _union(pending, index, next(model.parameters()).device)
+        compared: list[np.ndarray] = []
         if len(pending):
             # Rank r takes every world-th sample: what the ranks give together is in key order.
-            share = np.resize(pending, -(-len(pending) // world) * world)[rank::world]
-            for batch in loader_for(share.tolist()):
+            turn = np.resize(pending, -(-len(pending) // world) * world)[rank::world]
+            for batch in loader_for(turn.tolist()):
                 with autocast():
                     maps = cam(batch.images, batch.labels)
                 ids, levels = _gather(
@@ -104,12 +136,41 @@ def refresh_cache(
                 progress(len(ids))
                 if chunks is not None:
                     chunks.write(ids, levels)
+                if harvest is not None and sum(map(len, compared)) < COMPARED:
+                    compared.append(agreement(levels, *harvest.maps(ids)))
+        if cache is not None and chunks is not None and harvest is not None:
+            # Last: a pass that is resumed tells its own samples by their stamps.
+            for ids in np.split(given, range(commit_every, len(given), commit_every)):
+                chunks.write(ids, harvest.blended(ids, *cache.read(ids)))
         if cache is not None and classifier is not None:
             near = nearest_classes(classifier.weight, index.class_counts, neighbors)
             cache.write_neighbors(near)
     if world > 1:
         distributed.barrier()  # nobody plans with the old maps after this
-    return PassReport(images=len(pending), seconds=time.perf_counter() - start)
+    known = np.concatenate([np.empty(0), *compared])
+    return PassReport(
+        images=len(pending),
+        harvested=len(given),
+        seconds=time.perf_counter() - start,
+        agreement=float(np.nanmean(known)) if np.isfinite(known).any() else None,
+    )
+
+
+def agreement(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Spearman's rank correlation of maps, float64 [n], over the cells that `counts` has seen; NaN
+    where a map is constant there. one, other, counts: [n, h, w]."""
+    from scipy.stats import rankdata  # takes a second to import
+
+    known = (counts > 0).reshape(len(one), -1)
+    cells = np.maximum(known.sum(1, keepdims=True), 1)
+    places = []
+    for maps in (one, other):
+        # What is unknown ranks last, and so does not move the others.
+        ranks = rankdata(np.where(known, maps.reshape(known.shape), np.inf), axis=1) * known
+        places.append((ranks - ranks.sum(1, keepdims=True) / cells) * known)
+    a, b = places
+    with np.errstate(invalid="ignore"):
+        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ class Stream(IntEnum):
     POLICY = 10
     GRID = 11
     REGION = 12  # KeepAugment's candidates
+    STALEST = 13  # of maps that are equally old
 
 
 def philox(counter: Array, seed: int) -> Array:

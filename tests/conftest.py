@@ -9,6 +9,7 @@ from PIL import Image
 
 from scae_dali.cache import SaliencyCache
 from scae_dali.dataset import ImageIndex
+from scae_dali.iterator import Batch
 
 torch.set_num_threads(2)
 # Behind the interpreter: what follows it runs in two processes.
@@ -93,3 +94,20 @@ def tailed_cache(tailed, tmp_path_factory) -> SaliencyCache:
     table = [[1, 2], [2, 4], [1, 3], [4, 0], [3, 1]]
     cache.write_neighbors(np.array(table, np.uint16))
     return cache
+
+
+def batch_of(images, labels, ids=None, **more):
+    """Whole images that nothing was done to, but for what `more` says."""
+    n = len(images)
+    known = {
+        "images": images,
+        "labels": labels,
+        "partners": labels,
+        "mu": torch.ones(n),
+        "ids": torch.arange(n) if ids is None else torch.as_tensor(ids),
+        "status": torch.zeros(n, dtype=torch.int64),
+        "boxes": torch.zeros(n, 4),
+        "windows": torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(n, 1),
+        "flips": torch.zeros(n, dtype=torch.bool),
+    }
+    return Batch(**known | more)

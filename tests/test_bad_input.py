@@ -16,7 +16,7 @@ import lmdb
 import numpy as np
 import pytest
 import torch
-from conftest import fill_cache, write_images
+from conftest import batch_of, fill_cache, write_images
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 from torch import nn
@@ -28,7 +28,7 @@ from scae_dali import SCAE
 from scae_dali.cache import CacheError, SaliencyCache
 from scae_dali.config import CropConfig
 from scae_dali.dataset import DatasetError, ImageIndex
-from scae_dali.iterator import Batch, ImageError, Loader
+from scae_dali.iterator import ImageError, Loader
 from scae_dali.methods import Status
 from scae_dali.ops import Stage
 from scae_dali.planner import Planner
@@ -292,15 +292,7 @@ def batches(index: ImageIndex, size: int = 7, batch_size: int = 64):
             n = len(some)
             labels = torch.from_numpy(index.labels[some])
             images = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
-            yield Batch(
-                images=images,
-                labels=labels,
-                partners=labels,
-                mu=torch.ones(n),
-                ids=some,
-                status=torch.zeros(n, dtype=torch.int64),
-                boxes=torch.zeros(n, 4),
-            )
+            yield batch_of(images, labels, some)
 
     return loader_for
 
@@ -485,6 +477,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"method": "scae+saliency_mix", "scae__refresh_every": 5},
         "refresh_every must be the same for methods that share the maps, got "
         r"\{'scae': 5, 'saliency_mix': 10\}",
+    ),
+    "a share of nothing": (
+        {"method": "scae", "saliency__share": 0.0},
+        r"saliency.share must be in \(0, 1\], got 0.0; 0.1 sees a tenth",
+    ),
+    "a pass over all and a harvest": (
+        {"method": "scae", "saliency__source": "both"},
+        "saliency.share must be below 1 where saliency.source is both, got 1",
+    ),
+    "a harvest of moved pixels": (
+        {"method": "rand_augment+scae", "saliency__source": "harvest"},
+        "saliency.source must be pass with rand_augment, which moves pixels, got harvest",
+    ),
+    "a harvest for a cache built offline": (
+        OFFLINE | {"saliency__cache": "PLACE/none.lmdb", "saliency__source": "harvest"},
+        "saliency.source=harvest needs refresh_every > 0, got 0",
     ),
     "no cache there": (
         OFFLINE | {"saliency__cache": "PLACE/none.lmdb"},

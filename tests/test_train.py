@@ -224,14 +224,22 @@ def one_thread():
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_composition_trains_and_goes_on_within_an_epoch(data, tmp_path, monkeypatch):
-    """rand_augment+scae: erased, mixed, with a pass; what is stopped ends as what is not."""
+@pytest.mark.parametrize(
+    ("more", "seen"),
+    [
+        pytest.param({"method": "rand_augment+scae", "rand_augment.n": 1}, 50, id="composition"),
+        pytest.param({"saliency.source": "both", "saliency.share": 0.2}, 10, id="harvest"),
+    ],
+)
+def test_it_goes_on_within_an_epoch(data, tmp_path, monkeypatch, more, seen):
+    """Erased, mixed, with a pass over `seen` images; what is stopped ends as what is not."""
     whole, out = tmp_path / "whole", tmp_path / "stopped"
-    more = {"method": "rand_augment+scae", "rand_augment.n": 1, "scae.tail": 0.2}
-    more |= {"epochs": 2, "scae.refresh_every": 1, "model": "cifar_resnet20"}
+    more = {"scae.tail": 0.2, "epochs": 2, "scae.refresh_every": 1, "optim.lr": 0.05} | more
+    more |= {"model": "cifar_resnet20", "saliency.layer": "layer3"}
     run_here(monkeypatch, *arguments(data, whole, **more))
     lines = rows(whole)
-    assert [line["saliency_images"] for line in lines] == [0, 50]
+    assert [line["saliency_images"] for line in lines] == [0, seen]
+    assert ("saliency_agreement" in lines[1]) == ("saliency.source" in more)
     assert [line["lam"] for line in lines] == [0, 1]
     assert all(line["share"]["erased"] > 0 for line in lines)
     assert any(line["share"]["mixed"] > 0 for line in lines)
