@@ -76,7 +76,7 @@ def test_gpu_check_passes_on_the_cpu(tmp_path, name, expected):
     out = tmp_path / "checks.json"
     run("gpu_check", "--device-id", "cpu", "--only", name, "--json", out)
     result = json.loads(out.read_text())
-    assert {"command", "hardware", "versions", "checks"} == set(result)
+    assert {"command", "commit", "hardware", "versions", "checks"} == set(result)
     (check,) = result["checks"]
     assert check["ok"]
     assert check["name"] == name
@@ -191,12 +191,37 @@ def test_bench_train(tmp_path, images, monkeypatch, source):
     run("bench_train", *data, *size, "--pass-every", 2, "--json", out)
     result = json.loads(out.read_text())
     rows = {row["name"]: row for row in result["rows"]}
-    assert set(rows) == {"synthetic", "none", "scae", "saliency pass"}
+    assert set(rows) == {"synthetic", "none", "scae", "harvest", "saliency pass"}
     assert min(row["img_per_s"] for row in rows.values()) > 0
-    assert set(result["overhead"]) == {"steps", "passes", "total"}
+    assert set(result["overhead"]) == {"steps", "harvest", "passes", "total"}
     assert result["overhead"]["passes"] == pytest.approx(
         0.5 / rows["saliency pass"]["ratio"], rel=0.01
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rows"),
+    [
+        ("plan", ["--batch-size", 16, "--size", 32], 8),
+        ("cache", ["--batch", 64], 7),
+        ("arrays", ["--size", 16], 5),
+    ],
+)
+def test_a_benchmark_in_a_minute_with_a_plot(tmp_path, name, options, rows):
+    out, plot = tmp_path / "bench.json", tmp_path / "bench.png"
+    text = run(f"bench_{name}", *options, "--quick", "--json", out, "--plot", plot)
+    result = json.loads(out.read_text())
+    assert set(result) >= {"command", "commit", "hardware", "versions", "rows"}
+    assert len(result["rows"]) == rows
+    for row in result["rows"]:
+        assert set(row) == {"name", "img_per_s", "iqr", "ratio", "ratio_iqr"}
+        assert f"{row['ratio']:6.2f}  {row['ratio_iqr']:5.2f}" in text
+    with Image.open(plot) as image:
+        assert image.format == "PNG"
+
+
+def test_a_benchmark_without_rounds_is_refused():
+    assert "--rounds must be at least 1, got 0" in run("bench_plan", "--rounds", 0, status=2)
 
 
 def test_show_erasing(tmp_path, images, maps):

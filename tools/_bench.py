@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved rounds, their statistics, and what they ran on.
+"""What the benchmarks share: options, interleaved rounds, their statistics, what they ran on.
 
 Candidates take turns within a round, so that a machine that slows down slows all of them, and
 ratios are formed within a round before the median is taken.
@@ -6,18 +6,34 @@ ratios are formed within a round before the median is taken.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["about", "hardware", "interleaved", "iqr", "report", "rows", "versions", "write_json"]
+__all__ = [
+    "about",
+    "draw",
+    "hardware",
+    "interleaved",
+    "iqr",
+    "parse",
+    "report",
+    "rows",
+    "settings",
+    "versions",
+    "write_json",
+]
+
+ROOT = Path(__file__).resolve().parents[1]
 
 PACKAGES = {
     "numpy": ("numpy",),
@@ -26,6 +42,35 @@ PACKAGES = {
     "torchvision": ("torchvision",),
     "dali": ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110"),
 }
+
+
+def parse(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    *,
+    rounds: int,
+    quick: Mapping[str, Any],
+) -> argparse.Namespace:
+    """The arguments, with those that every benchmark has: --rounds, --quick, --json, --plot.
+
+    rounds: the default. quick: what --quick sets, by name, for a run of a minute.
+    """
+    sets = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in quick.items())
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
+    parser.add_argument("--quick", action="store_true", help=f"for a look: {sets}")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there")
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the ratios there")
+    args = parser.parse_args(argv)
+    if args.quick:
+        vars(args).update(quick)
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    return args
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options, but for where the data lies and the result goes."""
+    return {key: value for key, value in vars(args).items() if key not in ("data", "json", "plot")}
 
 
 def interleaved(
@@ -57,20 +102,22 @@ def iqr(values: Sequence[float]) -> float:
 
 
 def rows(samples: Mapping[str, Sequence[float]], baseline: str) -> list[dict[str, Any]]:
-    """Median and spread of each candidate's rate, and the median of its ratios to `baseline`."""
+    """Median and spread of each candidate's rate, and of its ratios to `baseline`."""
     if baseline not in samples:
         raise ValueError(f"baseline must be one of {sorted(samples)}, got {baseline!r}")
-    return [
-        {
-            "name": name,
-            "img_per_s": statistics.median(rates),
-            "iqr": iqr(rates),
-            "ratio": statistics.median(
-                rate / base for rate, base in zip(rates, samples[baseline], strict=True)
-            ),
-        }
-        for name, rates in samples.items()
-    ]
+    table = []
+    for name, rates in samples.items():
+        ratios = [rate / base for rate, base in zip(rates, samples[baseline], strict=True)]
+        table.append(
+            {
+                "name": name,
+                "img_per_s": statistics.median(rates),
+                "iqr": iqr(rates),
+                "ratio": statistics.median(ratios),
+                "ratio_iqr": iqr(ratios),
+            }
+        )
+    return table
 
 
 def hardware() -> dict[str, Any]:
@@ -107,9 +154,10 @@ def versions() -> dict[str, str | None]:
 
 
 def about() -> dict[str, Any]:
-    """Of a result: the line that started this tool, on what, with what."""
+    """Of a result: the line that started this tool, of which commit, on what, with what."""
     return {
         "command": shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": _commit(),
         "hardware": hardware(),
         "versions": versions(),
     }
@@ -117,23 +165,43 @@ def about() -> dict[str, Any]:
 
 def report(
     table: Sequence[Mapping[str, Any]],
-    path: str | os.PathLike[str] | None,
+    args: argparse.Namespace,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Prints rows and `extra`; writes them, with `about`, to `path`, if any."""
+    """Prints rows and `extra`; writes them, with `about`, and draws them where `parse` was told."""
     result = {**about(), "rows": list(table), **(extra or {})}
     width = max([len(row["name"]) for row in table], default=4)
-    print(f"{'':{width}}  {'per second':>12}  {'IQR':>10}  {'ratio':>6}")
+    print(f"{'':{width}}  {'per second':>12}  {'IQR':>10}  {'ratio':>6}  {'IQR':>5}")
     for row in table:
         print(
             f"{row['name']:{width}}  {row['img_per_s']:12,.0f}  {row['iqr']:10,.0f}  "
-            f"{row['ratio']:6.2f}"
+            f"{row['ratio']:6.2f}  {row['ratio_iqr']:5.2f}"
         )
     for name, value in (extra or {}).items():
         print(f"{name}: {json.dumps(value)}")
-    if path is not None:
-        write_json(path, result)
+    if args.json is not None:
+        write_json(args.json, result)
+    if args.plot is not None:
+        draw(table, args.plot)
     return result
+
+
+def draw(table: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The ratios as bars, with half the interquartile range to either side."""
+    from matplotlib.figure import Figure  # of the extra `train`
+
+    figure = Figure(figsize=(8, 1 + 0.35 * len(table)), layout="constrained")
+    axes = figure.subplots()
+    ratios, spread = ([row[key] for row in table] for key in ("ratio", "ratio_iqr"))
+    names = [row["name"] for row in table]
+    bars = axes.barh(names, ratios, xerr=[value / 2 for value in spread], capsize=3, height=0.6)
+    axes.bar_label(bars, fmt="%.2f", padding=8)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("rate, as a multiple of the baseline's")
+    axes.margins(x=0.12)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
@@ -143,6 +211,16 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     draft = target.with_name(target.name + ".tmp")
     draft.write_text(json.dumps(content, indent=2) + "\n")
     draft.replace(target)
+
+
+def _commit() -> str | None:
+    """Of the working tree, with -dirty where it has changes; None outside one."""
+    told = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(told, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def _cpu_model() -> str:

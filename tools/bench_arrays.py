@@ -16,7 +16,6 @@ import argparse
 import os
 import tempfile
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -57,13 +56,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=32, help="their side")
     parser.add_argument("--grid", type=int, default=8, help="side of the maps")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device-id", default="cpu", metavar="N|cpu")
     parser.add_argument("--dtype", choices=["fp32", "fp16"], default="fp32")
     parser.add_argument("--layout", choices=["NCHW", "NHWC"], default="NCHW")
-    parser.add_argument("--json", type=Path, default=None, metavar="OUT")
-    args = parser.parse_args(argv)
+    args = _bench.parse(parser, argv, rounds=7, quick={"rounds": 3, "images": 4096})
     args.device_id = device_number(parser, args.device_id)
     check_counts(parser, args, "images", "size", "batch_size", "rounds", "threads")
     return args
@@ -138,13 +135,13 @@ def main(argv: list[str] | None = None) -> None:
         samples = _bench.interleaved(
             {name: partial(row.measure, batches) for name, row in live.items()}, args.rounds
         )
-    settings = {k: v for k, v in vars(args).items() if k not in ("data", "json")}
+    settings = _bench.settings(args)
     extra = {
         "mixed_share": {name: counter.share for name, counter in counts.items()},
         **medians(live),
         "settings": settings | {"images": len(images), "batches_per_round": batches},
     }
-    _bench.report(_bench.rows(samples, "none"), args.json, extra)
+    _bench.report(_bench.rows(samples, "none"), args, extra)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from _bench import interleaved, iqr, report, rows
+from _bench import interleaved, iqr, parse, report, rows
 from scae_dali.cache import CHUNK, ChunkWriter, ResidentCache, SaliencyCache
 
 PLAIN_READ, PLAIN_WRITE = "LMDB get", "LMDB put, pass"
@@ -141,7 +141,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         "resident_load_s": {"median": statistics.median(loads), "iqr": iqr(loads)},
         "first_pass_records_per_s": first_pass,
     }
-    report(rows(reading, PLAIN_READ) + rows(writing, PLAIN_WRITE), args.json, extra)
+    report(rows(reading, PLAIN_READ) + rows(writing, PLAIN_WRITE), args, extra)
     for cache in caches.values():
         cache.close()
     env.close()
@@ -151,12 +151,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--records", type=int, default=1_281_167, help="default: ImageNet's")
     parser.add_argument("--grid", type=int, nargs=2, default=[7, 7], metavar=("H", "W"))
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=256, help="lookups a transaction")
     parser.add_argument("--batches", type=int, default=400, help="batches a round")
     parser.add_argument("--dir", help="where to put the caches meanwhile; default: the temporary")
-    parser.add_argument("--json", metavar="OUT", help="write the results there")
-    args = parser.parse_args()
+    quick = {"rounds": 2, "records": 100_000, "batches": 50}
+    args = parse(parser, None, rounds=5, quick=quick)
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         measure(args, Path(folder))
 

@@ -15,13 +15,12 @@ import importlib.util
 import time
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 
 import torch
 import torchvision
 
+import _bench
 import _path  # noqa: F401
-from _bench import interleaved, report, rows
 from pipelines.recipe import autocast
 from scae_dali.gradcam import GradCAM
 from scae_dali.scorecam import ScoreCAM
@@ -33,13 +32,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layer", default=None, help="module name; default: by the model's family")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--size", type=int, default=224, help="side of the images, in pixels")
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--scorecam", action="store_true")
-    parser.add_argument("--json", type=Path, default=None, metavar="OUT")
-    return parser.parse_args(argv)
+    return _bench.parse(parser, argv, rounds=7, quick={"rounds": 3, "batch_size": 4})
 
 
 def rate(step: Callable[[], object], args: argparse.Namespace) -> Callable[[], float]:
@@ -98,14 +95,14 @@ def candidates(args: argparse.Namespace) -> dict[str, Callable[[], float]]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    table = rows(interleaved(candidates(args), args.rounds), baseline="forward")
+    table = _bench.rows(_bench.interleaved(candidates(args), args.rounds), baseline="forward")
     costs = {row["name"]: 1 / row["ratio"] for row in table}
     extra: dict[str, object] = {"cost": round(costs["gradcam"], 3), "goal": "cost <= 1.10"}
     if "scorecam" in costs:
         extra["scorecam cost"] = round(costs["scorecam"])
     if "grad-cam (PyPI)" in costs:
         extra["grad-cam"] = metadata.version("grad-cam")
-    report(table, args.json, extra)
+    _bench.report(table, args, extra)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import argparse
 import os
 import tempfile
 from functools import partial
-from pathlib import Path
 
 import torch
 from _live import (
@@ -51,15 +50,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, metavar="DIR", help="DIR/<class>/<image>")
     parser.add_argument("--tail-share", default="0.01,0.09", metavar="S,...", help="mixed, of all")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=0, help="a round; default: an epoch's")
     parser.add_argument("--repeat", type=int, default=1, help="times each file is in an epoch")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--size", type=int, default=224, help="side of the crop in pixels")
     parser.add_argument("--device-id", default="cpu", metavar="N|cpu")
     parser.add_argument("--decode", choices=["auto", "roi", "full"], default="auto")
-    parser.add_argument("--json", type=Path, default=None, metavar="OUT")
-    args = parser.parse_args(argv)
+    args = _bench.parse(parser, argv, rounds=5, quick={"rounds": 3, "batches": 3})
     args.device_id = device_number(parser, args.device_id)
     check_counts(parser, args, "batch_size", "rounds", "repeat", "threads", "size")
     try:
@@ -129,14 +126,14 @@ def main(argv: list[str] | None = None) -> None:
         for base in dict.fromkeys(baselines.values())
         for row in _bench.rows({n: s for n, s in samples.items() if baselines[n] == base}, base)
     ]
-    settings = {k: v for k, v in vars(args).items() if k not in ("data", "json")}
+    settings = _bench.settings(args)
     extra = {
         "baselines": baselines,
         "mixed_share": {name: counter.share for name, counter in counts.items()},
         **medians(live),
         "settings": settings | {"images": len(index), "batches_per_round": batches},
     }
-    _bench.report(table, args.json, extra)
+    _bench.report(table, args, extra)
 
 
 if __name__ == "__main__":

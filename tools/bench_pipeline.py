@@ -24,7 +24,6 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import _torchvision
@@ -71,7 +70,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", default=",".join(BUILT_IN), metavar="A,B,...")
     parser.add_argument("--backends", default="numpy", help="of SCAE's plan: numpy, torch or both")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=0, help="a round; default: an epoch's")
     parser.add_argument("--repeat", type=int, default=1, help="times each file is in an epoch")
     parser.add_argument("--threads", type=int, default=2)
@@ -81,8 +79,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layout", choices=["NCHW", "NHWC"], default="NCHW")
     parser.add_argument("--decode", choices=["auto", "roi", "full"], default="auto")
     parser.add_argument("--no-torchvision", action="store_true")
-    parser.add_argument("--json", type=Path, default=None, metavar="OUT")
-    args = parser.parse_args(argv)
+    args = _bench.parse(parser, argv, rounds=5, quick={"rounds": 3, "batches": 3})
     args.methods = args.methods.split(",")
     args.backends = args.backends.split(",")
     if "none" not in args.methods:
@@ -248,12 +245,12 @@ def main(argv: list[str] | None = None) -> None:
     extra: dict[str, Any] = medians(live)
     for peer in ("native", "torchvision"):
         extra[f"versus_{peer}"] = versus(samples, peer)
-    extra["settings"] = {k: v for k, v in vars(args).items() if k not in ("data", "json")} | {
+    extra["settings"] = _bench.settings(args) | {
         "images": len(index),
         "batches_per_round": batches,
         "decode_resolved": resolve_decode(image.decode, args.device_id),
     }
-    _bench.report(table, args.json, extra)
+    _bench.report(table, args, extra)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -106,10 +105,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--size", type=int, default=224, help="side of the crop in pixels")
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.3, help="of a row in a round")
-    parser.add_argument("--json", type=Path, default=None, metavar="OUT")
-    args = parser.parse_args()
+    args = _bench.parse(parser, None, rounds=7, quick={"rounds": 3, "seconds": 0.05})
     for name in ("batch_size", "size", "rounds"):
         if getattr(args, name) < 1:
             parser.error(
@@ -132,7 +129,7 @@ def main() -> None:
     milliseconds = {
         row["name"]: round(1e3 * args.batch_size / row["img_per_s"], 3) for row in table
     }
-    _bench.report(table, args.json, {"ms_per_batch": milliseconds, "batch_size": args.batch_size})
+    _bench.report(table, args, {"ms_per_batch": milliseconds, "batch_size": args.batch_size})
 
 
 if __name__ == "__main__":

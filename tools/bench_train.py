@@ -6,9 +6,11 @@
         --batch-size 128 --amp bf16 --channels-last --compile reduce-overhead --json OUT
 
 Rows train one network as train.py does: `synthetic` on a batch that lies on the device already;
-`none` and `scae` on what the pipeline gives, SCAE where λ is largest, with random maps. The row
-`saliency pass`: Grad-CAM of a round's images into a cache, without its start. `ratio` is to `none`;
-`overhead` what SCAE adds to the time of `none`: by its steps, and by a pass every so many epochs.
+`none` and `scae` on what the pipeline gives, SCAE where λ is largest, with random maps; `harvest`,
+where the network allows it, gathers maps from its forward passes besides. The row `saliency pass`:
+Grad-CAM of a round's images into a cache, without its start. `ratio` is to `none`; `overhead` what
+SCAE adds to the time of `none`, by its steps and by a pass every so many epochs, and what `harvest`
+adds to that of `scae`.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 import _live
 import numpy as np
@@ -36,6 +38,7 @@ from pipelines.recipe import OptimConfig, autocast, make_network
 from scae_dali.cache import SaliencyCache
 from scae_dali.config import CropConfig
 from scae_dali.gradcam import GradCAM
+from scae_dali.harvest import Harvest
 from scae_dali.iterator import Batch, Loader
 from scae_dali.losses import Loss, LossConfig
 from scae_dali.ops import Stage
@@ -57,17 +60,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     modes = ["none", "default", "reduce-overhead", "max-autotune"]
     parser.add_argument("--compile", choices=modes, default="none")
     parser.add_argument("--pass-every", type=int, default=0, metavar="EPOCHS")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=0, help="a round; default: an epoch's")
     parser.add_argument("--threads", type=int, default=2, help="of DALI")
     parser.add_argument("--device-id", default="cpu", metavar="N|cpu")
-    parser.add_argument("--quick", action="store_true", help="few images and 3 rounds of 4 steps")
-    parser.add_argument("--json", type=Path, default=None, metavar="OUT")
-    args = parser.parse_args(argv)
+    args = _bench.parse(parser, argv, rounds=5, quick={"rounds": 3, "steps": 4})
     args.device_id = _live.device_number(parser, args.device_id)
     args.size = args.size or (32 if args.arrays else 224)
     if args.quick:
-        args.rounds, args.steps, args.images = 3, 4, 4 * args.batch_size
+        args.images = 4 * args.batch_size
     _live.check_counts(parser, args, "repeat", "images", "size", "batch_size", "rounds", "threads")
     return args
 
@@ -100,6 +100,16 @@ class Bench:
         self.net = make_network(args.model, self.index.num_classes)
         self.net.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
         self.grid = GradCAM(self.net).grid(args.size)
+        self.harvest: Harvest | None = None
+        with suppress(ValueError):  # of a network that cannot be harvested
+            self.harvest = Harvest(
+                self.net,
+                None,
+                samples=len(self.index),
+                num_classes=self.index.num_classes,
+                grid=self.grid,
+                size=args.size,
+            )
         self.model: Callable = self.net
         if args.compile != "none":
             self.model = torch.compile(self.net, mode=args.compile)
@@ -108,11 +118,13 @@ class Bench:
         self.criterion = Loss(LossConfig(), self.index.class_counts, self.device).at(0)
         self.score = torch.zeros(2, device=self.device)  # as train.py sums it
 
-    def step(self, batch: Batch) -> torch.Tensor:
+    def step(self, batch: Batch, harvested: bool = False) -> torch.Tensor:
         """Train on a batch; -> its images."""
         images = batch.images.contiguous(memory_format=self.layout)
         with autocast(self.args.amp, self.device):
             logits = self.model(images)
+        if harvested and self.harvest is not None:
+            self.harvest.add(batch)
         loss = self.criterion(logits, batch.labels, batch.partners, batch.mu)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -122,7 +134,14 @@ class Bench:
         self.score += torch.stack([loss.detach() * len(images), hits])
         return images
 
-    def row(self, method: str, cache: SaliencyCache | None = None, *, synthetic=False) -> _live.Row:
+    def row(
+        self,
+        method: str,
+        cache: SaliencyCache | None = None,
+        *,
+        synthetic: bool = False,
+        harvested: bool = False,
+    ) -> _live.Row:
         b = self.run.batch_size
         stage = Stage(self.index, method, batch_size=b, cache=cache, **_live.GUIDED)
         if self.pixels is not None:
@@ -132,7 +151,8 @@ class Bench:
             loader = Loader(pipeline, train.OUTPUTS, self.index, drop_last=True)
         if synthetic:
             return _live.Row(map(self.step, itertools.repeat(next(iter(loader)))), ahead=0)
-        return _live.Row(map(self.step, _live.endless(loader)), self.run.prefetch + 1, stage)
+        step = partial(self.step, harvested=harvested)
+        return _live.Row(map(step, _live.endless(loader)), self.run.prefetch + 1, stage)
 
     def pass_rate(self, folder: str) -> Callable[[], float]:
         """-> a function that makes a saliency pass over `steps` batches and gives img/s."""
@@ -164,6 +184,8 @@ def overhead(samples: dict[str, list[float]], pass_every: int) -> dict[str, floa
     """Time that SCAE adds to that of `none`, as a share of it: medians over the rounds."""
     none = np.array(samples["none"])
     found = {"steps": none / samples["scae"] - 1}
+    if "harvest" in samples:
+        found["harvest"] = np.array(samples["scae"]) / samples["harvest"] - 1
     if pass_every:
         found["passes"] = none / (pass_every * np.array(samples["saliency pass"]))
         found["total"] = found["steps"] + found["passes"]
@@ -179,6 +201,8 @@ def main(argv: list[str] | None = None) -> None:
         cache = _live.random_cache(os.path.join(folder, "maps.lmdb"), bench.index, bench.grid)
         live = {"synthetic": bench.row("none", synthetic=True), "none": bench.row("none")}
         live["scae"] = bench.row("scae", cache)
+        if bench.harvest is not None:
+            live["harvest"] = bench.row("scae", cache, harvested=True)
         calls: dict[str, Callable] = {
             name: partial(row.measure, bench.steps) for name, row in live.items()
         }
@@ -186,13 +210,13 @@ def main(argv: list[str] | None = None) -> None:
             calls["saliency pass"] = bench.pass_rate(folder)
         _live.settle()
         samples = _bench.interleaved(calls, args.rounds)
-    settings = {k: v for k, v in vars(args).items() if k not in ("data", "json")}
+    settings = _bench.settings(args)
     extra = {
         "overhead": overhead(samples, args.pass_every),
         **_live.medians(live),
         "settings": settings | {"images": len(bench.index), "steps_per_round": bench.steps},
     }
-    _bench.report(_bench.rows(samples, "none"), args.json, extra)
+    _bench.report(_bench.rows(samples, "none"), args, extra)
 
 
 if __name__ == "__main__":
