@@ -159,13 +159,14 @@ class Harvest:
         """Raises ValueError unless the logits are classifier(mean of the features)."""
         weight = self._classifier.weight
         images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-        kept: list[Tensor] = []
+        kept: list[Any] = []
         module = model.get_submodule(self.layer)
         handle = module.register_forward_hook(lambda *of_call: kept.append(of_call[2]))
         try:
             with isolated(model, weight.device.type):
                 logits = model(images.to(weight.device, weight.dtype))
-                pooled = kept[0].ndim == 4 and kept[0].shape[1] == self._classifier.in_features
+                pooled = len(kept) == 1 and isinstance(kept[0], Tensor) and kept[0].ndim == 4
+                pooled = pooled and kept[0].shape[1] == self._classifier.in_features
                 if pooled:
                     wanted = self._classifier(kept[0].mean((2, 3)))
         finally:

@@ -103,7 +103,8 @@ def refresh_cache(
         part["ids"] = np.union1d(chosen, gathered)
     writer: AbstractContextManager[ChunkWriter | None] = nullcontext()
     if cache is not None:
-        made_by = [cam.method] * (count > 0) + [harvest.method for _ in (harvest,) if harvest]
+        made_by = [cam.method] if count else []
+        made_by += [] if harvest is None else [harvest.method]
         writer = ChunkWriter(
             cache,
             epoch,
