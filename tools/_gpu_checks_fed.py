@@ -35,6 +35,7 @@ from pipelines import arrays, saliency
 from pipelines.config import ImageConfig
 from pipelines.recipe import autocast, make_network
 from scae_dali.config import CropConfig
+from scae_dali.harvest import Harvest
 from scae_dali.iterator import Batch, Loader
 from scae_dali.losses import Loss, LossConfig
 from scae_dali.methods import BUILT_IN, Status
@@ -179,3 +180,40 @@ def compiled(setup: Setup, mode: str) -> str:
             step(f"loss {losses[-1]:.4f} after {len(losses)} steps")
         assert np.isfinite(losses).all(), f"losses are not all finite: {losses}"
         return f"{len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}"
+
+
+@check("harvest/plain", "harvest/reduce-overhead")
+def harvested(setup: Setup, how: str) -> str:
+    """What training gathers of an epoch, with a compiled network too."""
+    if setup.device_id is None and how != "plain":
+        return "skipped: on the CPU there is nothing to compare with, and compiling takes minutes"
+    with tempfile.TemporaryDirectory() as folder:
+        tailed, pixels = in_memory(setup, folder)
+        found = []
+        for device_id in (None, setup.device_id):
+            device = torch.device("cpu" if device_id is None else f"cuda:{device_id}")
+            torch.manual_seed(SEED)
+            net = make_network("cifar_resnet20", tailed.index.num_classes).to(device)
+            harvest = Harvest(
+                net,
+                None,
+                samples=SAMPLES,
+                num_classes=tailed.index.num_classes,
+                grid=(7, 7),
+                size=SIDE,
+            )
+            compile_it = device_id is not None and how != "plain"
+            model = torch.compile(net, mode=how) if compile_it else net
+            for batch in train_batches(tailed, device_id, pixels, "scae", "fp32-NCHW"):
+                model(batch.images)
+                harvest.add(batch)
+            step(f"harvested on {device}")
+            found.append(harvest.maps(harvest.seen()))
+        (reference, counts), (ours, other) = found
+        assert np.array_equal(counts, other), "other cells were seen"
+        difference = float(np.abs(reference - ours).mean())
+        assert reference.std() > 0.05, "the maps are constant"
+        assert difference <= CAM_DIFFERENCE, (
+            f"maps differ by {difference:.4f} on average, allowed is {CAM_DIFFERENCE}"
+        )
+        return f"{len(ours)} maps, mean |difference| {difference:.4f}"
