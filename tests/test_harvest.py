@@ -365,7 +365,7 @@ def test_a_batch_says_what_its_crops_were(index):
 
 MERGED = """
 import sys, torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {places!r}
 from torch import distributed
 from test_harvest import batch_of, harvest_of, pictures, see
 from test_refresh import Net
@@ -389,7 +389,8 @@ distributed.destroy_process_group()
 
 def test_two_ranks_bring_together_what_each_has_seen(net, tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(MERGED.format(tests=str(Path(__file__).parent), out=str(tmp_path)))
+    places = [str(path) for path in Path(__file__).parents[:2]]  # tests, and pipelines' folder
+    script.write_text(MERGED.format(places=places, out=str(tmp_path)))
     subprocess.run([sys.executable, *TWO_PROCESSES, str(script)], check=True, timeout=120)
     images, labels = pictures(20)
     whole = harvest_of(net)
