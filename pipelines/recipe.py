@@ -249,10 +249,11 @@ class Config:
             "batch_size": self.batch_size,
             "seed": self.seed,
             "optim.ema": self.optim.ema,
-            "saliency.source": self.saliency.source,
             "optim.decay_norms": self.optim.decay_norms,
             "sampling": self.sampling,
             "second_stage.classifier": self.second_stage.classifier,
+            # What is harvested is in the checkpoint; older ones know passes alone.
+            **({} if self.saliency.source == "pass" else {"saliency.source": self.saliency.source}),
         }
 
     def method_configs(self) -> dict[str, Any]:
