@@ -346,10 +346,12 @@ class SaliencyCache:
                 )
             part = meta.under_way["part"]
             wanted = self._samples if part is None else part
-            if (missing := wanted - np.count_nonzero(self._stamps(txn) == epoch)) > 0:
+            lacking = np.flatnonzero(self._stamps(txn) != epoch)
+            if (missing := wanted - (self._samples - lacking.size)) > 0:
+                first = f" (the first: sample {lacking[0]})" if part is None else ""
                 raise CacheError(
-                    f"end_pass({epoch}): {missing} of {wanted} maps are missing; write them, "
-                    "begin_pass with the same arguments lists them all"
+                    f"end_pass({epoch}): {missing} of {wanted} maps are missing{first}; write "
+                    "them, begin_pass with the same arguments lists them all"
                 )
             done = replace(meta, **meta.under_way, under_way=None, passes=meta.passes + 1)
             txn.put(_META, to_json(done))

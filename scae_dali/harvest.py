@@ -80,9 +80,7 @@ class Harvest:
                 f"layer {self.layer!r} has not run, with gradients, since the last batch; call "
                 "add(batch) once after every model(batch.images)"
             )
-        boxes = batch.boxes.double() / batch.images.new_tensor(
-            batch.images.shape[2:] * 2, dtype=torch.float64, device="cpu"
-        )
+        boxes = batch.boxes / torch.tensor(batch.images.shape[2:] * 2, dtype=torch.float64)
         many = (batch.status & Status.ERASED).bool() & (boxes[:, 2:].amin(1) <= 0)
         mixed = (batch.status & (Status.MIXED | Status.MIXED_IN_BATCH)).bool()
         usable = ~(many | mixed)

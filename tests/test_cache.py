@@ -308,7 +308,7 @@ def test_write_and_end_need_their_pass(cache):
     with pytest.raises(CacheError, match=r"end_pass\(2\): no such pass is under way"):
         cache.end_pass(2)
     cache.write([0, 2], maps_of([0, 2]), epoch=1)
-    with pytest.raises(CacheError, match="98 of 100 maps are missing"):
+    with pytest.raises(CacheError, match=r"98 of 100 maps are missing \(the first: sample 1\)"):
         cache.end_pass(1)
     assert cache.meta.epoch is None
 

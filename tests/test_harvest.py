@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,16 @@ import torchvision
 from conftest import TWO_PROCESSES, batch_of
 from test_refresh import Net, fresh, loaders  # noqa: F401 - a fixture
 
+from pipelines import arrays, train
+from pipelines.config import ExecConfig, ImageConfig
+from scae_dali.config import CropConfig
+from scae_dali.dataset import ImageIndex
 from scae_dali.gradcam import GradCAM
 from scae_dali.harvest import Harvest, crop_to_frame, min_max
+from scae_dali.iterator import Loader
 from scae_dali.methods import Status
+from scae_dali.ops import Stage
+from scae_dali.order import Order
 from scae_dali.refresh import agreement, refresh_cache
 
 SIZE, GRID = 28, (7, 7)
@@ -360,7 +366,37 @@ def test_a_batch_says_what_its_crops_were(index):
     batch = next(iter(loaders(index, [])(range(8))))
     assert batch.windows.tolist() == [[0, 0, 1, 1]] * 8
     assert not batch.flips.any()
-    assert replace(batch, mu=torch.zeros(8)).windows is batch.windows
+
+
+@pytest.mark.parametrize("kind", ["pad", "resized"])
+def test_windows_and_flips_say_what_a_pixel_of_a_crop_shows(kind):
+    """Of images whose pixels tell their own place, in shares of 255."""
+    side, n = 32, 40
+    ramp = np.linspace(0, 255, side).astype(np.uint8)
+    pixels = np.zeros((n, side, side, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = ramp[:, None], ramp
+    index = ImageIndex.from_arrays([str(i) for i in range(n)], np.arange(n) % 2)
+    image = ImageConfig(
+        size=side, val_resize=side, crop=CropConfig(kind=kind), mean=(0, 0, 0), std=(1, 1, 1)
+    )
+    stage = Stage(index, "none", epochs=1, batch_size=n, seed=3)
+    order = Order(index.labels, batch_size=n, seed=3)
+    pipeline = arrays.train_pipeline(
+        stage, pixels, order, image, ExecConfig(batch_size=n, threads=1)
+    )
+    (batch,) = Loader(pipeline, train.OUTPUTS, index, drop_last=True, order=order)
+    assert 5 < batch.flips.sum() < n - 5
+    middle = (np.arange(side) + 0.5) / side
+    for picture, (y, x, h, w), flip in zip(
+        batch.images.numpy(), batch.windows.numpy(), batch.flips.tolist(), strict=True
+    ):
+        rows, columns = y + middle * h, x + (1 - middle if flip else middle) * w
+        # Off the border, where a pixel is outside the image or resizing sees but half of it.
+        inside = np.ix_((rows > 0.1) & (rows < 0.9), (columns > 0.1) & (columns < 0.9))
+        wanted = 255 * (np.stack(np.meshgrid(rows, columns, indexing="ij")) * side - 0.5)
+        wanted /= side - 1
+        for channel in range(2):
+            assert np.abs(picture[channel] - wanted[channel])[inside].max() < 3
 
 
 MERGED = """

@@ -234,6 +234,7 @@ def test_runs_are_made_once_and_reported(data, tmp_path, fake, capsys):
     text = capsys.readouterr().out
     assert text.count("start ") == text.count("done ") == 8  # mislas brings its first stage
     assert "8 of 8" in text
+    assert "image-steps; time unknown: give --rate" in text  # nothing is tried before a real run
     first = text.index("done   rho50-cifar_resnet32-mislas_stage1-s1")
     assert text.index("start  rho50-cifar_resnet32-mislas-s1") > first
     found = json.loads((tmp_path / "runs" / "table3.json").read_text())

@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import _path
+
 __all__ = [
     "about",
     "draw",
@@ -32,8 +34,6 @@ __all__ = [
     "versions",
     "write_json",
 ]
-
-ROOT = Path(__file__).resolve().parents[1]
 
 PACKAGES = {
     "numpy": ("numpy",),
@@ -50,10 +50,12 @@ def parse(
     *,
     rounds: int,
     quick: Mapping[str, Any],
+    counts: Sequence[str] = (),
 ) -> argparse.Namespace:
     """The arguments, with those that every benchmark has: --rounds, --quick, --json, --plot.
 
-    rounds: the default. quick: what --quick sets, by name, for a run of a minute.
+    rounds: the default. quick: what --quick sets, by name, for a run of a minute. counts: the
+    arguments that must be at least 1, where they are given.
     """
     sets = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in quick.items())
     parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
@@ -63,8 +65,9 @@ def parse(
     args = parser.parse_args(argv)
     if args.quick:
         vars(args).update(quick)
-    if args.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    for name in ("rounds", *counts):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     return args
 
 
@@ -215,7 +218,7 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 def _commit() -> str | None:
     """Of the working tree, with -dirty where it has changes; None outside one."""
-    told = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    told = ["git", "-C", str(_path.ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(told, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):

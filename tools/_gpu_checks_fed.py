@@ -75,6 +75,16 @@ def train_batches(
     return memory_loader(stage, pixels, image, execute, drop_last=False)
 
 
+def compare_maps(reference: np.ndarray, ours: np.ndarray) -> str:
+    """AssertionError unless maps, float [N, h, w] in [0, 1], agree; else how well."""
+    difference = float(np.abs(reference - ours).mean())
+    assert reference.std() > 0.05, "the maps are constant"
+    assert difference <= CAM_DIFFERENCE, (
+        f"maps differ by {difference:.4f} on average, allowed is {CAM_DIFFERENCE}"
+    )
+    return f"mean |difference| {difference:.4f}"
+
+
 def mixed(batches: list[Batch]) -> str:
     """AssertionError unless some samples were mixed, and not all."""
     status = torch.cat([batch.status for batch in batches])
@@ -139,12 +149,7 @@ def saliency_arrays(setup: Setup, tensor: str) -> str:
             refresh_cache(model.to(device), tailed.cache, tailed.index, loader_for, epoch=epoch)
             found.append((seen, tailed.cache.read(np.arange(SAMPLES))[0] / 255))
         (reference, maps), (ours, other) = found
-        difference = float(np.abs(maps - other).mean())
-        assert maps.std() > 0.05, "the maps are constant"
-        assert difference <= CAM_DIFFERENCE, (
-            f"maps differ by {difference:.4f} on average, allowed is {CAM_DIFFERENCE}"
-        )
-        return f"{compare(reference, ours)}; maps: mean |difference| {difference:.4f}"
+        return f"{compare(reference, ours)}; maps: {compare_maps(maps, other)}"
 
 
 @check(*product("compile", ("default", "reduce-overhead")))
@@ -211,9 +216,4 @@ def harvested(setup: Setup, how: str) -> str:
             found.append(harvest.maps(harvest.seen()))
         (reference, counts), (ours, other) = found
         assert np.array_equal(counts, other), "other cells were seen"
-        difference = float(np.abs(reference - ours).mean())
-        assert reference.std() > 0.05, "the maps are constant"
-        assert difference <= CAM_DIFFERENCE, (
-            f"maps differ by {difference:.4f} on average, allowed is {CAM_DIFFERENCE}"
-        )
-        return f"{len(ours)} maps, mean |difference| {difference:.4f}"
+        return f"{len(ours)} maps, {compare_maps(reference, ours)}"

@@ -34,7 +34,6 @@ __all__ = [
     "SEED",
     "Counter",
     "Row",
-    "check_counts",
     "cpu_seconds",
     "device_number",
     "endless",
@@ -57,13 +56,6 @@ def device_number(parser: argparse.ArgumentParser, text: str) -> int | None:
     if text != "cpu" and not text.isdigit():
         parser.error(f"--device-id must be cpu or the number of a GPU, got {text!r}")
     return None if text == "cpu" else int(text)
-
-
-def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        if getattr(args, name) < 1:
-            option = name.replace("_", "-")
-            parser.error(f"--{option} must be at least 1, got {getattr(args, name)}")
 
 
 def epoch_index(root: str, repeat: int, batch_size: int) -> ImageIndex:

@@ -24,7 +24,6 @@ from _live import (
     SEED,
     Counter,
     Row,
-    check_counts,
     device_number,
     endless,
     medians,
@@ -60,9 +59,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device-id", default="cpu", metavar="N|cpu")
     parser.add_argument("--dtype", choices=["fp32", "fp16"], default="fp32")
     parser.add_argument("--layout", choices=["NCHW", "NHWC"], default="NCHW")
-    args = _bench.parse(parser, argv, rounds=7, quick={"rounds": 3, "images": 4096})
+    args = _bench.parse(
+        parser,
+        argv,
+        rounds=7,
+        quick={"rounds": 3, "images": 4096},
+        counts=("images", "size", "batch_size", "threads"),
+    )
     args.device_id = device_number(parser, args.device_id)
-    check_counts(parser, args, "images", "size", "batch_size", "rounds", "threads")
     return args
 
 

@@ -24,7 +24,6 @@ from _live import (
     SEED,
     Counter,
     Row,
-    check_counts,
     device_number,
     endless,
     epoch_index,
@@ -56,9 +55,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=224, help="side of the crop in pixels")
     parser.add_argument("--device-id", default="cpu", metavar="N|cpu")
     parser.add_argument("--decode", choices=["auto", "roi", "full"], default="auto")
-    args = _bench.parse(parser, argv, rounds=5, quick={"rounds": 3, "batches": 3})
+    args = _bench.parse(
+        parser,
+        argv,
+        rounds=5,
+        quick={"rounds": 3, "batches": 3},
+        counts=("batch_size", "repeat", "threads", "size"),
+    )
     args.device_id = device_number(parser, args.device_id)
-    check_counts(parser, args, "batch_size", "rounds", "repeat", "threads", "size")
     try:
         args.tail_share = [float(share) for share in args.tail_share.split(",")]
     except ValueError:

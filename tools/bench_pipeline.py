@@ -32,7 +32,6 @@ from _live import (
     GUIDED,
     SEED,
     Row,
-    check_counts,
     device_number,
     endless,
     epoch_index,
@@ -79,7 +78,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layout", choices=["NCHW", "NHWC"], default="NCHW")
     parser.add_argument("--decode", choices=["auto", "roi", "full"], default="auto")
     parser.add_argument("--no-torchvision", action="store_true")
-    args = _bench.parse(parser, argv, rounds=5, quick={"rounds": 3, "batches": 3})
+    args = _bench.parse(
+        parser,
+        argv,
+        rounds=5,
+        quick={"rounds": 3, "batches": 3},
+        counts=("batch_size", "repeat", "threads", "size"),
+    )
     args.methods = args.methods.split(",")
     args.backends = args.backends.split(",")
     if "none" not in args.methods:
@@ -89,7 +94,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if unknown := set(args.backends) - {"numpy", "torch"}:
         parser.error(f"--backends must be numpy, torch or both, got {', '.join(unknown)}")
     args.device_id = device_number(parser, args.device_id)
-    check_counts(parser, args, "batch_size", "rounds", "repeat", "threads", "size")
     return args
 
 

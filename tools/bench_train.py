@@ -63,12 +63,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=0, help="a round; default: an epoch's")
     parser.add_argument("--threads", type=int, default=2, help="of DALI")
     parser.add_argument("--device-id", default="cpu", metavar="N|cpu")
-    args = _bench.parse(parser, argv, rounds=5, quick={"rounds": 3, "steps": 4})
+    args = _bench.parse(
+        parser,
+        argv,
+        rounds=5,
+        quick={"rounds": 3, "steps": 4},
+        counts=("repeat", "images", "size", "batch_size", "threads"),
+    )
     args.device_id = _live.device_number(parser, args.device_id)
-    args.size = args.size or (32 if args.arrays else 224)
+    if args.size is None:
+        args.size = 32 if args.arrays else 224
     if args.quick:
         args.images = 4 * args.batch_size
-    _live.check_counts(parser, args, "repeat", "images", "size", "batch_size", "rounds", "threads")
     return args
 
 
