@@ -212,7 +212,7 @@ def check_inputs(images: Tensor, labels: Tensor) -> tuple[Tensor, tuple[int, int
         )
     # Read before the forward pass is queued, lest the host wait for it.
     low, high = torch.stack(labels.aminmax()).tolist() if len(labels) else (0, 0)
-    return labels.to(images.device, torch.int64), (low, high)
+    return labels.to(images.device, torch.int64, non_blocking=True), (low, high)
 
 
 def as_map(output: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """A whole pass over a data set as one context: begun, written in chunks, ended, or resumed.
 
-Decides how many maps are committed together. What begins, resumes and ends a pass is decided in
-`cache`.
+Decides how many maps are committed together, and that whoever makes them does not wait for the
+disk. What begins, resumes and ends a pass is decided in `cache`.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -37,8 +38,10 @@ class ChunkWriter:
             for ids, maps in saliency_of(writer.pending):
                 writer.write(ids, maps)
 
-    pending: i64[P], the ids still to do in key order, known once entered. If the body fails, what
-    it wrote is committed and the pass stays under way, to be resumed by the same lines.
+    pending: i64[P], the ids still to do in key order, known once entered. Chunks are committed in a
+    thread, one at a time: a commit that fails raises when the next one is due, or at the end. If
+    the body fails, what it wrote is committed and the pass stays under way, to be resumed by the
+    same lines.
     """
 
     def __init__(
@@ -51,6 +54,8 @@ class ChunkWriter:
         self._ids: list[NDArray[np.int64]] = []
         self._maps: list[Maps] = []
         self._held = 0
+        self._thread = ThreadPoolExecutor(1, "commit")
+        self._commit: tuple[NDArray[np.int64], Maps, Future[None]] | None = None
         self.pending = np.empty(0, np.int64)
 
     def __enter__(self) -> ChunkWriter:
@@ -60,24 +65,46 @@ class ChunkWriter:
     def write(self, ids: ArrayLike, maps: ArrayLike) -> None:
         """As `SaliencyCache.write`; checked at once, committed when enough are together."""
         ids, maps = self._cache.checked(ids, maps)
-        self._maps.append(maps.copy())
-        self._ids.append(ids)
-        self._held += len(ids)
+        self._hold(ids, maps.copy())
         if self._held >= self._every:
-            self.flush()
+            self._settle()
+            self._submit()
 
     def flush(self) -> None:
-        """Commits what is held; keeps holding it if that fails."""
+        """Commits what is held, and waits for it; keeps holding it if that fails."""
+        self._settle()
         if self._held:
-            self._cache.write(
-                np.concatenate(self._ids), np.concatenate(self._maps), epoch=self._epoch
-            )
-            self._ids, self._maps, self._held = [], [], 0
+            self._submit()
+            self._settle()
 
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
-        if kind is None:
-            self.flush()
-            self._cache.end_pass(self._epoch)
-        else:
-            with suppress(OSError, CacheError):  # the body's own error is the one to report
+        with self._thread:
+            if kind is None:
                 self.flush()
+                self._cache.end_pass(self._epoch)
+            else:
+                with suppress(OSError, CacheError):  # the body's own error is the one to report
+                    self.flush()
+
+    def _hold(self, ids: NDArray[np.int64], maps: Maps) -> None:
+        self._ids.append(ids)
+        self._maps.append(maps)
+        self._held += len(ids)
+
+    def _submit(self) -> None:
+        ids, maps = np.concatenate(self._ids), np.concatenate(self._maps)
+        self._ids, self._maps, self._held = [], [], 0
+        commit = self._thread.submit(self._cache.write, ids, maps, epoch=self._epoch)
+        self._commit = ids, maps, commit
+
+    def _settle(self) -> None:
+        """Wait for the commit under way; what it could not write is held again."""
+        if self._commit is None:
+            return
+        ids, maps, commit = self._commit
+        self._commit = None
+        try:
+            commit.result()
+        except BaseException:
+            self._hold(ids, maps)
+            raise

@@ -7,7 +7,7 @@ What is planned is for `planner` and the methods.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -197,7 +197,7 @@ class Stage:
             )
         frames = window if window is not None else () if shapes is None else (shapes,)
         sizes = () if isinstance(size, tuple) else (size,)
-        operator = _Operator(
+        operator = Operator(
             self, self.planner(random_crop), len(frames), size if isinstance(size, tuple) else None
         )
         inputs = (ids, _iteration(self.batch_size), *frames, *sizes)
@@ -253,7 +253,7 @@ class SCAE(Stage):
         super().__init__(index, "scae", cache=cache, **keywords)
 
 
-class _Operator:
+class Operator:
     """The Python operator: lists of small arrays in, `Planner`, rows out.
 
     frames: how many inputs describe the crop. size: of the crops where it is one for all.
@@ -262,13 +262,13 @@ class _Operator:
     def __init__(
         self, stage: Stage, planner: Planner, frames: int, size: tuple[int, int] | None
     ) -> None:
-        self.planner = planner
-        self._stage, self._frames, self._size = stage, frames, size
+        self.stage, self.planner = stage, planner
+        self._frames, self._size = frames, size
 
     def numpy(self, *inputs: list[np.ndarray]) -> list[np.ndarray]:
         start = time.perf_counter()
-        rows = list(self._stage.rows(self.planner, *self._arguments(inputs)))
-        self._stage.seconds += time.perf_counter() - start
+        rows = list(self.stage.rows(self.planner, *self.arguments(inputs)))
+        self.stage.seconds += time.perf_counter() - start
         return rows
 
     def torch(self, *inputs: list[Any]) -> list[Any]:
@@ -277,13 +277,14 @@ class _Operator:
 
         start = time.perf_counter()
         arrays = [[dlpack.from_dlpack(one).numpy() for one in samples] for samples in inputs]
-        rows = torch.from_numpy(self._stage.rows(self.planner, *self._arguments(arrays)))
-        self._stage.seconds += time.perf_counter() - start
+        rows = torch.from_numpy(self.stage.rows(self.planner, *self.arguments(arrays)))
+        self.stage.seconds += time.perf_counter() - start
         return [dlpack.to_dlpack(row) for row in rows]
 
-    def _arguments(self, inputs):
+    def arguments(self, inputs: Sequence[list[np.ndarray]]) -> tuple[Any, ...]:
         """What the planner takes, of NumPy."""
         ids, iteration, *rest = inputs
+        b = len(ids)
         if ids[0].dtype == np.uint8:  # names, as source_info gives them
             positions = self.planner.index.ids_of([bytes(name).decode() for name in ids])
         else:
@@ -292,12 +293,13 @@ class _Operator:
         if self._size is None:
             size_px = _batch(rest[-1])[:, :2].astype(np.int64)
         else:
-            size_px = np.tile(np.array(self._size), (len(ids), 1))
+            size_px = np.tile(np.array(self._size), (b, 1))
         window = None
         if frames:
             frames[-1] = frames[-1][:, :2]  # HWC
             window = np.concatenate(frames, axis=1).astype(np.float64)
-        return positions, _batch(iteration)[:, 0], size_px, window
+        # It is that of the batch, and so the same for all.
+        return positions, np.full(b, iteration[0].item()), size_px, window
 
 
 def _decode_crop(encoded, start, shape, images, size):
@@ -311,7 +313,8 @@ def _decode_crop(encoded, start, shape, images, size):
 
 def _batch(samples: list[np.ndarray]) -> np.ndarray:
     """Arrays of one size -> [B, size]; np.stack takes three times as long."""
-    return np.concatenate([one.reshape(-1) for one in samples]).reshape(len(samples), -1)
+    flat = samples if samples[0].ndim == 1 else [one.reshape(-1) for one in samples]
+    return np.concatenate(flat).reshape(len(samples), -1)
 
 
 def _iteration(batch_size: int) -> DataNode:

@@ -116,6 +116,7 @@ def refresh_cache(
             input_size=input_size,
             **part,
         )
+    compared: list[np.ndarray] = []
     with writer as chunks:
         pending = np.empty(0, np.int64) if chunks is None else chunks.pending
         given = np.empty(0, np.int64)
@@ -124,21 +125,18 @@ def refresh_cache(
             given, pending = pending[~seen], pending[seen]
         if world > 1:
             pending = _union(pending, index, next(model.parameters()).device)
-        compared: list[np.ndarray] = []
+
+        def take(ids: np.ndarray, levels: np.ndarray) -> None:
+            progress(len(ids))
+            if chunks is not None:
+                chunks.write(ids, levels)
+            if harvest is not None and sum(map(len, compared)) < COMPARED:
+                compared.append(agreement(levels, *harvest.maps(ids)))
+
         if len(pending):
             # Rank r takes every world-th sample: what the ranks give together is in key order.
             turn = np.resize(pending, -(-len(pending) // world) * world)[rank::world]
-            for batch in loader_for(turn.tolist()):
-                with autocast():
-                    maps = cam(batch.images, batch.labels)
-                ids, levels = _gather(
-                    batch.ids.to(maps.device), (maps * 255).round().to(torch.uint8), world
-                )
-                progress(len(ids))
-                if chunks is not None:
-                    chunks.write(ids, levels)
-                if harvest is not None and sum(map(len, compared)) < COMPARED:
-                    compared.append(agreement(levels, *harvest.maps(ids)))
+            _pass(cam, loader_for(turn.tolist()), index.labels, world, autocast, take)
         if cache is not None and chunks is not None and harvest is not None:
             # Last: a pass that is resumed tells its own samples by their stamps.
             for ids in np.split(given, range(commit_every, len(given), commit_every)):
@@ -155,6 +153,36 @@ def refresh_cache(
         seconds=time.perf_counter() - start,
         agreement=float(np.nanmean(known)) if np.isfinite(known).any() else None,
     )
+
+
+def _pass(
+    cam: SaliencyMethod,
+    batches: Iterable[Batch],
+    labels: np.ndarray,
+    world: int,
+    autocast: Callable[[], AbstractContextManager],
+    take: Callable[[np.ndarray, np.ndarray], None],
+) -> None:
+    """Make the maps of batches, and hand those of all ranks on: take(ids int64 [n], maps uint8
+    [n, h, w]).
+
+    A batch is handed on when the next one has been queued, so that the device never waits for the
+    host; the last ones also where the loop breaks off. labels: int64 [N], of all samples.
+    """
+    own = torch.from_numpy(labels.copy())
+    queued = None
+    try:
+        for batch in batches:
+            with autocast():
+                # Labels from the host: to read them from the device would be to wait for it.
+                maps = cam(batch.images, own[batch.ids])
+            levels = (maps * 255).round().to(torch.uint8)
+            before, queued = queued, _to_host(*_gather(batch.ids, levels, world))
+            if before is not None:
+                take(*before())
+    finally:
+        if queued is not None:
+            take(*queued())
 
 
 def agreement(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -198,16 +226,31 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _gather(ids: Tensor, maps: Tensor, world: int) -> tuple[np.ndarray, np.ndarray]:
+def _gather(ids: Tensor, maps: Tensor, world: int) -> tuple[Tensor, Tensor]:
     """Those of all ranks: int64 [n], uint8 [n, h, w]; every rank gives as many."""
-    if world > 1:
-        ids, maps = ids.contiguous(), maps.contiguous()
-        all_ids = [torch.empty_like(ids) for _ in range(world)]
-        all_maps = [torch.empty_like(maps) for _ in range(world)]
-        distributed.all_gather(all_ids, ids)
-        distributed.all_gather(all_maps, maps)
-        ids, maps = torch.cat(all_ids), torch.cat(all_maps)
-    return ids.cpu().numpy(), maps.cpu().numpy()
+    if world == 1:
+        return ids, maps
+    ids, maps = ids.to(maps.device).contiguous(), maps.contiguous()
+    all_ids = [torch.empty_like(ids) for _ in range(world)]
+    all_maps = [torch.empty_like(maps) for _ in range(world)]
+    distributed.all_gather(all_ids, ids)
+    distributed.all_gather(all_maps, maps)
+    return torch.cat(all_ids), torch.cat(all_maps)
+
+
+def _to_host(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
+    """Begin to copy tensors to the host -> a function that waits for them and gives arrays."""
+    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    if not any(tensor.is_cuda for tensor in tensors):
+        return lambda: [copy.numpy() for copy in copies]
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> list[np.ndarray]:
+        done.synchronize()
+        return [copy.numpy() for copy in copies]
+
+    return wait
 
 
 def _union(pending, index, device):

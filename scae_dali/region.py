@@ -13,7 +13,6 @@ Functions of arrays (NumPy or torch); random numbers are given.
 
 import functools
 import math
-from collections.abc import Callable
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -22,7 +21,7 @@ from scae_dali.config import AspectLaw, Border, Range
 from scae_dali.rng import Array
 
 PROPOSALS = 8
-_FIRST_PROPOSALS = 3  # nearly always enough; the rest is tried for the samples that need it
+DRAWS = 4 * PROPOSALS + 1  # uniforms that draw_centre reads a sample
 _PATCH_LAMBDA = 2.0  # patches are divided until |λ| times the span of Â is at most about this
 
 
@@ -112,7 +111,7 @@ def uniform_centre(u: Array, first: Array, last: Array) -> Array:
 
 
 def draw_centre(
-    draw: Callable[[Array | slice, int], Array],
+    u: Array,
     saliency: Array,
     lam: Array,
     window: Array,
@@ -124,23 +123,17 @@ def draw_centre(
 ) -> Array:
     """Eq. 4: a pixel (i, j) with P(i, j) ∝ exp(λ·Â(i, j)) over first <= (i, j) <= last.
 
-    draw: (rows, n) -> uniforms in (0, 1) of those rows, float64 [b, n], always the same first n of
-    a row. saliency: float64 [B, gh, gw] over the full frame. lam: float64 [B]. window: float64
-    [B, 4], the crop (y, x, h, w) as shares of the full frame. size_px: int64 [B, 2], (H, W) of the
-    crop. first, last: int64 [B, 2], within the crop, first <= last. lam_bound: the largest |λ| of
-    the run; it sets how fine the envelope is, not what is drawn from. Where λ = 0 it is
-    `uniform_centre` of the first two numbers, for any map. Returns int64 [B, 2], (y, x).
+    u: float64 [B, DRAWS] in (0, 1). saliency: float64 [B, gh, gw] over the full frame. lam: float64
+    [B]. window: float64 [B, 4], the crop (y, x, h, w) as shares of the full frame. size_px: int64
+    [B, 2], (H, W) of the crop. first, last: int64 [B, 2], within the crop, first <= last.
+    lam_bound: the largest |λ| of the run; it sets how fine the envelope is, not what is drawn from.
+    Where λ = 0 it is `uniform_centre` of the first two numbers, for any map. Returns int64 [B, 2],
+    (y, x).
     """
-    xp = array_namespace(saliency)
     where = (saliency, lam, window, size_px, first, last)
-    centre, drawn = _propose(draw(slice(None), 4 * _FIRST_PROPOSALS), *where, lam_bound)
-    again = xp.nonzero(~drawn)[0]
-    if again.shape[0]:
-        u = draw(again, 4 * PROPOSALS + 1)
-        where = tuple(array[again] for array in where)
-        centre[again], drawn = _propose(u[:, :-1], *where, lam_bound)
-        for k in np.flatnonzero(~_to_host(drawn)).tolist():
-            centre[again[k]] = _draw_exact(u[k, -1], *(array[k] for array in where))
+    centre, drawn = _propose(u[:, :-1], *where, lam_bound)
+    for k in np.flatnonzero(~_to_host(drawn)).tolist():
+        centre[k] = _draw_exact(u[k, -1], *(array[k] for array in where))
     return centre
 
 

@@ -57,13 +57,11 @@ def philox(counter: Array, seed: int) -> Array:
     even, odd = counter[0::2], counter[1::2]  # words 0 and 2, 1 and 3
     for key in keys:
         product = _swap(even) * multiplier  # of words 2 and 0
-        odd, previous = product & _MASK, odd
-        product >>= 32
-        product &= _MASK
-        product ^= previous
-        product ^= key
-        even = product
-    return xp.reshape(xp.stack([even, odd], axis=1), counter.shape)
+        # Only even words must be free of what lies above their 32 bits.
+        odd, even = product, product >> 32 ^ odd
+        even ^= key
+        even &= _MASK
+    return xp.reshape(xp.stack([even, odd & _MASK], axis=1), counter.shape)
 
 
 @functools.cache

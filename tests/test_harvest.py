@@ -391,8 +391,15 @@ def test_windows_and_flips_say_what_a_pixel_of_a_crop_shows(kind):
         batch.images.numpy(), batch.windows.numpy(), batch.flips.tolist(), strict=True
     ):
         rows, columns = y + middle * h, x + (1 - middle if flip else middle) * w
-        # Off the border, where a pixel is outside the image or resizing sees but half of it.
-        inside = np.ix_((rows > 0.1) & (rows < 0.9), (columns > 0.1) & (columns < 0.9))
+        # Off the image's border, and off the crop's, where resizing has nothing to interpolate to.
+        inside = np.ix_(
+            *(
+                (along > 0.1)
+                & (along < 0.9)
+                & (np.minimum(middle, 1 - middle) * share * side >= 0.5)
+                for along, share in ((rows, h), (columns, w))
+            )
+        )
         wanted = 255 * (np.stack(np.meshgrid(rows, columns, indexing="ij")) * side - 0.5)
         wanted /= side - 1
         for channel in range(2):

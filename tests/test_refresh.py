@@ -103,6 +103,24 @@ def test_a_pass_that_breaks_goes_on_where_it_was(fresh, index):
     assert (fresh.stamps() == 3).all()
 
 
+def test_a_batch_is_handed_on_when_the_next_is_queued(fresh, index):
+    happened = []
+
+    class Blank:
+        method, layer = "blank", "features"
+
+        def __init__(self, model, layer):
+            self.model = model
+
+        def __call__(self, images, labels):
+            happened.append(labels.tolist())
+            return torch.zeros(len(images), 7, 7)
+
+    run(Net(), fresh, index, [], method=Blank, progress=happened.append)
+    labels = [index.labels[i : i + 16].tolist() for i in range(0, 50, 16)]
+    assert happened == [labels[0], labels[1], 16, labels[2], 16, labels[3], 16, 2]
+
+
 def test_the_pass_is_of_the_method_it_is_told(fresh, index):
     model = Net()
     for epoch, method in enumerate(["scorecam", partial(ScoreCAM, chunk=5)]):

@@ -34,7 +34,9 @@ def brute_saliency(saliency, window, h, w):
     return np.where(inside, out, 0.0)
 
 
-def draw(saliency, lam, window, hw, border, n=DRAWS, xp=None, chunk=1000, size=(H, W)):
+def draw(
+    saliency, lam, window, hw, border, n=DRAWS, xp=None, chunk=1000, size=(H, W), draws=region.DRAWS
+):
     """Centres for n ids, in batches: int64 [n, 2]."""
     out = []
     for start in range(0, n, chunk):
@@ -53,10 +55,8 @@ def draw(saliency, lam, window, hw, border, n=DRAWS, xp=None, chunk=1000, size=(
         if xp is not None:
             ids, *arrays = (xp.asarray(a) for a in (ids, *arrays))
 
-        def uniform(rows, n, ids=ids):
-            return uniforms(3, Stream.CENTRE, 5, ids[rows], n)
-
-        out.append(np.asarray(region.draw_centre(uniform, *arrays, lam_bound=abs(lam))))
+        u = uniforms(3, Stream.CENTRE, 5, ids, draws)
+        out.append(np.asarray(region.draw_centre(u, *arrays, lam_bound=abs(lam))))
     return np.concatenate(out)
 
 
@@ -123,20 +123,10 @@ def test_any_grid(grid):
 
 def test_failed_proposals_fall_back_to_the_exact_sum(monkeypatch):
     """With one proposal a draw, most centres come from the full sum; the law stays the same."""
-    monkeypatch.setattr(region, "PROPOSALS", 1)
-    monkeypatch.setattr(region, "_FIRST_PROPOSALS", 1)
     monkeypatch.setattr(region, "_PATCH_LAMBDA", 1e9)
     a, window = saliency_map(1), WINDOWS[0]
-    centres = draw(a, 6.0, window, (3, 3), "inside", n=8000)
+    centres = draw(a, 6.0, window, (3, 3), "inside", n=8000, draws=5)
     assert chi_square(centres, expected(a, 6.0, window, (3, 3), "inside")) > 1e-4
-
-
-@pytest.mark.parametrize("first", [1, 2, 8])
-def test_how_many_are_proposed_first_does_not_matter(monkeypatch, first):
-    arguments = (saliency_map(4), 8.0, WINDOWS[0], (9, 12), "inside")
-    want = draw(*arguments, n=2000)
-    monkeypatch.setattr(region, "_FIRST_PROPOSALS", first)
-    np.testing.assert_array_equal(draw(*arguments, n=2000), want)
 
 
 def test_torch_draws_the_same_centres():
@@ -209,7 +199,7 @@ def test_at_lambda_0_the_boxes_are_those_of_random_erasing():
     hw, _ = region.draw_size(u, size_px, (0.02, 0.33), (0.3, 3.3))
     first, last = region.centre_range(hw, size_px, "inside")
     centre = region.draw_centre(
-        lambda rows, k: uniforms(1, Stream.CENTRE, 0, ids[rows], k),
+        uniforms(1, Stream.CENTRE, 0, ids, region.DRAWS),
         np.tile(saliency_map(), (n, 1, 1)),
         np.zeros(n),
         np.tile(np.array([WINDOWS[1]]), (n, 1)),

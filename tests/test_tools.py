@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from pipelines.recipe import make_network
 from scae_dali.cache import SaliencyCache
 from scae_dali.dataset import ImageIndex
 from scae_dali.methods import BUILT_IN
@@ -111,35 +113,6 @@ def test_gpu_check_without_a_gpu():
     assert "--dry-run lists the checks" in run("gpu_check", status=2)
 
 
-def test_bench_pipeline(tmp_path, images):
-    out = tmp_path / "bench.json"
-    size = ["--size", 32, "--batch-size", 4, "--repeat", 2]
-    methods = ["none", "random_erasing", "scae", "cutmix", "trivial_augment", "rand_augment+scae"]
-    size += ["--methods", ",".join(methods)]
-    run("bench_pipeline", "--data", images, "--rounds", 1, "--json", out, *size)
-    result = json.loads(out.read_text())
-    rows = {row["name"]: row for row in result["rows"]}
-    peers = ["native random_erasing", "native trivial_augment", "none (again)"]
-    peers += [f"torchvision {name}" for name in ("random_erasing", "cutmix", "trivial_augment")]
-    assert list(rows)[:12] == [*methods, *peers]
-    assert rows["none"]["ratio"] == 1
-    assert min(row["img_per_s"] for row in rows.values()) > 0
-    versus = result["versus_torchvision"]
-    assert set(versus) == {"random_erasing", "scae", "cutmix", "trivial_augment"}
-    assert set(result["versus_native"]) == {"random_erasing", "scae", "trivial_augment"}
-    other = rows["torchvision random_erasing"]["img_per_s"]
-    assert versus["scae"] == pytest.approx(rows["scae"]["img_per_s"] / other, abs=6e-4)
-    ours = {name for name in rows if not name.startswith("torchvision")}
-    assert set(result["plan_ms_per_batch"]) == ours
-    assert result["settings"]["images"] == 12
-
-
-def test_bench_pipeline_of_too_few_images(images):
-    message = run("bench_pipeline", "--data", images, "--no-torchvision", status=1)
-    assert "6 images, fewer than --batch-size 64" in message
-    assert "--repeat 11" in message
-
-
 def test_bench_mixing(tmp_path, images):
     out = tmp_path / "bench.json"
     size = ["--size", 32, "--batch-size", 4, "--repeat", 8, "--tail-share", "0.05,0.1"]
@@ -200,10 +173,31 @@ def test_bench_train(tmp_path, images, monkeypatch, source):
     )
 
 
+def test_bench_pass(tmp_path, images):
+    out = tmp_path / "bench.json"
+    torch.manual_seed(0)
+    torch.save(make_network("cifar_resnet20", 2).state_dict(), tmp_path / "weights.pt")
+    options = ["--data", images, "--model", "cifar_resnet20", "--weights", tmp_path / "weights.pt"]
+    options += ["--sizes", "32,16", "--quick", "--batch-size", 2]
+    run("bench_pass", *options, "--json", out)
+    result = json.loads(out.read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    sizes = [f"{what}, {size}" for size in (32, 16) for what in ("images", "inference", "pass")]
+    forwards = [f"forward{what}" for what in ("", ", BatchNorm folded", ", channels-last")]
+    assert list(rows) == sizes + forwards
+    assert rows["inference, 32"]["ratio"] == 1
+    assert set(result["of_inference"]) == {"32", "16"}
+    assert result["agreement"]["32"] == 1
+    assert -1 < result["agreement"]["16"] < 1
+    assert result["settings"]["images"] == 6
+    message = run("bench_pass", *options, "--batch-size", 8, "--repeat", 4, "--images", 8, status=1)
+    assert "at least two batches, got 8 images and --batch-size 8" in message
+
+
 @pytest.mark.parametrize(
     ("name", "options", "rows"),
     [
-        ("plan", ["--batch-size", 16, "--size", 32], 8),
+        ("operator", ["--batch-size", 16, "--size", 32, "--samples", 2000], 18),
         ("cache", ["--batch", 64], 7),
         ("arrays", ["--size", 16], 5),
     ],
@@ -222,7 +216,7 @@ def test_a_benchmark_in_a_minute_with_a_plot(tmp_path, name, options, rows):
 
 
 def test_a_benchmark_without_rounds_is_refused():
-    assert "--rounds must be at least 1, got 0" in run("bench_plan", "--rounds", 0, status=2)
+    assert "--rounds must be at least 1, got 0" in run("bench_operator", "--rounds", 0, status=2)
 
 
 def test_show_erasing(tmp_path, images, maps):

@@ -35,6 +35,7 @@ from pipelines import arrays, saliency
 from pipelines.config import ImageConfig
 from pipelines.recipe import autocast, make_network
 from scae_dali.config import CropConfig
+from scae_dali.gradcam import GradCAM
 from scae_dali.harvest import Harvest
 from scae_dali.iterator import Batch, Loader
 from scae_dali.losses import Loss, LossConfig
@@ -217,3 +218,35 @@ def harvested(setup: Setup, how: str) -> str:
         (reference, counts), (ours, other) = found
         assert np.array_equal(counts, other), "other cells were seen"
         return f"{len(ours)} maps, {compare_maps(reference, ours)}"
+
+
+@check("unwaited/pass", "unwaited/harvest")
+def unwaited(setup: Setup, what: str) -> str:
+    """Nothing that a batch of a pass or of a harvest asks of the device lets the host wait."""
+    if setup.device_id is None:
+        return "skipped: only another device can be waited for"
+    with tempfile.TemporaryDirectory() as folder:
+        tailed, pixels = in_memory(setup, folder)
+        batches = list(train_batches(tailed, setup.device_id, pixels, "scae", "fp32-NCHW"))
+    net = make_network("cifar_resnet20", tailed.index.num_classes).to(setup.device)
+    harvest = Harvest(
+        net,
+        None,
+        samples=SAMPLES,
+        num_classes=tailed.index.num_classes,
+        grid=(8, 8),
+        size=SIDE,
+    )
+    cam, labels = GradCAM(net), torch.from_numpy(tailed.index.labels.copy())
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches:
+            if what == "pass":
+                cam(batch.images, labels[batch.ids])
+            else:
+                net(batch.images)
+                harvest.add(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return f"{len(batches)} batches"

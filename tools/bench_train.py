@@ -19,14 +19,15 @@ import argparse
 import itertools
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import _live
 import numpy as np
 import torch
+from _pass import Passes
 
 import _bench
 import _path  # noqa: F401
@@ -42,7 +43,6 @@ from scae_dali.harvest import Harvest
 from scae_dali.iterator import Batch, Loader
 from scae_dali.losses import Loss, LossConfig
 from scae_dali.ops import Stage
-from scae_dali.refresh import refresh_cache
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -165,25 +165,10 @@ class Bench:
         part = self.index.subset(range(min(self.steps * self.run.batch_size, len(self.index))))
         data = Data(part, part, self.pixels, self.pixels)
         loaders = Loaders(data, self.image, sampling="shuffle", seed=_live.SEED)
-        cache = SaliencyCache.create(os.path.join(folder, "pass.lmdb"), part, grid=self.grid)
-        epochs = itertools.count()
-
-        def measure() -> float:
-            done: list[tuple[float, int]] = []  # when, and how many images
-            refresh_cache(
-                self.net,
-                cache,
-                part,
-                partial(loaders.saliency, self.image, self.run),
-                epoch=next(epochs),
-                autocast=partial(autocast, self.args.amp, self.device),
-                progress=lambda images: done.append((time.perf_counter(), images)),
-            )
-            seconds = time.perf_counter() - done[0][0]
-            _live.settle()
-            return sum(images for _, images in done[1:]) / seconds
-
-        return measure
+        amp = partial(autocast, self.args.amp, self.device)
+        return Passes(self.net, None, part, loaders, self.run, amp).maps(
+            self.image, Path(folder, "pass.lmdb")
+        )
 
 
 def overhead(samples: dict[str, list[float]], pass_every: int) -> dict[str, float]:

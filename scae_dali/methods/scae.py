@@ -112,7 +112,7 @@ class ClassAdaptive:
     ) -> Array:
         """Eq. 4; see region.draw_centre."""
         return region.draw_centre(
-            lambda rows, n: samples.take(rows).draw(self.run, Stream.CENTRE, n),
+            samples.draw(self.run, Stream.CENTRE, region.DRAWS),
             saliency,
             lam,
             samples.window,

@@ -1,0 +1,101 @@
+"""Rates of what a saliency pass is made of: its pipeline, plain inference on it, and the pass."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+
+import _live
+import torch
+from torch import nn
+
+from pipelines.config import ExecConfig, ImageConfig
+from pipelines.loaders import Loaders
+from scae_dali.cache import SaliencyCache
+from scae_dali.dataset import ImageIndex
+from scae_dali.gradcam import GradCAM
+from scae_dali.iterator import Batch
+from scae_dali.refresh import refresh_cache
+
+__all__ = ["Passes"]
+
+
+class Passes:
+    """A network over whole images, batch by batch; rates are img/s from the first batch on, so
+    without a pipeline's start."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        layer: str | None,
+        index: ImageIndex,
+        loaders: Loaders,
+        run: ExecConfig,
+        autocast: Callable[[], AbstractContextManager],
+    ) -> None:
+        self._net, self._layer, self._index = net, layer, index
+        self._loaders, self._run, self._autocast = loaders, run, autocast
+
+    def pipeline(self, image: ImageConfig) -> Callable[[], float]:
+        """Images made and dropped."""
+        return lambda: rate(batch.images for batch in self._batches(image))
+
+    def inference(self, image: ImageConfig) -> Callable[[], float]:
+        """Logits made and dropped."""
+
+        @torch.inference_mode()
+        def measure() -> float:
+            training = self._net.training
+            self._net.eval()
+            found = rate(map(self._logits, self._batches(image)))
+            self._net.train(training)
+            return found
+
+        return measure
+
+    def maps(self, image: ImageConfig, path: Path) -> Callable[[], float]:
+        """Maps made, by a whole pass into a cache at `path`."""
+        grid = GradCAM(self._net, self._layer).grid(image.size)
+        cache = SaliencyCache.create(path, self._index, grid=grid)
+        epochs = itertools.count()
+
+        def measure() -> float:
+            done: list[tuple[float, int]] = []  # when, and how many images
+            refresh_cache(
+                self._net,
+                cache,
+                self._index,
+                partial(self._loaders.saliency, image, self._run),
+                epoch=next(epochs),
+                layer=self._layer,
+                autocast=self._autocast,
+                progress=lambda images: done.append((time.perf_counter(), images)),
+            )
+            seconds = time.perf_counter() - done[0][0]
+            _live.settle()
+            return sum(images for _, images in done[1:]) / seconds
+
+        return measure
+
+    def _batches(self, image: ImageConfig) -> Iterator[Batch]:
+        return iter(self._loaders.saliency(image, self._run, range(len(self._index))))
+
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        with self._autocast():
+            return self._net(batch.images)
+
+
+def rate(batches: Iterator[torch.Tensor]) -> float:
+    """-> img/s of all batches but the first, which starts the clock."""
+    next(batches)
+    _live.synchronize()
+    start = time.perf_counter()
+    images = sum(map(len, batches))
+    _live.synchronize()
+    seconds = time.perf_counter() - start
+    _live.settle()
+    return images / seconds

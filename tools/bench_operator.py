@@ -1,0 +1,229 @@
+"""How long the Python operator takes for a batch, and each of its pieces, on one core.
+
+    python tools/bench_operator.py --json tools/results/operator_cpu.json
+
+The operator erases as SCAE does where λ is largest, crop and flip drawn by itself, half of the
+images erased, maps of a cache of --samples in LMDB. `ratio` is to this row, `operator`; its pieces
+are `gather` (arrays out of what DALI hands over), `plan`, of which `read` is the maps, and
+`assemble` (what DALI takes). Beside it: with all maps in memory, by torch, and of methods that need
+no maps.
+
+`graph, scae`: batches of a pipeline that holds nothing but the operator and its inputs; `graph,
+empty function`: the same with a function that decides nothing, which is what DALI takes for it, and
+what it would take if all inputs were one.
+
+`boxes, λ=…`: sizes and centres alone, of a batch that is erased throughout; `pixel sum`, centres
+by the plain sum of eq. 4 over all pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import _live
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, pipeline_def
+
+import _bench
+from scae_dali import region
+from scae_dali.cache import SaliencyCache
+from scae_dali.config import CropConfig, ScaeConfig
+from scae_dali.dataset import ImageIndex
+from scae_dali.ops import Operator, Stage
+from scae_dali.rng import Stream, uniforms
+
+GRID = 7
+FULL_PX = (375, 500, 3)  # of ImageNet's most frequent image
+LAMBDAS = (0.0, 2.0, 5.0, 20.0, -20.0)
+STEP = 3  # the number of the batch
+
+Inputs = tuple[list[np.ndarray], ...]
+
+
+def smooth_maps(n: int) -> np.ndarray:
+    """A bump somewhere, about as wide as Grad-CAM's are: float64 [n, 7, 7] in [0, 1]."""
+    rng = np.random.default_rng(0)
+    cells = np.arange(GRID) / (GRID - 1)
+    y, x = rng.random((2, n, 1, 1))
+    maps = np.exp(
+        -((cells[:, None] - y) ** 2 + (cells - x) ** 2) / rng.uniform(0.1, 0.5, (n, 1, 1)) ** 2
+    )
+    maps -= maps.min((1, 2), keepdims=True)
+    return maps / maps.max((1, 2), keepdims=True)
+
+
+def boxes(maps: np.ndarray, lam: float, size: int, exact: bool) -> np.ndarray:
+    """Rectangles for a batch of crops of the middle of their images: int64 [B, 4]."""
+    b = len(maps)
+    ids, size_px = np.arange(b), np.full((b, 2), size)
+    config = ScaeConfig()
+    u = uniforms(0, Stream.ERASE, 0, ids, 2 * config.tries).reshape(b, -1, 2)
+    hw, _ = region.draw_size(u, size_px, config.area, config.aspect)
+    first, last = region.centre_range(hw, size_px, "inside")
+
+    u = uniforms(0, Stream.CENTRE, 0, ids, region.DRAWS)
+    if exact:
+        u[:, 3:-1:4] = 2.0  # no proposal is accepted: the sum over pixels has to do it
+    window = np.tile([[0.2, 0.1, 0.6, 0.7]], (b, 1))
+    centre = region.draw_centre(
+        u, maps, np.full(b, lam), window, size_px, first, last, lam_bound=abs(lam)
+    )
+    return region.box_at(centre, hw, size_px)
+
+
+def given(ids: np.ndarray) -> Inputs:
+    """What DALI hands over for a batch: lists of small arrays."""
+    return (
+        [np.array([i], np.int32) for i in ids],
+        [np.array([STEP], np.int64) for _ in ids],
+        [np.array(FULL_PX, np.int64) for _ in ids],
+    )
+
+
+def operator(index: ImageIndex, args: argparse.Namespace, method: str, **keywords: Any) -> Operator:
+    stage = Stage(index, method, batch_size=args.batch_size, **keywords, **_live.GUIDED)
+    return Operator(stage, stage.planner(CropConfig()), 1, (args.size, args.size))
+
+
+def pieces(of: Operator, inputs: Inputs, cache: SaliencyCache) -> dict[str, Callable[[], object]]:
+    """The operator taken apart, each piece as a call."""
+    arrays = of.arguments(inputs)
+    table = of.planner(*arrays)
+    erased = arrays[0][table[:, of.planner.columns["box"]][:, 2] > 0]
+    return {
+        "gather": lambda: of.arguments(inputs),
+        "plan": lambda: of.planner(*arrays),
+        "read": lambda: cache.read(erased),
+        "assemble": lambda: list(table),
+    }
+
+
+def graph(of: Operator, args: argparse.Namespace, ids: np.ndarray) -> Pipeline:
+    """The operator in a pipeline, with inputs as those of a training pipeline."""
+
+    def define() -> Any:
+        return of.stage.plan(
+            fed(ids[:, None].astype(np.int32)),
+            size=(args.size, args.size),
+            shapes=fed(np.tile(np.array(FULL_PX, np.int64), (len(ids), 1))),
+            random_crop=CropConfig(),
+        ).row
+
+    return built(define, args)
+
+
+def empty_graph(args: argparse.Namespace, widths: tuple[int, ...], wide: int) -> Pipeline:
+    """A function that decides nothing, with inputs int64 of these widths; it gives rows of `wide`
+    columns."""
+    b = args.batch_size
+    rows = list(np.zeros((b, wide)))
+
+    def define() -> Any:
+        inputs = [fed(np.zeros((b, width), np.int64)) for width in widths]
+        return fn.python_function(*inputs, function=lambda *_: rows, batch_processing=True)
+
+    return built(define, args)
+
+
+def fed(batch: np.ndarray) -> Any:
+    return fn.external_source(source=lambda info: batch, batch=True, batch_info=True)
+
+
+def built(define: Callable[[], Any], args: argparse.Namespace) -> Pipeline:
+    settings = {"batch_size": args.batch_size, "num_threads": 1, "device_id": None}
+    pipeline = pipeline_def(define, prefetch_queue_depth=1, **settings)()
+    pipeline.build()
+    return pipeline
+
+
+def rate(call: Callable[[], object], n: int, seconds: float) -> float:
+    """-> samples per second: the median call of about `seconds`."""
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return n / statistics.median(times)
+
+
+def left_behind(call: Callable[[], object], calls: int = 100) -> float:
+    """Objects in cycles, which only the garbage collector can free, a call."""
+    call()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(calls):
+            call()
+        return gc.collect() / calls
+    finally:
+        gc.enable()
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=1_281_167, help="default: ImageNet's")
+    parser.add_argument("--size", type=int, default=224, help="side of the crop in pixels")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of a row in a round")
+    return _bench.parse(
+        parser,
+        argv,
+        rounds=7,
+        quick={"rounds": 3, "seconds": 0.05, "samples": 20_000},
+        counts=("batch_size", "samples", "size"),
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    torch.set_num_threads(1)
+    n, b = max(args.samples, args.batch_size), args.batch_size
+    index = ImageIndex.from_arrays([f"{i}.jpg" for i in range(n)], np.zeros(n, np.int64))
+    ids = np.random.default_rng(_live.SEED).permutation(n)[:b]
+    inputs = given(ids)
+    maps = smooth_maps(b)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = _live.random_cache(os.path.join(folder, "maps.lmdb"), index)
+        ours = operator(index, args, "scae", cache=cache)
+        resident = operator(index, args, "scae", cache=cache, resident=True)
+        by_torch = operator(index, args, "scae", cache=cache, backend="torch")
+        calls: dict[str, Callable[[], object]] = {"operator": partial(ours.numpy, *inputs)}
+        calls |= pieces(ours, inputs, cache)
+        calls["operator, maps in memory"] = partial(resident.numpy, *inputs)
+        capsules = [[torch.from_numpy(one) for one in part] for part in inputs]
+        calls["operator, torch"] = partial(by_torch.torch, *capsules)
+        for method in ("none", "random_erasing"):
+            calls[f"operator, {method}"] = partial(operator(index, args, method).numpy, *inputs)
+        width = ours.numpy(*inputs)[0].size
+        calls["graph, scae"] = graph(ours, args, ids).run
+        calls["graph, empty function"] = empty_graph(args, (1, 1, 3), width).run
+        calls["graph, empty function of one input"] = empty_graph(args, (5,), width).run
+        calls["pixel sum"] = partial(boxes, maps, 2.0, args.size, True)
+        for lam in LAMBDAS:
+            calls[f"boxes, λ={lam:g}"] = partial(boxes, maps, lam, args.size, False)
+        samples = _bench.interleaved(
+            {name: partial(rate, call, b, args.seconds) for name, call in calls.items()},
+            args.rounds,
+        )
+        cycles = left_behind(calls["operator"])
+    table = _bench.rows(samples, "operator")
+    extra = {
+        "ms_per_batch": {row["name"]: round(1e3 * b / row["img_per_s"], 3) for row in table},
+        "cyclic_garbage_per_batch": cycles,
+        "settings": _bench.settings(args),
+    }
+    _bench.report(table, args, extra)
+
+
+if __name__ == "__main__":
+    main()

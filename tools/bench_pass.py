@@ -1,0 +1,175 @@
+"""The saliency pass against plain inference, from file to cache, and what smaller images cost it.
+
+    python tools/bench_pass.py --data imagenet/train --model resnet50 --sizes 224,160 --json OUT
+    python tools/bench_pass.py --data demo/data/train --model resnet18 --layer layer3 \\
+        --weights demo/run/weights.pt --sizes 128,96,64 --json OUT
+
+Rows, of each size: `images`, what the pipeline gives with nothing done to them; `inference`, their
+logits, nothing kept; `pass`, their maps in a cache. `ratio` is to the inference of the first size,
+`of_inference` that of a pass to the inference of its own size (goal: 0.90). With `--weights`:
+`agreement`, the mean rank correlation (Spearman) of a size's maps with those of the first.
+
+`forward …`: one batch on the device over and over: as it is, with BatchNorm folded into the
+convolutions (torch.fx), and with the memory format changed. They tell what the pass could gain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import _live
+import numpy as np
+import torch
+from _pass import Passes
+from build_cache import load_model
+from torch import nn
+from torch.fx.experimental.optimization import fuse
+from torch.nn.functional import interpolate
+
+import _bench
+import _path  # noqa: F401
+from pipelines.config import ExecConfig, ImageConfig
+from pipelines.data import Data
+from pipelines.loaders import Loaders
+from pipelines.recipe import autocast
+from scae_dali.cache import SaliencyCache
+from scae_dali.refresh import agreement
+
+Amp = Callable[[], AbstractContextManager]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", required=True, metavar="DIR", help="DIR/<class>/<image>")
+    parser.add_argument("--repeat", type=int, default=1, help="times each file is in a pass")
+    parser.add_argument("--images", type=int, help="at most so many in a pass")
+    parser.add_argument("--model", default="resnet50", help="a network as train.py takes it")
+    parser.add_argument("--weights", metavar="PT", help="of train.py; default: random")
+    parser.add_argument("--layer", help="module name; default: by the model's family")
+    parser.add_argument("--sizes", default="224,160", metavar="A,B,...", help="in pixels")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--threads", type=int, default=2, help="of DALI")
+    parser.add_argument("--device-id", default="cpu", metavar="N|cpu")
+    args = _bench.parse(
+        parser,
+        argv,
+        rounds=5,
+        quick={"rounds": 2, "batch_size": 4, "images": 12},
+        counts=("repeat", "images", "batch_size", "threads"),
+    )
+    args.device_id = _live.device_number(parser, args.device_id)
+    try:
+        args.sizes = [int(size) for size in args.sizes.split(",")]
+    except ValueError:
+        parser.error(f"--sizes must be integers joined by commas, got {args.sizes!r}")
+    return args
+
+
+def forwards(net: nn.Module, images: torch.Tensor, amp: Amp) -> dict[str, Callable[[], float]]:
+    """The network alone on a batch, in evaluation mode, in several shapes -> img/s of a call."""
+    last = images.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.contiguous_format if last else torch.channels_last
+    turned = deepcopy(net).to(memory_format=layout)
+    nets = {
+        "forward": (net, images),
+        "forward, BatchNorm folded": (fuse(deepcopy(net).eval()), images),
+        f"forward, {'contiguous' if last else 'channels-last'}": (
+            turned,
+            images.contiguous(memory_format=layout),
+        ),
+    }
+
+    @torch.inference_mode()
+    def measure(candidate: nn.Module, given: torch.Tensor) -> float:
+        training = candidate.training
+        candidate.eval()
+        _live.synchronize()
+        start = time.perf_counter()
+        with amp():
+            candidate(given)
+        _live.synchronize()
+        seconds = time.perf_counter() - start
+        candidate.train(training)
+        return len(given) / seconds
+
+    return {name: partial(measure, *of) for name, of in nets.items()}
+
+
+def agreements(caches: Mapping[int, SaliencyCache], samples: int) -> dict[str, float]:
+    """Of each size's maps with those of the first, both bilinear on the finest grid of all: the
+    mean rank correlation over images."""
+    finest = max((cache.meta.grid for cache in caches.values()), key=np.prod)
+    maps = {}
+    for size, cache in caches.items():
+        stored = torch.from_numpy(cache.read(np.arange(samples))[0])[:, None].float()
+        wide = interpolate(stored, finest, mode="bilinear", align_corners=False)
+        maps[size] = wide[:, 0].numpy()
+    first = next(iter(maps.values()))
+    found = {size: agreement(first, other, np.ones_like(first)) for size, other in maps.items()}
+    return {str(size): round(float(np.nanmean(values)), 3) for size, values in found.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    device = torch.device("cpu" if args.device_id is None else f"cuda:{args.device_id}")
+    if args.device_id is not None:
+        torch.cuda.set_device(device)
+    index = _live.epoch_index(args.data, args.repeat, args.batch_size)
+    if args.images is not None:
+        index = index.subset(range(min(args.images, len(index))))
+    if len(index) <= args.batch_size:
+        raise SystemExit(
+            f"a pass needs at least two batches, got {len(index)} images and --batch-size "
+            f"{args.batch_size}; pass a smaller one, or more images"
+        )
+    torch.manual_seed(_live.SEED)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    net = load_model(args.model, args.weights, index.num_classes)
+    net.to(device, memory_format=layout)  # type: ignore[call-overload]
+    amp = partial(autocast, args.amp, device)
+    run = ExecConfig(batch_size=args.batch_size, device_id=args.device_id, threads=args.threads)
+    image = ImageConfig(layout="NHWC" if args.channels_last else "NCHW")
+    images = {size: replace(image, size=size, val_resize=size) for size in args.sizes}
+    loaders = Loaders(
+        Data(index, index, None, None), images[args.sizes[0]], sampling="shuffle", seed=0
+    )
+    passes = Passes(net, args.layer, index, loaders, run, amp)
+    with tempfile.TemporaryDirectory() as folder:
+        calls: dict[str, Callable[[], float]] = {}
+        paths = {size: Path(folder, f"{size}.lmdb") for size in args.sizes}
+        for size, image in images.items():
+            calls[f"images, {size}"] = passes.pipeline(image)
+            calls[f"inference, {size}"] = passes.inference(image)
+            calls[f"pass, {size}"] = passes.maps(image, paths[size])
+        batch = torch.randn(args.batch_size, 3, args.sizes[0], args.sizes[0], device=device)
+        calls |= forwards(net, batch.contiguous(memory_format=layout), amp)
+        samples = _bench.interleaved(calls, args.rounds)
+        caches = {size: SaliencyCache(path, index=index) for size, path in paths.items()}
+        extra: dict[str, Any] = {
+            "of_inference": {
+                str(size): round(median(np.array(made) / np.array(inferred)), 3)
+                for size in args.sizes
+                for made, inferred in [(samples[f"pass, {size}"], samples[f"inference, {size}"])]
+            },
+            "goal": "of_inference >= 0.90",
+        }
+        if args.weights:
+            extra["agreement"] = agreements(caches, len(index))
+    extra["settings"] = _bench.settings(args) | {"images": len(index)}
+    _bench.report(_bench.rows(samples, f"inference, {args.sizes[0]}"), args, extra)
+
+
+if __name__ == "__main__":
+    main()
