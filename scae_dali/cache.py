@@ -14,8 +14,8 @@ numeric order:
     b"neighbors"  uint16 LE [K, m] in C order; its shape is the field `neighbors` of the meta record
 
 Durability: every commit is synced (LMDB's default). A killed process or a lost machine loses the
-records since the last commit, that is at most one chunk, and never damages what was committed. LMDB
-wants a local file system.
+records since the last commit, that is at most two chunks, and never damages what was committed.
+LMDB wants a local file system.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from scae_dali.records import (
     split,
 )
 from scae_dali.resident import ResidentCache
-from scae_dali.rng import Stream, uniforms
+from scae_dali.rng import Stream, uniform_each
 
 __all__ = [
     "CHUNK",
@@ -118,10 +118,11 @@ class SaliencyCache:
         self._check(meta, index, grid)
         self._grid, self._samples = meta.grid, meta.samples
         self._kind = record_type(meta.grid)
+        # Of naming "index" the key is the id, and at 10^8 samples a table of keys is a gigabyte.
+        self._key_is_id = meta.naming == "index"
         self._keys: NDArray[np.uint64] | None = None
-        if index is not None or meta.naming == "index":
-            keys = np.arange(meta.samples) if index is None else index.keys(meta.naming)
-            self._keys = np.asarray(keys, np.uint64)
+        if index is not None and not self._key_is_id:
+            self._keys = np.asarray(index.keys(meta.naming), np.uint64)
             self._order = np.argsort(self._keys, kind="stable")
             self._sorted = self._keys[self._order]
             if (twins := np.flatnonzero(self._sorted[1:] == self._sorted[:-1])).size:
@@ -220,7 +221,8 @@ class SaliencyCache:
         """Maps of each epoch stamp, ascending, and records of the wrong length; needs no index."""
 
         def count(txn: lmdb.Transaction) -> tuple[dict[int, int], int]:
-            blocks = [(records["stamp"], bad) for _, records, bad in rows(txn, self._kind)]
+            # Copied: a view would keep the maps too.
+            blocks = [(records["stamp"].copy(), bad) for _, records, bad in rows(txn, self._kind)]
             stamps = np.concatenate([np.empty(0, np.uint16), *(block for block, _ in blocks)])
             ages, counts = np.unique(stamps, return_counts=True)
             by_age = dict(zip(ages.tolist(), counts.tolist(), strict=True))
@@ -239,11 +241,10 @@ class SaliencyCache:
         if not 0 <= count <= self._samples:
             raise ValueError(f"count must be in 0..{self._samples}, the samples, got {count}")
         stamps = self.stamps()
-        age = np.where(stamps == epoch, -2, stamps)
-        ties = uniforms(0, Stream.STALEST, epoch, np.arange(self._samples), 1)[:, 0]
-        chosen = np.zeros(self._samples, np.bool_)
-        chosen[np.lexsort((ties, age))[:count]] = True
-        return self._order[chosen[self._order]].astype(np.int64)
+        # Age, and behind the point what breaks ties: exact, with 17 and 33 bits.
+        rank = uniform_each(0, Stream.STALEST, epoch, np.arange(self._samples))
+        rank += np.where(stamps == epoch, -2, stamps)
+        return self._in_key_order(_lowest(rank, count))
 
     def begin_pass(
         self,
@@ -268,13 +269,11 @@ class SaliencyCache:
         meta = self.meta
         given = {"method": method, "model": model, "layer": layer, "input_size": input_size}
         kept = {name: getattr(meta, name) for name in PROVENANCE if given[name] is None}
-        order = self._order
+        ours = np.full(self._samples, ids is None)
         part = None
         if ids is not None:
-            ours = np.zeros(self._samples, np.bool_)
             ours[checked_ids(ids, self._samples)] = True
-            order = order[ours[order]]
-            part = len(order)
+            part = int(np.count_nonzero(ours))
         wanted = {"epoch": epoch, "weights": weights, "part": part, **given, **kept}
         stamps = self.stamps()
         trusted = wanted in (meta.under_way, meta.last_pass)
@@ -282,8 +281,8 @@ class SaliencyCache:
             # Emptied rather than deleted: the place in the page is kept, and the file stays packed.
             # In chunks before the meta record rather than with it: a crash between leaves fewer
             # maps but none that is taken for new.
-            self._withdraw(self._order[stamps[self._order] == epoch])
-        pending = order[stamps[order] != epoch] if trusted else order
+            self._withdraw(self._in_key_order(stamps == epoch))
+        pending = self._in_key_order(ours & (stamps != epoch) if trusted else ours)
 
         def begin(txn: lmdb.Transaction) -> None:
             now = self._meta(txn)
@@ -292,7 +291,7 @@ class SaliencyCache:
                 txn.put(_META, to_json(replace(now, under_way=wanted, epoch=epoch_left)))
 
         self._update(begin)
-        return pending.astype(np.int64)
+        return pending
 
     def write(self, ids: ArrayLike, maps: ArrayLike, *, epoch: int) -> None:
         """Commits maps of the pass under way, all or none.
@@ -456,7 +455,13 @@ class SaliencyCache:
             )
 
     def _names(self, ids: NDArray[np.int64]) -> NDArray[np.uint64]:
-        return self._known_keys()[ids].astype(">u8")
+        return (ids if self._key_is_id else self._known_keys()[ids]).astype(">u8")
+
+    def _in_key_order(self, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """bool[N] -> i64, the ids of those that are chosen."""
+        if self._key_is_id:
+            return np.flatnonzero(chosen)
+        return self._order[chosen[self._order]]
 
     def _known_keys(self) -> NDArray[np.uint64]:
         if self._keys is None:
@@ -468,21 +473,34 @@ class SaliencyCache:
 
     def _withdraw(self, ids: NDArray[np.int64]) -> None:
         """ids in key order."""
-        keys = split(self._names(ids).tobytes(), KEY_BYTES)
-        for start in range(0, len(keys), CHUNK):
-            chunk = keys[start : start + CHUNK]
-            self._update(partial(put_ascending, keys=chunk, values=[b""] * len(chunk)))
+        for start in range(0, len(ids), CHUNK):
+            keys = split(self._names(ids[start : start + CHUNK]).tobytes(), KEY_BYTES)
+            self._update(partial(put_ascending, keys=keys, values=[b""] * len(keys)))
 
-    def _scan(self, txn: lmdb.Transaction) -> Iterator[tuple[NDArray[np.intp], NDArray[Any]]]:
-        """ids i[n] and records[n] of the samples that have a map, in key order."""
-        self._known_keys()
+    def _scan(self, txn: lmdb.Transaction) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+        """ids i64[n] and records[n] of the samples that have a map, in key order."""
+        if not self._key_is_id:
+            self._known_keys()
         for keys, records, _ in rows(txn, self._kind):
-            place = np.minimum(np.searchsorted(self._sorted, keys), self._samples - 1)
-            ours = self._sorted[place] == keys
-            yield self._order[place[ours]], records[ours]
+            if self._key_is_id:
+                ids, ours = keys.astype(np.int64), keys < self._samples
+            else:
+                place = np.minimum(np.searchsorted(self._sorted, keys), self._samples - 1)
+                ids, ours = self._order[place], self._sorted[place] == keys
+            yield ids[ours], records[ours]
 
     def _stamps(self, txn: lmdb.Transaction) -> NDArray[np.int32]:
         stamps = np.full(self._samples, -1, np.int32)
         for ids, records in self._scan(txn):
             stamps[ids] = records["stamp"]
         return stamps
+
+
+def _lowest(values: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
+    """Whether each is one of the `count` lowest; of equal ones the first are."""
+    if count == 0:
+        return np.zeros(len(values), np.bool_)
+    bound = np.partition(values, count - 1)[count - 1]
+    chosen = values < bound
+    chosen[np.flatnonzero(values == bound)[: count - np.count_nonzero(chosen)]] = True
+    return chosen

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -196,7 +197,10 @@ class ImageIndex:
     def fingerprint(self) -> str:
         """16 bytes of BLAKE2b, as hex, over the path and label of every sample, in order."""
         digest = hashlib.blake2b(digest_size=16)
-        for name, label in zip(self.files, self.labels.tolist(), strict=True):
+        # By parts: all labels as Python's integers would take four times the memory of the array.
+        parts = np.array_split(self.labels, len(self) // 4096 + 1)
+        labels = chain.from_iterable(part.tolist() for part in parts)
+        for name, label in zip(self.files, labels, strict=True):
             raw = name.encode()
             digest.update(struct.pack("<Iq", len(raw), label) + raw)  # the length: unambiguous
         return digest.hexdigest()

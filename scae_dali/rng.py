@@ -21,6 +21,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_AT_ONCE = 1 << 16  # samples; their words stay in the processor's cache
 _BLOCK_BITS = 16  # of the last counter word; the rest names the stream
 
 
@@ -97,6 +98,18 @@ def uniforms(seed: int, stream: Stream, epoch: Array, ids: Array, n: int) -> Arr
     words = philox(counter, seed)  # [4, B, blocks]
     words = xp.reshape(xp.permute_dims(words, (1, 2, 0)), (ids.shape[0], 4 * blocks))
     return (xp.astype(words[:, :n], xp.float64) + 0.5) * 2.0**-32
+
+
+def uniform_each(seed: int, stream: Stream, epoch: int, ids: np.ndarray) -> np.ndarray:
+    """`uniforms` of one number a sample, for whole data sets: ids int64 [N] -> float64 [N].
+
+    In blocks, for the words take ten times the numbers' own memory.
+    """
+    out = np.empty(len(ids))
+    for start in range(0, len(ids), _AT_ONCE):
+        block = slice(start, start + _AT_ONCE)
+        out[block] = uniforms(seed, stream, epoch, ids[block], 1)[:, 0]
+    return out
 
 
 def derive(seed: int, purpose: str) -> int:

@@ -1,6 +1,7 @@
 """Chunks of a pass: committed in a thread, in order, and none forgotten where a commit fails."""
 
 import threading
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_a_commit_that_fails_raises_and_its_maps_are_tried_again(last):
         body()
     assert seen == (["the end of the body"] if last else [])
     # At the very end the error ends the context, and the pass stays under way.
-    assert sorted(sum(store.chunks, [])) == ([] if last else list(range(8)))
+    assert sorted(chain(*store.chunks)) == ([] if last else list(range(8)))
     assert not store.ended
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from scipy import stats
 
-from scae_dali.rng import Stream, derive, philox, uniforms
+from scae_dali import rng
+from scae_dali.rng import Stream, derive, philox, uniform_each, uniforms
 
 # Random123, kat_vectors: counter, key -> output of philox4x32-10.
 VECTORS = [
@@ -68,6 +69,14 @@ def test_torch_and_numpy_agree():
     mine = uniforms(2**63 + 5, Stream.CROP, 9, ids, 22)
     other = uniforms(2**63 + 5, Stream.CROP, 9, torch_xp.asarray(ids), 22)
     np.testing.assert_array_equal(mine, other.numpy())
+
+
+def test_a_number_of_each_is_the_first_of_its_uniforms(monkeypatch):
+    monkeypatch.setattr(rng, "_AT_ONCE", 7)
+    ids = np.array([5, 3, 2**40, 9] * 5)
+    each = uniform_each(3, Stream.ORDER, 2, ids)
+    np.testing.assert_array_equal(each, uniforms(3, Stream.ORDER, 2, ids, 1)[:, 0])
+    assert uniform_each(3, Stream.ORDER, 2, ids[:0]).shape == (0,)
 
 
 def test_bad_arguments_are_named():

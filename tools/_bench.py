@@ -40,6 +40,7 @@ PACKAGES = {
     "lmdb": ("lmdb",),
     "torch": ("torch",),
     "torchvision": ("torchvision",),
+    "timm": ("timm",),
     "dali": ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110"),
 }
 
@@ -54,8 +55,8 @@ def parse(
 ) -> argparse.Namespace:
     """The arguments, with those that every benchmark has: --rounds, --quick, --json, --plot.
 
-    rounds: the default. quick: what --quick sets, by name, for a run of a minute. counts: the
-    arguments that must be at least 1, where they are given.
+    rounds: the default. quick: what --quick sets, by name, for a run of a minute, unless it is
+    given. counts: the arguments that must be at least 1, where they are given.
     """
     sets = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in quick.items())
     parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
@@ -64,7 +65,8 @@ def parse(
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the ratios there")
     args = parser.parse_args(argv)
     if args.quick:
-        vars(args).update(quick)
+        parser.set_defaults(**quick)
+        args = parser.parse_args(argv)
     for name in ("rounds", *counts):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -170,8 +172,12 @@ def report(
     table: Sequence[Mapping[str, Any]],
     args: argparse.Namespace,
     extra: Mapping[str, Any] | None = None,
+    panels: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
-    """Prints rows and `extra`; writes them, with `about`, and draws them where `parse` was told."""
+    """Prints rows and `extra`; writes them, with `about`, and draws them where `parse` was told.
+
+    panels: the rows as `draw` takes them; None: all in one.
+    """
     result = {**about(), "rows": list(table), **(extra or {})}
     width = max([len(row["name"]) for row in table], default=4)
     print(f"{'':{width}}  {'per second':>12}  {'IQR':>10}  {'ratio':>6}  {'IQR':>5}")
@@ -185,24 +191,33 @@ def report(
     if args.json is not None:
         write_json(args.json, result)
     if args.plot is not None:
-        draw(table, args.plot)
+        draw(panels or {"": table}, args.plot)
     return result
 
 
-def draw(table: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The ratios as bars, with half the interquartile range to either side."""
+def draw(panels: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """The ratios as bars, with half the interquartile range to either side; a panel a title, all
+    with rows of the same names."""
     from matplotlib.figure import Figure  # of the extra `train`
 
-    figure = Figure(figsize=(8, 1 + 0.35 * len(table)), layout="constrained")
-    axes = figure.subplots()
-    ratios, spread = ([row[key] for row in table] for key in ("ratio", "ratio_iqr"))
-    names = [row["name"] for row in table]
-    bars = axes.barh(names, ratios, xerr=[value / 2 for value in spread], capsize=3, height=0.6)
-    axes.bar_label(bars, fmt="%.2f", padding=8)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.invert_yaxis()
-    axes.set_xlabel("rate, as a multiple of the baseline's")
-    axes.margins(x=0.12)
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    height = 0.35 * max(map(len, panels.values()))
+    figure = Figure(figsize=(4 + 4 * across, down * (1 + height)), layout="constrained")
+    grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    for axes, (title, table) in zip(grid.flat, panels.items(), strict=False):
+        ratios, spread = ([row[key] for row in table] for key in ("ratio", "ratio_iqr"))
+        names = [row["name"] for row in table]
+        bars = axes.barh(names, ratios, xerr=[value / 2 for value in spread], capsize=3, height=0.6)
+        axes.bar_label(bars, fmt="%.2f", padding=8)
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_title(title)
+        axes.tick_params(labelbottom=True)
+        axes.margins(x=0.12)
+    grid[0, 0].invert_yaxis()  # shared by all
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    figure.supxlabel("rate, as a multiple of the baseline's", fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

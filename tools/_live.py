@@ -11,7 +11,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ __all__ = [
     "random_cache",
     "random_images",
     "settle",
+    "some_of",
+    "whole_numbers",
 ]
 
 SEED = 7
@@ -58,14 +60,38 @@ def device_number(parser: argparse.ArgumentParser, text: str) -> int | None:
     return None if text == "cpu" else int(text)
 
 
-def epoch_index(root: str, repeat: int, batch_size: int) -> ImageIndex:
-    """The files, repeated, without those that would leave the last batch incomplete."""
+def whole_numbers(text: str) -> list[int]:
+    """Of an option: 1,2 -> [1, 2]."""
+    numbers = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"must be whole numbers from 1 on, as in 1,2, got {text}")
+    return list(dict.fromkeys(numbers))
+
+
+def some_of(*choices: str) -> Callable[[str], list[str]]:
+    """Of an option: A,B -> ["A", "B"], out of the choices."""
+
+    def parse(text: str) -> list[str]:
+        parts = list(dict.fromkeys(text.split(",")))
+        if unknown := [part for part in parts if part not in choices]:
+            raise argparse.ArgumentTypeError(
+                f"must be some of {', '.join(choices)}, joined by commas, got {', '.join(unknown)}"
+            )
+        return parts
+
+    return parse
+
+
+def epoch_index(root: str, repeat: int, batch_size: int, shards: int = 1) -> ImageIndex:
+    """The files, repeated, without those that would leave the last batch of a shard incomplete."""
     index = ImageIndex(root)
-    n = len(index) * repeat // batch_size * batch_size
+    together = shards * batch_size
+    n = len(index) * repeat // together * together
     if n == 0:
+        of = "" if shards == 1 else f" for each of {shards} shards"
         raise SystemExit(
-            f"--data {root} has {len(index)} images, fewer than --batch-size {batch_size}; pass a "
-            f"smaller one, or --repeat {-(-batch_size // len(index))}"
+            f"--data {root} has {len(index)} images, fewer than --batch-size {batch_size}{of}; "
+            f"pass a smaller one, or --repeat {-(-together // len(index))}"
         )
     labels = np.tile(index.labels, repeat)[:n]
     files = (index.files * repeat)[:n]
@@ -159,12 +185,13 @@ class Row:
         self.plan_ms: list[float] = []  # a batch, of every round
         self.cpu_ms: list[float] = []  # an image
 
-    def measure(self, n: int) -> float:
-        """-> img/s over n batches."""
+    def measure(self, n: int, ready: Callable[[], object] = lambda: None) -> float:
+        """-> img/s over n batches. ready: called last before the clock starts."""
         planned = self._stage.seconds if self._stage else 0.0
         cpu = cpu_seconds()
         images_ahead = sum(len(next(self._batches)) for _ in range(self._ahead))
         synchronize()
+        ready()
         start = time.perf_counter()
         images = sum(len(next(self._batches)) for _ in range(n))
         synchronize()

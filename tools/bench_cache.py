@@ -1,51 +1,56 @@
-"""Measure the saliency cache: lookups and writes against plain LMDB, size on disk, time to load.
+"""Measure the saliency cache: lookups and writes, cold and warm, by one process and by several.
 
     python tools/bench_cache.py --json tools/results/cache_cpu.json
 
 Lookups are of random samples, a batch in a transaction, as a shuffling pipeline makes them. A write
 is a whole pass over an existing cache; the first pass, which appends, is timed once. Plain LMDB
-does the same gets and puts with keys and values at hand, and so is the limit for a cache.
+does the same gets and puts with keys and values at hand, and so is the limit for a cache. Cold: the
+environment closed and the page cache without its file, as `cold_kept` tells; what a disk or a host
+below the kernel holds is beyond this. Several processes read random batches, with and without one
+more that writes passes meanwhile; `epochs_seen` above 1 tells that they met it. Every map tells its
+sample and pass: a reader that finds one of two passes, or none, fails the benchmark. Before all
+that, it is made sure that such a map is found.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lmdb
 import numpy as np
-from numpy.typing import NDArray
+from _growth import SyntheticIndex, draw, maps_of, salts, sizes
+from _memory import drop_pages
 
-from _bench import interleaved, iqr, parse, report, rows
-from scae_dali.cache import CHUNK, ChunkWriter, ResidentCache, SaliencyCache
+from _bench import interleaved, iqr, parse, report, rows, settings
+from scae_dali.cache import CHUNK, ChunkWriter, SaliencyCache
+from scae_dali.records import Maps, split
+from scae_dali.store import DATA_FILE
 
 PLAIN_READ, PLAIN_WRITE = "LMDB get", "LMDB put, pass"
+READ, WRITE = "cache, {} keys, read", "cache, {} keys, pass"
+RESIDENT = "resident copy, read"
+COLD = 0.01  # of the file in the page cache is still called cold
 
 
-@dataclass(frozen=True)
-class SyntheticIndex:
-    """As many samples as asked for; keys as an index or path hashes would give them."""
-
-    samples: int
-    fingerprint: str = "0" * 32
-
-    def __len__(self) -> int:
-        return self.samples
-
-    def keys(self, naming: str) -> NDArray[np.uint64]:
-        if naming == "index":
-            return np.arange(self.samples, dtype=np.uint64)
-        return np.random.default_rng(1).integers(0, 2**64, self.samples, np.uint64)
-
-
-def timed_pass(cache: SaliencyCache, epoch: int, maps: NDArray[np.uint8], batch: int) -> float:
-    """A whole pass -> records a second."""
+def timed_pass(cache: SaliencyCache, epoch: int, batch: int) -> float:
+    """A whole pass, begin to end, of maps that are at hand -> records a second."""
+    meta = cache.meta
+    maps = np.empty((meta.samples, *meta.grid), np.uint8)
+    for first in range(0, len(maps), CHUNK):
+        some = maps[first : first + CHUNK]
+        some[:] = maps_of(np.arange(first, first + len(some)), epoch, meta.grid)
     start = time.perf_counter()
     with ChunkWriter(cache, epoch) as writer:
         for first in range(0, len(writer.pending), batch):
@@ -54,53 +59,189 @@ def timed_pass(cache: SaliencyCache, epoch: int, maps: NDArray[np.uint8], batch:
     return len(maps) / (time.perf_counter() - start)
 
 
-def plain_pass(env: lmdb.Environment, records: list[tuple[bytes, bytes]], append: bool) -> float:
-    """The same records in the same chunks -> records a second."""
-    start = time.perf_counter()
-    for first in range(0, len(records), CHUNK):
-        with env.begin(write=True) as txn:
-            txn.cursor().putmulti(records[first : first + CHUNK], append=append)
-    return len(records) / (time.perf_counter() - start)
-
-
-def lookups(read: Callable[[Any], object], batches: list[Any], batch: int) -> Callable[[], float]:
-    """A candidate: reads every batch -> lookups a second."""
-
-    def run() -> float:
+def plain_pass(env: lmdb.Environment, n: int, grid: Sequence[int], append: bool) -> float:
+    """Records of the same size in the same chunks -> records a second."""
+    seconds = 0.0
+    for first in range(0, n, CHUNK):
+        ids = np.arange(first, min(first + CHUNK, n))
+        keys = split(ids.astype(">u8").tobytes(), 8)
+        values = [b"\0\0" + one.tobytes() for one in maps_of(ids, 0, grid)]
         start = time.perf_counter()
-        for ids in batches:
-            read(ids)
-        return len(batches) * batch / (time.perf_counter() - start)
+        with env.begin(write=True) as txn:
+            txn.cursor().putmulti(zip(keys, values, strict=True), append=append)
+        seconds += time.perf_counter() - start
+    return n / seconds
 
-    return run
+
+def lookups(read: Callable[[Any], object], batches: Sequence[Any]) -> float:
+    """Reads every batch -> lookups a second."""
+    start = time.perf_counter()
+    for ids in batches:
+        read(ids)
+    return sum(map(len, batches)) / (time.perf_counter() - start)
 
 
-def measure(args: argparse.Namespace, folder: Path) -> None:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "iqr": iqr(values)}
+
+
+def cold_reads(path: Path, index: SyntheticIndex, batches: Sequence[Any], rounds: int) -> dict:
+    """A cache that nobody has open, in turn with its pages dropped and without: see `cold`."""
+    found: dict[str, list[float]] = {}
+    for number, cold in enumerate([True, False] * rounds):
+        mine = batches[number // 2 :: rounds]  # warm are those that have just been read
+        kept = drop_pages(path / DATA_FILE) if cold else 1.0
+        start = time.perf_counter()
+        with SaliencyCache(path, index=index) as cache:
+            opened = time.perf_counter() - start
+            first, rest = (lookups(cache.read, some) for some in (mine[:1], mine[1:]))
+        kept = max(kept, drop_pages(path / DATA_FILE)) if cold else 1.0
+        with SaliencyCache(path, index=index) as cache:
+            start = time.perf_counter()
+            cache.resident()
+            loaded = time.perf_counter() - start
+        for name, value in {
+            "kept": kept,
+            "open_s": opened,
+            "first_batch_ms": 1e3 * len(mine[0]) / first,
+            "lookups_per_s": rest,
+            "resident_load_s": loaded,
+        }.items():
+            found.setdefault(f"{'cold' if cold else 'warm'}_{name}", []).append(value)
+    return {
+        "cold": max(found["cold_kept"]) < COLD,
+        "batches_after_the_first": len(batches) // rounds - 1,
+        **{name: spread(values) for name, values in found.items() if name != "warm_kept"},
+    }
+
+
+@dataclass
+class Seen:
+    """What a reader has met: maps, those of no single pass, missing ones, and epochs % 256."""
+
+    maps: int = 0
+    torn: int = 0
+    missing: int = 0
+    epochs: frozenset[int] = frozenset()
+
+    def add(self, ids: np.ndarray, maps: Maps, found: np.ndarray) -> None:
+        told = salts(ids[found], maps[found])
+        self.maps += len(ids)
+        self.torn += int((told < 0).sum())
+        self.missing += int((~found).sum())
+        self.epochs |= set(told[told >= 0].tolist())
+
+
+def check_the_check() -> None:
+    """Raises where a torn map, one of another sample, or a missing one would not be found."""
+    ids = np.arange(4)
+    maps, found = maps_of(ids, 1), np.array([True, True, True, False])
+    maps[0, 3:] = maps_of(ids, 2)[0, 3:]
+    maps[1] = maps_of(ids, 1)[2]
+    seen = Seen()
+    seen.add(ids, maps, found)
+    if (seen.torn, seen.missing, seen.epochs) != (2, 1, {1}):
+        raise RuntimeError(f"the check for torn maps does not work: {seen}")
+
+
+_barrier: Any = None  # of a process that reads or writes: all begin at once
+
+
+def _set_barrier(barrier: Any) -> None:
+    global _barrier
+    _barrier = barrier
+
+
+def reader(path: str, seed: int, batch: int, seconds: float) -> tuple[float, Seen]:
+    """Looks random batches up -> lookups a second of the time in `read`, and what it met."""
+    rng, seen, reading = np.random.default_rng(seed), Seen(), 0.0
+    with SaliencyCache(path) as cache:
+        n = cache.meta.samples
+        cache.read(rng.integers(0, n, batch))
+        _barrier.wait()
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            ids = rng.integers(0, n, batch)
+            start = time.perf_counter()
+            maps, found = cache.read(ids)
+            reading += time.perf_counter() - start
+            seen.add(ids, maps, found)
+    return seen.maps / reading, seen
+
+
+class _TimeIsUp(Exception):  # noqa: N818 - no error
+    pass
+
+
+def writer(path: str, batch: int, seconds: float) -> float:
+    """Writes passes, from within the first one on; the last stays under way -> records a second."""
+    written, start = 0, 0.0
+    with SaliencyCache(path) as cache, suppress(_TimeIsUp):
+        meta = cache.meta
+        begin = (meta.epoch or 0) + 1 if meta.under_way is None else meta.under_way["epoch"]
+        for epoch in itertools.count(begin):
+            with ChunkWriter(cache, epoch) as chunks:
+                if not start:
+                    _barrier.wait()
+                    start = time.perf_counter()
+                for first in range(0, len(chunks.pending), batch):
+                    if time.perf_counter() > start + seconds:
+                        raise _TimeIsUp
+                    ids = chunks.pending[first : first + batch]
+                    chunks.write(ids, maps_of(ids, epoch, meta.grid))
+                    written += len(ids)
+    return written / (time.perf_counter() - start)
+
+
+def together(path: str, readers: int, writes: bool, batch: int, seconds: float) -> dict[str, Any]:
+    """So many readers, and a writer or none, each in a process of its own, at the same time."""
+    spawn = multiprocessing.get_context("spawn")
+    count = readers + writes
+    with ProcessPoolExecutor(
+        count,
+        spawn,
+        initializer=_set_barrier,
+        initargs=(spawn.Barrier(count, timeout=120),),
+    ) as pool:
+        writing = [pool.submit(writer, path, batch, seconds)] if writes else []
+        reading = [pool.submit(reader, path, seed, batch, seconds) for seed in range(readers)]
+        met = [future.result() for future in reading]
+        written = [future.result() for future in writing]
+    return {
+        "readers": readers,
+        "writer": writes,
+        "lookups_per_s": [round(rate) for rate, _ in met],
+        "torn": sum(seen.torn for _, seen in met),
+        "missing": sum(seen.missing for _, seen in met),
+        "checked": sum(seen.maps for _, seen in met),
+        "epochs_seen": len(frozenset().union(*(seen.epochs for _, seen in met))),
+        "written_per_s": round(written[0]) if written else None,
+    }
+
+
+def measure(n: int, args: argparse.Namespace, folder: Path) -> tuple[list[dict], dict[str, Any]]:
+    """Rows and all else of a cache of n records."""
     rng = np.random.default_rng(0)
-    index = SyntheticIndex(args.records)
-    maps = rng.integers(0, 256, (args.records, *args.grid), np.uint8)
-    records = [(i.to_bytes(8, "big"), b"\0\0" + maps[i].tobytes()) for i in range(args.records)]
-    env = lmdb.open(str(folder / "plain.lmdb"), map_size=max(4 * args.records * 128, 1 << 26))
-    first_pass = {PLAIN_WRITE: plain_pass(env, records, append=True)}
-
+    index = SyntheticIndex(n)
+    grid = tuple(args.grid)
+    env = lmdb.open(str(folder / "plain.lmdb"), map_size=max(4 * n * 128, 1 << 26))
+    first_pass = {PLAIN_WRITE: plain_pass(env, n, grid, append=True)}
     caches: dict[str, SaliencyCache] = {}
     bytes_on_disk: dict[str, dict[str, int]] = {}
     for naming in ("index", "path"):
-        cache = SaliencyCache.create(
-            folder / f"{naming}.lmdb", index, grid=tuple(args.grid), naming=naming
-        )
+        cache = SaliencyCache.create(folder / f"{naming}.lmdb", index, grid=grid, naming=naming)
         cache.write_neighbors(np.zeros((1000, 5), np.uint16))
-        first_pass[f"cache, {naming} keys, pass"] = timed_pass(cache, 0, maps, args.batch)
+        first_pass[WRITE.format(naming)] = timed_pass(cache, 0, args.batch)
         bytes_on_disk[naming] = {"first_pass": cache.size_bytes}
         caches[naming] = cache
 
-    def rewrite(cache: SaliencyCache) -> Callable[[], float]:
-        return lambda: timed_pass(cache, (cache.meta.epoch or 0) + 1, maps, args.batch)
+    def rewrite(cache: SaliencyCache) -> float:
+        return timed_pass(cache, (cache.meta.epoch or 0) + 1, args.batch)
 
     writing = interleaved(
         {
-            PLAIN_WRITE: lambda: plain_pass(env, records, append=False),
-            **{f"cache, {naming} keys, pass": rewrite(cache) for naming, cache in caches.items()},
+            PLAIN_WRITE: partial(plain_pass, env, n, grid, append=False),
+            **{WRITE.format(naming): partial(rewrite, cache) for naming, cache in caches.items()},
         },
         args.rounds,
     )
@@ -108,16 +249,9 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         bytes_on_disk[naming]["after_passes"] = cache.size_bytes
         bytes_on_disk[naming]["passes"] = cache.meta.passes
 
-    loads = []
-    resident: ResidentCache | None = None
-    for _ in range(args.rounds):
-        start = time.perf_counter()
-        resident = caches["index"].resident()
-        loads.append(time.perf_counter() - start)
-    assert resident is not None
-
-    batches = [rng.integers(0, args.records, args.batch) for _ in range(args.batches)]
-    named = [[int(i).to_bytes(8, "big") for i in ids] for ids in batches]
+    resident = caches["index"].resident()
+    batches = [rng.integers(0, n, args.batch) for _ in range(args.batches)]
+    named = [split(ids.astype(">u8").tobytes(), 8) for ids in batches]
 
     def plain_read(names: list[bytes]) -> list[bytes | None]:
         with env.begin() as txn:
@@ -125,39 +259,85 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
 
     reading = interleaved(
         {
-            PLAIN_READ: lookups(plain_read, named, args.batch),
-            "cache, index keys, read": lookups(caches["index"].read, batches, args.batch),
-            "cache, path keys, read": lookups(caches["path"].read, batches, args.batch),
-            "resident copy, read": lookups(resident.read, batches, args.batch),
+            PLAIN_READ: partial(lookups, plain_read, named),
+            **{
+                READ.format(naming): partial(lookups, cache.read, batches)
+                for naming, cache in caches.items()
+            },
+            RESIDENT: partial(lookups, resident.read, batches),
         },
         args.rounds,
     )
-    extra = {
-        "records": args.records,
-        "grid": args.grid,
-        "batch": args.batch,
-        "rounds": args.rounds,
-        "bytes_on_disk": bytes_on_disk,
-        "resident_load_s": {"median": statistics.median(loads), "iqr": iqr(loads)},
-        "first_pass_records_per_s": first_pass,
-    }
-    report(rows(reading, PLAIN_READ) + rows(writing, PLAIN_WRITE), args, extra)
+    env.close()
     for cache in caches.values():
         cache.close()
-    env.close()
+    path = folder / "index.lmdb"
+    extra = {
+        "records": n,
+        "bytes_on_disk": bytes_on_disk,
+        "bytes_per_record": round(bytes_on_disk["index"]["after_passes"] / n, 1),
+        "first_pass_records_per_s": first_pass,
+        "cold": cold_reads(path, index, batches, args.rounds),
+        "processes": [
+            together(str(path), readers, writes, args.batch, args.seconds)
+            for readers in args.processes
+            for writes in (False, True)
+        ],
+    }
+    table = rows(reading, PLAIN_READ) + rows(writing, PLAIN_WRITE)
+    return [{**row, "name": f"{row['name']}, {n:,}"} for row in table], extra
+
+
+def growth(table: Sequence[dict], found: Sequence[dict], batch: int) -> dict[str, Any]:
+    """Microseconds a record against the number of records, for `draw`."""
+    rates = {row["name"]: row["img_per_s"] for row in table}
+
+    def lines(names: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
+        ns = [one["records"] for one in found]
+        return {name: [(n, 1e6 / rates[f"{name}, {n:,}"]) for n in ns] for name in names}
+
+    namings = ("index", "path")
+    looked = lines([PLAIN_READ, *(READ.format(naming) for naming in namings), RESIDENT])
+    if all(one["cold"]["cold"] for one in found):
+        looked["first batch of a cold file"] = [
+            (one["records"], 1e3 * one["cold"]["cold_first_batch_ms"]["median"] / batch)
+            for one in found
+        ]
+    written = lines([PLAIN_WRITE, *(WRITE.format(naming) for naming in namings)])
+    return {"µs a lookup": looked, "µs a record of a pass": written}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--records", type=int, default=1_281_167, help="default: ImageNet's")
+    parser.add_argument(
+        "--records", type=sizes, default="1e5,1281167,1e7", help="of each cache; ImageNet's is one"
+    )
     parser.add_argument("--grid", type=int, nargs=2, default=[7, 7], metavar=("H", "W"))
     parser.add_argument("--batch", type=int, default=256, help="lookups a transaction")
     parser.add_argument("--batches", type=int, default=400, help="batches a round")
+    parser.add_argument(
+        "--processes", type=sizes, default="1,2,4", help="that read at once; default: 1,2,4"
+    )
+    parser.add_argument("--seconds", type=float, default=2, help="that processes read together")
     parser.add_argument("--dir", help="where to put the caches meanwhile; default: the temporary")
-    quick = {"rounds": 2, "records": 100_000, "batches": 50}
-    args = parse(parser, None, rounds=5, quick=quick)
-    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
-        measure(args, Path(folder))
+    quick = {"rounds": 2, "records": [100_000], "batches": 50, "processes": [1, 2], "seconds": 0.5}
+    args = parse(parser, None, rounds=3, quick=quick, counts=("batch",))
+    if args.batches < 2 * args.rounds:
+        parser.error(f"--batches must be at least two a round, got {args.batches}")
+    check_the_check()
+    table: list[dict] = []
+    found: list[dict] = []
+    for n in args.records:
+        with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+            lines, extra = measure(n, args, Path(folder))
+        table += lines
+        found.append(extra)
+    without_bars = argparse.Namespace(**{**vars(args), "plot": None})
+    report(table, without_bars, {"settings": settings(args), "sizes": found})
+    if args.plot is not None:
+        draw(growth(table, found, args.batch), args.plot, "records")
+    if faults := sum(one["torn"] + one["missing"] for s in found for one in s["processes"]):
+        raise SystemExit(f"readers met {faults} maps that were torn or missing")
 
 
 if __name__ == "__main__":

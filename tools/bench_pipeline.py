@@ -1,24 +1,35 @@
-"""Throughput of the training pipeline by method, beside no erasing and beside torchvision.
+"""Throughput of the training pipeline by method, beside no erasing and beside what others do.
 
     python tools/bench_pipeline.py --data imagenet/train --json tools/results/pipeline_cpu.json
+    python tools/bench_pipeline.py --data imagenet/train --methods none,scae --peers native \
+        --threads 1,2 --batch-size 64,256 --dtype fp32,fp16 --decode roi,full --json sweep.json
 
 Rows: a method each, or several joined by +; `none (again)`, a second pipeline like `none`, which
-shows the noise floor; `native METHOD`, DALI's own counterpart of a method, with DALI's random
-numbers; `torchvision METHOD`, the same recipe with torchvision's in a DataLoader with as many
-workers as DALI has threads, decoded with Pillow as ImageFolder does; `torchvision (decode_image)`,
-that of Random Erasing with torchvision's own decoder.
-`ratio` is a row's rate over that of `none`; `versus_native` and `versus_torchvision` are those over
-the counterparts, which for SCAE are those of Random Erasing.
+shows the noise floor; and those of --peers:
+native       `native METHOD`, DALI's own counterpart of a method, with DALI's random numbers, on the
+             crops of `none`; `native none`, DALI's own crop and flip without any Python: what the
+             plan of `none` costs; `decode alone`, files read and decoded whole, and no more: the
+             rate that the decoder sets (a `roi` decoder may leave parts out, and exceed it).
+torchvision  `torchvision METHOD`, the same recipe with torchvision's in a DataLoader with as many
+             workers as DALI has threads, decoded with Pillow as ImageFolder does; `torchvision
+             (decode_image)`, that of Random Erasing with torchvision's own decoder.
+timm         `timm METHOD`, likewise by timm's create_loader; on the CPU without its prefetcher.
+`ratio` is a row's rate over that of `none`; `versus_native`, `versus_torchvision` and `versus_timm`
+are those over the counterparts, which for SCAE are those of Random Erasing.
 `cpu_ms_per_image` counts the work instead of the time: it bears other load on the machine.
 
 All rows live at once and take turns. Methods run with their default settings; SCAE where λ is
 largest, from a cache of random maps, and where nothing of a tail is mixed: the classes have one
-size (bench_mixing.py has a tail).
+size (bench_mixing.py has a tail). --threads, --batch-size, --dtype, --decode and --layout take
+several values, A,B,...: every combination is measured, one after the other, with ratios to its own
+`none`, and names of rows say what differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import os
 import statistics
 import tempfile
@@ -26,7 +37,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import _torchvision
+import _native
+import _peers
 import torch
 from _live import (
     GUIDED,
@@ -38,124 +50,78 @@ from _live import (
     medians,
     random_cache,
     settle,
+    some_of,
+    whole_numbers,
 )
-from nvidia.dali import Pipeline, fn, math, pipeline_def, types
-from nvidia.dali.auto_aug import auto_augment, rand_augment, trivial_augment
 
 import _bench
 import _path  # noqa: F401
 from pipelines import train
 from pipelines.config import ExecConfig, ImageConfig
-from pipelines.images import crop_planned, normalise, read_shuffled, resolve_decode
+from pipelines.images import resolve_decode
 from scae_dali.cache import SaliencyCache
-from scae_dali.config import (
-    AutoAugmentConfig,
-    PolicyConfig,
-    RandAugmentConfig,
-    RandomErasingConfig,
-    TrivialAugmentConfig,
-)
 from scae_dali.dataset import ImageIndex
 from scae_dali.iterator import Loader
 from scae_dali.methods import BUILT_IN
-from scae_dali.methods.policy import deprecations_hidden
 from scae_dali.ops import Stage
-from scae_dali.rng import derive
+
+PEERS = ("native", "torchvision", "timm")
+# The options of which every combination is measured, and how names of rows tell their values.
+SWEPT = {
+    "threads": "threads {}",
+    "batch_size": "batch {}",
+    "dtype": "{}",
+    "decode": "{}",
+    "layout": "{}",
+}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", required=True, metavar="DIR", help="DIR/<class>/<image>")
     parser.add_argument("--methods", default=",".join(BUILT_IN), metavar="A,B,...")
-    parser.add_argument("--backends", default="numpy", help="of SCAE's plan: numpy, torch or both")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument(
+        "--backends",
+        type=some_of("numpy", "torch"),
+        default="numpy",
+        metavar="A,B",
+        help="of SCAE's plan: numpy, torch or both",
+    )
+    parser.add_argument(
+        "--peers",
+        type=some_of(*PEERS, "none"),
+        default=",".join(PEERS),
+        metavar="A,B,...",
+        help="rows of others, or none; default: all",
+    )
     parser.add_argument("--batches", type=int, default=0, help="a round; default: an epoch's")
     parser.add_argument("--repeat", type=int, default=1, help="times each file is in an epoch")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--size", type=int, default=224, help="side of the crop in pixels")
     parser.add_argument("--device-id", default="cpu", metavar="N|cpu")
-    parser.add_argument("--dtype", choices=["fp32", "fp16"], default="fp32")
-    parser.add_argument("--layout", choices=["NCHW", "NHWC"], default="NCHW")
-    parser.add_argument("--decode", choices=["auto", "roi", "full"], default="auto")
-    parser.add_argument("--no-torchvision", action="store_true")
+    several = partial(parser.add_argument, metavar="A,B,...")
+    several("--threads", type=whole_numbers, default="2", help="default: 2")
+    several("--batch-size", type=whole_numbers, default="64", help="default: 64")
+    several("--dtype", type=some_of("fp32", "fp16"), default="fp32", help="fp32, fp16")
+    several("--layout", type=some_of("NCHW", "NHWC"), default="NCHW", help="NCHW, NHWC")
+    several("--decode", type=some_of("auto", "roi", "full"), default="auto", help="auto, roi, full")
     args = _bench.parse(
         parser,
         argv,
         rounds=5,
-        quick={"rounds": 3, "batches": 3},
-        counts=("batch_size", "repeat", "threads", "size"),
+        quick={"rounds": 3, "batches": 3, "peers": "native"},
+        counts=("repeat", "size"),
     )
     args.methods = args.methods.split(",")
-    args.backends = args.backends.split(",")
+    args.peers = [peer for peer in args.peers if peer != "none"]
     if "none" not in args.methods:
         parser.error("--methods must name none, the row that the ratios are to")
     if unknown := {part for name in args.methods for part in name.split("+")} - set(BUILT_IN):
         parser.error(f"--methods: no method {', '.join(unknown)}; there are {', '.join(BUILT_IN)}")
-    if unknown := set(args.backends) - {"numpy", "torch"}:
-        parser.error(f"--backends must be numpy, torch or both, got {', '.join(unknown)}")
+    if "timm" in args.peers and not _peers.has_timm():
+        print("timm is not installed, so its rows are left out; pip install timm")
+        args.peers.remove("timm")
     args.device_id = device_number(parser, args.device_id)
     return args
-
-
-def native_erase(images: Any, image: ImageConfig) -> Any:
-    """A random rectangle by DALI's operators alone."""
-    erasing = RandomErasingConfig()
-    area = fn.random.uniform(range=erasing.area, seed=derive(SEED, "area"))
-    aspect = fn.random.uniform(range=erasing.aspect, seed=derive(SEED, "aspect"))
-    place = fn.random.uniform(range=(0.0, 1.0), shape=2, seed=derive(SEED, "place"))
-    erase = fn.random.coin_flip(probability=erasing.prob, seed=derive(SEED, "erase"))
-    shape = fn.stack(math.sqrt(area * aspect), math.sqrt(area / aspect))
-    shape = math.min(shape, 1.0) * erase
-    return fn.erase(
-        images,
-        anchor=place * (1.0 - shape),
-        shape=shape,
-        normalized=True,
-        axis_names="HW",
-        fill_value=image.mean,
-    )
-
-
-def native_policy(policy: Callable, config: PolicyConfig, **settings) -> Callable:
-    """One of auto_aug's own, with the settings of ours."""
-
-    def augment(images: Any, image: ImageConfig) -> Any:
-        largest, moved = config.max_translate_rel, {}
-        if largest is not None:
-            moved = {"shape": (image.size, image.size), "max_translate_rel": largest}
-        with deprecations_hidden():
-            return policy(images, fill_value=config.fill_value, seed=SEED, **settings, **moved)
-
-    return augment
-
-
-RAND, AUTO, TRIVIAL = RandAugmentConfig(), AutoAugmentConfig(), TrivialAugmentConfig()
-NATIVE = {
-    "random_erasing": native_erase,
-    "rand_augment": native_policy(
-        rand_augment.rand_augment, RAND, n=RAND.n, m=RAND.m, num_magnitude_bins=RAND.bins
-    ),
-    "auto_augment": native_policy(auto_augment.auto_augment, AUTO, policy_name=AUTO.policy),
-    "trivial_augment": native_policy(
-        trivial_augment.trivial_augment_wide, TRIVIAL, num_magnitude_bins=TRIVIAL.bins
-    ),
-}
-
-
-def native_pipeline(
-    stage: Stage, image: ImageConfig, run: ExecConfig, augment: Callable
-) -> Pipeline:
-    """As train_pipeline with the method `none`, and one of NATIVE."""
-
-    @pipeline_def(enable_checkpointing=True, enable_conditionals=True, **run.arguments())
-    def define():
-        encoded, ids = read_shuffled(stage.index, run, SEED)
-        images, plan = crop_planned(stage, encoded, ids, image, run)
-        images = augment(images, image)
-        images = normalise(images, image, mirror=plan.part("flip", types.INT32))
-        return images, plan.row
-
-    return define()
 
 
 def live_rows(
@@ -163,19 +129,22 @@ def live_rows(
     index: ImageIndex,
     cache: SaliencyCache,
     image: ImageConfig,
+    run: ExecConfig,
 ) -> dict[str, Row]:
     """Every row's pipeline or DataLoader, running."""
-    run = ExecConfig(batch_size=args.batch_size, device_id=args.device_id, threads=args.threads)
-    device = "cpu" if args.device_id is None else f"cuda:{args.device_id}"
-
-    def stage(method: str, **keywords) -> Stage:
-        keywords |= GUIDED | {"cache": cache}
-        return Stage(index, method, batch_size=args.batch_size, **keywords)
+    device = "cpu" if run.device_id is None else f"cuda:{run.device_id}"
+    ahead = run.prefetch + 1
 
     def row(build: Callable, method: str, **keywords) -> Row:
-        of = stage(method, **keywords)
-        loader = Loader(build(of, image, run), train.OUTPUTS, index, drop_last=False)
-        return Row((batch.images for batch in endless(loader)), run.prefetch + 1, of)
+        stage = Stage(index, method, batch_size=run.batch_size, cache=cache, **GUIDED, **keywords)
+        loader = Loader(build(stage, image, run), train.OUTPUTS, index, drop_last=False)
+        return Row((batch.images for batch in endless(loader)), ahead, stage)
+
+    def workers(batches: Callable, method: str, **keywords) -> Row:
+        keywords |= {"batch_size": run.batch_size, "workers": run.threads, "device": device}
+        return Row(
+            batches(index, image, method=method, **keywords), run.threads * (_peers.AHEAD + 1)
+        )
 
     ours = partial(train.train_pipeline, seed=SEED)
     out = {}
@@ -184,33 +153,25 @@ def live_rows(
             out[method] = row(ours, method)
         if method == "scae" and "torch" in args.backends:
             out["scae (torch)"] = row(ours, method, backend="torch", torch_device=device)
-    for method in args.methods:
-        if method in NATIVE:
-            native = partial(native_pipeline, augment=NATIVE[method])
-            out[f"native {method}"] = row(native, "none")
     out["none (again)"] = row(ours, "none")
-    for method, decoder in counterparts(args):
-        batches = _torchvision.endless(
-            index,
-            image,
-            method=method,
-            decoder=decoder,
-            batch_size=args.batch_size,
-            workers=args.threads,
-            device=device,
-        )
-        name = f"torchvision {method}" if decoder == "torchvision" else decoder
-        out[name] = Row(batches, args.threads * (_torchvision.AHEAD + 1))
+    if "native" in args.peers:
+        out["native none"] = Row(_native.plain(index, image, run), ahead)
+        for method in args.methods:
+            if augment := _native.COUNTERPARTS.get(method):
+                build = partial(_native.augmented_pipeline, augment=augment)
+                out[f"native {method}"] = row(build, "none")
+        out["decode alone"] = Row(_native.decoded(index, run), ahead)
+    if "torchvision" in args.peers:
+        for method in args.methods:
+            if method in _peers.BY_TORCHVISION:
+                out[f"torchvision {method}"] = workers(_peers.torchvision, method)
+        for decoder in list(_peers.DECODERS)[1:]:
+            out[decoder] = workers(_peers.torchvision, "random_erasing", decoder=decoder)
+    if "timm" in args.peers:
+        for method in args.methods:
+            if method in _peers.BY_TIMM:
+                out[f"timm {method}"] = workers(_peers.timm, method)
     return out
-
-
-def counterparts(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """The rows of torchvision: method and decoder."""
-    if args.no_torchvision:
-        return []
-    methods = [name for name in args.methods if name in _torchvision.COUNTERPARTS]
-    pillow, *others = _torchvision.DECODERS
-    return [(name, pillow) for name in methods] + [("random_erasing", name) for name in others]
 
 
 def versus(samples: Mapping[str, Sequence[float]], peer: str) -> dict[str, float]:
@@ -225,36 +186,76 @@ def versus(samples: Mapping[str, Sequence[float]], peer: str) -> dict[str, float
     return out
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    if args.device_id is not None:
-        torch.cuda.set_device(args.device_id)
-    image = ImageConfig(
-        size=args.size,
-        val_resize=args.size,
-        decode=args.decode,
-        dtype=args.dtype,
-        layout=args.layout,
+def measure(
+    args: argparse.Namespace, chosen: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
+    """One combination -> its rows, and what else is known of them: by name, then by row."""
+    tensors = {name: chosen[name] for name in ("dtype", "decode", "layout")}
+    image = ImageConfig(size=args.size, val_resize=args.size, **tensors)
+    run = ExecConfig(
+        batch_size=chosen["batch_size"], device_id=args.device_id, threads=chosen["threads"]
     )
-    index = epoch_index(args.data, args.repeat, args.batch_size)
-    batches = args.batches or len(index) // args.batch_size
-    with tempfile.TemporaryDirectory() as folder:
-        cache = random_cache(os.path.join(folder, "maps.lmdb"), index)
-        live = live_rows(args, index, cache, image)
+    index = epoch_index(args.data, args.repeat, run.batch_size)
+    batches = args.batches or len(index) // run.batch_size
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        random_cache(os.path.join(folder, "maps.lmdb"), index) as cache,
+    ):
+        live = live_rows(args, index, cache, image, run)
         settle()
         samples = _bench.interleaved(
             {name: partial(row.measure, batches) for name, row in live.items()}, args.rounds
         )
-    table = _bench.rows(samples, "none")
-    extra: dict[str, Any] = medians(live)
-    for peer in ("native", "torchvision"):
-        extra[f"versus_{peer}"] = versus(samples, peer)
-    extra["settings"] = _bench.settings(args) | {
+        found = medians(live)
+        live.clear()  # their threads and workers end before those of the next combination begin
+        gc.collect()
+    settings = {
+        **chosen,
+        "decode_resolved": resolve_decode(image.decode, args.device_id),
         "images": len(index),
         "batches_per_round": batches,
-        "decode_resolved": resolve_decode(image.decode, args.device_id),
     }
-    _bench.report(table, args, extra)
+    table = [{**row, "settings": settings} for row in _bench.rows(samples, "none")]
+    return table, found | {f"versus_{peer}": versus(samples, peer) for peer in PEERS}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if args.device_id is not None:
+        torch.cuda.set_device(args.device_id)
+    panels: dict[str, list[dict[str, Any]]] = {}
+    extra: dict[str, Any] = {}
+    for values in itertools.product(*(getattr(args, name) for name in SWEPT)):
+        chosen = dict(zip(SWEPT, values, strict=True))
+        differs = [name for name in SWEPT if len(getattr(args, name)) > 1]
+        title = ", ".join(SWEPT[name].format(chosen[name]) for name in differs)
+        panels[title], found = measure(args, chosen)
+        for key, by_row in found.items():
+            named = {full_name(name, title): value for name, value in by_row.items()}
+            extra.setdefault(key, {}).update(named)
+    table = [
+        {**row, "name": full_name(row["name"], title)}
+        for title, rows in panels.items()
+        for row in rows
+    ]
+    shared = {
+        key: value
+        for key, value in table[0]["settings"].items()
+        if all(row["settings"][key] == value for row in table)
+    }
+    extra["settings"] = _bench.settings(args) | shared
+    if len(panels) > 1:
+        panels = {f"{title} ({rate_of_none(rows):,.0f}/s)": rows for title, rows in panels.items()}
+    _bench.report(table, args, extra, panels)
+
+
+def rate_of_none(rows: Sequence[Mapping[str, Any]]) -> float:
+    return next(row["img_per_s"] for row in rows if row["name"] == "none")
+
+
+def full_name(row: str, title: str) -> str:
+    """A row's name among those of all combinations."""
+    return f"{row}, {title}" if title else row
 
 
 if __name__ == "__main__":

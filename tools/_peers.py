@@ -1,10 +1,13 @@
-"""The pipeline's recipe in torchvision alone: what a user would take instead of DALI."""
+"""The pipeline's recipe by torchvision and by timm: what a user would take instead of DALI."""
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 import torch
 from PIL import Image
@@ -18,9 +21,9 @@ from pipelines.config import ImageConfig
 from scae_dali.config import RandomErasingConfig
 from scae_dali.dataset import ImageIndex
 
-__all__ = ["AHEAD", "COUNTERPARTS", "DECODERS", "endless"]
+__all__ = ["AHEAD", "BY_TIMM", "BY_TORCHVISION", "DECODERS", "has_timm", "timm", "torchvision"]
 
-AHEAD = 2  # batches that each worker prepares
+AHEAD = 2  # batches that each worker prepares; of both, unless told otherwise
 
 
 class Files(Dataset):
@@ -31,7 +34,7 @@ class Files(Dataset):
         self._labels = index.labels
         self._decode = DECODERS[decoder]
         dtype = torch.float32 if image.dtype == "fp32" else torch.float16
-        before, after = COUNTERPARTS.get(method, ([], []))
+        before, after = BY_TORCHVISION[method]
         self._transform = v2.Compose(
             [
                 v2.RandomResizedCrop(
@@ -55,7 +58,8 @@ class Files(Dataset):
 
 
 # By method: torchvision's transforms of the pixels, before and after the normalisation.
-COUNTERPARTS: dict[str, tuple[list[nn.Module], list[nn.Module]]] = {
+BY_TORCHVISION: dict[str, tuple[list[nn.Module], list[nn.Module]]] = {
+    "none": ([], []),
     "random_erasing": ([], [v2.RandomErasing(RandomErasingConfig().prob)]),
     "rand_augment": ([v2.RandAugment()], []),
     "auto_augment": ([v2.AutoAugment()], []),
@@ -92,17 +96,18 @@ if hasattr(io, "decode_image"):
     warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)
 
 
-def endless(
+def torchvision(
     index: ImageIndex,
     image: ImageConfig,
     *,
     method: str,
-    decoder: str,
     batch_size: int,
     workers: int,
     device: str,
+    decoder: str = "torchvision",
 ) -> Iterator[torch.Tensor]:
-    """Batches of images on `device`, shuffled, without end, by the counterpart of a method."""
+    """Batches of images on `device`, shuffled, without end, by torchvision's counterpart of a
+    method."""
     files = Files(index, image, decoder, method)
     mixing = {"mixup": v2.MixUp, "cutmix": v2.CutMix}.get(method)
     loader = DataLoader(
@@ -115,6 +120,77 @@ def endless(
         pin_memory=device != "cpu",
         multiprocessing_context="spawn",  # DALI's threads would not survive a fork
     )
-    layout = torch.channels_last if image.layout == "NHWC" else torch.contiguous_format
     for images, _ in loader:
-        yield images.to(device, memory_format=layout, non_blocking=True)
+        yield images.to(device, memory_format=memory_format(image), non_blocking=True)
+
+
+# By method: timm's probability of erasing.
+BY_TIMM = {"none": 0.0, "random_erasing": RandomErasingConfig().prob}
+
+
+def has_timm() -> bool:
+    return importlib.util.find_spec("timm") is not None
+
+
+class Reader:
+    """The files of an index as timm's ImageDataset reads them."""
+
+    def __init__(self, index: ImageIndex) -> None:
+        self._paths = [os.path.join(index.root, name) for name in index.files]
+        self._labels = index.labels
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, i: int) -> tuple[BinaryIO, int]:
+        return open(self._paths[i], "rb"), int(self._labels[i])  # ImageDataset reads it once
+
+
+def timm(
+    index: ImageIndex,
+    image: ImageConfig,
+    *,
+    method: str,
+    batch_size: int,
+    workers: int,
+    device: str,
+) -> Iterator[torch.Tensor]:
+    """Batches of images on `device`, shuffled, without end, by timm's loader.
+
+    On a GPU as its train.py takes it: workers give uint8, and its prefetcher normalises and erases
+    on the device. On the CPU without the prefetcher (its --no-prefetcher), whose work is done in
+    the workers then, for less time. Bilinear, without colour jitter, and filled with the mean, as
+    the other rows are; its loader of several epochs keeps the workers busy between them.
+    """
+    from timm.data import ImageDataset, create_loader
+
+    # timm's loader has no option for it; see `torchvision`.
+    torch.multiprocessing.set_start_method("spawn", force=True)
+    dtype = torch.float32 if image.dtype == "fp32" else torch.float16
+    loader = create_loader(
+        ImageDataset("", reader=Reader(index)),
+        input_size=(3, image.size, image.size),
+        batch_size=batch_size,
+        is_training=True,
+        re_prob=BY_TIMM[method],
+        scale=image.crop.area,
+        ratio=image.crop.aspect,
+        hflip=image.crop.flip,
+        color_jitter=None,  # type: ignore[arg-type]  # leaves it out, as its create_transform says
+        interpolation="bilinear",
+        mean=tuple(m / 255 for m in image.mean),
+        std=tuple(s / 255 for s in image.std),
+        num_workers=workers,
+        pin_memory=device != "cpu",
+        img_dtype=dtype,
+        device=torch.device(device),
+        use_prefetcher=device != "cpu",
+        use_multi_epochs_loader=True,
+    )
+    for _ in itertools.count():
+        for images, _ in loader:
+            yield images.to(dtype, memory_format=memory_format(image))
+
+
+def memory_format(image: ImageConfig) -> torch.memory_format:
+    return torch.channels_last if image.layout == "NHWC" else torch.contiguous_format

@@ -1,0 +1,194 @@
+"""The benchmarks of growth: what they find at small sizes, and that their checks can fail."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+sys.path.insert(0, str(TOOLS))
+
+import _growth  # noqa: E402
+import _memory  # noqa: E402
+import bench_cache  # noqa: E402
+import bench_scale  # noqa: E402
+
+
+def run(tool, *arguments, status=0):
+    """What the tool printed; fails unless it ended with this status."""
+    strict = ["-W", "error", "-W", "ignore::DeprecationWarning:gast.astn"]  # as in pyproject.toml
+    command = [sys.executable, *strict, str(TOOLS / f"{tool}.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_map_tells_its_sample_and_epoch():
+    ids = np.array([0, 1, 255, 256, 70_000, 99_999_999])
+    maps = _growth.maps_of(ids, 300)
+    assert (maps.dtype, maps.shape) == (np.uint8, (6, 7, 7))
+    assert _growth.salts(ids, maps).tolist() == [300 % 256] * 6
+    assert len({one.tobytes() for one in maps}) == 6
+    assert (_growth.maps_of(ids, 301) != maps).all()
+
+
+def test_a_reader_finds_torn_strange_and_missing_maps(monkeypatch):
+    bench_cache.check_the_check()
+    ids = np.arange(5)
+    maps = _growth.maps_of(ids, 1)
+    maps[1, 6, 6] = _growth.maps_of(ids, 2)[1, 6, 6]  # torn in the last byte
+    maps[2] = maps[3]
+    seen = bench_cache.Seen()
+    seen.add(ids, maps, np.array([True, True, True, True, False]))
+    assert seen == bench_cache.Seen(maps=5, torn=2, missing=1, epochs=frozenset({1}))
+    monkeypatch.setattr(bench_cache, "salts", lambda ids, maps: np.ones(len(ids), np.int64))
+    with pytest.raises(RuntimeError, match="the check for torn maps does not work"):
+        bench_cache.check_the_check()
+
+
+def test_readers_beside_a_writer_that_tears(tmp_path, monkeypatch):
+    """A torn map in the file itself makes the whole benchmark fail."""
+    n = 64
+    path = tmp_path / "maps.lmdb"
+    torn = _growth.maps_of(np.arange(n), 0)
+    torn[9, 3:] += 1
+    with bench_cache.SaliencyCache.create(path, _growth.SyntheticIndex(n), grid=(7, 7)) as cache:
+        cache.begin_pass(0)
+        cache.write(np.arange(n), torn, epoch=0)
+        cache.end_pass(0)
+    found = bench_cache.together(str(path), 1, False, n, 0.1)
+    assert found["torn"] > 0
+    assert found["missing"] == 0
+
+
+def test_bench_cache(tmp_path):
+    out, plot = tmp_path / "bench.json", tmp_path / "bench.png"
+    sizes = ["--records", "3e3,6000", "--batches", 8, "--batch", 32, "--rounds", 2]
+    together = ["--processes", "1,2", "--seconds", 0.3]
+    run("bench_cache", *sizes, *together, "--json", out, "--plot", plot)
+    result = json.loads(out.read_text())
+    assert [row["name"] for row in result["rows"][::7]] == ["LMDB get, 3,000", "LMDB get, 6,000"]
+    assert len(result["rows"]) == 14
+    assert [one["records"] for one in result["sizes"]] == [3000, 6000]
+    for one in result["sizes"]:
+        cold = one["cold"]
+        assert cold["cold"] == (cold["cold_kept"]["median"] < 0.01)
+        assert min(cold["cold_lookups_per_s"]["median"], cold["warm_open_s"]["median"]) > 0
+        processes = one["processes"]
+        assert [(p["readers"], p["writer"]) for p in processes] == [
+            (1, False),
+            (1, True),
+            (2, False),
+            (2, True),
+        ]
+        for process in processes:
+            assert (process["torn"], process["missing"]) == (0, 0)
+            assert process["checked"] > 0
+            assert len(process["lookups_per_s"]) == process["readers"]
+            assert (process["written_per_s"] is not None) == process["writer"]
+        assert max(process["epochs_seen"] for process in processes) > 1  # they did meet a writer
+    with Image.open(plot) as image:
+        assert image.format == "PNG"
+
+
+def test_bench_scale(tmp_path):
+    out, plot = tmp_path / "bench.json", tmp_path / "bench.png"
+    options = [
+        "--samples",
+        "2000,4000",
+        "--epoch",
+        3000,
+        "--files",
+        1500,
+        "--batch",
+        64,
+        "--lookups",
+        999,
+    ]
+    text = run("bench_scale", *options, "--rounds", 1, "--json", out, "--plot", plot)
+    result = json.loads(out.read_text())
+    assert [row["name"] for row in result["rows"]] == list(result["epoch"])
+    for epoch in result["epoch"].values():
+        assert (epoch["samples"], epoch["batches"]) == (3000, 47)
+        assert epoch["no_map"] == 0
+        assert 0.4 < epoch["erased"] < 0.6
+        assert set(epoch["own_bytes"]) == {"begin", "middle", "end"}
+    started = result["startup"]
+    assert (started["files"], started["folders"]) == (1500, 1000)
+    assert min(value["median"] for value in started["seconds"].values()) > 0
+    assert [(one["samples"], one["index"]) for one in result["sizes"]] == [
+        (2000, "ImageIndex"),
+        (4000, "ImageIndex"),
+    ]
+    for one in result["sizes"]:
+        assert set(one["steps"]) >= {"index", "first pass", "lookups", "order of an epoch", "plans"}
+        assert not [step for step in one["steps"].values() if "left_out" in step]
+    assert len(result["breaks_first"]) == 3
+    assert "4,000 samples, index: ImageIndex" in text
+    with Image.open(plot) as image:
+        assert image.format == "PNG"
+
+
+def test_names_that_do_not_fit_leave_the_other_steps(tmp_path):
+    known = {"names": 1e9, "load the resident copy": 1e9}
+    found = bench_scale.alone(bench_scale.at_size, 2000, 64, 999, str(tmp_path), known, 10**10)
+    assert found["index"] == "synthetic"
+    steps = found["steps"]
+    assert "it would need 20" in steps["names"]["left_out"]
+    assert "of 10.0 GB that it may have" in steps["names"]["left_out"]
+    assert "left_out" in steps["load the resident copy"]
+    assert "index" not in steps
+    assert "lookups in the copy" not in steps
+    assert steps["plans"]["seconds"] > 0
+
+
+def beyond_the_limit(limit: int) -> dict:
+    _memory.limit(limit)
+    steps = bench_scale.Steps(10, {}, limit)
+    assert steps.take("too much", lambda: np.ones(limit)) is None
+    assert steps.take("little", lambda: np.ones(10)) is not None
+    return steps.found
+
+
+def test_a_step_without_memory_is_left_out():
+    found = bench_scale.alone(beyond_the_limit, 2 << 30)
+    assert found["too much"] == {"left_out": "MemoryError of 2.1 GB that it may have"}
+    assert found["little"]["seconds"] < 1
+
+
+def test_memory_is_watched():
+    with _memory.Watch() as watch:
+        before = watch.peak
+        np.ones(50 << 20, np.uint8).sum()
+        big = np.ones(200 << 20, np.uint8)
+        held = _memory.usage()["own"] - before
+        del big
+    assert held == pytest.approx(200 << 20, rel=0.1)
+    assert watch.peak - before == pytest.approx(200 << 20, rel=0.35)
+    assert _memory.usage()["own"] - before < 20 << 20
+
+
+def test_pages_of_a_file_are_dropped(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 20))
+    assert _memory.resident_share(path) == 1
+    assert _memory.drop_pages(path) == _memory.resident_share(
+        path
+    )  # 0 but on a file system in memory
+
+
+def test_what_is_asked_for_is_checked():
+    assert _growth.sizes("1e5,20,1281167,20") == [20, 100_000, 1_281_167]
+    for text in ("", "x", "0", "1e5,-3", "inf"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be numbers of samples"):
+            _growth.sizes(text)
+    assert "--records: must be numbers" in run("bench_cache", "--records", "0", status=2)
+    assert "at least two a round, got 3" in run("bench_cache", "--batches", 3, status=2)
+    assert "epoch, sizes, startup, got 'x'" in run("bench_scale", "--parts", "x", status=2)
+    message = run("bench_scale", "--epoch", 100, "--batch", 64, status=2)
+    assert "at least two batches of 64, got 100" in message

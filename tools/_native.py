@@ -1,0 +1,150 @@
+"""What DALI does by its own operators: counterparts of methods, pipelines without a stage."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from _live import SEED
+from nvidia.dali import Pipeline, fn, math, pipeline_def, types
+from nvidia.dali.auto_aug import auto_augment, rand_augment, trivial_augment
+from nvidia.dali.plugin.base_iterator import LastBatchPolicy
+from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+import _path  # noqa: F401
+from pipelines.config import ExecConfig, ImageConfig
+from pipelines.images import READER, crop_planned, decode, normalise, read_shuffled, resolve_decode
+from scae_dali.config import (
+    AutoAugmentConfig,
+    PolicyConfig,
+    RandAugmentConfig,
+    RandomErasingConfig,
+    TrivialAugmentConfig,
+)
+from scae_dali.dataset import ImageIndex
+from scae_dali.methods.base import DataNode
+from scae_dali.methods.policy import deprecations_hidden
+from scae_dali.ops import Stage
+from scae_dali.rng import derive
+
+__all__ = ["COUNTERPARTS", "augmented_pipeline", "decoded", "plain"]
+
+
+def erase(images: Any, image: ImageConfig) -> Any:
+    """A random rectangle by DALI's operators alone."""
+    erasing = RandomErasingConfig()
+    area = fn.random.uniform(range=erasing.area, seed=derive(SEED, "area"))
+    aspect = fn.random.uniform(range=erasing.aspect, seed=derive(SEED, "aspect"))
+    place = fn.random.uniform(range=(0.0, 1.0), shape=2, seed=derive(SEED, "place"))
+    erased = fn.random.coin_flip(probability=erasing.prob, seed=derive(SEED, "erase"))
+    shape = fn.stack(math.sqrt(area * aspect), math.sqrt(area / aspect))
+    shape = math.min(shape, 1.0) * erased
+    return fn.erase(
+        images,
+        anchor=place * (1.0 - shape),
+        shape=shape,
+        normalized=True,
+        axis_names="HW",
+        fill_value=image.mean,
+    )
+
+
+def policy(augment: Callable, config: PolicyConfig, **settings) -> Callable:
+    """One of auto_aug's own, with the settings of ours."""
+
+    def apply(images: Any, image: ImageConfig) -> Any:
+        largest, moved = config.max_translate_rel, {}
+        if largest is not None:
+            moved = {"shape": (image.size, image.size), "max_translate_rel": largest}
+        with deprecations_hidden():
+            return augment(images, fill_value=config.fill_value, seed=SEED, **settings, **moved)
+
+    return apply
+
+
+RAND, AUTO, TRIVIAL = RandAugmentConfig(), AutoAugmentConfig(), TrivialAugmentConfig()
+COUNTERPARTS = {
+    "random_erasing": erase,
+    "rand_augment": policy(
+        rand_augment.rand_augment, RAND, n=RAND.n, m=RAND.m, num_magnitude_bins=RAND.bins
+    ),
+    "auto_augment": policy(auto_augment.auto_augment, AUTO, policy_name=AUTO.policy),
+    "trivial_augment": policy(
+        trivial_augment.trivial_augment_wide, TRIVIAL, num_magnitude_bins=TRIVIAL.bins
+    ),
+}
+
+
+def augmented_pipeline(
+    stage: Stage, image: ImageConfig, run: ExecConfig, augment: Callable
+) -> Pipeline:
+    """As train_pipeline with the method `none`, and one of COUNTERPARTS."""
+
+    @pipeline_def(enable_checkpointing=True, enable_conditionals=True, **run.arguments())
+    def define():
+        encoded, ids = read_shuffled(stage.index, run, SEED)
+        images, plan = crop_planned(stage, encoded, ids, image, run)
+        images = augment(images, image)
+        images = normalise(images, image, mirror=plan.part("flip", types.INT32))
+        return images, plan.row
+
+    return define()
+
+
+def read(index: ImageIndex, run: ExecConfig) -> tuple[DataNode, DataNode]:
+    """Encoded files in the order of read_shuffled, and their labels, int32 [1]."""
+    return fn.readers.file(
+        files=list(index.files),
+        labels=index.labels.tolist(),
+        file_root=index.root or ".",
+        name=READER,
+        shuffle_after_epoch=True,
+        shuffle_after_epoch_seed=derive(SEED, "order"),
+        pad_last_batch=True,
+    )
+
+
+def plain(index: ImageIndex, image: ImageConfig, run: ExecConfig) -> Iterator[torch.Tensor]:
+    """Batches of images without end: DALI's own crop and flip, as in its examples."""
+    crop, size = image.crop, (image.size, image.size)
+    window = {
+        "random_area": list(crop.area),
+        "random_aspect_ratio": list(crop.aspect),
+        "num_attempts": crop.tries,
+        "seed": derive(SEED, "crop"),
+    }
+
+    @pipeline_def(**run.arguments())
+    def define():
+        encoded, labels = read(index, run)
+        if resolve_decode(image.decode, run.device_id) == "roi":
+            images = fn.decoders.image_random_crop(encoded, device=run.decoder_device, **window)
+            images = fn.resize(images, size=size)
+        else:
+            images = fn.random_resized_crop(decode(encoded, run), size=size, **window)
+        flip = fn.random.coin_flip(probability=crop.flip, seed=derive(SEED, "flip"))
+        return normalise(images, image, mirror=flip), labels
+
+    batches = DALIGenericIterator(
+        [define()],
+        ["images", "labels"],
+        reader_name=READER,
+        last_batch_policy=LastBatchPolicy.PARTIAL,
+        auto_reset=True,
+    )
+    return (out["images"] for _ in itertools.count() for (out,) in batches)
+
+
+def decoded(index: ImageIndex, run: ExecConfig) -> Iterator[Any]:
+    """Batches of whole images without end, TensorLists: read and decoded, and no more."""
+
+    @pipeline_def(**run.arguments())
+    def define():
+        encoded, labels = read(index, run)
+        return decode(encoded, run), labels
+
+    pipeline = define()
+    pipeline.build()
+    return (pipeline.run()[0] for _ in itertools.count())

@@ -1,0 +1,262 @@
+"""What processes that share one saliency cache cost each other, as the ranks of one machine do.
+
+    python tools/bench_processes.py --data imagenet/train --json tools/results/processes_cpu.json
+
+Each process is one as torchrun starts them: an interpreter of its own with its own shard, pipeline
+of --threads, and cache, opened by itself. Rows, for each N of --processes: where --data is given,
+`none × N` and `scae × N`, the training pipeline by method; and without any pixels `plan × N`, all
+that SCAE decides for a batch; `plan without maps × N`, Random Erasing's plan, which reads no cache
+and so shows what N processes cost each other anyway; `lookups × N`, a batch's maps out of the
+cache, and no more.
+
+The rate is that of one process, the slowest of the N, as ranks wait for each other. `ratio` is to
+the same row with one process alone; `scae_to_none` has, by N, the ratio of these two rows. The
+processes of a row begin each round together, and rows take turns. λ is largest, maps are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from contextlib import ExitStack
+from functools import partial
+from threading import Barrier
+from typing import Any
+
+import numpy as np
+import torch
+from _live import (
+    GUIDED,
+    SEED,
+    Row,
+    device_number,
+    endless,
+    epoch_index,
+    random_cache,
+    settle,
+    whole_numbers,
+)
+
+import _bench
+import _path  # noqa: F401
+from pipelines import train
+from pipelines.config import ExecConfig, ImageConfig
+from scae_dali.cache import SaliencyCache
+from scae_dali.config import CropConfig
+from scae_dali.dataset import ImageIndex
+from scae_dali.iterator import Loader
+from scae_dali.ops import Stage
+
+PLANS = {"plan": "scae", "plan without maps": "random_erasing"}  # row, method
+FILES = ("none", "scae")
+PATIENCE_S = 300.0  # for the other processes of a round
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", metavar="DIR", help="DIR/<class>/<image>; default: plans alone")
+    parser.add_argument("--processes", type=whole_numbers, default="1,2", metavar="N,...")
+    parser.add_argument("--batch-size", type=int, default=64, help="of a process")
+    parser.add_argument("--batches", type=int, default=0, help="a round; default: a shard's")
+    parser.add_argument("--repeat", type=int, default=1, help="times each file is in an epoch")
+    parser.add_argument("--threads", type=int, default=1, help="of DALI, a process")
+    parser.add_argument("--size", type=int, default=224, help="side of the crop in pixels")
+    parser.add_argument("--samples", type=int, default=100_000, help="of the cache of the plans")
+    parser.add_argument("--plans", type=int, default=2000, help="batches planned in a round")
+    parser.add_argument(
+        "--device-id", default="cpu", metavar="N,...|cpu", help="a GPU for each process"
+    )
+    args = _bench.parse(
+        parser,
+        argv,
+        rounds=7,
+        quick={"rounds": 3, "batches": 3, "samples": 10_000, "plans": 500},
+        counts=("batch_size", "repeat", "threads", "size", "samples", "plans"),
+    )
+    most = max(args.processes)
+    if 1 not in args.processes:
+        parser.error(f"--processes must name 1, which ratios are to, got {args.processes}")
+    if args.device_id == "cpu":
+        args.device_id = [None] * most
+    else:
+        args.device_id = [device_number(parser, text) for text in args.device_id.split(",")]
+    if len(args.device_id) < most:
+        parser.error(
+            f"--device-id must name a GPU for each of {most} processes, got {args.device_id}; "
+            "name more of them, or give fewer --processes"
+        )
+    return args
+
+
+def random_index(samples: int) -> ImageIndex:
+    """Names without files, in classes of about one size."""
+    names = [f"{i}" for i in range(samples)]
+    return ImageIndex.from_arrays(names, np.arange(samples) % 100)
+
+
+def plan_rows(args: argparse.Namespace, index: ImageIndex, cache: str, rank: int) -> dict[str, Row]:
+    """The rows without pixels; each process goes through the samples in an order of its own."""
+    order = np.random.default_rng([SEED, rank]).permutation(len(index))
+    size_px = np.full((args.batch_size, 2), args.size)
+    full_px = np.full((args.batch_size, 2), 400.0)
+
+    def batches() -> Iterator[np.ndarray]:
+        place, step = np.arange(args.batch_size), args.batch_size
+        while True:
+            yield order.take(place, mode="wrap")
+            place += step
+
+    def plans(method: str) -> Iterator[np.ndarray]:
+        stage = Stage(index, method, batch_size=args.batch_size, cache=cache, **GUIDED)
+        planner = stage.planner(CropConfig())
+        for number, ids in enumerate(batches()):
+            iteration = np.full(args.batch_size, number)
+            yield stage.rows(planner, ids, iteration, size_px, full_px)
+
+    maps = SaliencyCache(cache, index=index)
+    out = {name: Row(plans(method), ahead=0) for name, method in PLANS.items()}
+    return out | {"lookups": Row((maps.read(ids)[0] for ids in batches()), ahead=0)}
+
+
+def file_rows(
+    args: argparse.Namespace, index: ImageIndex, cache: str, rank: int, processes: int
+) -> dict[str, Row]:
+    """The training pipeline of one process of so many."""
+    image = ImageConfig(size=args.size, val_resize=args.size)
+    run = ExecConfig(
+        batch_size=args.batch_size,
+        device_id=args.device_id[rank],
+        threads=args.threads,
+        shard=rank,
+        num_shards=processes,
+    )
+
+    def row(method: str) -> Row:
+        stage = Stage(
+            index,
+            method,
+            batch_size=args.batch_size,
+            cache=cache,
+            num_shards=processes,
+            **GUIDED,
+        )
+        pipeline = train.train_pipeline(stage, image, run, seed=SEED)
+        loader = Loader(pipeline, train.OUTPUTS, index, drop_last=False)
+        return Row((batch.images for batch in endless(loader)), run.prefetch + 1, stage)
+
+    return {method: row(method) for method in FILES}
+
+
+# Of a process that was started: its rows, by name and number of processes, and where these meet.
+_live: dict[tuple[str, int], Row] = {}
+_barriers: dict[int, Barrier] = {}
+
+
+def start(
+    args: argparse.Namespace,
+    indices: Mapping[str, ImageIndex],
+    barriers: Mapping[int, Barrier],
+    rank: int,
+) -> None:
+    """The first call in a process. indices: made-up samples, then those of files, by cache."""
+    if args.device_id[rank] is not None:
+        torch.cuda.set_device(args.device_id[rank])
+    (plans, made_up), *files = indices.items()
+    alike = plan_rows(args, made_up, plans, rank)
+    for n in args.processes:
+        if rank < n:
+            rows = dict(alike)
+            for cache, index in files:
+                rows |= file_rows(args, index, cache, rank, n)
+            _live.update({(name, n): row for name, row in rows.items()})
+    _barriers.update(barriers)
+    settle()
+
+
+def take_turn(name: str, processes: int, batches: int) -> tuple[float, float]:
+    """In a process of so many -> img/s and CPU time an image in ms."""
+    row = _live[name, processes]
+    rate = row.measure(batches, partial(_barriers[processes].wait, PATIENCE_S))
+    return rate, row.cpu_ms[-1]
+
+
+def together(
+    ranks: Sequence[ProcessPoolExecutor], barrier: Barrier, name: str, batches: int
+) -> list[tuple[float, float]]:
+    """What `take_turn` gives in each process."""
+    turns = [rank.submit(take_turn, name, len(ranks), batches) for rank in ranks]
+    for turn in wait(turns, return_when=FIRST_EXCEPTION).done:
+        if error := turn.exception():
+            barrier.abort()  # the others wait there
+            raise error
+    return [turn.result() for turn in turns]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
+    context = multiprocessing.get_context("spawn")
+    barriers = {n: context.Barrier(n) for n in args.processes}
+    names = [*PLANS, "lookups"]
+    batches = dict.fromkeys(names, args.plans)
+    cpu_ms: dict[str, list[float]] = {}
+    candidates: dict[str, Callable[[], float]] = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as pools:
+        indices = {os.path.join(folder, "plans.lmdb"): random_index(args.samples)}
+        if args.data is not None:
+            # Shards of whole batches for each N.
+            shards = math.lcm(*args.processes)
+            index = epoch_index(args.data, args.repeat, args.batch_size, shards)
+            indices[os.path.join(folder, "files.lmdb")] = index
+            names = [*FILES, *names]
+            shard = len(index) // args.batch_size // max(args.processes)
+            batches |= dict.fromkeys(FILES, args.batches or shard)
+        for path, index in indices.items():
+            random_cache(path, index).close()
+        ranks = [
+            pools.enter_context(
+                ProcessPoolExecutor(1, context, start, (args, indices, barriers, rank))
+            )
+            for rank in range(max(args.processes))
+        ]
+
+        def turn(name: str, n: int) -> float:
+            found = together(ranks[:n], barriers[n], name, batches[name])
+            cpu_ms.setdefault(f"{name} × {n}", []).append(statistics.mean(ms for _, ms in found))
+            return min(rate for rate, _ in found)
+
+        for name in names:
+            for n in args.processes:
+                candidates[f"{name} × {n}"] = partial(turn, name, n)
+        samples = _bench.interleaved(candidates, args.rounds)
+    table = []
+    for name in names:
+        alike = {f"{name} × {n}": samples[f"{name} × {n}"] for n in args.processes}
+        table += _bench.rows(alike, f"{name} × 1")
+    extra: dict[str, Any] = {
+        "batches_per_s": {row["name"]: round(row["img_per_s"] / args.batch_size) for row in table},
+        "cpu_ms_per_image": {name: round(statistics.median(ms), 4) for name, ms in cpu_ms.items()},
+        "settings": _bench.settings(args) | {"batches_per_round": batches},
+    }
+    if args.data is not None:
+        extra["scae_to_none"] = {
+            str(n): round(
+                statistics.median(
+                    a / b
+                    for a, b in zip(samples[f"scae × {n}"], samples[f"none × {n}"], strict=True)
+                ),
+                3,
+            )
+            for n in args.processes
+        }
+    _bench.report(table, args, extra)
+
+
+if __name__ == "__main__":
+    main()
