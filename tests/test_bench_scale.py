@@ -120,6 +120,7 @@ def test_bench_scale(tmp_path):
         assert set(epoch["own_bytes"]) == {"begin", "middle", "end"}
     started = result["startup"]
     assert (started["files"], started["folders"]) == (1500, 1000)
+    assert "training pipeline, built" in started["seconds"]
     assert min(value["median"] for value in started["seconds"].values()) > 0
     assert [(one["samples"], one["index"]) for one in result["sizes"]] == [
         (2000, "ImageIndex"),

@@ -7,7 +7,7 @@ Rows: the plans of a whole epoch (`--epoch`, ImageNet's size) at the highest λ,
 included, with maps from LMDB and from memory; `epoch` tells what became of the memory on the way.
 `sizes`: for each number of samples, in a process of its own and once, every step from the list of
 names to a plan: seconds, bytes that its result holds, and bytes of this process at the peak.
-`startup`: a tree of empty images (`--files`) until its index and its cache are open.
+`startup`: a tree of empty images (`--files`) until index and cache are open and DALI is ready.
 
 Nothing here reads pixels: names, labels, shapes of images and maps are made up. A process may take
 `SHARE` of the memory that is free at the start. A step that would need more, judged by the size
@@ -37,6 +37,9 @@ import numpy as np
 from _growth import SyntheticIndex, draw, labels_of, maps_of, names_of, salts, sizes
 
 from _bench import interleaved, iqr, parse, report, rows, settings
+from pipelines.config import ExecConfig, ImageConfig
+from pipelines.images import READER
+from pipelines.train import train_pipeline
 from scae_dali.cache import ChunkWriter, SaliencyCache
 from scae_dali.config import CropConfig
 from scae_dali.dataset import ImageIndex
@@ -286,8 +289,17 @@ def tree(root: str, n: int) -> None:
     time.sleep(2.5)  # an index cache does not trust folders that have just changed
 
 
-def start_up(n: int, rounds: int, folder: str) -> dict[str, Any]:
-    """Seconds until an index and a cache are open; the kernel knows the folders by then."""
+def built(index: ImageIndex, cache: SaliencyCache, batch: int) -> int:
+    """A training pipeline that has not read a file yet -> the samples that its reader knows."""
+    stage = stage_of(index, cache, batch, resident=False)
+    run = ExecConfig(batch_size=batch, threads=1)
+    pipeline = train_pipeline(stage, ImageConfig(), run, seed=SEED)
+    pipeline.build()
+    return pipeline.reader_meta(READER)["epoch_size"]
+
+
+def start_up(n: int, batch: int, rounds: int, folder: str) -> dict[str, Any]:
+    """Seconds until index, cache and pipeline are there; the kernel knows the folders by then."""
     root, stored = os.path.join(folder, "images"), os.path.join(folder, "index.npz")
     path = os.path.join(folder, "maps.lmdb")
     os.mkdir(root)
@@ -312,8 +324,8 @@ def start_up(n: int, rounds: int, folder: str) -> dict[str, Any]:
         index = take("ImageIndex(root, cache=...)", lambda: ImageIndex(root, cache=stored))
         take("fingerprint", partial(getattr, index, "fingerprint"))
         take("path keys", partial(index.keys, "path"))
-        with take("open the cache", partial(SaliencyCache, path, index=index)):
-            pass
+        with take("open the cache", partial(SaliencyCache, path, index=index)) as cache:
+            take("training pipeline, built", partial(built, index, cache, batch))
     if len(index) != n:
         raise RuntimeError(f"of {n} files the index has {len(index)}")
     return {
@@ -442,7 +454,7 @@ def main() -> None:
     started = None
     if "startup" in parts:
         with tempfile.TemporaryDirectory(dir=args.dir) as folder:
-            started = start_up(args.files, args.rounds, folder)
+            started = start_up(args.files, args.batch, args.rounds, folder)
     found = all_sizes(args) if "sizes" in parts else []
     extra = {"settings": settings(args), "epoch": told, "startup": started, "sizes": found}
     extra["breaks_first"] = breaks(found)
