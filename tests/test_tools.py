@@ -162,14 +162,15 @@ def test_bench_train(tmp_path, images, monkeypatch, source):
     out = tmp_path / "bench.json"
     data = ["--arrays"] if source == "arrays" else ["--data", images, "--repeat", 4]
     size = ["--model", "cifar_resnet20", "--size", 16, "--batch-size", 4, "--quick"]
-    run("bench_train", *data, *size, "--pass-every", 2, "--json", out)
+    passes = ["--pass-every", 2, "--pass-size", 24, "--pass-share", 0.5]
+    run("bench_train", *data, *size, *passes, "--json", out)
     result = json.loads(out.read_text())
     rows = {row["name"]: row for row in result["rows"]}
     assert set(rows) == {"synthetic", "none", "scae", "harvest", "saliency pass"}
     assert min(row["img_per_s"] for row in rows.values()) > 0
     assert set(result["overhead"]) == {"steps", "harvest", "passes", "total"}
     assert result["overhead"]["passes"] == pytest.approx(
-        0.5 / rows["saliency pass"]["ratio"], rel=0.01
+        0.25 / rows["saliency pass"]["ratio"], rel=0.01
     )
 
 

@@ -224,6 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.device_id is not None:
         torch.cuda.set_device(args.device_id)
     panels: dict[str, list[dict[str, Any]]] = {}
+    table: list[dict[str, Any]] = []
     extra: dict[str, Any] = {}
     for values in itertools.product(*(getattr(args, name) for name in SWEPT)):
         chosen = dict(zip(SWEPT, values, strict=True))
@@ -233,11 +234,9 @@ def main(argv: list[str] | None = None) -> None:
         for key, by_row in found.items():
             named = {full_name(name, title): value for name, value in by_row.items()}
             extra.setdefault(key, {}).update(named)
-    table = [
-        {**row, "name": full_name(row["name"], title)}
-        for title, rows in panels.items()
-        for row in rows
-    ]
+        table += [{**row, "name": full_name(row["name"], title)} for row in panels[title]]
+        if args.json is not None:  # a later combination may crash the process, as decoders do
+            _bench.write_json(args.json, {**_bench.about(), "rows": table, **extra})
     shared = {
         key: value
         for key, value in table[0]["settings"].items()

@@ -8,9 +8,9 @@
 Rows train one network as train.py does: `synthetic` on a batch that lies on the device already;
 `none` and `scae` on what the pipeline gives, SCAE where λ is largest, with random maps; `harvest`,
 where the network allows it, gathers maps from its forward passes besides. The row `saliency pass`:
-Grad-CAM of a round's images into a cache, without its start. `ratio` is to `none`; `overhead` what
-SCAE adds to the time of `none`, by its steps and by a pass every so many epochs, and what `harvest`
-adds to that of `scae`.
+Grad-CAM of a round's images, stretched to --pass-size, into a cache, without its start. `ratio` is
+to `none`; `overhead` what SCAE adds to the time of `none`, by its steps and by a pass over
+--pass-share of the images every so many epochs, and what `harvest` adds to that of `scae`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     modes = ["none", "default", "reduce-overhead", "max-autotune"]
     parser.add_argument("--compile", choices=modes, default="none")
     parser.add_argument("--pass-every", type=int, default=0, metavar="EPOCHS")
+    parser.add_argument("--pass-size", type=int, help="of its images, in pixels; default: --size")
+    parser.add_argument("--pass-share", type=float, default=1.0, help="of the images, that it sees")
     parser.add_argument("--steps", type=int, default=0, help="a round; default: an epoch's")
     parser.add_argument("--threads", type=int, default=2, help="of DALI")
     parser.add_argument("--device-id", default="cpu", metavar="N|cpu")
@@ -68,11 +71,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         argv,
         rounds=5,
         quick={"rounds": 3, "steps": 4},
-        counts=("repeat", "images", "size", "batch_size", "threads"),
+        counts=("repeat", "images", "size", "pass_size", "batch_size", "threads"),
     )
     args.device_id = _live.device_number(parser, args.device_id)
     if args.size is None:
         args.size = 32 if args.arrays else 224
+    args.pass_size = args.pass_size or args.size
+    if not 0 < args.pass_share <= 1:
+        parser.error(f"--pass-share must be in (0, 1], got {args.pass_share}")
     if args.quick:
         args.images = 4 * args.batch_size
     return args
@@ -166,19 +172,21 @@ class Bench:
         data = Data(part, part, self.pixels, self.pixels)
         loaders = Loaders(data, self.image, sampling="shuffle", seed=_live.SEED)
         amp = partial(autocast, self.args.amp, self.device)
-        return Passes(self.net, None, part, loaders, self.run, amp).maps(
-            self.image, Path(folder, "pass.lmdb")
-        )
+        side = self.args.pass_size
+        image = replace(self.image, size=side, val_resize=side)
+        passes = Passes(self.net, None, part, loaders, self.run, amp)
+        return passes.maps(image, Path(folder, "pass.lmdb"))
 
 
-def overhead(samples: dict[str, list[float]], pass_every: int) -> dict[str, float]:
+def overhead(samples: dict[str, list[float]], args: argparse.Namespace) -> dict[str, float]:
     """Time that SCAE adds to that of `none`, as a share of it: medians over the rounds."""
     none = np.array(samples["none"])
     found = {"steps": none / samples["scae"] - 1}
     if "harvest" in samples:
         found["harvest"] = np.array(samples["scae"]) / samples["harvest"] - 1
-    if pass_every:
-        found["passes"] = none / (pass_every * np.array(samples["saliency pass"]))
+    if args.pass_every:
+        a_pass = args.pass_share * none / np.array(samples["saliency pass"])
+        found["passes"] = a_pass / args.pass_every
         found["total"] = found["steps"] + found["passes"]
     return {name: round(float(np.median(shares)), 4) for name, shares in found.items()}
 
@@ -203,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         samples = _bench.interleaved(calls, args.rounds)
     settings = _bench.settings(args)
     extra = {
-        "overhead": overhead(samples, args.pass_every),
+        "overhead": overhead(samples, args),
         **_live.medians(live),
         "settings": settings | {"images": len(bench.index), "steps_per_round": bench.steps},
     }

@@ -1,0 +1,124 @@
+"""The README's plot of performance, out of what the benchmarks measured.
+
+    python tools/plot_performance.py --pipeline tools/results/pipeline_methods_cpu.json \\
+        --scale tools/results/scale_cpu.json --out tools/results/performance.png
+
+Left: what each method adds to the time of a pipeline without erasing (bench_pipeline.py), bars with
+half the interquartile range to either side; in a lighter colour DALI's own counterpart. Right: the
+cost of a sample against how many there are (bench_scale.py): time a step, memory held or needed at
+its peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import _path  # noqa: F401
+from scae_dali.methods import BUILT_IN
+
+# Steps of bench_scale.py by what they are called here.
+TIMES = {
+    "plans": "plan a sample",
+    "lookups": "look up a map in LMDB",
+    "lookups in the copy": "look up a map in memory",
+    "second pass": "write a map",
+    "order of an epoch": "shuffle, once an epoch",
+    "index": "index, once",
+    "fingerprint": "fingerprint, once",
+    "load the resident copy": "copy the maps into memory, once",
+}
+MEMORY = {
+    "names": ("holds_bytes", "names of files"),
+    "index": ("holds_bytes", "index besides the names"),
+    "load the resident copy": ("holds_bytes", "maps in memory"),
+    "order of an epoch": ("adds_bytes", "shuffle, at its peak"),
+    "open the cache": ("holds_bytes", "open cache"),
+}
+
+
+def overheads(axes: Axes, rows: dict[str, dict[str, Any]]) -> None:
+    """Percent of the time of `none`, by method."""
+    names = [name for name in BUILT_IN if name in rows and name != "none"]
+    names.sort(key=lambda name: rows[name]["ratio"])
+    for place, name in enumerate(names):
+        for row, colour, height in ((name, "C0", 0.6), (f"native {name}", "C1", 0.25)):
+            if row not in rows:
+                continue
+            ratio = rows[row]["ratio"]
+            # The spread of a ratio r is that of 1/r times r².
+            spread = 50 * rows[row]["ratio_iqr"] / ratio**2
+            axes.barh(place, 100 / ratio - 100, height, color=colour, xerr=spread, capsize=2)
+            if row == name:
+                axes.annotate(
+                    f"{100 / ratio - 100:+.0f} %",
+                    (max(100 / ratio - 100 + spread, 0), place),
+                    xytext=(4, 0),
+                    textcoords="offset points",
+                    va="center",
+                )
+    again = 100 * abs(1 / rows["none (again)"]["ratio"] - 1)
+    axes.axvspan(-again, again, color="0.85", zorder=0, label="none against itself")
+    axes.barh(0, 0, color="C1", label="DALI's own")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("time of the pipeline added to that of `none`, %")
+    axes.margins(x=0.12)
+    axes.legend(loc="lower right", fontsize="small")
+
+
+def grown(axes: Axes, lines: dict[str, list[tuple[int, float]]], unit: str) -> None:
+    for number, (name, points) in enumerate(lines.items()):
+        axes.plot(*zip(*points, strict=True), marker="os^v"[number % 4], label=name)
+    axes.set(xscale="log", yscale="log", xlabel="samples", ylabel=f"{unit} a sample")
+    axes.grid(which="major", alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def lines_of(
+    sizes: list[dict[str, Any]], steps: dict[str, str], value: Any
+) -> dict[str, list[tuple[int, float]]]:
+    """Points (samples, value of the step) by the step's name; those left out, or 0, are missing."""
+    out: dict[str, list[tuple[int, float]]] = {}
+    for one in sizes:
+        for step, name in steps.items():
+            found = one["steps"].get(step, {})
+            if "seconds" in found and (y := value(step, found, one["samples"])) > 0:
+                out.setdefault(name, []).append((one["samples"], y))
+    return out
+
+
+def microseconds(step: str, found: dict[str, Any], samples: int) -> float:
+    return 1e6 / found["per_s"] if "per_s" in found else 1e6 * found["seconds"] / samples
+
+
+def held(step: str, found: dict[str, Any], samples: int) -> float:
+    """Bytes a sample; below one it is nothing."""
+    bytes_each = found[MEMORY[step][0]] / samples
+    return bytes_each if bytes_each >= 1 else math.nan
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pipeline", type=Path, required=True, metavar="JSON")
+    parser.add_argument("--scale", type=Path, required=True, metavar="JSON")
+    parser.add_argument("--out", type=Path, required=True, metavar="PNG")
+    args = parser.parse_args(argv)
+    pipeline, scale = (json.loads(path.read_text()) for path in (args.pipeline, args.scale))
+    figure = Figure(figsize=(17, 5.2), layout="constrained")
+    methods, times, memory = figure.subplots(1, 3)
+    overheads(methods, {row["name"]: row for row in pipeline["rows"]})
+    grown(times, lines_of(scale["sizes"], TIMES, microseconds), "µs")
+    names = {step: name for step, (_, name) in MEMORY.items()}
+    grown(memory, lines_of(scale["sizes"], names, held), "bytes")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
