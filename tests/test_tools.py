@@ -16,6 +16,7 @@ from scae_dali.dataset import ImageIndex
 from scae_dali.methods import BUILT_IN
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
+PLOTTED = ("pipeline_native", "scale")
 
 
 def run(tool, *arguments, status=0):
@@ -214,6 +215,19 @@ def test_a_benchmark_in_a_minute_with_a_plot(tmp_path, name, options, rows):
         assert f"{row['ratio']:6.2f}  {row['ratio_iqr']:5.2f}" in text
     with Image.open(plot) as image:
         assert image.format == "PNG"
+
+
+def test_plot_performance(tmp_path):
+    """The README's plot, from the results that it names."""
+    pipeline, scale = (TOOLS / "results" / f"{name}_cpu.json" for name in PLOTTED)
+    out = tmp_path / "plots" / "performance.png"
+    run("plot_performance", "--pipeline", pipeline, "--scale", scale, "--out", out)
+    with Image.open(out) as image:
+        assert image.format == "PNG"
+        assert image.width > 1000
+    readme = (TOOLS.parent / "README.md").read_text()
+    for name in PLOTTED:
+        assert f"tools/results/{name}_cpu.json" in readme
 
 
 def test_a_benchmark_without_rounds_is_refused():

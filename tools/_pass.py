@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 
 import _live
@@ -64,20 +63,27 @@ class Passes:
         epochs = itertools.count()
 
         def measure() -> float:
-            done: list[tuple[float, int]] = []  # when, and how many images
-            refresh_cache(
+            begun: list[tuple[float, int]] = []  # when the first batch was made; its images
+
+            def loader_for(ids: Sequence[int]) -> Iterator[Batch]:
+                for batch in self._loaders.saliency(image, self._run, ids):
+                    yield batch
+                    if not begun:
+                        _live.synchronize()
+                        begun.append((time.perf_counter(), len(batch.ids)))
+
+            report = refresh_cache(
                 self._net,
                 cache,
                 self._index,
-                partial(self._loaders.saliency, image, self._run),
+                loader_for,
                 epoch=next(epochs),
                 layer=self._layer,
                 autocast=self._autocast,
-                progress=lambda images: done.append((time.perf_counter(), images)),
             )
-            seconds = time.perf_counter() - done[0][0]
+            (start, first), end = begun[0], time.perf_counter()
             _live.settle()
-            return sum(images for _, images in done[1:]) / seconds
+            return (report.images - first) / (end - start)
 
         return measure
 

@@ -39,7 +39,6 @@ MEMORY = {
     "index": ("holds_bytes", "index besides the names"),
     "load the resident copy": ("holds_bytes", "maps in memory"),
     "order of an epoch": ("adds_bytes", "shuffle, at its peak"),
-    "open the cache": ("holds_bytes", "open cache"),
 }
 
 
@@ -68,8 +67,10 @@ def overheads(axes: Axes, rows: dict[str, dict[str, Any]]) -> None:
     axes.barh(0, 0, color="C1", label="DALI's own")
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("time of the pipeline added to that of `none`, %")
+    axes.set_xscale("symlog", linthresh=20)
+    axes.set_xticks([-5, 0, 5, 10, 20, 50, 100, 200], [-5, 0, 5, 10, 20, 50, 100, 200])
     axes.margins(x=0.12)
-    axes.legend(loc="lower right", fontsize="small")
+    axes.legend(loc="upper right", fontsize="small")
 
 
 def grown(axes: Axes, lines: dict[str, list[tuple[int, float]]], unit: str) -> None:
@@ -77,7 +78,7 @@ def grown(axes: Axes, lines: dict[str, list[tuple[int, float]]], unit: str) -> N
         axes.plot(*zip(*points, strict=True), marker="os^v"[number % 4], label=name)
     axes.set(xscale="log", yscale="log", xlabel="samples", ylabel=f"{unit} a sample")
     axes.grid(which="major", alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize="small")
 
 
 def lines_of(
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="PNG")
     args = parser.parse_args(argv)
     pipeline, scale = (json.loads(path.read_text()) for path in (args.pipeline, args.scale))
-    figure = Figure(figsize=(17, 5.2), layout="constrained")
+    figure = Figure(figsize=(17, 5.8), layout="constrained")
     methods, times, memory = figure.subplots(1, 3)
     overheads(methods, {row["name"]: row for row in pipeline["rows"]})
     grown(times, lines_of(scale["sizes"], TIMES, microseconds), "µs")
