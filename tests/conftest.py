@@ -1,5 +1,7 @@
-"""Small data that the tests make themselves."""
+"""Small data that the tests make themselves, and tools as users run them."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,18 @@ from PIL import Image
 from scae_dali.cache import SaliencyCache
 from scae_dali.dataset import ImageIndex
 from scae_dali.iterator import Batch
+
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+
+
+def run(tool, *arguments, status=0):
+    """What a tool printed, run as users do; fails unless it ended with this status."""
+    strict = ["-W", "error", "-W", "ignore::DeprecationWarning:gast.astn"]  # as in pyproject.toml
+    command = [sys.executable, *strict, str(TOOLS / f"{tool}.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
 
 torch.set_num_threads(2)
 # Behind the interpreter: what follows it runs in two processes.

@@ -1,32 +1,18 @@
 """tools/bench_pipeline.py and tools/bench_processes.py: their rows, on a few drawn images."""
 
 import json
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from conftest import TOOLS, run, write_images
 from PIL import Image
 
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.config import CropConfig
 from scae_dali.dataset import ImageIndex
-
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
-
-
-def run(tool, *arguments, status=0):
-    """What the tool printed; fails unless it ended with this status."""
-    strict = ["-W", "error", "-W", "ignore::DeprecationWarning:gast.astn"]  # as in pyproject.toml
-    command = [sys.executable, *strict, str(TOOLS / f"{tool}.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 @pytest.fixture

@@ -2,30 +2,19 @@
 
 import argparse
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TOOLS, run
 from PIL import Image
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 
-import _growth  # noqa: E402
-import _memory  # noqa: E402
-import bench_cache  # noqa: E402
-import bench_scale  # noqa: E402
-
-
-def run(tool, *arguments, status=0):
-    """What the tool printed; fails unless it ended with this status."""
-    strict = ["-W", "error", "-W", "ignore::DeprecationWarning:gast.astn"]  # as in pyproject.toml
-    command = [sys.executable, *strict, str(TOOLS / f"{tool}.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
+import _growth
+import _memory
+import bench_cache
+import bench_scale
 
 
 def test_a_map_tells_its_sample_and_epoch():

@@ -1,13 +1,11 @@
 """The tools as they are run: in a process of their own, on a few drawn images."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import TOOLS, run
 from PIL import Image
 
 from pipelines.recipe import make_network
@@ -15,17 +13,7 @@ from scae_dali.cache import SaliencyCache
 from scae_dali.dataset import ImageIndex
 from scae_dali.methods import BUILT_IN
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
 PLOTTED = ("pipeline_native", "scale")
-
-
-def run(tool, *arguments, status=0):
-    """What the tool printed; fails unless it ended with this status."""
-    strict = ["-W", "error", "-W", "ignore::DeprecationWarning:gast.astn"]  # as in pyproject.toml
-    command = [sys.executable, *strict, str(TOOLS / f"{tool}.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -188,6 +188,11 @@ def compiled(setup: Setup, mode: str) -> str:
         return f"{len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}"
 
 
+def harvest_of(net: torch.nn.Module, setup: Setup) -> Harvest:
+    classes = setup.index.num_classes
+    return Harvest(net, None, samples=SAMPLES, num_classes=classes, grid=(7, 7), size=SIDE)
+
+
 @check("harvest/plain", "harvest/reduce-overhead")
 def harvested(setup: Setup, how: str) -> str:
     """What training gathers of an epoch, with a compiled network too."""
@@ -200,14 +205,7 @@ def harvested(setup: Setup, how: str) -> str:
             device = torch.device("cpu" if device_id is None else f"cuda:{device_id}")
             torch.manual_seed(SEED)
             net = make_network("cifar_resnet20", tailed.index.num_classes).to(device)
-            harvest = Harvest(
-                net,
-                None,
-                samples=SAMPLES,
-                num_classes=tailed.index.num_classes,
-                grid=(7, 7),
-                size=SIDE,
-            )
+            harvest = harvest_of(net, tailed)
             compile_it = device_id is not None and how != "plain"
             model = torch.compile(net, mode=how) if compile_it else net
             for batch in train_batches(tailed, device_id, pixels, "scae", "fp32-NCHW"):
@@ -229,14 +227,7 @@ def unwaited(setup: Setup, what: str) -> str:
         tailed, pixels = in_memory(setup, folder)
         batches = list(train_batches(tailed, setup.device_id, pixels, "scae", "fp32-NCHW"))
     net = make_network("cifar_resnet20", tailed.index.num_classes).to(setup.device)
-    harvest = Harvest(
-        net,
-        None,
-        samples=SAMPLES,
-        num_classes=tailed.index.num_classes,
-        grid=(8, 8),
-        size=SIDE,
-    )
+    harvest = harvest_of(net, tailed)
     cam, labels = GradCAM(net), torch.from_numpy(tailed.index.labels.copy())
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -68,7 +68,8 @@ def overheads(axes: Axes, rows: dict[str, dict[str, Any]]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("time of the pipeline added to that of `none`, %")
     axes.set_xscale("symlog", linthresh=20)
-    axes.set_xticks([-5, 0, 5, 10, 20, 50, 100, 200], [-5, 0, 5, 10, 20, 50, 100, 200])
+    ticks = (-5, 0, 5, 10, 20, 50, 100, 200)
+    axes.set_xticks(ticks, map(str, ticks))
     axes.margins(x=0.12)
     axes.legend(loc="upper right", fontsize="small")
 
