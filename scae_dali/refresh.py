@@ -241,13 +241,13 @@ def _gather(ids: Tensor, maps: Tensor, world: int) -> tuple[Tensor, Tensor]:
 def _to_host(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
     """Begin to copy tensors to the host -> a function that waits for them and gives arrays."""
     copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
-    if not any(tensor.is_cuda for tensor in tensors):
-        return lambda: [copy.numpy() for copy in copies]
-    done = torch.cuda.Event()
-    done.record()
+    done = torch.cuda.Event() if any(tensor.is_cuda for tensor in tensors) else None
+    if done is not None:
+        done.record()
 
     def wait() -> list[np.ndarray]:
-        done.synchronize()
+        if done is not None:
+            done.synchronize()
         return [copy.numpy() for copy in copies]
 
     return wait

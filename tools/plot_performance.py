@@ -1,6 +1,6 @@
 """The README's plot of performance, out of what the benchmarks measured.
 
-    python tools/plot_performance.py --pipeline tools/results/pipeline_methods_cpu.json \\
+    python tools/plot_performance.py --pipeline tools/results/pipeline_native_cpu.json \\
         --scale tools/results/scale_cpu.json --out tools/results/performance.png
 
 Left: what each method adds to the time of a pipeline without erasing (bench_pipeline.py), bars with
