@@ -4,7 +4,7 @@
         --scale tools/results/scale_cpu.json --out tools/results/performance.png
 
 Left: what each method adds to the time of a pipeline without erasing (bench_pipeline.py), bars with
-half the interquartile range to either side; in a lighter colour DALI's own counterpart. Right: the
+half the interquartile range to either side; in orange DALI's own counterpart. Right: the
 cost of a sample against how many there are (bench_scale.py): time a step, memory held or needed at
 its peak.
 """
