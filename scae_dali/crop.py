@@ -6,33 +6,38 @@ batch.
 
 import math
 
-from array_api_compat import array_namespace
-
 from scae_dali.config import CropConfig
-from scae_dali.rng import Array
+from scae_dali.rng import Array, array_namespace
+
+FIRST_TRIES = 6  # nearly always enough; more are drawn for the samples that need them
 
 
-def draws_per_sample(config: CropConfig) -> int:
-    """How many uniforms `crop_and_flip` reads a sample."""
-    return 3 if config.kind == "pad" else 2 * config.tries + 3
+def draws_per_sample(config: CropConfig, tries: int | None = None) -> int:
+    """How many uniforms `crop_and_flip` reads a sample for so many tries; None: for all."""
+    if config.kind == "pad":
+        return 3
+    return 3 + 2 * (config.tries if tries is None else min(tries, config.tries))
 
 
-def crop_and_flip(u: Array, full_px: Array, config: CropConfig) -> tuple[Array, Array]:
+def crop_and_flip(u: Array, full_px: Array, config: CropConfig) -> tuple[Array, Array, Array]:
     """Draw a window and whether to flip it.
 
-    u: float64 [B, draws_per_sample] in (0, 1). full_px: int64 [B, 2], (h, w) of the upright image.
-    Returns int64 [B, 4], (y, x, h, w) in pixels of the full frame, and bool [B], whether to flip.
-    A window of kind `pad` may reach over the image's border.
+    u: float64 [B, draws_per_sample] in (0, 1), the place, the flip, then the tries. full_px: int64
+    [B, 2], (h, w) of the upright image. Returns int64 [B, 4], (y, x, h, w) in pixels of the full
+    frame; bool [B], whether to flip; bool [B], whether a try fitted: more tries leave such a sample
+    as it is. A window of kind `pad` may reach over the image's border.
     """
     draw = _shifted if config.kind == "pad" else _resized
-    return draw(u, full_px, config), u[:, -1] < config.flip
+    window, fitted = draw(u, full_px, config)
+    return window, u[:, 2] < config.flip, fitted
 
 
 def _shifted(u, full_px, config):
     """The whole frame, shifted by -pad … pad pixels along each axis, all equally likely."""
     xp = array_namespace(u)
     shift = xp.astype(xp.floor(u[:, :2] * (2 * config.pad + 1)), xp.int64) - config.pad
-    return xp.concat([shift, xp.astype(full_px, xp.int64)], axis=1)
+    fitted = xp.ones((u.shape[0],), dtype=xp.bool, device=u.device)
+    return xp.concat([shift, xp.astype(full_px, xp.int64)], axis=1), fitted
 
 
 def _resized(u, full_px, config):
@@ -44,9 +49,9 @@ def _resized(u, full_px, config):
     full = xp.astype(full_px, xp.float64)
     height, width = full[:, 0:1], full[:, 1:2]
     (a0, a1), (r0, r1) = config.area, config.aspect
-    area = (a0 + (a1 - a0) * u[:, 0:-3:2]) * height * width  # [B, tries]
+    area = (a0 + (a1 - a0) * u[:, 3::2]) * height * width  # [B, tries]
     log_r0, log_r1 = math.log(r0), math.log(r1)
-    aspect = xp.exp(log_r0 + (log_r1 - log_r0) * u[:, 1:-3:2])
+    aspect = xp.exp(log_r0 + (log_r1 - log_r0) * u[:, 4::2])
     h, w = xp.round(xp.sqrt(area / aspect)), xp.round(xp.sqrt(area * aspect))
     fits = (h >= 1) & (h <= height) & (w >= 1) & (w <= width)
 
@@ -60,6 +65,6 @@ def _resized(u, full_px, config):
     fall_w = xp.where(width / height < r0, width, fall_w)
     h = xp.where(some, h[rows, first], fall_h)
     w = xp.where(some, w[rows, first], fall_w)
-    y = xp.where(some, xp.floor(u[:, -3] * (height - h + 1)), xp.floor((height - h) / 2))
-    x = xp.where(some, xp.floor(u[:, -2] * (width - w + 1)), xp.floor((width - w) / 2))
-    return xp.astype(xp.stack([y, x, h, w], axis=1), xp.int64)
+    y = xp.where(some, xp.floor(u[:, 0] * (height - h + 1)), xp.floor((height - h) / 2))
+    x = xp.where(some, xp.floor(u[:, 1] * (width - w + 1)), xp.floor((width - w) / 2))
+    return xp.astype(xp.stack([y, x, h, w], axis=1), xp.int64), some

@@ -4,10 +4,9 @@ What is mixed is decided by the methods; the random numbers come in as data.
 """
 
 import numpy as np
-from array_api_compat import array_namespace
 from scipy.special import betaincinv
 
-from scae_dali.rng import Array
+from scae_dali.rng import Array, array_namespace
 
 
 def mix_weight(u: Array, alpha: float) -> Array:

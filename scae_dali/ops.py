@@ -293,7 +293,7 @@ class Operator:
         if self._size is None:
             size_px = _batch(rest[-1])[:, :2].astype(np.int64)
         else:
-            size_px = np.tile(np.array(self._size), (b, 1))
+            size_px = np.full((b, 2), self._size)
         window = None
         if frames:
             frames[-1] = frames[-1][:, :2]  # HWC

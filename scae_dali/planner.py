@@ -4,18 +4,18 @@ Pure: a row depends on (seed, epoch, id, window, saliency) alone. How the table 
 pipeline and out of it is for `ops` and `iterator`.
 """
 
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace
 
 from scae_dali import crop
 from scae_dali.config import CropConfig
 from scae_dali.dataset import ImageIndex
 from scae_dali.methods.base import Method, Run, Samples, mixes
 from scae_dali.order import ID
-from scae_dali.rng import Array, Stream, uniforms
+from scae_dali.rng import Array, Stream, array_namespace, uniforms
 
 # Of every plan, in this order, with their widths; `box` is (y, x, h, w) in pixels of the crop,
 # `window` the crop in shares of the full frame, and `flip` 0 where it is not drawn here.
@@ -61,6 +61,7 @@ class Planner:
         drawn = {} if random_crop is None else DRAWN
         draw = DRAW if self.mixes else {}
         self.columns = columns_of(COMMON | drawn | draw | dict(method.fields))
+        self._width = max(part.stop for part in self.columns.values())
         self._method, self._run, self._batch_size = method, run, batch_size
         self._batches_per_epoch, self._start_epoch = batches_per_epoch, start_epoch
         self._labels = index.labels.copy()  # torch shares only arrays that can be written to
@@ -87,14 +88,14 @@ class Planner:
         labels = self._label(xp, ids, keys)
         iteration = iteration + self._start_epoch * self._batches_per_epoch
         epoch = iteration // self._batches_per_epoch
-        extra = []
+        extra: dict[str, Array] = {}
         flip = xp.zeros((b,), dtype=xp.bool, device=device)
         if self.random_crop is not None:
             cut, flip = self._crop(Stream.CROP, keys, epoch, window, self.random_crop)
-            extra = [xp.astype(cut, xp.float64)]
-            window = xp.concat([extra[0], window], axis=1)
+            extra = {"start": cut[:, :2], "shape": cut[:, 2:]}
+            window = xp.concat([xp.astype(cut, xp.float64), window], axis=1)
         if self.mixes:
-            extra += [xp.astype(keys, xp.float64), xp.astype(epoch, xp.float64)]
+            extra |= {"key": keys, "epoch": epoch}
         if window is None:
             share = xp.zeros((b, 4), dtype=xp.float64, device=device)
             share[:, 2:] = 1.0
@@ -119,7 +120,7 @@ class Planner:
             partner = self._label(xp, plan["partner_id"], ids)
         elif "source" in plan:
             partner = labels[place - place % self._batch_size + plan["source"]]
-        table = xp.empty((b, COMMON_WIDTH), dtype=xp.float64, device=device)
+        table = xp.empty((b, self._width), dtype=xp.float64, device=device)
         for name, value in {
             "label": labels,
             "partner": partner,
@@ -132,8 +133,9 @@ class Planner:
         }.items():
             wide = COMMON[name] > 1
             table[:, self.columns[name] if wide else self.columns[name].start] = value
-        extra += [xp.astype(plan[name], xp.float64) for name in self._method.fields]
-        return xp.concat([table, *(xp.reshape(part, (b, -1)) for part in extra)], axis=1)
+        for name, value in (extra | {name: plan[name] for name in self._method.fields}).items():
+            table[:, self.columns[name]] = xp.reshape(value, (b, -1))
+        return table
 
     def partner_crop(
         self, rows: np.ndarray, full_px: np.ndarray, config: CropConfig
@@ -141,8 +143,8 @@ class Planner:
         """Crop and flip of the second samples, drawn on their own.
 
         rows: float64 [n, K] of mixed samples. full_px: int64 [n, 2], of their partners. Returns
-        what crop_and_flip returns. Where the own flip is drawn here too it comes after mixing, and
-        the partner's is relative to it.
+        window and flip as crop_and_flip does. Where the own flip is drawn here too it comes after
+        mixing, and the partner's is relative to it.
         """
         key, epoch = (rows[:, self.columns[name].start].astype(np.int64) for name in DRAW)
         window, flip = self._crop(Stream.PARTNER_CROP, key, epoch, full_px, config)
@@ -150,9 +152,17 @@ class Planner:
             flip = flip != (rows[:, self.columns["flip"].start] == 1)
         return window, flip
 
-    def _crop(self, stream, keys, epoch, full_px, config):
-        u = uniforms(self._run.seed, stream, epoch, keys, crop.draws_per_sample(config))
-        return crop.crop_and_flip(u, full_px, config)
+    def _crop(
+        self, stream: Stream, keys: Array, epoch: Array, full_px: Array, config: CropConfig
+    ) -> tuple[Array, Array]:
+        draw = partial(uniforms, self._run.seed, stream)
+        u = draw(epoch, keys, crop.draws_per_sample(config, crop.FIRST_TRIES))
+        window, flip, fitted = crop.crop_and_flip(u, full_px, config)
+        again = array_namespace(keys).nonzero(~fitted)[0]
+        if again.shape[0] and config.tries > crop.FIRST_TRIES:
+            u = draw(epoch[again], keys[again], crop.draws_per_sample(config))
+            window[again] = crop.crop_and_flip(u, full_px[again], config)[0]
+        return window, flip
 
     def _label(self, xp: Any, ids: Array, given: Array) -> Array:
         bad = ids >= len(self._labels)

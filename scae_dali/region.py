@@ -15,12 +15,11 @@ import functools
 import math
 
 import numpy as np
-from array_api_compat import array_namespace
 
 from scae_dali.config import AspectLaw, Border, Range
-from scae_dali.rng import Array
+from scae_dali.rng import Array, array_namespace
 
-PROPOSALS = 8
+PROPOSALS = 6
 DRAWS = 4 * PROPOSALS + 1  # uniforms that draw_centre reads a sample
 _PATCH_LAMBDA = 2.0  # patches are divided until |λ| times the span of Â is at most about this
 
@@ -76,32 +75,25 @@ def box_at(centre: Array, hw_px: Array, size_px: Array) -> Array:
 def saliency_at(saliency: Array, position: Array, axis_window: Array) -> Array:
     """Â at pixels of the crop.
 
-    saliency: float64 [B, gh, gw]. position: int64 [B, N, 2], pixels (y, x). axis_window: float64
-    [B, 2, 2]: per axis, v = start + step · (pixel + ½) is the place in the full frame.
+    saliency: float64 [B, gh, gw]. position: int64 or float64 [B, N, 2], pixels (y, x). axis_window:
+    float64 [B, 2, 2]: per axis, v = start + step · (pixel + ½) is the place in the full frame.
     Returns float64 [B, N].
     """
     xp = array_namespace(saliency)
-    gh, gw = saliency.shape[1:]
-    v = axis_window[:, None, :, 0] + axis_window[:, None, :, 1] * (
-        xp.astype(position, xp.float64) + 0.5
-    )
-    inside = xp.all((v >= 0) & (v <= 1), axis=2)
-    y = (v[..., 0] * gh - 0.5).clip(0.0, gh - 1.0)
-    x = (v[..., 1] * gw - 0.5).clip(0.0, gw - 1.0)
-    y0, x0 = xp.floor(y), xp.floor(x)
-    ty, tx = y - y0, x - x0
-    y0, x0 = xp.astype(y0, xp.int64), xp.astype(x0, xp.int64)
-    y1 = (y0 + 1).clip(max=gh - 1)
-    x1 = (x0 + 1).clip(max=gw - 1)
-    flat = xp.reshape(saliency, (-1,))
-    base = _arange(xp, saliency.shape[0], saliency)[:, None] * (gh * gw)
-    top, bottom = base + y0 * gw, base + y1 * gw
-    upper = xp.take(flat, xp.reshape(top + x0, (-1,))) * xp.reshape(1 - tx, (-1,))
-    upper = upper + xp.take(flat, xp.reshape(top + x1, (-1,))) * xp.reshape(tx, (-1,))
-    lower = xp.take(flat, xp.reshape(bottom + x0, (-1,))) * xp.reshape(1 - tx, (-1,))
-    lower = lower + xp.take(flat, xp.reshape(bottom + x1, (-1,))) * xp.reshape(tx, (-1,))
-    value = xp.reshape(upper, ty.shape) * (1 - ty) + xp.reshape(lower, ty.shape) * ty
-    return xp.where(inside, value, xp.zeros_like(value))
+    b, gh, gw = saliency.shape
+    v = axis_window[:, None, :, 0] + axis_window[:, None, :, 1] * (position + 0.5)
+    inside = xp.abs(v - 0.5) <= 0.5
+    grid = xp.asarray(saliency.shape[1:], dtype=xp.float64, device=saliency.device)
+    place = xp.minimum((v * grid - 0.5).clip(min=0.0), grid - 1)  # the centre of cell k is at k
+    low = xp.floor(place)
+    t = place - low
+    ends = xp.stack([low, xp.minimum(low + 1, grid - 1)])  # [2, B, N, 2]
+    base = gh * gw * _arange(xp, b, saliency)[:, None]
+    corner = (ends[:, None, :, :, 0] * gw + ends[None, :, :, :, 1]) + base  # [2, 2, B, N]
+    value = _pick(saliency, xp.astype(corner, xp.int64))
+    value = value[0] + t[:, :, 0] * (value[1] - value[0])
+    value = value[0] + t[:, :, 1] * (value[1] - value[0])
+    return value * (inside[:, :, 0] & inside[:, :, 1])
 
 
 def uniform_centre(u: Array, first: Array, last: Array) -> Array:
@@ -147,10 +139,10 @@ def peak(saliency: Array, window: Array, size_px: Array) -> Array:
     axis_window = _axis_window(window, size_px)
     zero, last = xp.zeros_like(size_px), size_px - 1
     # Â is bilinear on every patch, so it is largest at a corner of one.
+    edges = xp.astype(_patch_edges((gh, gw), 1, axis_window, zero, last), xp.int64)
     corners = []
-    for axis, g in enumerate((gh, gw)):
-        edges = _patch_edges(_nodes(g, 1), axis_window[:, axis], zero[:, axis], last[:, axis], xp)
-        ends = xp.concat([edges[:, :-1], edges[:, 1:] - 1], axis=1)
+    for axis, edge in enumerate((edges[:, : gh + 4], edges[:, gh + 4 :])):
+        ends = xp.concat([edge[:, :-1], edge[:, 1:] - 1], axis=1)
         corners.append(xp.minimum(ends.clip(min=0), last[:, axis : axis + 1]))
     n, m = corners[0].shape[1], corners[1].shape[1]
     y = xp.broadcast_to(corners[0][:, :, None], (b, n, m))
@@ -175,36 +167,36 @@ def _propose(
     u: float64 [B, 4 · proposals]. The others are as in draw_centre.
     """
     xp = array_namespace(saliency)
-    b, gh, gw = saliency.shape
+    b, grid = saliency.shape[0], saliency.shape[1:]
     u = xp.reshape(u, (b, u.shape[1] // 4, 4))
     axis_window = _axis_window(window, size_px)
     per_cell = max(1, math.ceil(lam_bound / _PATCH_LAMBDA))
-    nodes_y, nodes_x = _nodes(gh, per_cell), _nodes(gw, per_cell)
-    edge_y = _patch_edges(nodes_y, axis_window[:, 0], first[:, 0], last[:, 0], xp)
-    edge_x = _patch_edges(nodes_x, axis_window[:, 1], first[:, 1], last[:, 1], xp)
-    bound = _patch_bounds(saliency, lam, per_cell, xp)  # [B, py, px], of λ·Â
-    count_y, count_x = edge_y[:, 1:] - edge_y[:, :-1], edge_x[:, 1:] - edge_x[:, :-1]
-    # The largest bound is taken out before exp: large λ must not overflow.
-    occupied = (count_y[:, :, None] > 0) & (count_x[:, None, :] > 0)
-    bound = xp.where(occupied, bound, -math.inf)
-    mass = xp.exp(bound - xp.max(bound, axis=(1, 2), keepdims=True)) * count_x[:, None, :]
-    row = xp.cumulative_sum(xp.sum(mass, axis=2) * count_y, axis=1)  # [B, py]
+    edges = _patch_edges(grid, per_cell, axis_window, first, last)
+    top = lam.clip(min=0.0)  # λ·Â is at most this; taken out before exp, which must not overflow
+    bound = _patch_bounds(saliency, lam, top, per_cell)  # [B, ny, nx]
+    _, ny, nx = bound.shape
+    count = edges[:, 1:] - edges[:, :-1]  # between the two axes it is of nothing
+    count_y, count_x = count[:, :ny], count[:, ny + 1 :]
+    mass = xp.matmul(bound, count_x[:, :, None])[:, :, 0] * count_y
+    above = xp.cumulative_sum(mass, axis=1, include_initial=True)  # [B, ny + 1]
 
     rows = _arange(xp, b, saliency)[:, None]
-    target = u[:, :, 0] * row[:, -1:]  # [B, P]
-    py = _count_below(row, target, xp)
-    target = target - xp.where(py > 0, row[rows, (py - 1).clip(min=0)], 0.0)
-    column = xp.cumulative_sum(mass[rows, py], axis=2)  # [B, P, px]
-    target = target / count_y[rows, py]
+    target = u[:, :, 0] * above[:, -1:]  # [B, P]
+    py = _count_below(above[:, None, 1:-1], target)
+    row = rows * ny + py
+    column = xp.take(xp.reshape(bound, (b * ny, nx)), xp.reshape(row, (-1,)), axis=0)
+    column = xp.cumulative_sum(xp.reshape(column, (b, -1, nx)) * count_x[:, None, :], axis=2)
+    target = (target - _pick(above, row + rows)) / _pick(count_y, row)
     # Rounding may leave target at the row's very end: hold it below.
     target = xp.minimum(target, column[:, :, -1] * (1 - 2.0**-52))
-    px = xp.sum(xp.astype(column <= target[:, :, None], xp.int64), axis=2)
-    y = edge_y[rows, py] + xp.astype(xp.floor(u[:, :, 1] * count_y[rows, py]), xp.int64)
-    x = edge_x[rows, px] + xp.astype(xp.floor(u[:, :, 2] * count_x[rows, px]), xp.int64)
-    proposal = xp.stack([y, x], axis=2)  # [B, P, 2]
-    exponent = lam[:, None] * saliency_at(saliency, proposal, axis_window)
-    accepted = u[:, :, 3] <= xp.exp(exponent - bound[rows, py, px])
-    chosen = proposal[rows[:, 0], xp.argmax(xp.astype(accepted, xp.int8), axis=1)]
+    px = _count_below(column[:, :, :-1], target)
+    patch = xp.stack([py, px + ny + 1], axis=2) + rows[:, :, None] * edges.shape[1]
+    begin, end = _pick(edges, patch), _pick(edges, patch + 1)
+    proposal = begin + xp.floor(u[:, :, 1:3] * (end - begin))  # [B, P, 2]
+    exponent = lam[:, None] * saliency_at(saliency, proposal, axis_window) - top[:, None]
+    accepted = u[:, :, 3] * _pick(bound, row * nx + px) <= xp.exp(exponent)
+    first_one = xp.argmax(xp.astype(accepted, xp.int8), axis=1)
+    chosen = xp.astype(proposal[rows[:, 0], first_one], xp.int64)
 
     chosen = xp.where(lam[:, None] == 0, uniform_centre(u[:, 0, :2], first, last), chosen)
     return chosen, (lam == 0) | xp.any(accepted, axis=1)
@@ -216,35 +208,46 @@ def _axis_window(window, size_px) -> Array:
     return xp.stack([window[:, :2], window[:, 2:] / xp.astype(size_px, xp.float64)], axis=2)
 
 
-def _patch_edges(nodes, axis_window, first, last, xp) -> Array:
-    """First pixel of each patch along one axis, and one past the last: int64 [B, patches+1].
+def _patch_edges(grid, per_cell, axis_window, first, last) -> Array:
+    """First pixel of each patch along y, and one past the last; then those along x: float64
+    [B, ny + 1 + nx + 1], whole numbers.
 
     Patches end at the image's borders and at the nodes of the envelope.
     """
-    place = xp.asarray(np.concatenate([[0.0], nodes, [1.0]]), device=first.device)
-    start, step = axis_window[:, 0:1], axis_window[:, 1:2]
-    edges = xp.ceil((place[None, :] - start) / step - 0.5)
-    begin, end = xp.astype(first[:, None], xp.float64), xp.astype(last[:, None] + 1, xp.float64)
-    edges = xp.minimum(xp.maximum(edges, begin), end)
-    return xp.astype(xp.concat([begin, edges, end], axis=1), xp.int64)
+    xp, device = array_namespace(first), first.device
+    place, axis = (xp.asarray(array, device=device) for array in _places(*grid, per_cell))
+    frame = xp.take(axis_window, axis, axis=1)
+    begin, end = (xp.take(array, axis, axis=1) for array in (first, last + 1))
+    edges = xp.ceil((place - frame[:, :, 0]) / frame[:, :, 1] - 0.5)
+    return xp.minimum(xp.maximum(edges, begin), end)
 
 
-def _patch_bounds(saliency, lam, per_cell, xp) -> Array:
-    """Upper bound of λ·Â on every patch, float64 [B, patches, patches]; 0 outside the image."""
+def _patch_bounds(saliency, lam, top, per_cell) -> Array:
+    """Upper bound of exp(λ·Â - top) on every patch, float64 [B, ny, nx]."""
+    xp = array_namespace(saliency)
     b, gh, gw = saliency.shape
-    node = lam[:, None, None] * saliency
+    node = saliency
     if per_cell > 1:
         rows = xp.asarray(_refinement(gh, per_cell), device=lam.device)
         columns = xp.asarray(_refinement(gw, per_cell), device=lam.device)
         node = xp.matmul(xp.matmul(rows, node), columns.T)
-    ny, nx = node.shape[1:]
+    node = xp.exp(lam[:, None, None] * node - top[:, None, None])
     # A node bounds the patches on both its sides; the outermost ones reach to the image's border.
-    bound = xp.zeros((b, ny + 3, nx + 3), dtype=node.dtype, device=lam.device)
+    bound = xp.empty((b, node.shape[1] + 3, node.shape[2] + 3), dtype=node.dtype, device=lam.device)
+    bound[...] = xp.exp(-top)[:, None, None]  # Â is 0 outside the image
     rows = xp.concat([node[:, :1], xp.maximum(node[:, 1:], node[:, :-1]), node[:, -1:]], axis=1)
     bound[:, 1:-1, 1] = rows[:, :, 0]
     bound[:, 1:-1, 2:-2] = xp.maximum(rows[:, :, 1:], rows[:, :, :-1])
     bound[:, 1:-1, -2] = rows[:, :, -1]
     return bound
+
+
+@functools.cache
+def _places(gh: int, gw: int, per_cell: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where patches may end in the full frame, along y and then along x: float64 and int64 [n],
+    the place and the axis."""
+    along = [[-np.inf, 0.0, *_nodes(g, per_cell), 1.0, np.inf] for g in (gh, gw)]
+    return np.concatenate(along), np.repeat([0, 1], [len(places) for places in along])
 
 
 @functools.cache
@@ -263,21 +266,48 @@ def _refinement(g: int, per_cell: int) -> np.ndarray:
 def _draw_exact(u, saliency, lam, window, size_px, first, last) -> Array:
     """Eq. 4 for one sample by the sum over all pixels. Returns int64 [2]."""
     xp, device = array_namespace(saliency), saliency.device
+    (start_y, step_y), (start_x, step_x) = _axis_window(window[None], size_px[None])[0]
     y = xp.arange(int(first[0]), int(last[0]) + 1, dtype=xp.int64, device=device)
     x = xp.arange(int(first[1]), int(last[1]) + 1, dtype=xp.int64, device=device)
-    grid = xp.stack(xp.meshgrid(y, x, indexing="ij"), axis=-1)
-    pixels = xp.reshape(grid, (1, -1, 2))
-    axis_window = _axis_window(window[None], size_px[None])
-    exponent = lam * saliency_at(saliency[None], pixels, axis_window)[0]
-    mass = xp.cumulative_sum(xp.exp(exponent - xp.max(exponent)))
-    k = xp.sum(xp.astype(mass <= u * mass[-1], xp.int64))
-    return pixels[0, k.clip(max=pixels.shape[1] - 1)]
+    rows = _cell_weights(start_y + step_y * (y + 0.5), saliency.shape[0])
+    columns = _cell_weights(start_x + step_x * (x + 0.5), saliency.shape[1])
+    exponent = lam * xp.matmul(xp.matmul(rows, saliency), columns.T)
+    mass = xp.exp(exponent - xp.max(exponent))
+    row = xp.cumulative_sum(xp.sum(mass, axis=1), include_initial=True)
+    target = u * row[-1]
+    i = int(xp.sum(xp.astype(row[1:-1] <= target, xp.int64)))
+    column = xp.cumulative_sum(mass[i])
+    j = int(xp.sum(xp.astype(column[:-1] <= target - row[i], xp.int64)))
+    return xp.stack([y[i], x[j]])
 
 
-def _count_below(cumulative, target, xp) -> Array:
-    """Index of the first cumulative value above target. [B, n], [B, P] -> int64 [B, P]."""
-    below = xp.astype(cumulative[:, None, :-1] <= target[:, :, None], xp.int64)
-    return xp.sum(below, axis=2)
+def _cell_weights(v, cells) -> Array:
+    """Along one axis, the weight of each cell at places of the full frame; 0 outside the image.
+    float64 [n] -> float64 [n, cells].
+    """
+    xp = array_namespace(v)
+    place = (v * cells - 0.5).clip(0.0, cells - 1.0)
+    cell = xp.arange(cells, dtype=xp.float64, device=v.device)
+    weight = (1 - xp.abs(place[:, None] - cell)).clip(min=0.0)
+    return weight * (xp.abs(v - 0.5) <= 0.5)[:, None]
+
+
+def _count_below(cumulative, target) -> Array:
+    """How many cumulative values are not above target. [B, 1 or P, n], [B, P] -> int64 [B, P].
+
+    A product with ones, for a sum along a short axis takes several times as long.
+    """
+    xp = array_namespace(target)
+    below = xp.astype(cumulative <= target[:, :, None], xp.float64)
+    ones = xp.ones((below.shape[2],), dtype=xp.float64, device=target.device)
+    return xp.astype(xp.matmul(below, ones), xp.int64)
+
+
+def _pick(array, index) -> Array:
+    """Elements by their place in the flattened array: of the shape of index."""
+    xp = array_namespace(array)
+    flat = xp.take(xp.reshape(array, (-1,)), xp.reshape(index, (-1,)))
+    return xp.reshape(flat, index.shape)
 
 
 def _arange(xp, n, like) -> Array:

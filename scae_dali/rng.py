@@ -12,10 +12,16 @@ import hashlib
 from enum import IntEnum
 from typing import Any
 
+import array_api_compat
 import numpy as np
-from array_api_compat import array_namespace
 
 Array = Any  # a NumPy array or a torch tensor
+
+
+def array_namespace(array: Array) -> Any:
+    """`array_api_compat`'s; NumPy as it is, whose functions that package wraps at a cost."""
+    return np if isinstance(array, np.ndarray) else array_api_compat.array_namespace(array)
+
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -44,25 +50,24 @@ class Stream(IntEnum):
     STALEST = 13  # of maps that are equally old
 
 
-def philox(counter: Array, seed: int) -> Array:
+def philox(even: Array, odd: Array, seed: int) -> tuple[Array, Array]:
     """One Philox4x32-10 block per counter.
 
-    counter: int64 [4, …], words in [0, 2³²). seed: 64-bit key. Returns int64 [4, …], random words
-    in [0, 2³²). int64 products wrap modulo 2⁶⁴ in NumPy and in torch, which leaves the needed bits
-    right.
+    even, odd: int64 [2, …] each, words 0 and 2, and 1 and 3, of the counters, in [0, 2³²). seed:
+    64-bit key. Returns the random words likewise. int64 products wrap modulo 2⁶⁴ in NumPy and in
+    torch, which leaves the needed bits right.
     """
-    xp = array_namespace(counter)
-    shape = (2,) + (1,) * (counter.ndim - 1)
-    keys = xp.reshape(xp.asarray(_keys(seed), device=counter.device), (_ROUNDS, *shape))
-    multiplier = xp.reshape(xp.asarray(_MULTIPLIER[::-1], device=counter.device), shape)
-    even, odd = counter[0::2], counter[1::2]  # words 0 and 2, 1 and 3
+    xp = array_namespace(even)
+    shape = (2,) + (1,) * (even.ndim - 1)
+    keys = xp.reshape(xp.asarray(_keys(seed), device=even.device), (_ROUNDS, *shape))
+    multiplier = xp.reshape(xp.asarray(_MULTIPLIER[::-1], device=even.device), shape)
     for key in keys:
         product = _swap(even) * multiplier  # of words 2 and 0
         # Only even words must be free of what lies above their 32 bits.
         odd, even = product, product >> 32 ^ odd
         even ^= key
         even &= _MASK
-    return xp.reshape(xp.stack([even, odd & _MASK], axis=1), counter.shape)
+    return even, odd & _MASK
 
 
 @functools.cache
@@ -89,15 +94,21 @@ def uniforms(seed: int, stream: Stream, epoch: Array, ids: Array, n: int) -> Arr
         raise ValueError(f"seed must be in [0, 2**64), got {seed}")
     if blocks > 1 << _BLOCK_BITS:
         raise ValueError(f"n must be at most {4 << _BLOCK_BITS}, got {n}")
-    counter = xp.empty((4, ids.shape[0], blocks), dtype=xp.int64, device=ids.device)
-    counter[0, ...] = (ids & _MASK)[:, None]
-    counter[1, ...] = (ids >> 32)[:, None]
-    counter[2, ...] = epoch if isinstance(epoch, int) else epoch[..., None]
+    even, odd = (
+        xp.empty((2, ids.shape[0], blocks), dtype=xp.int64, device=ids.device) for _ in range(2)
+    )
+    even[0, ...] = (ids & _MASK)[:, None]
+    odd[0, ...] = (ids >> 32)[:, None]
+    even[1, ...] = epoch if isinstance(epoch, int) else epoch[..., None]
     block = xp.arange(blocks, dtype=xp.int64, device=ids.device)
-    counter[3, ...] = block + (int(stream) << _BLOCK_BITS)
-    words = philox(counter, seed)  # [4, B, blocks]
-    words = xp.reshape(xp.permute_dims(words, (1, 2, 0)), (ids.shape[0], 4 * blocks))
-    return (xp.astype(words[:, :n], xp.float64) + 0.5) * 2.0**-32
+    odd[1, ...] = block + (int(stream) << _BLOCK_BITS)
+    even, odd = philox(even, odd, seed)
+    u = xp.empty((ids.shape[0], blocks, 4), dtype=xp.float64, device=ids.device)
+    for word, values in enumerate((even[0], odd[0], even[1], odd[1])):
+        u[:, :, word] = values
+    u += 0.5
+    u *= 2.0**-32
+    return xp.reshape(u, (ids.shape[0], 4 * blocks))[:, :n]
 
 
 def uniform_each(seed: int, stream: Stream, epoch: int, ids: np.ndarray) -> np.ndarray:

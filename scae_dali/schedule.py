@@ -5,7 +5,8 @@ methods.
 """
 
 import numpy as np
-from array_api_compat import array_namespace
+
+from scae_dali.rng import array_namespace
 
 
 def lam(epoch, epochs: int, lam_max):

@@ -412,7 +412,6 @@ sys.path[:0] = {places!r}
 from torch import distributed
 from test_harvest import batch_of, harvest_of, pictures, see
 from test_refresh import Net
-torch.set_num_threads(1)
 distributed.init_process_group("gloo")
 rank = distributed.get_rank()
 net = Net().eval()

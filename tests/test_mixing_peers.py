@@ -56,16 +56,13 @@ def box_of(image):
 
 @pytest.fixture(autouse=True)
 def _seeds():
-    """Both peers draw from global states; on small images threads but wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Both peers draw from global states."""
     state = np.random.get_state()  # noqa: NPY002
     np.random.seed(5)  # noqa: NPY002
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         yield
     np.random.set_state(state)  # noqa: NPY002
-    torch.set_num_threads(threads)
 
 
 def torchvisions(name, crop=SMALL, alpha=1.0):

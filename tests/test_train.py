@@ -23,7 +23,6 @@ ROOT = Path(__file__).parents[1]
 KILLER = """
 import os, signal, sys, torch
 import {module} as module
-torch.set_num_threads(2)
 owner, name, calls = {owner}, {name!r}, {calls}
 original = getattr(owner, name)
 def counting(*arguments, **keywords):
@@ -214,16 +213,6 @@ class StoppedError(Exception):
     pass
 
 
-@pytest.fixture
-def one_thread():
-    """Of torch: for small networks, threads that wait for each other cost more than they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("more", "seen"),
     [

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Installs what is needed into .venv and runs the tests; arguments go to pytest.
+# Installs what is needed into .venv and runs the tests, on up to eight cores; arguments go to
+# pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/venv.sh
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"

@@ -1,14 +1,13 @@
 """AutoAugment (Cubuk et al., CVPR 2019): one of 25 learned pairs of operations."""
 
 import numpy as np
-from array_api_compat import array_namespace
 from nvidia.dali.auto_aug import augmentations
 from nvidia.dali.auto_aug import auto_augment as policies
 
 from scae_dali.config import AutoAugmentConfig as Config
 from scae_dali.methods import policy
 from scae_dali.methods.base import Run, Samples
-from scae_dali.rng import Array, Stream
+from scae_dali.rng import Array, Stream, array_namespace
 
 __all__ = ["Config", "Method"]
 

@@ -13,10 +13,8 @@ from enum import IntFlag
 from types import ModuleType
 from typing import Any, Literal, Protocol
 
-from array_api_compat import array_namespace
-
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
-from scae_dali.rng import Array, Stream, uniforms
+from scae_dali.rng import Array, Stream, array_namespace, uniforms
 
 DataNode = Any
 Triple = tuple[float, float, float]

@@ -7,13 +7,12 @@ authors' code.
 
 from typing import Any
 
-from array_api_compat import array_namespace
 from nvidia.dali import fn, types
 
 from scae_dali.config import BatchMixConfig
 from scae_dali.methods.base import DataNode, Run, Samples
 from scae_dali.mixing import mix_weight
-from scae_dali.rng import Array, Stream, uniforms
+from scae_dali.rng import Array, Stream, array_namespace, uniforms
 
 # `source`: the place of the second image; `source_flip`: whether it is turned against the first.
 FIELDS = {"source": 1, "source_flip": 1}

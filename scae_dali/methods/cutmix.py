@@ -2,13 +2,11 @@
 
 from typing import Any, ClassVar
 
-from array_api_compat import array_namespace
-
 from scae_dali import region
 from scae_dali.config import CutmixConfig as Config
 from scae_dali.methods import batch, paste
 from scae_dali.methods.base import DataNode, Kind, Run, Samples, Status
-from scae_dali.rng import Array
+from scae_dali.rng import Array, array_namespace
 
 __all__ = ["Config", "Method"]
 

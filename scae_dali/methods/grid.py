@@ -17,13 +17,12 @@ the methods.
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace
 from nvidia.dali import fn, types
 
 from scae_dali.config import GridConfig
 from scae_dali.methods import rectangle
 from scae_dali.methods.base import DataNode, Run, Samples, zeros
-from scae_dali.rng import Array, Stream
+from scae_dali.rng import Array, Stream, array_namespace
 
 # d, share of its side that is erased, θ in radians, shift_y, shift_x, and (H, W) of the crop.
 FIELDS = {"grid": 7}

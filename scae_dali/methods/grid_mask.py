@@ -2,12 +2,10 @@
 
 from typing import Any
 
-from array_api_compat import array_namespace
-
 from scae_dali.config import GridMaskConfig as Config
 from scae_dali.methods import grid, rectangle
 from scae_dali.methods.base import DataNode, Run, Samples, Status
-from scae_dali.rng import Array, Stream
+from scae_dali.rng import Array, Stream, array_namespace
 
 __all__ = ["Config", "Method"]
 

@@ -1,9 +1,7 @@
 """Shared by the methods that look at saliency maps: fetching them, and what is wrong with them."""
 
-from array_api_compat import array_namespace
-
 from scae_dali.methods.base import Run, Samples, Status, zeros
-from scae_dali.rng import Array
+from scae_dali.rng import Array, array_namespace
 
 
 def maps(samples: Samples, run: Run) -> tuple[Array, Array, Array]:
@@ -16,7 +14,7 @@ def maps(samples: Samples, run: Run) -> tuple[Array, Array, Array]:
         b = samples.ids.shape[0]
         return zeros(samples.ids, b, 1, 1), xp.astype(status, xp.bool), status
     stored, found = run.saliency(samples.ids)
-    flat = found & (xp.max(stored, axis=(1, 2)) == xp.min(stored, axis=(1, 2)))
+    flat = found & xp.all(stored == stored[:, :1, :1], axis=(1, 2))
     status = xp.where(found, status, int(Status.NO_MAP))
     status = status + xp.where(flat, int(Status.FLAT_MAP), 0)
     return xp.astype(stored, xp.float64) / 255, found & ~flat, status

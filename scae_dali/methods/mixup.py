@@ -2,13 +2,12 @@
 
 from typing import Any, ClassVar
 
-from array_api_compat import array_namespace
 from nvidia.dali import types
 
 from scae_dali.config import MixupConfig as Config
 from scae_dali.methods import batch
 from scae_dali.methods.base import DataNode, Kind, Run, Samples, Status
-from scae_dali.rng import Array
+from scae_dali.rng import Array, array_namespace
 
 __all__ = ["Config", "Method"]
 

@@ -2,10 +2,9 @@
 
 from typing import ClassVar
 
-from array_api_compat import array_namespace
-
 from scae_dali.config import NoneConfig as Config
 from scae_dali.methods.base import Kind, Run
+from scae_dali.rng import array_namespace
 
 __all__ = ["Config", "Method"]
 

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from array_api_compat import array_namespace
 from nvidia.dali import fn, types
 
 from scae_dali.methods.base import DataNode
-from scae_dali.rng import Array
+from scae_dali.rng import Array, array_namespace
 
 
 def fields(name: str) -> dict[str, int]:

@@ -11,14 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from array_api_compat import array_namespace
 from nvidia.dali import types
 from nvidia.dali.auto_aug.core import select, signed_bin
 
 from scae_dali import conditionals
 from scae_dali.config import PolicyConfig
 from scae_dali.methods.base import DataNode, Kind, Run, Samples
-from scae_dali.rng import Array, Stream
+from scae_dali.rng import Array, Stream, array_namespace
 
 Operation = Any  # an Augmentation of nvidia.dali.auto_aug
 

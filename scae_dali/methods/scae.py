@@ -8,7 +8,6 @@ second one. What is erased is a rectangle; `semantic_grid_mask` puts a grid in i
 from typing import Any, ClassVar
 
 import numpy as np
-from array_api_compat import array_namespace
 
 from scae_dali import region, schedule
 from scae_dali.config import ClassAdaptiveConfig
@@ -16,7 +15,7 @@ from scae_dali.config import ScaeConfig as Config
 from scae_dali.methods import guidance, rectangle
 from scae_dali.methods.base import MIX_FIELDS, DataNode, Kind, Run, Samples, Status, zeros
 from scae_dali.mixing import Partners, mix_weight, on_host
-from scae_dali.rng import Array, Stream
+from scae_dali.rng import Array, Stream, array_namespace
 
 __all__ = ["ClassAdaptive", "Config", "Method"]
 
