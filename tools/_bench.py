@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -173,10 +174,11 @@ def report(
     args: argparse.Namespace,
     extra: Mapping[str, Any] | None = None,
     panels: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    plot: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
     """Prints rows and `extra`; writes them, with `about`, and draws them where `parse` was told.
 
-    panels: the rows as `draw` takes them; None: all in one.
+    panels: the rows as `draw` takes them; None: all in one. plot: what draws instead of `draw`.
     """
     result = {**about(), "rows": list(table), **(extra or {})}
     width = max([len(row["name"]) for row in table], default=4)
@@ -191,7 +193,7 @@ def report(
     if args.json is not None:
         write_json(args.json, result)
     if args.plot is not None:
-        draw(panels or {"": table}, args.plot)
+        (plot or partial(draw, panels or {"": table}))(args.plot)
     return result
 
 

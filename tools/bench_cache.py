@@ -332,10 +332,8 @@ def main() -> None:
             lines, extra = measure(n, args, Path(folder))
         table += lines
         found.append(extra)
-    without_bars = argparse.Namespace(**{**vars(args), "plot": None})
-    report(table, without_bars, {"settings": settings(args), "sizes": found})
-    if args.plot is not None:
-        draw(growth(table, found, args.batch), args.plot, "records")
+    plot = partial(draw, growth(table, found, args.batch), xlabel="records")
+    report(table, args, {"settings": settings(args), "sizes": found}, plot=plot)
     if faults := sum(one["torn"] + one["missing"] for s in found for one in s["processes"]):
         raise SystemExit(f"readers met {faults} maps that were torn or missing")
 

@@ -8,6 +8,8 @@ are `gather` (arrays out of what DALI hands over), `plan`, of which `read` is th
 `assemble` (what DALI takes). Beside it: with all maps in memory, by torch, and of methods that need
 no maps.
 
+--batches of them take turns, for what a plan costs hangs on what is drawn.
+
 `graph, scae`: batches of a pipeline that holds nothing but the operator and its inputs; `graph,
 empty function`: the same with a function that decides nothing, which is what DALI takes for it, and
 what it would take if all inputs were one.
@@ -20,11 +22,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -44,7 +46,6 @@ from scae_dali.rng import Stream, uniforms
 GRID = 7
 FULL_PX = (375, 500, 3)  # of ImageNet's most frequent image
 LAMBDAS = (0.0, 2.0, 5.0, 20.0, -20.0)
-STEP = 3  # the number of the batch
 
 Inputs = tuple[list[np.ndarray], ...]
 
@@ -61,16 +62,16 @@ def smooth_maps(n: int) -> np.ndarray:
     return maps / maps.max((1, 2), keepdims=True)
 
 
-def boxes(maps: np.ndarray, lam: float, size: int, exact: bool) -> np.ndarray:
+def boxes(maps: np.ndarray, lam: float, size: int, exact: bool, epoch: int) -> np.ndarray:
     """Rectangles for a batch of crops of the middle of their images: int64 [B, 4]."""
     b = len(maps)
     ids, size_px = np.arange(b), np.full((b, 2), size)
     config = ScaeConfig()
-    u = uniforms(0, Stream.ERASE, 0, ids, 2 * config.tries).reshape(b, -1, 2)
+    u = uniforms(0, Stream.ERASE, epoch, ids, 2 * config.tries).reshape(b, -1, 2)
     hw, _ = region.draw_size(u, size_px, config.area, config.aspect)
     first, last = region.centre_range(hw, size_px, "inside")
 
-    u = uniforms(0, Stream.CENTRE, 0, ids, region.DRAWS)
+    u = uniforms(0, Stream.CENTRE, epoch, ids, region.DRAWS)
     if exact:
         u[:, 3:-1:4] = 2.0  # no proposal is accepted: the sum over pixels has to do it
     window = np.tile([[0.2, 0.1, 0.6, 0.7]], (b, 1))
@@ -80,11 +81,11 @@ def boxes(maps: np.ndarray, lam: float, size: int, exact: bool) -> np.ndarray:
     return region.box_at(centre, hw, size_px)
 
 
-def given(ids: np.ndarray) -> Inputs:
-    """What DALI hands over for a batch: lists of small arrays."""
+def given(ids: np.ndarray, step: int) -> Inputs:
+    """What DALI hands over for a batch, the step-th: lists of small arrays."""
     return (
         [np.array([i], np.int32) for i in ids],
-        [np.array([STEP], np.int64) for _ in ids],
+        [np.array([step], np.int64) for _ in ids],
         [np.array(FULL_PX, np.int64) for _ in ids],
     )
 
@@ -94,27 +95,36 @@ def operator(index: ImageIndex, args: argparse.Namespace, method: str, **keyword
     return Operator(stage, stage.planner(CropConfig()), 1, (args.size, args.size))
 
 
-def pieces(of: Operator, inputs: Inputs, cache: SaliencyCache) -> dict[str, Callable[[], object]]:
+def in_turn(function: Callable[..., object], arguments: Iterable[tuple]) -> Callable[[], object]:
+    """A call of the function with each of these arguments in turn, over and over."""
+    turns = itertools.cycle(list(arguments))
+    return lambda: function(*next(turns))
+
+
+def pieces(
+    of: Operator, batches: list[Inputs], cache: SaliencyCache
+) -> dict[str, Callable[[], object]]:
     """The operator taken apart, each piece as a call."""
-    arrays = of.arguments(inputs)
-    table = of.planner(*arrays)
-    erased = arrays[0][table[:, of.planner.columns["box"]][:, 2] > 0]
+    arrays = [of.arguments(inputs) for inputs in batches]
+    tables = [of.planner(*part) for part in arrays]
+    box = of.planner.columns["box"]
+    erased = [part[0][table[:, box][:, 2] > 0] for part, table in zip(arrays, tables, strict=True)]
     return {
-        "gather": lambda: of.arguments(inputs),
-        "plan": lambda: of.planner(*arrays),
-        "read": lambda: cache.read(erased),
-        "assemble": lambda: list(table),
+        "gather": in_turn(lambda *inputs: of.arguments(inputs), batches),
+        "plan": in_turn(of.planner, arrays),
+        "read": in_turn(cache.read, [(ids,) for ids in erased]),
+        "assemble": in_turn(list, [(table,) for table in tables]),
     }
 
 
 def graph(of: Operator, args: argparse.Namespace, ids: np.ndarray) -> Pipeline:
-    """The operator in a pipeline, with inputs as those of a training pipeline."""
+    """The operator in a pipeline, with inputs as those of a training pipeline. ids: int [n, B]."""
 
     def define() -> Any:
         return of.stage.plan(
-            fed(ids[:, None].astype(np.int32)),
+            fed(ids[:, :, None].astype(np.int32)),
             size=(args.size, args.size),
-            shapes=fed(np.tile(np.array(FULL_PX, np.int64), (len(ids), 1))),
+            shapes=fed(np.tile(np.array(FULL_PX, np.int64), (1, ids.shape[1], 1))),
             random_crop=CropConfig(),
         ).row
 
@@ -128,14 +138,17 @@ def empty_graph(args: argparse.Namespace, widths: tuple[int, ...], wide: int) ->
     rows = list(np.zeros((b, wide)))
 
     def define() -> Any:
-        inputs = [fed(np.zeros((b, width), np.int64)) for width in widths]
+        inputs = [fed(np.zeros((1, b, width), np.int64)) for width in widths]
         return fn.python_function(*inputs, function=lambda *_: rows, batch_processing=True)
 
     return built(define, args)
 
 
-def fed(batch: np.ndarray) -> Any:
-    return fn.external_source(source=lambda info: batch, batch=True, batch_info=True)
+def fed(batches: np.ndarray) -> Any:
+    """One batch after the other, over and over: [n, B, …]."""
+    return fn.external_source(
+        source=lambda info: batches[info.iteration % len(batches)], batch=True, batch_info=True
+    )
 
 
 def built(define: Callable[[], Any], args: argparse.Namespace) -> Pipeline:
@@ -146,14 +159,12 @@ def built(define: Callable[[], Any], args: argparse.Namespace) -> Pipeline:
 
 
 def rate(call: Callable[[], object], n: int, seconds: float) -> float:
-    """-> samples per second: the median call of about `seconds`."""
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
+    """-> samples per second, of calls of n each for about `seconds`."""
+    calls, start = 0, time.perf_counter()
+    while calls < 3 or time.perf_counter() - start < seconds:
         call()
-        times.append(time.perf_counter() - start)
-    return n / statistics.median(times)
+        calls += 1
+    return calls * n / (time.perf_counter() - start)
 
 
 def left_behind(call: Callable[[], object], calls: int = 100) -> float:
@@ -172,6 +183,7 @@ def left_behind(call: Callable[[], object], calls: int = 100) -> float:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--batches", type=int, default=100, help="that take turns; default: 100")
     parser.add_argument("--samples", type=int, default=1_281_167, help="default: ImageNet's")
     parser.add_argument("--size", type=int, default=224, help="side of the crop in pixels")
     parser.add_argument("--seconds", type=float, default=0.3, help="of a row in a round")
@@ -179,8 +191,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser,
         argv,
         rounds=7,
-        quick={"rounds": 3, "seconds": 0.05, "samples": 20_000},
-        counts=("batch_size", "samples", "size"),
+        quick={"rounds": 3, "seconds": 0.05, "batches": 10, "samples": 20_000},
+        counts=("batch_size", "batches", "samples", "size"),
     )
 
 
@@ -189,28 +201,31 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     n, b = max(args.samples, args.batch_size), args.batch_size
     index = ImageIndex.from_arrays([f"{i}.jpg" for i in range(n)], np.zeros(n, np.int64))
-    ids = np.random.default_rng(_live.SEED).permutation(n)[:b]
-    inputs = given(ids)
+    rng = np.random.default_rng(_live.SEED)
+    ids = np.stack([rng.permutation(n)[:b] for _ in range(args.batches)])
+    batches = [given(batch, step) for step, batch in enumerate(ids)]
     maps = smooth_maps(b)
     with tempfile.TemporaryDirectory() as folder:
         cache = _live.random_cache(os.path.join(folder, "maps.lmdb"), index)
         ours = operator(index, args, "scae", cache=cache)
         resident = operator(index, args, "scae", cache=cache, resident=True)
         by_torch = operator(index, args, "scae", cache=cache, backend="torch")
-        calls: dict[str, Callable[[], object]] = {"operator": partial(ours.numpy, *inputs)}
-        calls |= pieces(ours, inputs, cache)
-        calls["operator, maps in memory"] = partial(resident.numpy, *inputs)
-        capsules = [[torch.from_numpy(one) for one in part] for part in inputs]
-        calls["operator, torch"] = partial(by_torch.torch, *capsules)
+        calls: dict[str, Callable[[], object]] = {"operator": in_turn(ours.numpy, batches)}
+        calls |= pieces(ours, batches, cache)
+        calls["operator, maps in memory"] = in_turn(resident.numpy, batches)
+        tensors = [tuple(list(map(torch.from_numpy, one)) for one in part) for part in batches]
+        calls["operator, torch"] = in_turn(by_torch.torch, tensors)
         for method in ("none", "random_erasing"):
-            calls[f"operator, {method}"] = partial(operator(index, args, method).numpy, *inputs)
-        width = ours.numpy(*inputs)[0].size
+            calls[f"operator, {method}"] = in_turn(operator(index, args, method).numpy, batches)
+        width = ours.numpy(*batches[0])[0].size
         calls["graph, scae"] = graph(ours, args, ids).run
         calls["graph, empty function"] = empty_graph(args, (1, 1, 3), width).run
         calls["graph, empty function of one input"] = empty_graph(args, (5,), width).run
-        calls["pixel sum"] = partial(boxes, maps, 2.0, args.size, True)
+        steps = range(args.batches)
+        calls["pixel sum"] = in_turn(boxes, [(maps, 2.0, args.size, True, step) for step in steps])
         for lam in LAMBDAS:
-            calls[f"boxes, λ={lam:g}"] = partial(boxes, maps, lam, args.size, False)
+            drawn = [(maps, lam, args.size, False, step) for step in steps]
+            calls[f"boxes, λ={lam:g}"] = in_turn(boxes, drawn)
         samples = _bench.interleaved(
             {name: partial(rate, call, b, args.seconds) for name, call in calls.items()},
             args.rounds,

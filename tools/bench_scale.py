@@ -458,9 +458,7 @@ def main() -> None:
     found = all_sizes(args) if "sizes" in parts else []
     extra = {"settings": settings(args), "epoch": told, "startup": started, "sizes": found}
     extra["breaks_first"] = breaks(found)
-    report(table, argparse.Namespace(**{**vars(args), "plot": None}), extra)
-    if args.plot is not None:
-        draw(growth(found), args.plot)
+    report(table, args, extra, plot=partial(draw, growth(found)))
 
 
 if __name__ == "__main__":
