@@ -1,10 +1,10 @@
 """Which rectangle to erase: its size, and its centre by eq. 4, exactly, over the crop's pixels.
 
 Â is bilinear between the centres of the map's cells (`align_corners=False`), constant beyond the
-outermost ones, and 0 outside the image. Summing exp(λ·Â) over every pixel of every crop would cost
-fifty times the budget, so the centre is drawn by rejection: over each patch of the grid on which Â
-is bilinear, exp(λ·Â) is at most its value at one of the four corners, which gives an envelope of
-some hundred patches. A proposal is a patch in proportion to its envelope, a pixel uniform in it,
+outermost ones, and 0 outside the image. Summing exp(λ·Â) over every pixel of every crop would take
+25 times as long, so the centre is drawn by rejection: over each patch of the grid on which Â is
+bilinear, exp(λ·Â) is at most its value at one of the four corners, which gives an envelope of some
+hundred patches. A proposal is a patch in proportion to its envelope, a pixel uniform in it,
 and is accepted with exp(λ·Â) over the envelope. Where all PROPOSALS fail, the centre is drawn from
 the full sum over pixels: both branches follow eq. 4, hence so does their mixture.
 
@@ -116,8 +116,9 @@ def draw_centre(
     """Eq. 4: a pixel (i, j) with P(i, j) ∝ exp(λ·Â(i, j)) over first <= (i, j) <= last.
 
     u: float64 [B, DRAWS] in (0, 1). saliency: float64 [B, gh, gw] over the full frame. lam: float64
-    [B]. window: float64 [B, 4], the crop (y, x, h, w) as shares of the full frame. size_px: int64
-    [B, 2], (H, W) of the crop. first, last: int64 [B, 2], within the crop, first <= last.
+    [B], |λ| <= 500. window: float64 [B, 4], the crop (y, x, h, w) as shares of the full frame.
+    size_px: int64 [B, 2], (H, W) of the crop. first, last: int64 [B, 2], within the crop, first <=
+    last.
     lam_bound: the largest |λ| of the run; it sets how fine the envelope is, not what is drawn from.
     Where λ = 0 it is `uniform_centre` of the first two numbers, for any map. Returns int64 [B, 2],
     (y, x).

@@ -12,7 +12,8 @@ no maps.
 
 `graph, scae`: batches of a pipeline that holds nothing but the operator and its inputs; `graph,
 empty function`: the same with a function that decides nothing, which is what DALI takes for it, and
-what it would take if all inputs were one.
+what it would take if all inputs were one. `images`: what is done to the pixels, uint8 HWC: nothing,
+a copy, fn.erase in every other image, which copies all of them.
 
 `boxes, λ=…`: sizes and centres alone, of a batch that is erased throughout; `pixel sum`, centres
 by the plain sum of eq. 4 over all pixels.
@@ -33,7 +34,7 @@ from typing import Any
 import _live
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, fn, pipeline_def
+from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 import _bench
 from scae_dali import region
@@ -144,10 +145,28 @@ def empty_graph(args: argparse.Namespace, widths: tuple[int, ...], wide: int) ->
     return built(define, args)
 
 
+def images_graph(args: argparse.Namespace, work: Callable[[Any, Any, Any], Any]) -> Pipeline:
+    """work(images, anchor, shape) and no more; anchor and shape are those of fn.erase."""
+    b, side = args.batch_size, args.size
+    images = np.random.default_rng(0).integers(0, 256, (1, b, side, side, 3), np.uint8)
+    box = np.zeros((1, b, 4))
+    box[:, ::2] = np.array([0.2, 0.3, 0.4, 0.5]) * side
+
+    def define() -> Any:
+        parts = fed(box)
+        anchor, shape = (fn.cast(parts[at : at + 2], dtype=types.FLOAT) for at in (0, 2))
+        return work(fed(images), anchor, shape)
+
+    return built(define, args)
+
+
 def fed(batches: np.ndarray) -> Any:
     """One batch after the other, over and over: [n, B, …]."""
     return fn.external_source(
-        source=lambda info: batches[info.iteration % len(batches)], batch=True, batch_info=True
+        source=lambda info: batches[info.iteration % len(batches)],
+        batch=True,
+        batch_info=True,
+        layout="HWC" if batches.ndim == 5 else None,
     )
 
 
@@ -222,6 +241,14 @@ def main(argv: list[str] | None = None) -> None:
         calls["graph, empty function"] = empty_graph(args, (1, 1, 3), width).run
         calls["graph, empty function of one input"] = empty_graph(args, (5,), width).run
         steps = range(args.batches)
+        pixels: dict[str, Callable[[Any, Any, Any], Any]] = {
+            "images": lambda images, anchor, shape: (images, anchor, shape),
+            "images, copied": lambda images, anchor, shape: (fn.copy(images), anchor, shape),
+            "images, erased": lambda images, anchor, shape: fn.erase(
+                images, anchor=anchor, shape=shape, axis_names="HW", fill_value=0
+            ),
+        }
+        calls |= {name: images_graph(args, work).run for name, work in pixels.items()}
         calls["pixel sum"] = in_turn(boxes, [(maps, 2.0, args.size, True, step) for step in steps])
         for lam in LAMBDAS:
             drawn = [(maps, lam, args.size, False, step) for step in steps]
