@@ -187,7 +187,7 @@ def test_bench_pass(tmp_path, images):
 @pytest.mark.parametrize(
     ("name", "options", "rows"),
     [
-        ("operator", ["--batch-size", 16, "--size", 32, "--samples", 2000], 18),
+        ("operator", ["--batch-size", 16, "--size", 32, "--samples", 2000], 21),
         ("cache", ["--batch", 64], 7),
         ("arrays", ["--size", 16], 5),
     ],
