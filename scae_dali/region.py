@@ -142,7 +142,8 @@ def peak(saliency: Array, window: Array, size_px: Array) -> Array:
     # Â is bilinear on every patch, so it is largest at a corner of one.
     edges = xp.astype(_patch_edges((gh, gw), 1, axis_window, zero, last), xp.int64)
     corners = []
-    for axis, edge in enumerate((edges[:, : gh + 4], edges[:, gh + 4 :])):
+    along_y = gh + 4  # one more than there are patches
+    for axis, edge in enumerate((edges[:, :along_y], edges[:, along_y:])):
         ends = xp.concat([edge[:, :-1], edge[:, 1:] - 1], axis=1)
         corners.append(xp.minimum(ends.clip(min=0), last[:, axis : axis + 1]))
     n, m = corners[0].shape[1], corners[1].shape[1]
@@ -260,8 +261,7 @@ def _nodes(g: int, per_cell: int) -> np.ndarray:
 @functools.cache
 def _refinement(g: int, per_cell: int) -> np.ndarray:
     """Linear interpolation from the g cells to the nodes: float64 [nodes, g]."""
-    place = _nodes(g, per_cell) * g - 0.5
-    return np.maximum(0.0, 1.0 - np.abs(place[:, None] - np.arange(g)))
+    return _cell_weights(_nodes(g, per_cell), g)
 
 
 def _draw_exact(u, saliency, lam, window, size_px, first, last) -> Array:

@@ -146,8 +146,7 @@ def test_bench_arrays(tmp_path, images):
 
 
 @pytest.mark.parametrize("source", ["arrays", "files"])
-def test_bench_train(tmp_path, images, monkeypatch, source):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_bench_train(tmp_path, images, source):
     out = tmp_path / "bench.json"
     data = ["--arrays"] if source == "arrays" else ["--data", images, "--repeat", 4]
     size = ["--model", "cifar_resnet20", "--size", 16, "--batch-size", 4, "--quick"]

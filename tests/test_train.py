@@ -21,7 +21,7 @@ from scae_dali.dataset import ImageIndex
 ROOT = Path(__file__).parents[1]
 # Kills itself with SIGKILL at the n-th call of a method.
 KILLER = """
-import os, signal, sys, torch
+import os, signal, sys
 import {module} as module
 owner, name, calls = {owner}, {name!r}, {calls}
 original = getattr(owner, name)
