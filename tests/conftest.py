@@ -1,5 +1,6 @@
 """Small data that the tests make themselves, and tools as users run them."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -34,6 +35,13 @@ TWO_PROCESSES = (
     *("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"),
     *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
 )
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """The module of a tool, by its name."""
+    monkeypatch.syspath_prepend(TOOLS)
+    return importlib.import_module
 
 
 def pytest_collection_modifyitems(items):

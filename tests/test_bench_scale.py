@@ -187,4 +187,4 @@ def test_what_is_asked_for_is_checked():
     assert "at least two a round, got 3" in run("bench_cache", "--batches", 3, status=2)
     assert "epoch, sizes, startup, got 'x'" in run("bench_scale", "--parts", "x", status=2)
     message = run("bench_scale", "--epoch", 100, "--batch", 64, status=2)
-    assert "at least two batches of 64, got 100" in message
+    assert "more than 20 batches of 64, got 100" in message

@@ -14,14 +14,12 @@ from pipelines.data import DataConfig
 from pipelines.recipe import Config, ImageConfig, make_network
 from scae_dali.dataset import ImageIndex
 
-ROOT = Path(__file__).parents[1]
 SIZE = 24
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    return __import__("erasing_effect")
+def effect(tool):
+    return tool("erasing_effect")
 
 
 @pytest.fixture
@@ -49,9 +47,9 @@ def run(tmp_path):
     return out
 
 
-def test_rows(tool, run, capsys):
+def test_rows(effect, run, capsys):
     out = run / "effect.json"
-    tool.main([str(run), "--lam=-8,0,8", "--json", str(out)])
+    effect.main([str(run), "--lam=-8,0,8", "--json", str(out)])
     found = json.loads(out.read_text())
     rows = {row["lam"]: row for row in found["rows"]}
     assert [*rows] == [None, -8, 0, 8]
@@ -63,14 +61,14 @@ def test_rows(tool, run, capsys):
     assert len({row["probability"] for row in rows.values()}) == 4
     assert str(run) not in out.read_text()
     assert "λ = -8" in capsys.readouterr().out
-    tool.main([str(run), "--lam=0", "--images", "7", "--json", str(out)])
+    effect.main([str(run), "--lam=0", "--images", "7", "--json", str(out)])
     assert json.loads(out.read_text())["rows"][0]["images"] == 7
 
 
-def test_a_row_of_no_erasing_is_what_the_network_says(tool, run, tmp_path):
+def test_a_row_of_no_erasing_is_what_the_network_says(effect, run, tmp_path):
     """The images are whole, normalised, and those of their labels."""
-    args = tool.parse([str(run), "--lam=0"])
-    whole = tool.measure(args)[0]
+    args = effect.parse([str(run), "--lam=0"])
+    whole = effect.measure(args)[0]
     net = make_network("cifar_resnet20", 2).eval()
     net.load_state_dict(torch.load(run / "weights.pt"))
     index = ImageIndex(tmp_path / "data" / "train")
@@ -83,10 +81,10 @@ def test_a_row_of_no_erasing_is_what_the_network_says(tool, run, tmp_path):
     assert whole["top1"] == pytest.approx(100 * (p.argmax(1) == index.labels).mean())
 
 
-def test_lambda_moves_rectangles_and_does_not_resize_them(tool, run):
-    config, _, data, cache = tool.open_run(tool.parse([str(run)]))
+def test_lambda_moves_rectangles_and_does_not_resize_them(effect, run):
+    config, _, data, cache = effect.open_run(effect.parse([str(run)]))
     ids = np.arange(40)
-    boxes = {lam: tool.planner(data.train, cache, config, lam, 3)(ids) for lam in (0, 8)}
+    boxes = {lam: effect.planner(data.train, cache, config, lam, 3)(ids) for lam in (0, 8)}
     assert (boxes[0][:, 2:] == boxes[8][:, 2:]).all()
     assert (boxes[0][:, 2:].min(1) > 0).mean() > 0.9
     assert (boxes[0][:, :2] != boxes[8][:, :2]).any(1).mean() > 0.5
@@ -94,24 +92,24 @@ def test_lambda_moves_rectangles_and_does_not_resize_them(tool, run):
     assert (boxes[8][:, :2] + boxes[8][:, 2:] <= SIZE).all()
 
 
-def test_contrast_and_fill(tool):
+def test_contrast_and_fill(effect):
     maps = np.zeros((3, 2, 2), np.uint8)
     maps[0] = 51
     maps[1, 0, 0] = 255
     boxes = np.array([[3, 4, 5, 4], [0, 0, 2, 2], [0, 0, 2, 2]])
-    ratio = tool.contrast(maps, boxes, 8)
+    ratio = effect.contrast(maps, boxes, 8)
     # The outermost quarter of a cell is flat; a map of one cell in four has the mean 1/4.
     np.testing.assert_allclose(ratio, [1, 4, np.nan], rtol=1e-5)
     images = torch.ones(3, 3, 8, 8)
-    filled = tool.erased(images, boxes)
+    filled = effect.erased(images, boxes)
     assert filled.sum((1, 2, 3)).tolist() == [3 * 44, 3 * 60, 3 * 60]
     assert filled[0, :, 3:8, 4:8].sum() == 0
     assert images.min() == 1
 
 
-def test_what_is_no_finished_run_is_refused(tool, run):
+def test_what_is_no_finished_run_is_refused(effect, run):
     (run / "weights.pt").unlink()
     with pytest.raises(SystemExit, match=r"run' must be the folder of a finished run of train\.py"):
-        tool.main([str(run)])
+        effect.main([str(run)])
     with pytest.raises(SystemExit):
-        tool.main([str(run), "--lam=much"])
+        effect.main([str(run), "--lam=much"])

@@ -218,7 +218,9 @@ def test_plot_performance(tmp_path):
 
 
 def test_a_benchmark_without_rounds_is_refused():
-    assert "--rounds must be at least 1, got 0" in run("bench_operator", "--rounds", 0, status=2)
+    assert "--rounds: must be a whole number, at least 1, got 0" in run(
+        "bench_operator", "--rounds", 0, status=2
+    )
 
 
 def test_show_erasing(tmp_path, images, maps):

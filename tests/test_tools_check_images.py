@@ -6,26 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_images
+from conftest import TOOLS, write_images
 
 from scae_dali.dataset import ImageIndex
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
+
+@pytest.fixture
+def check_images(tool):
+    return tool("check_images")
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(TOOLS)
-    return __import__("check_images")
-
-
-@pytest.fixture
-def run(tool, monkeypatch, capsys):
+def run(check_images, monkeypatch, capsys):
     """Its status, and the lines that it printed."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["check_images.py", *map(str, arguments)])
-        status = tool.main()
+        status = check_images.main()
         said = capsys.readouterr()
         return status, [*said.out.splitlines(), *(said.err.splitlines() if status == 2 else [])]
 
@@ -74,31 +71,31 @@ def test_decoding_finds_the_rest_and_the_list_is_what_exclude_takes(run, data, t
     assert (status, lines) == (0, ["0 of 77 images are broken"])
 
 
-def test_a_failing_batch_is_halved_down_to_its_files(tool, monkeypatch):
+def test_a_failing_batch_is_halved_down_to_its_files(check_images, monkeypatch):
     """Against a decoder that fails at given images; every image is settled once."""
     bad, calls = {0, 1, 40, 127, 128, 255, 299}, []
 
     def decoded(index, ids, threads):
         calls.append(len(ids))
         wrong = [place for place, i in enumerate(ids) if i in bad]
-        batch = min(tool.BATCH, len(ids))
+        batch = min(check_images.BATCH, len(ids))
         return wrong[0] // batch * batch if wrong else len(ids)
 
-    monkeypatch.setattr(tool, "decoded", decoded)
-    monkeypatch.setattr(tool, "CHUNK", 128)
+    monkeypatch.setattr(check_images, "decoded", decoded)
+    monkeypatch.setattr(check_images, "CHUNK", 128)
     settled: list[int] = []
-    found = list(tool.undecodable(None, range(300), 1, settled.append))
+    found = list(check_images.undecodable(None, range(300), 1, settled.append))
     assert found == sorted(bad)
     assert sum(settled) == 300
     assert len(calls) < 100
 
 
-def test_the_count_of_decoded_images_is_of_whole_batches(tool, data):
+def test_the_count_of_decoded_images_is_of_whole_batches(check_images, data):
     index = ImageIndex(data)
     ids = np.arange(80)
-    assert tool.decoded(index, ids, 2) == 64  # the third batch fails, at image 69
-    assert tool.decoded(index, ids[:40], 2) == 40
-    assert tool.decoded(index, ids[69:70], 2) == 0
+    assert check_images.decoded(index, ids, 2) == 64  # the third batch fails, at image 69
+    assert check_images.decoded(index, ids[:40], 2) == 40
+    assert check_images.decoded(index, ids[69:70], 2) == 0
 
 
 def test_errors_that_are_no_images_fault(run, tmp_path):

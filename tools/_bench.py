@@ -20,6 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from _options import count
+
 import _path
 
 __all__ = [
@@ -52,15 +54,14 @@ def parse(
     *,
     rounds: int,
     quick: Mapping[str, Any],
-    counts: Sequence[str] = (),
 ) -> argparse.Namespace:
     """The arguments, with those that every benchmark has: --rounds, --quick, --json, --plot.
 
     rounds: the default. quick: what --quick sets, by name, for a run of a minute, unless it is
-    given. counts: the arguments that must be at least 1, where they are given.
+    given.
     """
     sets = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in quick.items())
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
+    parser.add_argument("--rounds", type=count, default=rounds, help=f"default: {rounds}")
     parser.add_argument("--quick", action="store_true", help=f"for a look: {sets}")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the ratios there")
@@ -68,9 +69,6 @@ def parse(
     if args.quick:
         parser.set_defaults(**quick)
         args = parser.parse_args(argv)
-    for name in ("rounds", *counts):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     return args
 
 

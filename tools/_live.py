@@ -6,7 +6,6 @@ is over only when it has filled its queue again, so that no row works during ano
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import statistics
@@ -35,7 +34,6 @@ __all__ = [
     "Counter",
     "Row",
     "cpu_seconds",
-    "device_number",
     "endless",
     "epoch_index",
     "long_tailed",
@@ -44,42 +42,11 @@ __all__ = [
     "random_cache",
     "random_images",
     "settle",
-    "some_of",
-    "whole_numbers",
 ]
 
 SEED = 7
 # Of a Stage: λ(t) = λ_max from epoch T on.
 GUIDED: dict[str, Any] = {"epochs": 1, "start_epoch": 1, "seed": SEED}
-
-
-def device_number(parser: argparse.ArgumentParser, text: str) -> int | None:
-    """--device-id: the number of a GPU, or None for the CPU."""
-    if text != "cpu" and not text.isdigit():
-        parser.error(f"--device-id must be cpu or the number of a GPU, got {text!r}")
-    return None if text == "cpu" else int(text)
-
-
-def whole_numbers(text: str) -> list[int]:
-    """Of an option: 1,2 -> [1, 2]."""
-    numbers = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"must be whole numbers from 1 on, as in 1,2, got {text}")
-    return list(dict.fromkeys(numbers))
-
-
-def some_of(*choices: str) -> Callable[[str], list[str]]:
-    """Of an option: A,B -> ["A", "B"], out of the choices."""
-
-    def parse(text: str) -> list[str]:
-        parts = list(dict.fromkeys(text.split(",")))
-        if unknown := [part for part in parts if part not in choices]:
-            raise argparse.ArgumentTypeError(
-                f"must be some of {', '.join(choices)}, joined by commas, got {', '.join(unknown)}"
-            )
-        return parts
-
-    return parse
 
 
 def epoch_index(root: str, repeat: int, batch_size: int, shards: int = 1) -> ImageIndex:

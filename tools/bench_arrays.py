@@ -24,7 +24,6 @@ from _live import (
     SEED,
     Counter,
     Row,
-    device_number,
     endless,
     medians,
     memory_loader,
@@ -32,6 +31,7 @@ from _live import (
     random_images,
     settle,
 )
+from _options import count, existing_folder, usable_device
 
 import _bench
 import _path  # noqa: F401
@@ -49,25 +49,25 @@ CLASSES, IMBALANCE = 100, 100
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--data", metavar="DIR", help="DIR/<class>/<image>, of one size; default: random pixels"
+        "--data",
+        type=existing_folder,
+        metavar="DIR",
+        help="DIR/<class>/<image>, of one size; default: random pixels",
     )
-    parser.add_argument("--images", type=int, default=50_000, help="how many of random pixels")
-    parser.add_argument("--size", type=int, default=32, help="their side")
-    parser.add_argument("--grid", type=int, default=8, help="side of the maps")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device-id", default="cpu", metavar="N|cpu")
+    parser.add_argument("--images", type=count, default=50_000, help="how many of random pixels")
+    parser.add_argument("--size", type=count, default=32, help="their side")
+    parser.add_argument("--grid", type=count, default=8, help="side of the maps")
+    parser.add_argument("--batch-size", type=count, default=128)
+    parser.add_argument("--threads", type=count, default=2)
+    parser.add_argument("--device-id", type=usable_device, default="cpu", metavar="N|cpu")
     parser.add_argument("--dtype", choices=["fp32", "fp16"], default="fp32")
     parser.add_argument("--layout", choices=["NCHW", "NHWC"], default="NCHW")
-    args = _bench.parse(
+    return _bench.parse(
         parser,
         argv,
         rounds=7,
         quick={"rounds": 3, "images": 4096},
-        counts=("images", "size", "batch_size", "threads"),
     )
-    args.device_id = device_number(parser, args.device_id)
-    return args
 
 
 def open_images(args: argparse.Namespace) -> ArrayImages:

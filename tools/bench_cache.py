@@ -32,6 +32,7 @@ import lmdb
 import numpy as np
 from _growth import SyntheticIndex, draw, maps_of, salts, sizes
 from _memory import drop_pages
+from _options import count, existing_folder, positive
 
 from _bench import interleaved, iqr, parse, report, rows, settings
 from scae_dali.cache import CHUNK, ChunkWriter, SaliencyCache
@@ -312,16 +313,20 @@ def main() -> None:
     parser.add_argument(
         "--records", type=sizes, default="1e5,1281167,1e7", help="of each cache; ImageNet's is one"
     )
-    parser.add_argument("--grid", type=int, nargs=2, default=[7, 7], metavar=("H", "W"))
-    parser.add_argument("--batch", type=int, default=256, help="lookups a transaction")
-    parser.add_argument("--batches", type=int, default=400, help="batches a round")
+    parser.add_argument("--grid", type=count, nargs=2, default=[7, 7], metavar=("H", "W"))
+    parser.add_argument("--batch", type=count, default=256, help="lookups a transaction")
+    parser.add_argument("--batches", type=count, default=400, help="batches a round")
     parser.add_argument(
         "--processes", type=sizes, default="1,2,4", help="that read at once; default: 1,2,4"
     )
-    parser.add_argument("--seconds", type=float, default=2, help="that processes read together")
-    parser.add_argument("--dir", help="where to put the caches meanwhile; default: the temporary")
+    parser.add_argument("--seconds", type=positive, default=2, help="that processes read together")
+    parser.add_argument(
+        "--dir",
+        type=existing_folder,
+        help="where to put the caches meanwhile; default: the temporary",
+    )
     quick = {"rounds": 2, "records": [100_000], "batches": 50, "processes": [1, 2], "seconds": 0.5}
-    args = parse(parser, None, rounds=3, quick=quick, counts=("batch",))
+    args = parse(parser, None, rounds=3, quick=quick)
     if args.batches < 2 * args.rounds:
         parser.error(f"--batches must be at least two a round, got {args.batches}")
     check_the_check()

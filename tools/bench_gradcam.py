@@ -18,6 +18,7 @@ from importlib import metadata
 
 import torch
 import torchvision
+from _options import count
 
 import _bench
 import _path  # noqa: F401
@@ -30,8 +31,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="resnet50", help="a torchvision classification model")
     parser.add_argument("--layer", default=None, help="module name; default: by the model's family")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--size", type=int, default=224, help="side of the images, in pixels")
+    parser.add_argument("--batch-size", type=count, default=16)
+    parser.add_argument("--size", type=count, default=224, help="side of the images, in pixels")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
     parser.add_argument("--channels-last", action="store_true")

@@ -24,7 +24,6 @@ from _live import (
     SEED,
     Counter,
     Row,
-    device_number,
     endless,
     epoch_index,
     long_tailed,
@@ -32,6 +31,7 @@ from _live import (
     random_cache,
     settle,
 )
+from _options import count, existing_folder, usable_device
 
 import _bench
 import _path  # noqa: F401
@@ -46,23 +46,23 @@ from scae_dali.schedule import frequency
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", required=True, metavar="DIR", help="DIR/<class>/<image>")
+    parser.add_argument(
+        "--data", type=existing_folder, required=True, metavar="DIR", help="DIR/<class>/<image>"
+    )
     parser.add_argument("--tail-share", default="0.01,0.09", metavar="S,...", help="mixed, of all")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--batches", type=int, default=0, help="a round; default: an epoch's")
-    parser.add_argument("--repeat", type=int, default=1, help="times each file is in an epoch")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--size", type=int, default=224, help="side of the crop in pixels")
-    parser.add_argument("--device-id", default="cpu", metavar="N|cpu")
+    parser.add_argument("--batch-size", type=count, default=64)
+    parser.add_argument("--batches", type=count, help="a round; default: an epoch's")
+    parser.add_argument("--repeat", type=count, default=1, help="times each file is in an epoch")
+    parser.add_argument("--threads", type=count, default=2)
+    parser.add_argument("--size", type=count, default=224, help="side of the crop in pixels")
+    parser.add_argument("--device-id", type=usable_device, default="cpu", metavar="N|cpu")
     parser.add_argument("--decode", choices=["auto", "roi", "full"], default="auto")
     args = _bench.parse(
         parser,
         argv,
         rounds=5,
         quick={"rounds": 3, "batches": 3},
-        counts=("batch_size", "repeat", "threads", "size"),
     )
-    args.device_id = device_number(parser, args.device_id)
     try:
         args.tail_share = [float(share) for share in args.tail_share.split(",")]
     except ValueError:

@@ -34,6 +34,7 @@ from typing import Any
 import _live
 import numpy as np
 import torch
+from _options import count, positive
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 import _bench
@@ -201,17 +202,16 @@ def left_behind(call: Callable[[], object], calls: int = 100) -> float:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--batches", type=int, default=100, help="that take turns; default: 100")
-    parser.add_argument("--samples", type=int, default=1_281_167, help="default: ImageNet's")
-    parser.add_argument("--size", type=int, default=224, help="side of the crop in pixels")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of a row in a round")
+    parser.add_argument("--batch-size", type=count, default=256)
+    parser.add_argument("--batches", type=count, default=100, help="that take turns; default: 100")
+    parser.add_argument("--samples", type=count, default=1_281_167, help="default: ImageNet's")
+    parser.add_argument("--size", type=count, default=224, help="side of the crop in pixels")
+    parser.add_argument("--seconds", type=positive, default=0.3, help="of a row in a round")
     return _bench.parse(
         parser,
         argv,
         rounds=7,
         quick={"rounds": 3, "seconds": 0.05, "batches": 10, "samples": 20_000},
-        counts=("batch_size", "batches", "samples", "size"),
     )
 
 

@@ -30,6 +30,7 @@ from typing import Any
 import _live
 import numpy as np
 import torch
+from _options import count, existing_folder, usable_device, whole_numbers
 from _pass import Passes
 from build_cache import load_model
 from torch import nn
@@ -50,31 +51,28 @@ Amp = Callable[[], AbstractContextManager]
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", required=True, metavar="DIR", help="DIR/<class>/<image>")
-    parser.add_argument("--repeat", type=int, default=1, help="times each file is in a pass")
-    parser.add_argument("--images", type=int, help="at most so many in a pass")
+    parser.add_argument(
+        "--data", type=existing_folder, required=True, metavar="DIR", help="DIR/<class>/<image>"
+    )
+    parser.add_argument("--repeat", type=count, default=1, help="times each file is in a pass")
+    parser.add_argument("--images", type=count, help="at most so many in a pass")
     parser.add_argument("--model", default="resnet50", help="a network as train.py takes it")
     parser.add_argument("--weights", metavar="PT", help="of train.py; default: random")
     parser.add_argument("--layer", help="module name; default: by the model's family")
-    parser.add_argument("--sizes", default="224,160", metavar="A,B,...", help="in pixels")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument(
+        "--sizes", type=whole_numbers, default="224,160", metavar="A,B,...", help="in pixels"
+    )
+    parser.add_argument("--batch-size", type=count, default=32)
     parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--threads", type=int, default=2, help="of DALI")
-    parser.add_argument("--device-id", default="cpu", metavar="N|cpu")
-    args = _bench.parse(
+    parser.add_argument("--threads", type=count, default=2, help="of DALI")
+    parser.add_argument("--device-id", type=usable_device, default="cpu", metavar="N|cpu")
+    return _bench.parse(
         parser,
         argv,
         rounds=5,
         quick={"rounds": 2, "batch_size": 4, "images": 12},
-        counts=("repeat", "images", "batch_size", "threads"),
     )
-    args.device_id = _live.device_number(parser, args.device_id)
-    try:
-        args.sizes = [int(size) for size in args.sizes.split(",")]
-    except ValueError:
-        parser.error(f"--sizes must be integers joined by commas, got {args.sizes!r}")
-    return args
 
 
 def forwards(net: nn.Module, images: torch.Tensor, amp: Amp) -> dict[str, Callable[[], float]]:

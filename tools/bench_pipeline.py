@@ -44,15 +44,13 @@ from _live import (
     GUIDED,
     SEED,
     Row,
-    device_number,
     endless,
     epoch_index,
     medians,
     random_cache,
     settle,
-    some_of,
-    whole_numbers,
 )
+from _options import count, existing_folder, some_of, usable_device, whole_numbers
 
 import _bench
 import _path  # noqa: F401
@@ -78,7 +76,9 @@ SWEPT = {
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", required=True, metavar="DIR", help="DIR/<class>/<image>")
+    parser.add_argument(
+        "--data", type=existing_folder, required=True, metavar="DIR", help="DIR/<class>/<image>"
+    )
     parser.add_argument("--methods", default=",".join(BUILT_IN), metavar="A,B,...")
     parser.add_argument(
         "--backends",
@@ -94,10 +94,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="A,B,...",
         help="rows of others, or none; default: all",
     )
-    parser.add_argument("--batches", type=int, default=0, help="a round; default: an epoch's")
-    parser.add_argument("--repeat", type=int, default=1, help="times each file is in an epoch")
-    parser.add_argument("--size", type=int, default=224, help="side of the crop in pixels")
-    parser.add_argument("--device-id", default="cpu", metavar="N|cpu")
+    parser.add_argument("--batches", type=count, help="a round; default: an epoch's")
+    parser.add_argument("--repeat", type=count, default=1, help="times each file is in an epoch")
+    parser.add_argument("--size", type=count, default=224, help="side of the crop in pixels")
+    parser.add_argument("--device-id", type=usable_device, default="cpu", metavar="N|cpu")
     several = partial(parser.add_argument, metavar="A,B,...")
     several("--threads", type=whole_numbers, default="2", help="default: 2")
     several("--batch-size", type=whole_numbers, default="64", help="default: 64")
@@ -109,7 +109,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         argv,
         rounds=5,
         quick={"rounds": 3, "batches": 3, "peers": "native"},
-        counts=("repeat", "size"),
     )
     args.methods = args.methods.split(",")
     args.peers = [peer for peer in args.peers if peer != "none"]
@@ -120,7 +119,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if "timm" in args.peers and not _peers.has_timm():
         print("timm is not installed, so its rows are left out; pip install timm")
         args.peers.remove("timm")
-    args.device_id = device_number(parser, args.device_id)
     return args
 
 

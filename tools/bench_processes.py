@@ -35,13 +35,12 @@ from _live import (
     GUIDED,
     SEED,
     Row,
-    device_number,
     endless,
     epoch_index,
     random_cache,
     settle,
-    whole_numbers,
 )
+from _options import count, existing_folder, usable_devices, whole_numbers
 
 import _bench
 import _path  # noqa: F401
@@ -60,32 +59,38 @@ PATIENCE_S = 300.0  # for the other processes of a round
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", metavar="DIR", help="DIR/<class>/<image>; default: plans alone")
-    parser.add_argument("--processes", type=whole_numbers, default="1,2", metavar="N,...")
-    parser.add_argument("--batch-size", type=int, default=64, help="of a process")
-    parser.add_argument("--batches", type=int, default=0, help="a round; default: a shard's")
-    parser.add_argument("--repeat", type=int, default=1, help="times each file is in an epoch")
-    parser.add_argument("--threads", type=int, default=1, help="of DALI, a process")
-    parser.add_argument("--size", type=int, default=224, help="side of the crop in pixels")
-    parser.add_argument("--samples", type=int, default=100_000, help="of the cache of the plans")
-    parser.add_argument("--plans", type=int, default=2000, help="batches planned in a round")
     parser.add_argument(
-        "--device-id", default="cpu", metavar="N,...|cpu", help="a GPU for each process"
+        "--data",
+        type=existing_folder,
+        metavar="DIR",
+        help="DIR/<class>/<image>; default: plans alone",
+    )
+    parser.add_argument("--processes", type=whole_numbers, default="1,2", metavar="N,...")
+    parser.add_argument("--batch-size", type=count, default=64, help="of a process")
+    parser.add_argument("--batches", type=count, help="a round; default: a shard's")
+    parser.add_argument("--repeat", type=count, default=1, help="times each file is in an epoch")
+    parser.add_argument("--threads", type=count, default=1, help="of DALI, a process")
+    parser.add_argument("--size", type=count, default=224, help="side of the crop in pixels")
+    parser.add_argument("--samples", type=count, default=100_000, help="of the cache of the plans")
+    parser.add_argument("--plans", type=count, default=2000, help="batches planned in a round")
+    parser.add_argument(
+        "--device-id",
+        type=usable_devices,
+        default="cpu",
+        metavar="N,...|cpu",
+        help="a GPU for each process",
     )
     args = _bench.parse(
         parser,
         argv,
         rounds=7,
         quick={"rounds": 3, "batches": 3, "samples": 10_000, "plans": 500},
-        counts=("batch_size", "repeat", "threads", "size", "samples", "plans"),
     )
     most = max(args.processes)
     if 1 not in args.processes:
         parser.error(f"--processes must name 1, which ratios are to, got {args.processes}")
-    if args.device_id == "cpu":
-        args.device_id = [None] * most
-    else:
-        args.device_id = [device_number(parser, text) for text in args.device_id.split(",")]
+    if args.device_id == [None]:
+        args.device_id *= most
     if len(args.device_id) < most:
         parser.error(
             f"--device-id must name a GPU for each of {most} processes, got {args.device_id}; "

@@ -35,6 +35,7 @@ from typing import Any, TypeVar
 import _memory
 import numpy as np
 from _growth import SyntheticIndex, draw, labels_of, maps_of, names_of, salts, sizes
+from _options import count, existing_folder
 
 from _bench import interleaved, iqr, parse, report, rows, settings
 from pipelines.config import ExecConfig, ImageConfig
@@ -431,11 +432,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--samples", type=sizes, default="1e5,1e6,1e7", help="of `sizes`")
-    parser.add_argument("--epoch", type=int, default=1_281_167, help="samples of `epoch`")
-    parser.add_argument("--files", type=int, default=1_281_167, help="of `startup`")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--lookups", type=int, default=100_000, help="and plans, of a size")
-    parser.add_argument("--dir", help="for caches and files meanwhile; default: the temporary")
+    parser.add_argument("--epoch", type=count, default=1_281_167, help="samples of `epoch`")
+    parser.add_argument("--files", type=count, default=1_281_167, help="of `startup`")
+    parser.add_argument("--batch", type=count, default=256)
+    parser.add_argument("--lookups", type=count, default=100_000, help="and plans, of a size")
+    parser.add_argument(
+        "--dir", type=existing_folder, help="for caches and files meanwhile; default: the temporary"
+    )
     quick = {
         "rounds": 1,
         "samples": [10_000, 100_000],
@@ -443,13 +446,12 @@ def main() -> None:
         "files": 10_000,
         "lookups": 20_000,
     }
-    counts = ("epoch", "files", "batch", "lookups")
-    args = parse(parser, None, rounds=3, quick=quick, counts=counts)
+    args = parse(parser, None, rounds=3, quick=quick)
     parts = args.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts must be of {', '.join(PARTS)}, got {sorted(unknown)[0]!r}")
-    if args.epoch < 2 * args.batch:
-        parser.error(f"--epoch must be at least two batches of {args.batch}, got {args.epoch}")
+    if args.epoch <= MARKS * args.batch:
+        parser.error(f"--epoch must be more than {MARKS} batches of {args.batch}, got {args.epoch}")
     table, told = epochs(args) if "epoch" in parts else ([], {})
     started = None
     if "startup" in parts:

@@ -28,6 +28,7 @@ from pathlib import Path
 import _live
 import numpy as np
 import torch
+from _options import count, existing_folder, usable_device
 from _pass import Passes
 
 import _bench
@@ -49,38 +50,34 @@ from scae_dali.ops import Stage
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", metavar="DIR", help="DIR/<class>/<image>")
+    source.add_argument("--data", type=existing_folder, metavar="DIR", help="DIR/<class>/<image>")
     source.add_argument("--arrays", action="store_true", help="random pixels in memory")
-    parser.add_argument("--repeat", type=int, default=1, help="times each file is in an epoch")
-    parser.add_argument("--images", type=int, default=50_000, help="how many of --arrays")
+    parser.add_argument("--repeat", type=count, default=1, help="times each file is in an epoch")
+    parser.add_argument("--images", type=count, default=50_000, help="how many of --arrays")
     parser.add_argument("--model", default="resnet50", help="a network as train.py takes it")
-    parser.add_argument("--size", type=int, help="in pixels; default: 224, of --arrays 32")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--size", type=count, help="in pixels; default: 224, of --arrays 32")
+    parser.add_argument("--batch-size", type=count, default=64)
     parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
     parser.add_argument("--channels-last", action="store_true")
     modes = ["none", "default", "reduce-overhead", "max-autotune"]
     parser.add_argument("--compile", choices=modes, default="none")
     parser.add_argument("--pass-every", type=int, default=0, metavar="EPOCHS")
-    parser.add_argument("--pass-size", type=int, help="of its images, in pixels; default: --size")
+    parser.add_argument("--pass-size", type=count, help="of its images, in pixels; default: --size")
     parser.add_argument("--pass-share", type=float, default=1.0, help="of the images, that it sees")
-    parser.add_argument("--steps", type=int, default=0, help="a round; default: an epoch's")
-    parser.add_argument("--threads", type=int, default=2, help="of DALI")
-    parser.add_argument("--device-id", default="cpu", metavar="N|cpu")
+    parser.add_argument("--steps", type=count, help="a round; default: an epoch's")
+    parser.add_argument("--threads", type=count, default=2, help="of DALI")
+    parser.add_argument("--device-id", type=usable_device, default="cpu", metavar="N|cpu")
     args = _bench.parse(
         parser,
         argv,
         rounds=5,
-        quick={"rounds": 3, "steps": 4},
-        counts=("repeat", "images", "size", "pass_size", "batch_size", "threads"),
+        quick={"rounds": 3, "steps": 4, "images": 256},
     )
-    args.device_id = _live.device_number(parser, args.device_id)
     if args.size is None:
         args.size = 32 if args.arrays else 224
     args.pass_size = args.pass_size or args.size
     if not 0 < args.pass_share <= 1:
         parser.error(f"--pass-share must be in (0, 1], got {args.pass_share}")
-    if args.quick:
-        args.images = 4 * args.batch_size
     return args
 
 

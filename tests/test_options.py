@@ -1,0 +1,59 @@
+"""What the tools' options take, and what they say of anything else."""
+
+from argparse import ArgumentTypeError
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def options(tool):
+    return tool("_options")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        ("count", "5", 5),
+        ("whole_numbers", "2,1,2", [2, 1]),
+        ("positive", "0.5", 0.5),
+        ("device", "cpu", None),
+        ("device", "3", 3),
+        ("usable_device", "cpu", None),
+        ("usable_device", "1", 1),
+        ("usable_devices", "cpu", [None]),
+        ("usable_devices", "1,0", [1, 0]),
+    ],
+)
+def test_what_an_option_means(options, monkeypatch, kind, text, value):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert getattr(options, kind)(text) == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        ("count", "0", "must be a whole number, at least 1, got 0"),
+        ("count", "1.5", "must be a whole number, at least 1, got 1.5"),
+        ("whole_numbers", "1,-2", "must be whole numbers from 1 on, as in 1,2, got 1,-2"),
+        ("whole_numbers", "", "must be whole numbers from 1 on"),
+        ("positive", "0", "must be a number above 0, got 0"),
+        ("positive", "nan", "must be a number above 0, got nan"),
+        ("device", "cuda", "must be cpu or the number of a GPU, got cuda"),
+        ("usable_device", "2", "must be cpu or one of the 2 GPUs .* from 0 on, got 2"),
+        ("usable_devices", "0,2", "one of the 2 GPUs"),
+        ("existing_folder", "/no/where", "must be a folder, and there is none at '/no/where'"),
+    ],
+)
+def test_what_an_option_refuses(options, monkeypatch, kind, text, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ArgumentTypeError, match=message):
+        getattr(options, kind)(text)
+
+
+def test_some_of(options, tmp_path):
+    parse = options.some_of("a", "b")
+    assert parse("b,b,a") == ["b", "a"]
+    with pytest.raises(ArgumentTypeError, match="must be some of a, b, joined by commas, got c"):
+        parse("a,c")
+    assert options.existing_folder(str(tmp_path)) == str(tmp_path)
