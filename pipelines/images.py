@@ -5,6 +5,7 @@ process with nvImageCodec 0.9 (NVIDIA/nvImageCodec#55), so `auto` avoids it ther
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
@@ -87,9 +88,17 @@ def resolve_decode(decode: Decode, device_id: int | None) -> Decode:
     """`roi` or `full`, for `auto` too."""
     if decode != "auto":
         return decode
-    if device_id is None or not metadata.version("nvidia-nvimgcodec-cu12").startswith(_ROI_CRASHES):
-        return "roi"
-    return "full"
+    crashes = device_id is not None and _nvimgcodec().startswith(_ROI_CRASHES)
+    return "full" if crashes else "roi"
+
+
+def _nvimgcodec() -> str:
+    """The version of the decoder, whose package is named after the CUDA of DALI's build; "" where
+    none is installed."""
+    for cuda in ("cu12", "cu13"):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(f"nvidia-nvimgcodec-{cuda}")
+    return ""
 
 
 def decode(encoded: DataNode, run: ExecConfig) -> DataNode:

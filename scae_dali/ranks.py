@@ -18,8 +18,8 @@ def pick_device(name: str, number: int = 0) -> torch.device:
 class Ranks:
     """rank, world: of all processes. local: on this node; its process 0 writes the node's cache.
 
-    device: see pick_device. Joins the process group that the environment of torchrun names: NCCL on
-    GPUs, gloo on CPUs.
+    device: see pick_device. Joins the process group that the environment of torchrun names: by NCCL
+    where tensors are on GPUs, by gloo where they are on the CPU.
     """
 
     def __init__(self, device: str = "auto") -> None:
@@ -31,7 +31,7 @@ class Ranks:
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1 and not distributed.is_initialized():
-            distributed.init_process_group("nccl" if cuda else "gloo")
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
     @property
     def first(self) -> bool:

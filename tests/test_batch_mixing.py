@@ -192,11 +192,14 @@ def test_mixups_weights_follow_beta(alpha, per):
 
 
 def oracle_box(lam, centre, size):
-    """CutMix's box: sides √(1 - λ) of the image's, around the centre, clipped."""
+    """CutMix's box: sides √(1 - λ) of the image's, around the centre, clipped; an empty one lies at
+    the image's end, for DALI's kernel for GPUs takes it to reach from its begin to there."""
     (cy, cx), (height, width) = centre, size
     h, w = int(height * (1 - lam) ** 0.5), int(width * (1 - lam) ** 0.5)
     top, bottom = max(cy - h // 2, 0), min(cy + h // 2, height)
     left, right = max(cx - w // 2, 0), min(cx + w // 2, width)
+    if bottom == top or right == left:
+        return [height, width, 0, 0]
     return [top, left, bottom - top, right - left]
 
 
@@ -209,7 +212,7 @@ def test_cutmix_boxes_are_the_papers(crop, per):
     boxes = pasted(plan)
     for k in range(1000):
         centre = [int(u[k, axis] * crop[axis]) for axis in (0, 1)]
-        wanted = oracle_box(lam[k], centre, crop) if mixed[k] else [0, 0, 0, 0]
+        wanted = oracle_box(lam[k], centre, crop) if mixed[k] else [*crop, 0, 0]
         assert boxes[k].tolist() == wanted
         assert plan["mu"][k] == 1 - wanted[2] * wanted[3] / (crop[0] * crop[1])
 

@@ -18,6 +18,7 @@ RANKS = [
         "scae_dali.models",
         "scae_dali.ranks",
         "scae_dali.checkpoint",
+        "scae_dali.ema",
         "scae_dali.arrays",
     },
     {"scae_dali.second_stage", "scae_dali.evaluation"},

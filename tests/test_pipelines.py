@@ -1,5 +1,7 @@
 """The ready-made pipelines: what comes out, in which order, type and layout."""
 
+from importlib import metadata
+
 import numpy as np
 import pytest
 import torch
@@ -129,6 +131,17 @@ def test_auto_decodes_regions_on_the_cpu_and_avoids_the_gpus_known_crash(monkeyp
         monkeypatch.setattr("pipelines.images.metadata.version", lambda name, v=version: v)
         assert resolve_decode("auto", 0) == path
         assert resolve_decode("roi", 0) == "roi"
+    only_13 = {"nvidia-nvimgcodec-cu13": "0.9.1"}
+
+    def version(name):
+        if name not in only_13:
+            raise metadata.PackageNotFoundError(name)
+        return only_13[name]
+
+    monkeypatch.setattr("pipelines.images.metadata.version", version)
+    assert resolve_decode("auto", 0) == "full"
+    only_13.clear()
+    assert resolve_decode("auto", 0) == "roi"
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from pipelines import arrays, saliency
 from pipelines.config import ImageConfig
 from pipelines.recipe import autocast, make_network
 from scae_dali.config import CropConfig
+from scae_dali.ema import EMA
 from scae_dali.gradcam import GradCAM
 from scae_dali.harvest import Harvest
 from scae_dali.iterator import Batch, Loader
@@ -209,8 +210,9 @@ def harvested(setup: Setup, how: str) -> str:
             compile_it = device_id is not None and how != "plain"
             model = torch.compile(net, mode=how) if compile_it else net
             for batch in train_batches(tailed, device_id, pixels, "scae", "fp32-NCHW"):
-                model(batch.images)
+                logits = model(batch.images)
                 harvest.add(batch)
+                logits.sum().backward()  # without it CUDA graphs are recorded, and never replayed
             step(f"harvested on {device}")
             found.append(harvest.maps(harvest.seen()))
         (reference, counts), (ours, other) = found
@@ -218,16 +220,17 @@ def harvested(setup: Setup, how: str) -> str:
         return f"{len(ours)} maps, {compare_maps(reference, ours)}"
 
 
-@check("unwaited/pass", "unwaited/harvest")
+@check(*product("unwaited", ("pass", "harvest", "ema")))
 def unwaited(setup: Setup, what: str) -> str:
-    """Nothing that a batch of a pass or of a harvest asks of the device lets the host wait."""
+    """Nothing that a batch of a pass, a harvest or an average of the weights asks of the device
+    lets the host wait."""
     if setup.device_id is None:
         return "skipped: only another device can be waited for"
     with tempfile.TemporaryDirectory() as folder:
         tailed, pixels = in_memory(setup, folder)
         batches = list(train_batches(tailed, setup.device_id, pixels, "scae", "fp32-NCHW"))
     net = make_network("cifar_resnet20", tailed.index.num_classes).to(setup.device)
-    harvest = harvest_of(net, tailed)
+    harvest, ema = harvest_of(net, tailed), EMA(net, 0.9)
     cam, labels = GradCAM(net), torch.from_numpy(tailed.index.labels.copy())
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -235,6 +238,8 @@ def unwaited(setup: Setup, what: str) -> str:
         for batch in batches:
             if what == "pass":
                 cam(batch.images, labels[batch.ids])
+            elif what == "ema":
+                ema.update_parameters(net)
             else:
                 net(batch.images)
                 harvest.add(batch)

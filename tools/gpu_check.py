@@ -26,6 +26,7 @@ import _gpu_checks_fed  # noqa: F401 - it registers its checks
 import numpy as np
 import torch
 from _gpu_checks import CHECKS, SEED, Setup
+from _options import device, positive
 from PIL import Image
 
 import _bench
@@ -54,6 +55,8 @@ def draw_images(root: Path) -> None:
 def run_here(name: str, args: argparse.Namespace) -> None:
     """One check, in this process; what it found is the last line of stdout."""
     faulthandler.dump_traceback_later(0.9 * args.timeout)  # where it hangs, if it does
+    if args.device_id is not None:
+        torch.cuda.set_device(args.device_id)
     index = ImageIndex(args.data)
     most = EVERY if name.startswith("every-image") else COMPARED
     index = index.subset(np.unique(np.linspace(0, len(index) - 1, most, dtype=np.int64)))
@@ -92,16 +95,13 @@ def run_apart(name: str, args: argparse.Namespace) -> dict:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", metavar="DIR", help="DIR/<class>/<image>; default: drawn images")
-    parser.add_argument("--device-id", default="0", metavar="N|cpu")
+    parser.add_argument("--device-id", type=device, default="0", metavar="N|cpu")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="such as 'train/scae/*'")
-    parser.add_argument("--timeout", type=float, default=120, metavar="SECONDS", help="a check")
+    parser.add_argument("--timeout", type=positive, default=120, metavar="SECONDS", help="a check")
     parser.add_argument("--dry-run", action="store_true", help="list the checks; needs no GPU")
     parser.add_argument("--json", type=Path, default=None, metavar="OUT")
     parser.add_argument("--check", choices=CHECKS, metavar="NAME", help="run this one right here")
     args = parser.parse_args(argv)
-    if args.device_id != "cpu" and not args.device_id.isdigit():
-        parser.error(f"--device-id must be cpu or the number of a GPU, got {args.device_id!r}")
-    args.device_id = None if args.device_id == "cpu" else int(args.device_id)
     args.names = [
         name
         for name in CHECKS

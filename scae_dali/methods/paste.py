@@ -32,9 +32,14 @@ def plan_of(name: str, box: Array, size_px: Array) -> dict[str, Array]:
     """The fields for boxes int64 [B, 4] of images of size_px, int64 [B, 2]; a box of no area pastes
     nothing."""
     xp = array_namespace(box)
+    # DALI's GPU kernel takes an empty region for one that reaches to the end of the image: let it
+    # begin there.
+    empty = (box[:, 2:] == 0).any(1)[:, None]
+    anchor = xp.where(empty, size_px, box[:, :2])
+    shape = xp.where(empty, xp.zeros_like(size_px), box[:, 2:])
     return {
-        f"{name}_anchors": xp.concat([xp.zeros_like(size_px), box[:, :2]], axis=1),
-        f"{name}_shapes": xp.concat([size_px, box[:, 2:]], axis=1),
+        f"{name}_anchors": xp.concat([xp.zeros_like(size_px), anchor], axis=1),
+        f"{name}_shapes": xp.concat([size_px, shape], axis=1),
     }
 
 
