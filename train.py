@@ -18,7 +18,6 @@ from typing import Any
 import jsonargparse
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from pipelines.config import ExecConfig
@@ -27,10 +26,12 @@ from pipelines.loaders import Loaders
 from pipelines.recipe import Config, autocast, make_network
 from scae_dali import checkpoint, schedule
 from scae_dali.config import check
+from scae_dali.ema import EMA
 from scae_dali.evaluation import Evaluation
 from scae_dali.iterator import Batch, ImageError, Loader
 from scae_dali.losses import Loss
 from scae_dali.metrics import Log, Meter, closing, save_picture, summary
+from scae_dali.ops import Stage
 from scae_dali.ranks import Ranks
 from scae_dali.rng import derive
 from scae_dali.second_stage import prepare, set_train_mode
@@ -57,10 +58,9 @@ class Run:
         self.guided = config.guide()
         self.ema = None
         if config.optim.ema:
-            average = get_ema_multi_avg_fn(config.optim.ema)
-            self.ema = AveragedModel(self.net, multi_avg_fn=average, use_buffers=True)
+            self.ema = EMA(self.net, config.optim.ema)
         self.guide, self.harvest = None, None
-        if self.guided is not None:
+        if self.guided is not None and (self.guided.guided or self.make_stage().mixes):
             self.guide = Guide(config, self.guided, self.net, self.index, self.loaders, ranks)
             self.harvest = self.guide.harvest
         self.model = self.net
@@ -86,21 +86,31 @@ class Run:
             num_shards=self.ranks.world if sharded else 1,
         )
 
-    def build_loader(self) -> Loader:
-        """Start the training pipeline where its state says."""
-        config = self.config
-        self.stage = config.stage(
+    def make_stage(self) -> Stage:
+        return self.config.stage(
             self.data,
             None if self.guide is None else self.guide.cache,
             device=str(self.device),
             num_shards=self.ranks.world,
         )
-        return self.loaders.train(
-            self.stage,
-            self.exec_config(config.batch_size),
-            checkpoint=self.pipeline_state,
-            position=self.step,
-        )
+
+    def build_loader(self) -> Loader:
+        """Start the training pipeline where its state says."""
+        self.stage = self.make_stage()
+        try:
+            return self.loaders.train(
+                self.stage,
+                self.exec_config(self.config.batch_size),
+                checkpoint=self.pipeline_state,
+                position=self.step,
+            )
+        except RuntimeError as error:
+            if self.pipeline_state is None:
+                raise
+            raise ValueError(
+                f"the checkpoint in {str(self.out)!r} is of another pipeline than these settings "
+                "make; resume with those in its config.json"
+            ) from error
 
     def saliency_pass(self) -> None:
         """Refresh the cache if a pass is due by this epoch and has not been made."""
@@ -232,6 +242,7 @@ class Run:
                 "epoch": self.epoch,
                 "step": self.step,
                 "totals": self.meter.totals,
+                "saliency_pass": None if self.guide is None else self.guide.made,
                 "ranks": ranks,
             }
             checkpoint.save(self.out / "checkpoint.pt", state)
@@ -246,6 +257,8 @@ class Run:
         )
         for name in self.parts():
             getattr(self, name).load_state_dict(state[name])
+        if self.guide is not None:
+            self.guide.made = state["saliency_pass"]
         if self.harvest is not None:
             self.harvest.keep_on(self.ranks.first)
         self.epoch, self.step, self.meter.totals = state["epoch"], state["step"], state["totals"]
@@ -263,6 +276,7 @@ class Run:
 def run(config: Config, resume: bool) -> None:
     """Train to the last epoch. Nothing is written where `out` holds a run, unless resumed."""
     ranks = Ranks(config.device)
+    torch.backends.cudnn.benchmark = True  # images are of one size
     out = Path(config.out)
     check(not out.is_file(), f"out must be a folder, got the file {config.out!r}")
     if not resume and (out / "config.json").exists():

@@ -6,6 +6,7 @@ are due is decided by `schedule`.
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ class Guide:
     """The saliency maps of a run; make it before the network is compiled.
 
     cache: built offline, or the run's own, made where it is missing. harvest: what training sees;
-    None where the maps come from passes alone. guided: the Config of the method that looks at them.
+    None where the maps come from passes alone. guided: the Config of the method that looks at them,
+    or at nothing but neighbouring classes: then a pass makes no maps. made: the epoch of the last
+    pass of this run.
     """
 
     def __init__(
@@ -49,9 +52,16 @@ class Guide:
         if guided.refresh_every:
             grid = GradCAM(net, settings.layer).grid(self._image.size)
             SaliencyCache.create(path, index, grid=grid, exist_ok=True)
+            if schedule.pass_epoch(config.epochs - 1, guided.refresh_every) is None and ranks.first:
+                tqdm.write(
+                    f"note: the first saliency pass would come at epoch {guided.refresh_every} of "
+                    f"{config.epochs}, so nothing is guided; lower refresh_every",
+                    file=sys.stderr,
+                )
         self.cache = SaliencyCache(path, index=index)
         self.harvest = None
-        if settings.source != "pass":
+        self.made: int | None = None
+        if settings.source != "pass" and guided.guided:
             self.harvest = Harvest(
                 net,
                 settings.layer,
@@ -66,17 +76,18 @@ class Guide:
         due = schedule.pass_epoch(epoch, self._guided.refresh_every)
         if due is None:
             return None
-        made = self.cache.meta.epoch == due and self.cache.meta.under_way is None
-        if not all(self._ranks.gather(made)):
-            return due
-        if self.harvest is not None and self.harvest.since < due:
-            self.harvest.clear(due)
-        return None
+        meta = self.cache.meta
+        # A cache that others have filled, or that was lost, is not this run's.
+        made = self.made == meta.epoch == due and meta.under_way is None
+        return None if all(self._ranks.gather(made)) else due
 
     def refresh(self, due: int, run: ExecConfig, *, mixes: bool) -> PassReport:
         """Bring the cache to this epoch; every rank calls it. mixes: whether the method asks for
         neighbouring classes."""
         config = self._config
+        share = config.saliency.share
+        if config.saliency.source == "harvest" or not self._guided.guided:
+            share = 0.0
         bar = tqdm(desc=f"saliency {due}", unit="img", disable=not self._ranks.first)
 
         def loader_for(ids):
@@ -89,16 +100,17 @@ class Guide:
             self._index,
             loader_for,
             epoch=due,
-            share=0.0 if config.saliency.source == "harvest" else config.saliency.share,
+            share=share,
             harvest=self.harvest,
             layer=config.saliency.layer,
             name=config.model,
             input_size=self._image.size,
-            neighbors=self._guided.neighbors if mixes else 0,
+            neighbors=getattr(self._guided, "neighbors", 0) if mixes else 0,
             autocast=partial(autocast, config.amp, self._ranks.device),
             progress=bar.update,
         )
         bar.close()
+        self.made = due
         if self.harvest is not None:
             self.harvest.clear(due)
         return report

@@ -73,6 +73,9 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
         check(0 < self.momentum < 1, f"optim.momentum must be in (0, 1), got {self.momentum}")
+        for name in ("weight_decay", "factor", "lr_min", "warmup_epochs"):
+            value = getattr(self, name)
+            check(value >= 0, f"optim.{name} must be at least 0, got {value}")
         check_choice("optim.schedule", self.schedule, ("step", "cosine"))
         check(0 <= self.ema < 1, f"optim.ema must be in [0, 1), got {self.ema}; 0 switches it off")
 
@@ -126,6 +129,12 @@ class SaliencyConfig:
             f"saliency.share must be in (0, 1], got {self.share}; 0.1 sees a tenth of the images "
             "in a pass",
         )
+        for name in ("batch_size", "size"):
+            value = getattr(self, name)
+            check(
+                value is None or value >= 1,
+                f"saliency.{name} must be at least 1, got {value}; leave it out for the training's",
+            )
         check(
             self.source != "both" or self.share < 1,
             "saliency.share must be below 1 where saliency.source is both, got 1: the pass would "
@@ -212,6 +221,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
+        check(0 <= self.seed < 1 << 64, f"seed must be in [0, 2**64), got {self.seed}")
         check(
             self.optim.warmup_epochs < self.epochs,
             f"optim.warmup_epochs must be below epochs ({self.epochs}), got "
@@ -246,6 +256,10 @@ class Config:
         """Settings that a resumed run may not change: its checkpoint depends on them."""
         return {
             "model": self.model,
+            "method": self.method,
+            "data.in_memory": self.data.in_memory,
+            "image.crop.kind": self.image.crop.kind,
+            "amp": self.amp,
             "batch_size": self.batch_size,
             "seed": self.seed,
             "optim.ema": self.optim.ema,
@@ -259,20 +273,29 @@ class Config:
     def method_configs(self) -> dict[str, Any]:
         """The Config of every method in use, by its name."""
         names = compose.split(self.method)
-        given = self.method_args if len(names) > 1 else {names[0]: self.method_args}
+        own = [name for name in names if name not in BUILT_IN]
+        given = self.method_args
+        if given and len(names) == 1 and own:
+            given = {own[0]: given}
+        check(
+            set(given) <= set(own),
+            f"method_args must be settings of modules of yours, got {self.method_args} for method "
+            f"{self.method}; those of a built-in method go under its name, --scae.lam_max 2",
+        )
         return {
-            name: getattr(self, name)
-            if name in BUILT_IN and name != "none"
-            else make_config(load(name), given.get(name, {}))
+            name: make_config(load(name), given.get(name, {}))
+            if name in own or name == "none"
+            else getattr(self, name)
             for name in names
         }
 
     def guide(self) -> Any | None:
-        """The Config of the method that looks at saliency maps, if one does."""
+        """The Config of the method that looks at saliency maps or neighbouring classes, if one
+        does."""
         guides = {
             name: config
             for name, config in self.method_configs().items()
-            if getattr(config, "guided", False)
+            if getattr(config, "guided", False) or getattr(config, "neighborly", False)
         }
         passes = {name: config.refresh_every for name, config in guides.items()}
         check(

@@ -16,6 +16,7 @@ from pipelines.images import (
     read_in_order,
     read_shuffled,
 )
+from scae_dali import second
 from scae_dali.ops import Stage
 from scae_dali.order import Order
 
@@ -52,7 +53,7 @@ def train_pipeline(
             encoded, ids = read_in_order(stage.index, order)
         images, plan = crop_planned(stage, encoded, ids, image, run)
         if stage.mixes:
-            images = stage.mix(images, plan, image.crop, fetch)
+            images = second.mix(images, plan, image.crop, fetch)
         images = stage.apply(images, plan)
         flip = plan.part("flip", types.INT32)
         return normalise(images, image, mirror=flip), plan.row

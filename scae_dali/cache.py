@@ -25,6 +25,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from hashlib import blake2b
 from typing import Any, Protocol, TypeVar
 
 import lmdb
@@ -262,19 +263,22 @@ class SaliencyCache:
         ids: int[B], the samples of the pass, each once; None: all. The other maps stay as they are.
         weights: hex digest of the model's weights; "" where unknown, which trusts any other unknown
         one. The provenance is the last pass's unless given. Maps that carry this epoch are done if
-        the pass under way, or the last complete one, has the same epoch, weights and provenance. If
-        not they are stale: they are withdrawn (emptied) first, and the pass begins only then.
+        the pass under way, or the last complete one, has the same epoch, weights, samples and
+        provenance. If not they are stale: they are withdrawn (emptied) first, and the pass begins
+        only then.
         """
         epoch = checked_epoch(epoch)
         meta = self.meta
         given = {"method": method, "model": model, "layer": layer, "input_size": input_size}
         kept = {name: getattr(meta, name) for name in PROVENANCE if given[name] is None}
         ours = np.full(self._samples, ids is None)
-        part = None
+        part, which = None, None
         if ids is not None:
             ours[checked_ids(ids, self._samples)] = True
             part = int(np.count_nonzero(ours))
-        wanted = {"epoch": epoch, "weights": weights, "part": part, **given, **kept}
+            which = blake2b(np.packbits(ours).tobytes(), digest_size=16).hexdigest()
+        wanted = {"epoch": epoch, "weights": weights, "part": part, "which": which}
+        wanted |= given | kept
         stamps = self.stamps()
         trusted = wanted in (meta.under_way, meta.last_pass)
         if not trusted:

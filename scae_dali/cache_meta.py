@@ -28,7 +28,7 @@ class CacheMeta:
     complete pass, of which there were `passes`; epoch is None before the first one, and once its
     maps were withdrawn. under_way: the same fields of a pass that was begun and has not ended, or
     None. neighbors: shape [K, m] of that array, or None. part: of how many samples the last pass
-    was; None: of all.
+    was; None: of all. which: hex digest over those samples.
     """
 
     format: int
@@ -46,11 +46,13 @@ class CacheMeta:
     under_way: dict[str, Any] | None = None
     neighbors: tuple[int, int] | None = None
     part: int | None = None
+    which: str | None = None
 
     @property
     def last_pass(self) -> dict[str, Any]:
         """The last complete pass in the form of `under_way`."""
-        return {name: getattr(self, name) for name in ("epoch", "weights", "part", *PROVENANCE)}
+        names = ("epoch", "weights", "part", "which", *PROVENANCE)
+        return {name: getattr(self, name) for name in names}
 
 
 def to_json(meta: CacheMeta) -> bytes:

@@ -146,14 +146,14 @@ class GuidedConfig:
 class ClassAdaptiveConfig(GuidedConfig):
     """Guided by the saliency map (eq. 4), as often as the class is frequent (eq. 7).
 
-    lam_max: λ at the last epoch (eq. 5); negative values protect the salient region.
+    lam_max: λ once all epochs are over (eq. 5); negative values protect the salient region.
     p_min, p_max, gamma: eq. 7; class_aware=False erases every class with p_max.
 
     Eq. 8, where class_aware: a class k is of the tail if f_k < tail. Its samples are mixed with
     probability mix_prob, with weight μ ~ Beta(mix_alpha, mix_alpha) and a partner of the same class
     or of one of its nearest `neighbors` classes, each class equally likely (0: the same class
     only). The others are erased, with p_k (tail_erase `class`) or all of them (`always`).
-    tail_lambda: λ of tail classes at the last epoch, instead of lam_max.
+    tail_lambda: of tail classes, instead of lam_max.
     """
 
     lam_max: float = 2.0
@@ -196,6 +196,11 @@ class ClassAdaptiveConfig(GuidedConfig):
     @property
     def guided(self) -> bool:
         return self.lam_bound > 0
+
+    @property
+    def neighborly(self) -> bool:
+        """Whether neighbouring classes are asked for, found by the network at every pass."""
+        return bool(self.mix_prob and self.neighbors and self.refresh_every)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ What is mixed is decided by the methods; the random numbers come in as data.
 import numpy as np
 from scipy.special import betaincinv
 
-from scae_dali.rng import Array, array_namespace
+from scae_dali.rng import Array, array_namespace, on_host
 
 
 def mix_weight(u: Array, alpha: float) -> Array:
@@ -16,11 +16,6 @@ def mix_weight(u: Array, alpha: float) -> Array:
     """
     xp = array_namespace(u)
     return xp.asarray(betaincinv(alpha, alpha, on_host(u)), device=u.device)
-
-
-def on_host(array: Array) -> np.ndarray:
-    """As NumPy."""
-    return array.cpu().numpy() if hasattr(array, "cpu") else array
 
 
 class Partners:

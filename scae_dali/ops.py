@@ -6,6 +6,7 @@ What is planned is for `planner` and the methods.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -100,7 +101,7 @@ class Stage:
         epochs: int,
         batch_size: int,
         seed: int,
-        cache: SaliencyCache | str | None = None,
+        cache: SaliencyCache | str | os.PathLike[str] | None = None,
         num_shards: int = 1,
         epoch_size: int | None = None,
         start_epoch: int = 0,
@@ -115,9 +116,12 @@ class Stage:
             ("epochs", epochs),
             ("batch_size", batch_size),
             ("num_shards", num_shards),
+            ("epoch_size", epoch_size),
         ):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if start_epoch < 0:
+            raise ValueError(f"start_epoch must be at least 0, got {start_epoch}")
         if backend not in ("numpy", "torch"):
             raise ValueError(f"backend must be numpy or torch, got {backend!r}")
         if cache is not None and not isinstance(cache, SaliencyCache):
@@ -129,6 +133,7 @@ class Stage:
         self.batches_per_epoch = math.ceil(math.ceil(size / num_shards) / batch_size)
         self.seconds = 0.0  # spent in the Python operator, in DALI's thread
         self._device = None if backend == "numpy" else torch_device
+        self._stream: Any = None  # of a GPU, once there are plans
         self._run = Run(
             seed=seed,
             epochs=epochs,
@@ -165,8 +170,14 @@ class Stage:
         """
         plan = self.plan(ids, window=window, size=images.shape() if size is None else size)
         if self.mixes:
+            if not self._run.grey_levels:
+                raise ValueError(
+                    "mean must be in grey levels where tail classes are mixed, for second images "
+                    f"are fetched in [0, 255], got {self._run.mean}; call the stage before the "
+                    "normalisation, or set mix_prob=0"
+                )
             fetch = partial(_decode_crop, images=images, size=size)
-            images = self.mix(images, plan, partner_crop, fetch)
+            images = second.mix(images, plan, partner_crop, fetch)
         return self.apply(images, plan), plan.targets
 
     def plan(
@@ -227,15 +238,13 @@ class Stage:
             return planner(*arrays)
         import torch
 
+        if self._stream is None and torch.device(self._device).type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)
         move = partial(torch.Tensor.to, device=self._device)
-        rows = planner(*(a if a is None else move(torch.from_numpy(a)) for a in arrays))
-        return rows.cpu().numpy()
-
-    def mix(
-        self, images: DataNode, plan: PlanNodes, crop: CropConfig, fetch: second.Fetch
-    ) -> DataNode:
-        """Mix second samples into images (HWC, CPU or GPU) where planned; see second.mix."""
-        return second.mix(images, plan, crop, fetch)
+        # On torch's own stream the plan would wait for what the training has queued there.
+        with torch.cuda.stream(self._stream):
+            rows = planner(*(a if a is None else move(torch.from_numpy(a)) for a in arrays))
+            return rows.cpu().numpy()
 
     def apply(self, images: DataNode, plan: PlanNodes) -> DataNode:
         """Erase in images (HWC, CPU or GPU) as planned."""
@@ -249,7 +258,9 @@ class SCAE(Stage):
     images, targets = scae(images, ids, window=(start, size, shapes))
     """
 
-    def __init__(self, index: ImageIndex, cache: SaliencyCache | str, **keywords: Any) -> None:
+    def __init__(
+        self, index: ImageIndex, cache: SaliencyCache | str | os.PathLike[str], **keywords: Any
+    ) -> None:
         super().__init__(index, "scae", cache=cache, **keywords)
 
 

@@ -15,7 +15,7 @@ from scae_dali.config import CropConfig
 from scae_dali.dataset import ImageIndex
 from scae_dali.methods.base import Method, Run, Samples, mixes
 from scae_dali.order import ID
-from scae_dali.rng import Array, Stream, array_namespace, uniforms
+from scae_dali.rng import Array, Stream, Table, array_namespace, uniforms
 
 # Of every plan, in this order, with their widths; `box` is (y, x, h, w) in pixels of the crop,
 # `window` the crop in shares of the full frame, and `flip` 0 where it is not drawn here.
@@ -64,7 +64,7 @@ class Planner:
         self._width = max(part.stop for part in self.columns.values())
         self._method, self._run, self._batch_size = method, run, batch_size
         self._batches_per_epoch, self._start_epoch = batches_per_epoch, start_epoch
-        self._labels = index.labels.copy()  # torch shares only arrays that can be written to
+        self._labels = Table(index.labels)
 
     def __call__(
         self,
@@ -171,4 +171,4 @@ class Planner:
                 f"ids must be in [0, {len(self._labels)}), the places in the index, got "
                 f"{int(given[bad][0])}; let the reader read index.files without labels"
             )
-        return xp.asarray(self._labels, device=ids.device)[ids]
+        return self._labels.at(ids)

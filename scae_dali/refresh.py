@@ -72,8 +72,8 @@ def refresh_cache(
 
     cache: of this node, given to the one process of the node that writes; None on the others.
     loader_for(ids): batches of whole upright images, in this order, normalised as in training.
-    share: of the samples, whose maps are made anew, the stalest first. harvest: what training has
-    gathered, for the rest; it is merged over the ranks, and not cleared.
+    share: of the samples, whose maps are made anew, the stalest first; 0: none. harvest: what
+    training has gathered, for the rest; it is merged over the ranks, and not cleared.
     method: a name of `METHODS`, or what makes one, such as partial(ScoreCAM, chunk=256); maps of
     this epoch by another method, as by other weights, are withdrawn and made anew. layer: see CAM.
     name, input_size: of the model, for the cache's meta. progress: called with the number of images
@@ -84,8 +84,10 @@ def refresh_cache(
     linear classifier.
     """
     start = time.perf_counter()
-    if not (0 < share <= 1 or (share == 0 and harvest is not None)):
-        raise ValueError(f"share must be in (0, 1], or 0 with a harvest, got {share}")
+    if not (0 < share <= 1 or (share == 0 and (harvest is not None or neighbors))):
+        raise ValueError(
+            f"share must be in (0, 1], or 0 where there is a harvest or neighbors, got {share}"
+        )
     world = distributed.get_world_size() if distributed.is_initialized() else 1
     rank = distributed.get_rank() if world > 1 else 0
     if isinstance(method, str):
@@ -93,14 +95,16 @@ def refresh_cache(
         method = METHODS[method]
     cam = method(model, layer)
     classifier = classifier_of(cam.model, index.num_classes)[1] if neighbors else None
-    count = math.ceil(share * len(index))
+    count = math.ceil(round(share * len(index), 6))  # 0.07 · 50,000 is 3500, not a little more
     part: dict[str, Any] = {}
     if harvest is not None:
         harvest.merge()
     if cache is not None and (count < len(index) or harvest is not None):
         chosen = cache.stalest(count, epoch=epoch)
         gathered = np.empty(0, np.int64) if harvest is None else harvest.seen()
-        part["ids"] = np.union1d(chosen, gathered)
+        # A pass that is resumed may have written more than it would choose now.
+        done = np.flatnonzero(cache.stamps() == epoch) if count else chosen
+        part["ids"] = np.unique(np.concatenate([chosen, gathered, done]))
     writer: AbstractContextManager[ChunkWriter | None] = nullcontext()
     if cache is not None:
         made_by = [cam.method] if count else []
@@ -110,7 +114,7 @@ def refresh_cache(
             epoch,
             commit_every=commit_every,
             weights=weights_digest(model),
-            method="+".join(made_by),
+            method="+".join(made_by) or None,
             model=name or type(model).__name__,
             layer=cam.layer,
             input_size=input_size,
@@ -121,8 +125,8 @@ def refresh_cache(
         pending = np.empty(0, np.int64) if chunks is None else chunks.pending
         given = np.empty(0, np.int64)
         if cache is not None and harvest is not None:
-            seen = np.isin(pending, chosen)
-            given, pending = pending[~seen], pending[seen]
+            seen = np.isin(pending, np.setdiff1d(gathered, chosen))
+            given, pending = pending[seen], pending[~seen]
         if world > 1:
             pending = _union(pending, index, next(model.parameters()).device)
 
@@ -138,7 +142,7 @@ def refresh_cache(
             turn = np.resize(pending, -(-len(pending) // world) * world)[rank::world]
             _pass(cam, loader_for(turn.tolist()), index.labels, world, autocast, take)
         if cache is not None and chunks is not None and harvest is not None:
-            # Last: a pass that is resumed tells its own samples by their stamps.
+            # Last: a pass that is resumed tells its share by their stamps.
             for ids in np.split(given, range(commit_every, len(given), commit_every)):
                 chunks.write(ids, harvest.blended(ids, *cache.read(ids)))
         if cache is not None and classifier is not None:
@@ -230,7 +234,7 @@ def _gather(ids: Tensor, maps: Tensor, world: int) -> tuple[Tensor, Tensor]:
     """Those of all ranks: int64 [n], uint8 [n, h, w]; every rank gives as many."""
     if world == 1:
         return ids, maps
-    ids, maps = ids.to(maps.device).contiguous(), maps.contiguous()
+    ids, maps = ids.to(maps.device, non_blocking=True).contiguous(), maps.contiguous()
     all_ids = [torch.empty_like(ids) for _ in range(world)]
     all_maps = [torch.empty_like(maps) for _ in range(world)]
     distributed.all_gather(all_ids, ids)
@@ -241,13 +245,12 @@ def _gather(ids: Tensor, maps: Tensor, world: int) -> tuple[Tensor, Tensor]:
 def _to_host(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
     """Begin to copy tensors to the host -> a function that waits for them and gives arrays."""
     copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
-    done = torch.cuda.Event() if any(tensor.is_cuda for tensor in tensors) else None
-    if done is not None:
-        done.record()
+    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    done = [torch.cuda.current_stream(device).record_event() for device in devices]
 
     def wait() -> list[np.ndarray]:
-        if done is not None:
-            done.synchronize()
+        for event in done:
+            event.synchronize()
         return [copy.numpy() for copy in copies]
 
     return wait

@@ -17,7 +17,7 @@ import math
 import numpy as np
 
 from scae_dali.config import AspectLaw, Border, Range
-from scae_dali.rng import Array, array_namespace
+from scae_dali.rng import Array, array_namespace, on_host
 
 PROPOSALS = 6
 DRAWS = 4 * PROPOSALS + 1  # uniforms that draw_centre reads a sample
@@ -125,7 +125,7 @@ def draw_centre(
     """
     where = (saliency, lam, window, size_px, first, last)
     centre, drawn = _propose(u[:, :-1], *where, lam_bound)
-    for k in np.flatnonzero(~_to_host(drawn)).tolist():
+    for k in np.flatnonzero(~on_host(drawn)).tolist():
         centre[k] = _draw_exact(u[k, -1], *(array[k] for array in where))
     return centre
 
@@ -313,7 +313,3 @@ def _pick(array, index) -> Array:
 
 def _arange(xp, n, like) -> Array:
     return xp.arange(n, dtype=xp.int64, device=like.device)
-
-
-def _to_host(array) -> Array:
-    return array.cpu() if hasattr(array, "cpu") else array

@@ -23,6 +23,32 @@ def array_namespace(array: Array) -> Any:
     return np if isinstance(array, np.ndarray) else array_api_compat.array_namespace(array)
 
 
+def on_host(array: Array) -> np.ndarray:
+    """As NumPy."""
+    return array if isinstance(array, np.ndarray) else array.cpu().numpy()
+
+
+class Table:
+    """An array of constants, in the array library of whoever looks something up; a copy is kept on
+    every device that asked."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array.copy()  # torch shares only arrays that can be written to
+        self._copies: dict[Any, Array] = {}
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def at(self, ids: Array) -> Array:
+        """The entries at ids, int64 [B], on their device."""
+        if isinstance(ids, np.ndarray):
+            return self._array[ids]
+        if ids.device not in self._copies:
+            xp = array_namespace(ids)
+            self._copies[ids.device] = xp.asarray(self._array, device=ids.device)
+        return self._copies[ids.device][ids]
+
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)

@@ -478,6 +478,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "refresh_every must be the same for methods that share the maps, got "
         r"\{'scae': 5, 'saliency_mix': 10\}",
     ),
+    "settings of a method that is built in": (
+        {"method_args": '{"lam_max": 50}', "method": "scae"},
+        "method_args must be settings of modules of yours, got {'lam_max': 50} for method scae",
+    ),
+    "a negative batch of the pass": (
+        {"method": "scae", "saliency__batch_size": -1},
+        "saliency.batch_size must be at least 1, got -1; leave it out for the training's",
+    ),
+    "images of no size": ({"saliency__size": 0}, "saliency.size must be at least 1, got 0"),
+    "negative decay": (
+        {"optim__weight_decay": -1},
+        "optim.weight_decay must be at least 0, got -1",
+    ),
+    "negative seed": ({"seed": -5}, r"seed must be in \[0, 2\*\*64\), got -5"),
     "a share of nothing": (
         {"method": "scae", "saliency__share": 0.0},
         r"saliency.share must be in \(0, 1\], got 0.0; 0.1 sees a tenth",
@@ -609,14 +623,22 @@ def test_a_file_that_is_no_checkpoint(monkeypatch, place, copied):
         ({"batch_size": 2}, "batch_size=4, not 2: resume it"),
         ({"seed": 1}, "seed=0, not 1: resume it"),
         ({"optim__ema": 0.9}, "optim.ema=0.0, not 0.9: resume it"),
+        ({"method": "cutout"}, "method='none', not 'cutout': resume it"),
+        ({"amp": "bf16"}, "amp='none', not 'bf16': resume it"),
+        ({"image__crop__kind": "pad"}, "image.crop.kind='resized', not 'pad': resume it"),
     ],
-    ids=["model", "classes", "batch_size", "seed", "ema"],
+    ids=["model", "classes", "batch_size", "seed", "ema", "method", "amp", "crop"],
 )
 def test_a_checkpoint_of_other_settings(monkeypatch, place, finished, changes, message):
     before = (finished / "checkpoint.pt").read_bytes()
     with pytest.raises(SystemExit, match=f"checkpoint.pt' was made with {message}"):
         run_train(monkeypatch, place, finished, "--resume", **({"epochs": 2} | changes))
     assert (finished / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_pipeline(monkeypatch, place, copied):
+    with pytest.raises(SystemExit, match=r"is of another pipeline .* those in its config.json"):
+        run_train(monkeypatch, place, copied, "--resume", epochs=2, image__decode="full")
 
 
 def test_a_checkpoint_that_meets_a_full_disk_leaves_the_last_one(monkeypatch, place, copied):

@@ -188,7 +188,7 @@ def test_meta_tells_the_last_pass_and_the_one_under_way(path):
     )
     assert cache.meta == new
     cache.begin_pass(4, weights="ab", layer="layer3")
-    under_way = {"epoch": 4, "weights": "ab", "part": None, "method": "gradcam"}
+    under_way = {"epoch": 4, "weights": "ab", "part": None, "which": None, "method": "gradcam"}
     under_way |= {"model": "resnet50", "layer": "layer3", "input_size": 224}
     assert cache.meta == replace(new, under_way=under_way)
     cache.write(range(100), maps_of(range(100)), epoch=4)
@@ -264,6 +264,16 @@ def test_passes_over_a_share_take_every_sample_in_turn(cache):
     for stamp in range(2, 6):
         ids = np.flatnonzero(cache.stamps() == stamp)
         np.testing.assert_array_equal(maps[ids], maps_of(ids, stamp))
+
+
+def test_a_pass_over_other_samples_is_another_pass(cache):
+    fill(cache, 5, ids=[0, 1, 2])
+    assert set(cache.begin_pass(5, ids=[3, 4, 5])) == {3, 4, 5}
+    with pytest.raises(CacheError, match=r"end_pass\(5\): 3 of 3 maps are missing"):
+        cache.end_pass(5)
+    cache.write([3, 4, 5], maps_of([3, 4, 5]), epoch=5)
+    cache.end_pass(5)
+    assert set(np.flatnonzero(cache.stamps() == 5)) == {3, 4, 5}
 
 
 def test_the_stalest_are_not_the_same_of_every_epoch(cache):

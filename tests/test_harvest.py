@@ -339,6 +339,56 @@ def test_a_harvest_that_breaks_goes_on_with_what_is_not_written(net, fresh, inde
     np.testing.assert_array_equal(fresh.read(rest)[0], whole[rest])
 
 
+def test_a_pass_whose_harvest_was_half_written_keeps_to_its_samples(net, fresh, index):  # noqa: F811
+    """By then more maps are of this epoch than its share has, some of samples that were chosen and
+    never harvested."""
+    refresh_cache(net, fresh, index, loaders(index, []), epoch=1, layer="features")
+    harvest, asked = harvested(net, index, slice(0, 25)), []
+    blended, calls = harvest.blended, []
+
+    def breaking(ids, *old):
+        calls.append(ids)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return blended(ids, *old)
+
+    settings = {"epoch": 3, "layer": "features", "share": 0.3, "harvest": harvest}
+    settings["commit_every"] = 8
+    harvest.blended = breaking
+    with pytest.raises(KeyboardInterrupt):
+        refresh_cache(net, fresh, index, loaders(index, asked), **settings)
+    harvest.blended = blended
+    assert max(asked[0]) >= 25
+    stamps = fresh.stamps()
+    assert (stamps == 3).sum() > 15
+    report = refresh_cache(net, fresh, index, loaders(index, asked), **settings)
+    assert (report.images, len(asked)) == (0, 1)
+    seen = np.union1d(asked[0], np.arange(25))
+    np.testing.assert_array_equal(np.flatnonzero(fresh.stamps() == 3), seen)
+    assert (fresh.stamps() >= 1).all()
+    again = refresh_cache(net, fresh, index, loaders(index, asked), **settings)
+    assert (again.images, again.harvested, len(asked)) == (0, 0, 1)
+
+
+def test_neighbouring_classes_alone_take_no_pass(net, fresh, index):  # noqa: F811
+    asked = []
+    report = refresh_cache(
+        net, fresh, index, loaders(index, asked), epoch=3, layer="features", share=0.0, neighbors=1
+    )
+    assert (report.images, report.harvested, asked) == (0, 0, [])
+    assert (fresh.stamps() == -1).all()
+    assert fresh.read_neighbors().shape == (index.num_classes, 1)
+    assert (fresh.meta.epoch, fresh.meta.part, fresh.meta.method) == (3, 0, "gradcam")
+
+
+def test_crops_are_counted_beyond_what_half_precision_holds(net):
+    harvest = harvest_of(net, samples=1)
+    state = harvest.state_dict()
+    harvest.load_state_dict(state | {"counts": torch.full((1, *GRID), 5000.0)})
+    see(net, harvest, batch_of(*pictures(1)))
+    assert (harvest.state_dict()["counts"] == 5001).all()
+
+
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.5])
 def test_a_share_without_a_harvest_is_of_some_samples(net, fresh, index, share):  # noqa: F811
     with pytest.raises(ValueError, match=rf"share must be in \(0, 1\], .* got {share}"):

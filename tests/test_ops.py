@@ -267,6 +267,12 @@ def test_arguments_are_checked(index, cache, tmp_path):
         Stage(index, "none", epochs=1, batch_size=2)
     with pytest.raises(ValueError, match="no saliency cache"):
         SCAE(index, tmp_path / "absent.lmdb", epochs=1, batch_size=2, seed=0)
+    for name, value in (("epoch_size", 0), ("start_epoch", -1)):
+        with pytest.raises(ValueError, match=f"{name} must be at least .*, got {value}"):
+            Stage(index, "none", epochs=1, batch_size=2, seed=0, **{name: value})
+    normalised = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    with pytest.raises(ValueError, match="mean must be in grey levels where fill is color"):
+        stage(index, cache, 16, fill="color", **normalised)
     one = stage(index, cache, 16)
     with pytest.raises(ValueError, match="batch_size of the stage is 16, of the pipeline 8"):
         train.train_pipeline(one, IMAGE, ExecConfig(batch_size=8), seed=0)

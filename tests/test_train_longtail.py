@@ -1,6 +1,7 @@
 """train.py on long-tailed images in memory: mixing, killed and resumed, and second stages."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -67,6 +68,25 @@ def test_the_tail_is_mixed_and_the_metrics_tell_the_classes_apart(whole):
     with SaliencyCache(whole / "saliency.lmdb") as cache:
         assert cache.meta.grid == (8, 8)
         assert cache.read_neighbors().shape == (3, 1)
+
+
+def test_without_guidance_neighbouring_classes_are_found_and_no_maps_made(
+    data, tmp_path, monkeypatch
+):
+    out = tmp_path / "unguided"
+    more = {"scae.lam_max": 0.0, "saliency.source": "harvest"}
+    run_here(monkeypatch, *arguments(data, out, **more))
+    assert [line["saliency_images"] for line in rows(out)] == [0, 0]
+    with SaliencyCache(out / "saliency.lmdb") as cache:
+        assert cache.read_neighbors().shape == (3, 1)
+        assert (cache.stamps() == -1).all()
+
+
+def test_maps_of_another_run_are_made_anew(data, whole, tmp_path, monkeypatch):
+    cache = shutil.copytree(whole / "saliency.lmdb", tmp_path / "theirs.lmdb")
+    out = tmp_path / "run"
+    run_here(monkeypatch, *arguments(data, out, **{"saliency.cache": cache, "seed": 3}))
+    assert [line["saliency_images"] for line in rows(out)] == [0, 63]
 
 
 @pytest.mark.parametrize("sampling", ["shuffle", "class_balanced"])

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from _options import count
 from tqdm import tqdm
 
 import _path  # noqa: F401
@@ -50,12 +51,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mean", type=float, nargs=3, default=IMAGENET_MEAN, help="in [0, 255]")
     parser.add_argument("--std", type=float, nargs=3, default=IMAGENET_STD)
     parser.add_argument("--neighbors", type=int, default=1, help="neighbouring classes of each")
-    parser.add_argument("--batch-size", type=int, default=64, help="of a forward pass")
-    parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--batch-size", type=count, default=64, help="of a forward pass")
+    parser.add_argument("--threads", type=count, default=4)
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
+    parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--epoch", type=int, default=0, help="stamp of the maps, 0 to 65535")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.neighbors < 0:
+        parser.error(f"--neighbors must be at least 0, got {arguments.neighbors}")
+    return arguments
 
 
 def load_model(name: str, weights: str | None, classes: int) -> torch.nn.Module:
@@ -79,6 +84,10 @@ def load_model(name: str, weights: str | None, classes: int) -> torch.nn.Module:
 def open_data(arguments: argparse.Namespace) -> Data:
     """The images; there are none to validate with."""
     if arguments.format != "folder":
+        if arguments.list or arguments.exclude:
+            raise ValueError(
+                f"--list and --exclude are of --format folder, got --format {arguments.format}"
+            )
         images = ArrayImages.from_cifar(arguments.data, arguments.format, train=True)
         if arguments.imbalance is not None:
             index = images.index
@@ -119,13 +128,17 @@ def build(arguments: argparse.Namespace) -> None:
     data = open_data(arguments)
     index = data.train
     device = pick_device(arguments.device)
-    model = load_model(arguments.model, arguments.weights, index.num_classes).to(device)
+    torch.backends.cudnn.benchmark = True  # images are of one size
+    layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
+    model = load_model(arguments.model, arguments.weights, index.num_classes)
+    model.to(device, memory_format=layout)  # type: ignore[call-overload]
     image = ImageConfig(
         size=arguments.size,
         val_resize=arguments.size,
         mean=tuple(arguments.mean),
         std=tuple(arguments.std),
         dtype="fp16" if arguments.amp == "fp16" else "fp32",
+        layout="NHWC" if arguments.channels_last else "NCHW",
     )
     loaders = Loaders(data, image, sampling="shuffle", seed=0)
     neighbors = arguments.neighbors

@@ -68,6 +68,11 @@ class Run:
     saliency: Callable[[Array], tuple[Array, Array]] | None = None
     neighbors: Callable[[], Any] | None = None
 
+    @property
+    def grey_levels(self) -> bool:
+        """Whether the images are in [0, 255]; otherwise they are normalised, or in [0, 1]."""
+        return max(self.mean) > 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:

@@ -33,7 +33,7 @@ class Method:
         self.run = run
         self.conditional = config.mode == "paste"
         self.kinds: tuple[Kind, ...] = ("erase",)
-        self.fields = rectangle.fields(config)
+        self.fields = rectangle.fields(config, run)
         if config.mode == "paste":
             self.kinds = ("policy", "erase")
             self._policy = rand_augment.Method(config, run)

@@ -19,9 +19,16 @@ class Filled(Protocol):
     def fill(self) -> Fill: ...
 
 
-def fields(config: Filled) -> dict[str, int]:
+def fields(config: Filled, run: Run) -> dict[str, int]:
     """What the plan has besides the region: the colour, where it varies."""
-    return {"color": 3} if config.fill == "color" else {}
+    if config.fill != "color":
+        return {}
+    if not run.grey_levels:
+        raise ValueError(
+            f"mean must be in grey levels where fill is color, got {run.mean}; erase before the "
+            "normalisation, or pass another fill"
+        )
+    return {"color": 3}
 
 
 class Erasing:
@@ -33,7 +40,7 @@ class Erasing:
     def __init__(self, config: Filled, run: Run) -> None:
         self.config = config
         self.run = run
-        self.fields = fields(config)
+        self.fields = fields(config, run)
 
     def apply(self, images: DataNode, plan: Any) -> DataNode:
         return erase(images, plan, self.run, self.config)
@@ -112,4 +119,4 @@ def _value(plan: Any, run: Run, config: Filled) -> Any:
     if config.fill == "zero":
         return (0.0, 0.0, 0.0)
     # fn.erase truncates to the type of the images: round what is meant for bytes.
-    return tuple(round(m) for m in run.mean) if max(run.mean) > 1 else run.mean
+    return tuple(round(m) for m in run.mean) if run.grey_levels else run.mean

@@ -14,8 +14,8 @@ from scae_dali.config import ClassAdaptiveConfig
 from scae_dali.config import ScaeConfig as Config
 from scae_dali.methods import guidance, rectangle
 from scae_dali.methods.base import MIX_FIELDS, DataNode, Kind, Run, Samples, Status, zeros
-from scae_dali.mixing import Partners, mix_weight, on_host
-from scae_dali.rng import Array, Stream, array_namespace
+from scae_dali.mixing import Partners, mix_weight
+from scae_dali.rng import Array, Stream, Table, array_namespace, on_host
 
 __all__ = ["ClassAdaptive", "Config", "Method"]
 
@@ -36,22 +36,22 @@ class ClassAdaptive:
         if not config.class_aware:
             frequency = frequency**0
         # A class without samples is neither mixed nor a partner.
-        self.tail = (frequency < config.tail) & (frequency > 0)
-        self.erase_prob = schedule.erase_prob(frequency, config.p_min, config.p_max, config.gamma)
-        self.lam_max = np.full(len(frequency), float(config.lam_max))
+        tail = (frequency < config.tail) & (frequency > 0)
+        erase_prob = schedule.erase_prob(frequency, config.p_min, config.p_max, config.gamma)
+        lam_max = np.full(len(frequency), float(config.lam_max))
         if config.tail_erase == "always":
-            self.erase_prob[self.tail] = 1.0
+            erase_prob[tail] = 1.0
         if config.tail_lambda is not None:
-            self.lam_max[self.tail] = config.tail_lambda
-        self.mixes = bool(config.mix_prob and self.tail.any())
+            lam_max[tail] = config.tail_lambda
+        self._tail, self._erase_prob, self._lam_max = map(Table, (tail, erase_prob, lam_max))
+        self.mixes = bool(config.mix_prob and tail.any())
         self.kinds: tuple[Kind, ...] = ("erase", "mix") if self.mixes else ("erase",)
         if self.mixes:
             self.partners = Partners(run.labels, len(frequency))
             self.fields |= MIX_FIELDS
 
     def plan(self, samples: Samples) -> dict[str, Array]:
-        xp = array_namespace(samples.ids)
-        prob = xp.asarray(self.erase_prob, device=samples.ids.device)[samples.labels]
+        prob = self._erase_prob.at(samples.labels)
         if not self.mixes:
             return self._erase(samples, prob)
         rows, mix = self._mix(samples)
@@ -68,7 +68,7 @@ class ClassAdaptive:
         """Eq. 8: which samples are mixed, int64 [n] rows, and the plan's `mu` and `partner_id`."""
         xp = array_namespace(samples.ids)
         device = samples.ids.device
-        tail = xp.nonzero(xp.asarray(self.tail, device=device)[samples.labels])[0]
+        tail = xp.nonzero(self._tail.at(samples.labels))[0]
         chosen = samples.take(tail)
         u, v, ids, labels = map(
             on_host,
@@ -98,8 +98,7 @@ class ClassAdaptive:
         """λ float64 [B], Â float64 [B, gh, gw], status int64 [B]; λ = 0 where there is no map."""
         xp = array_namespace(samples.ids)
         status = xp.full_like(samples.ids, int(Status.ERASED))
-        lam_max = xp.asarray(self.lam_max, device=samples.ids.device)[samples.labels]
-        lam = schedule.lam(samples.epoch, self.run.epochs, lam_max)
+        lam = schedule.lam(samples.epoch, self.run.epochs, self._lam_max.at(samples.labels))
         if not xp.any(lam != 0):
             return lam, zeros(lam, lam.shape[0], 1, 1), status
         saliency, known, missing = guidance.maps(samples, self.run)
@@ -128,7 +127,7 @@ class Method(ClassAdaptive):
     config: Config
 
     def __init__(self, config: Config, run: Run) -> None:
-        super().__init__(config, run, rectangle.fields(config))
+        super().__init__(config, run, rectangle.fields(config, run))
 
     def apply(self, images: DataNode, plan: Any) -> DataNode:
         return rectangle.erase(images, plan, self.run, self.config)

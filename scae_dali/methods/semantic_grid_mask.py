@@ -26,7 +26,7 @@ class Method(scae.ClassAdaptive):
     config: Config
 
     def __init__(self, config: Config, run: Run) -> None:
-        super().__init__(config, run, grid.FIELDS | rectangle.fields(config))
+        super().__init__(config, run, grid.FIELDS | rectangle.fields(config, run))
 
     def apply(self, images: DataNode, plan: Any) -> DataNode:
         return grid.erase(images, plan, self.run, self.config)
