@@ -43,6 +43,7 @@ def test_what_an_option_means(options, monkeypatch, kind, text, value):
         ("usable_device", "2", "must be cpu or one of the 2 GPUs .* from 0 on, got 2"),
         ("usable_devices", "0,2", "one of the 2 GPUs"),
         ("existing_folder", "/no/where", "must be a folder, and there is none at '/no/where'"),
+        ("existing_file", "/no/where", "must be a file, and there is none at '/no/where'"),
     ],
 )
 def test_what_an_option_refuses(options, monkeypatch, kind, text, message):

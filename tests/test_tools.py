@@ -96,7 +96,6 @@ def test_gpu_check_reports_what_fails(tmp_path, images, name, expected):
 
 
 def test_gpu_check_without_a_gpu():
-    torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
     assert "--dry-run lists the checks" in run("gpu_check", status=2)
@@ -215,6 +214,34 @@ def test_plot_performance(tmp_path):
     readme = (TOOLS.parent / "README.md").read_text()
     for name in PLOTTED:
         assert f"tools/results/{name}_cpu.json" in readme
+
+
+def test_bench_gradcam(tmp_path):
+    out = tmp_path / "bench.json"
+    run("bench_gradcam", "--model", "resnet18", "--size", 64, "--quick", "--json", out)
+    result = json.loads(out.read_text())
+    rows = {row["name"]: row["ratio"] for row in result["rows"]}
+    assert rows["forward"] == 1
+    assert result["cost"] == round(1 / rows["gradcam"], 3)
+    assert result["settings"]["batch_size"] == 4
+
+
+def test_pointing_game(tmp_path, images, maps):
+    """All of the frame is the object: every usable map hits, and so would chance."""
+    index = ImageIndex(images)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(images)
+    objects = {f"train/{name}": [0.0, 0.0, 1.0, 1.0] for name in index.files}
+    known, out = tmp_path / "data" / "objects.json", tmp_path / "new" / "game.json"
+    known.write_text(json.dumps(objects))
+    run("pointing_game", "--data", tmp_path / "data", "--cache", maps, "--json", out)
+    figures = json.loads(out.read_text())
+    assert (figures["hit_rate"], figures["chance"]) == (1, 1)
+    assert (figures["images"], figures["usable_maps"] > 0.5) == (len(index), True)
+    known.write_text("{}")
+    said = run("pointing_game", "--data", tmp_path / "data", "--cache", maps, status=1)
+    assert "objects.json in" in said
+    assert "none of 'train/class0/0.jpg'" in said
 
 
 def test_a_benchmark_without_rounds_is_refused():

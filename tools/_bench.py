@@ -33,6 +33,7 @@ __all__ = [
     "parse",
     "report",
     "rows",
+    "run",
     "settings",
     "versions",
     "write_json",
@@ -70,6 +71,14 @@ def parse(
         parser.set_defaults(**quick)
         args = parser.parse_args(argv)
     return args
+
+
+def run(main: Callable[[], object]) -> None:
+    """main(); what its user can mend is told in a line."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

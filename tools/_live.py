@@ -42,6 +42,7 @@ __all__ = [
     "random_cache",
     "random_images",
     "settle",
+    "smooth_maps",
 ]
 
 SEED = 7
@@ -73,14 +74,19 @@ def random_images(n: int, size: int, classes: int = 100) -> ArrayImages:
     return ArrayImages(index, pixels)
 
 
-def random_cache(path: str, index: ImageIndex, grid: tuple[int, int] = (7, 7)) -> SaliencyCache:
-    """A map for every sample: a smooth bump somewhere, about as wide as Grad-CAM's are."""
+def smooth_maps(n: int, grid: tuple[int, int]) -> np.ndarray:
+    """A bump somewhere, about as wide as Grad-CAM's are: float64 [n, h, w] in [0, 1]."""
     rng = np.random.default_rng(SEED)
-    y, x = (np.arange(g)[:, None] / (g - 1) for g in grid)
-    centre, width = rng.random((2, len(index), 1, 1)), rng.uniform(0.1, 0.5, (len(index), 1, 1))
+    y, x = ((np.arange(g)[:, None] + 0.5) / g for g in grid)
+    centre, width = rng.random((2, n, 1, 1)), rng.uniform(0.1, 0.5, (n, 1, 1))
     maps = np.exp(-((y - centre[0]) ** 2 + (x.T - centre[1]) ** 2) / width**2)
     maps -= maps.min((1, 2), keepdims=True)
-    maps /= maps.max((1, 2), keepdims=True)
+    return maps / np.maximum(maps.max((1, 2), keepdims=True), 1e-9)
+
+
+def random_cache(path: str, index: ImageIndex, grid: tuple[int, int] = (7, 7)) -> SaliencyCache:
+    """A smooth map for every sample."""
+    maps = smooth_maps(len(index), grid)
     cache = SaliencyCache.create(path, index, grid=grid)
     ids = cache.begin_pass(0)
     cache.write(ids, maps[ids], epoch=0)

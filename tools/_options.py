@@ -8,10 +8,12 @@ import math
 import os
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from pathlib import Path
 
 __all__ = [
     "count",
     "device",
+    "existing_file",
     "existing_folder",
     "positive",
     "some_of",
@@ -89,6 +91,13 @@ def usable_device(text: str) -> int | None:
 def usable_devices(text: str) -> list[int | None]:
     """0,1 -> [0, 1]; cpu -> [None]."""
     return [usable_device(part) for part in text.split(",")]
+
+
+def existing_file(text: str) -> Path:
+    """A file that is there."""
+    if not os.path.isfile(text):
+        raise ArgumentTypeError(f"must be a file, and there is none at {text!r}")
+    return Path(text)
 
 
 def existing_folder(text: str) -> str:

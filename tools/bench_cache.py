@@ -7,9 +7,9 @@ is a whole pass over an existing cache; the first pass, which appends, is timed 
 does the same gets and puts with keys and values at hand, and so is the limit for a cache. Cold: the
 environment closed and the page cache without its file, as `cold_kept` tells; what a disk or a host
 below the kernel holds is beyond this. Several processes read random batches, with and without one
-more that writes passes meanwhile; `epochs_seen` above 1 tells that they met it. Every map tells its
-sample and pass: a reader that finds one of two passes, or none, fails the benchmark. Before all
-that, it is made sure that such a map is found.
+more that writes passes meanwhile; `epochs_seen` tells of which passes they met maps. Every map
+tells its sample and pass: a reader that finds one of two passes, or none, fails the benchmark.
+Before all that, it is made sure that such a map is found.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from _growth import SyntheticIndex, draw, maps_of, salts, sizes
 from _memory import drop_pages
 from _options import count, existing_folder, positive
 
-from _bench import interleaved, iqr, parse, report, rows, settings
+from _bench import interleaved, iqr, parse, report, rows, run, settings
 from scae_dali.cache import CHUNK, ChunkWriter, SaliencyCache
 from scae_dali.records import Maps, split
 from scae_dali.store import DATA_FILE
@@ -215,7 +215,7 @@ def together(path: str, readers: int, writes: bool, batch: int, seconds: float) 
         "torn": sum(seen.torn for _, seen in met),
         "missing": sum(seen.missing for _, seen in met),
         "checked": sum(seen.maps for _, seen in met),
-        "epochs_seen": len(frozenset().union(*(seen.epochs for _, seen in met))),
+        "epochs_seen": sorted(frozenset().union(*(seen.epochs for _, seen in met))),
         "written_per_s": round(written[0]) if written else None,
     }
 
@@ -344,4 +344,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -45,23 +45,10 @@ from scae_dali.dataset import ImageIndex
 from scae_dali.ops import Operator, Stage
 from scae_dali.rng import Stream, uniforms
 
-GRID = 7
 FULL_PX = (375, 500, 3)  # of ImageNet's most frequent image
 LAMBDAS = (0.0, 2.0, 5.0, 20.0, -20.0)
 
 Inputs = tuple[list[np.ndarray], ...]
-
-
-def smooth_maps(n: int) -> np.ndarray:
-    """A bump somewhere, about as wide as Grad-CAM's are: float64 [n, 7, 7] in [0, 1]."""
-    rng = np.random.default_rng(0)
-    cells = np.arange(GRID) / (GRID - 1)
-    y, x = rng.random((2, n, 1, 1))
-    maps = np.exp(
-        -((cells[:, None] - y) ** 2 + (cells - x) ** 2) / rng.uniform(0.1, 0.5, (n, 1, 1)) ** 2
-    )
-    maps -= maps.min((1, 2), keepdims=True)
-    return maps / maps.max((1, 2), keepdims=True)
 
 
 def boxes(maps: np.ndarray, lam: float, size: int, exact: bool, epoch: int) -> np.ndarray:
@@ -223,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     rng = np.random.default_rng(_live.SEED)
     ids = np.stack([rng.permutation(n)[:b] for _ in range(args.batches)])
     batches = [given(batch, step) for step, batch in enumerate(ids)]
-    maps = smooth_maps(b)
+    maps = _live.smooth_maps(b, (7, 7))
     with tempfile.TemporaryDirectory() as folder:
         cache = _live.random_cache(os.path.join(folder, "maps.lmdb"), index)
         ours = operator(index, args, "scae", cache=cache)
@@ -268,4 +255,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _bench.run(main)

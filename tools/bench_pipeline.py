@@ -256,4 +256,4 @@ def full_name(row: str, title: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    _bench.run(main)

@@ -37,7 +37,7 @@ import numpy as np
 from _growth import SyntheticIndex, draw, labels_of, maps_of, names_of, salts, sizes
 from _options import count, existing_folder
 
-from _bench import interleaved, iqr, parse, report, rows, settings
+from _bench import interleaved, iqr, parse, report, rows, run, settings
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.images import READER
 from pipelines.train import train_pipeline
@@ -464,4 +464,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,6 +17,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from _options import existing_file
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -107,8 +108,8 @@ def held(step: str, found: dict[str, Any], samples: int) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pipeline", type=Path, required=True, metavar="JSON")
-    parser.add_argument("--scale", type=Path, required=True, metavar="JSON")
+    parser.add_argument("--pipeline", type=existing_file, required=True, metavar="JSON")
+    parser.add_argument("--scale", type=existing_file, required=True, metavar="JSON")
     parser.add_argument("--out", type=Path, required=True, metavar="PNG")
     args = parser.parse_args(argv)
     pipeline, scale = (json.loads(path.read_text()) for path in (args.pipeline, args.scale))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+import _bench
 from scae_dali.cache import CacheError, SaliencyCache
 from scae_dali.dataset import DatasetError, ImageIndex
 
@@ -34,6 +35,11 @@ def play(data: Path, cache_path: Path) -> dict[str, float]:
     """The figures for the training images of `data`."""
     index = ImageIndex(data / "train")
     known = json.loads((data / "objects.json").read_text())
+    if missing := [name for name in index.files if f"train/{name}" not in known]:
+        raise DatasetError(
+            f"objects.json in {str(data)!r} must have the box of every training image, it has none "
+            f"of 'train/{missing[0]}'; tools/make_demo_data.py writes it"
+        )
     boxes = np.array([known[f"train/{name}"] for name in index.files])
     maps, found = SaliencyCache(cache_path, index=index).read(np.arange(len(index)))
     usable = found & (maps.max((1, 2)) > maps.min((1, 2)))
@@ -62,7 +68,7 @@ def main() -> None:
         f"(chance {figures['chance']:.1%})"
     )
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+        _bench.write_json(arguments.json, figures)
 
 
 if __name__ == "__main__":

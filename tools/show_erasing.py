@@ -10,6 +10,7 @@ crop as the pipeline erases it, before the flip. Every image is erased here, wha
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -202,6 +203,7 @@ def main(argv: list[str] | None = None) -> None:
         title = f"{sample}: {index.classes[index.labels[sample]]}"[:28]
         draw_row(axes, title, maps[row].astype(np.float64) / 255, bool(found[row]), here)
         print(describe(f"{sample} {index.files[sample]}", bool(found[row]), here))
+    Path(args.out).absolute().parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=100)
     print(f"wrote {args.out}")
 
