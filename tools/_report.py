@@ -64,6 +64,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     ]
     return {
         "command": shlex.join(["python", "tools/reproduce.py", *map(tidy, args.argv)]),
+        "commit": agreed([start.get("commit") for start in starts]),
         "hardware": agreed([start["hardware"] for start in starts]) or _bench.hardware(),
         "versions": agreed([start["versions"] for start in starts]) or _bench.versions(),
         "table": args.table,

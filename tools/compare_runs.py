@@ -73,8 +73,7 @@ def main(argv: list[str] | None = None) -> None:
             cells += f"{text:>14}"
         print(f"{len(row['seeds']):5d}{cells}  {row['name']}")
     if arguments.json is not None:
-        about: dict[str, Any] = {"hardware": _bench.hardware(), "versions": _bench.versions()}
-        _bench.write_json(arguments.json, {**about, "rows": rows})
+        _bench.write_json(arguments.json, {**_bench.about(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -139,10 +139,9 @@ def ready(job: Job, jobs: Sequence[Job]) -> bool:
 def launch(args: argparse.Namespace, job: Job, slot: int) -> subprocess.Popen | None:
     """Start a run, or go on with it, and note on what; None where another process is at it."""
     note = {
+        **_bench.about(),
         "command": shlex.join(["python", "train.py", *job.options]),
         "options": args.options,
-        "hardware": _bench.hardware(),
-        "versions": _bench.versions(),
         "data": job.index.fingerprint if job.index is not None else None,
     }
     env = _runs.environment(slot, args.jobs, job.config.device)
