@@ -295,7 +295,7 @@ class Config:
         guides = {
             name: config
             for name, config in self.method_configs().items()
-            if getattr(config, "guided", False) or getattr(config, "neighborly", False)
+            if getattr(config, "guided", False) or getattr(config, "wants_neighbors", False)
         }
         passes = {name: config.refresh_every for name, config in guides.items()}
         check(

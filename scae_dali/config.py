@@ -198,7 +198,7 @@ class ClassAdaptiveConfig(GuidedConfig):
         return self.lam_bound > 0
 
     @property
-    def neighborly(self) -> bool:
+    def wants_neighbors(self) -> bool:
         """Whether neighbouring classes are asked for, found by the network at every pass."""
         return bool(self.mix_prob and self.neighbors and self.refresh_every)
 
