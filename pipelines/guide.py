@@ -54,8 +54,8 @@ class Guide:
             SaliencyCache.create(path, index, grid=grid, exist_ok=True)
             if schedule.pass_epoch(config.epochs - 1, guided.refresh_every) is None and ranks.first:
                 tqdm.write(
-                    f"note: no saliency pass comes within {config.epochs} epochs, the first is due at "
-                    f"epoch {guided.refresh_every}; lower refresh_every",
+                    f"note: no saliency pass comes within {config.epochs} epochs, the first is due "
+                    f"at epoch {guided.refresh_every}; lower refresh_every",
                     file=sys.stderr,
                 )
         self.cache = SaliencyCache(path, index=index)
