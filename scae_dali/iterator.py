@@ -71,7 +71,7 @@ class Loader:
         position: int = 0,
         order: Order | None = None,
     ) -> None:
-        self._index = index
+        self._index, self._pipeline = index, pipeline
         self._labels = torch.from_numpy(index.labels.copy())
         self._position = position
         if order is None:
@@ -162,6 +162,9 @@ class Loader:
         try:
             return step()
         except RuntimeError as error:
+            # The traceback may keep it until the garbage collector comes, maybe in a thread of this
+            # very pipeline: that cannot wait for its own end, and would take the process with it.
+            self._pipeline._shutdown()
             if not concerns_images(str(error)):
                 raise
             raise ImageError(explain(str(error), self._index)) from error

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import batch_of, fill_cache, write_images
-from nvidia.dali import fn, pipeline_def
+from nvidia.dali import Pipeline, fn, pipeline_def
 from PIL import Image
 from torch import nn
 
@@ -123,9 +123,13 @@ def test_an_error_of_the_plan_is_not_blamed_on_an_image(index, monkeypatch):
         raise IndexError("the plan's own")
 
     monkeypatch.setattr(Planner, "__call__", decide)
+    shutdown, ended = Pipeline._shutdown, []
+    monkeypatch.setattr(Pipeline, "_shutdown", lambda self: (ended.append(self), shutdown(self)))
     with pytest.raises(RuntimeError, match="the plan's own") as error:
         list(loader("train", index, 16))
     assert not isinstance(error.value, ImageError)
+    assert ended  # at once, and not in whatever thread collects garbage
+    ended.clear()
 
 
 # Files that are unusual, and train
