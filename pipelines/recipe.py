@@ -302,7 +302,8 @@ class Config:
             len(set(passes.values())) < 2,
             f"refresh_every must be the same for methods that share the maps, got {passes}",
         )
-        return next(iter(guides.values()), None)
+        # One that wants neighbours alone must not hide one that wants maps.
+        return max(guides.values(), key=lambda one: getattr(one, "guided", False), default=None)
 
     def method_settings(self) -> dict[str, Any]:
         """The settings of `method`, as keywords of the stage."""

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -316,23 +317,29 @@ def test_a_pass_with_a_harvest_that_breaks_goes_on_where_it_was(net, fresh, inde
     assert refresh_cache(net, fresh, index, loaders(index, asked), **settings).images == 0
 
 
-def test_a_harvest_that_breaks_goes_on_with_what_is_not_written(net, fresh, index):  # noqa: F811
-    harvest, asked = harvested(net, index), []
-    whole = harvest.blended(np.arange(50), *fresh.read(np.arange(50)))
-    blended, calls = harvest.blended, []
+@contextmanager
+def second_chunk_breaks(harvest):
+    """Killed when the second chunk of its maps is about to be written."""
+    calls = []
 
-    def breaking(ids, *old):
+    def blended(ids, *old):
         calls.append(ids)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return blended(ids, *old)
+        return type(harvest).blended(harvest, ids, *old)
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harvest, "blended", blended)
+        yield
+
+
+def test_a_harvest_that_breaks_goes_on_with_what_is_not_written(net, fresh, index):  # noqa: F811
+    harvest, asked = harvested(net, index), []
+    whole = harvest.blended(np.arange(50), *fresh.read(np.arange(50)))
     settings = {"epoch": 3, "layer": "features", "share": 0.2, "harvest": harvest}
     settings["commit_every"] = 16
-    harvest.blended = breaking
-    with pytest.raises(KeyboardInterrupt):
+    with second_chunk_breaks(harvest), pytest.raises(KeyboardInterrupt):
         refresh_cache(net, fresh, index, loaders(index, asked), **settings)
-    harvest.blended = blended
     report = refresh_cache(net, fresh, index, loaders(index, asked), **settings)
     assert (report.images, report.harvested, len(asked)) == (0, 24, 1)
     rest = np.setdiff1d(np.arange(50), asked[0])
@@ -344,20 +351,10 @@ def test_a_pass_whose_harvest_was_half_written_keeps_to_its_samples(net, fresh, 
     never harvested."""
     refresh_cache(net, fresh, index, loaders(index, []), epoch=1, layer="features")
     harvest, asked = harvested(net, index, slice(0, 25)), []
-    blended, calls = harvest.blended, []
-
-    def breaking(ids, *old):
-        calls.append(ids)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return blended(ids, *old)
-
     settings = {"epoch": 3, "layer": "features", "share": 0.3, "harvest": harvest}
     settings["commit_every"] = 8
-    harvest.blended = breaking
-    with pytest.raises(KeyboardInterrupt):
+    with second_chunk_breaks(harvest), pytest.raises(KeyboardInterrupt):
         refresh_cache(net, fresh, index, loaders(index, asked), **settings)
-    harvest.blended = blended
     assert max(asked[0]) >= 25
     stamps = fresh.stamps()
     assert (stamps == 3).sum() > 15

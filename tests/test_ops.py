@@ -273,6 +273,7 @@ def test_arguments_are_checked(index, cache, tmp_path):
     normalised = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     with pytest.raises(ValueError, match="mean must be in grey levels where fill is color"):
         stage(index, cache, 16, fill="color", **normalised)
+    stage(index, cache, 16, fill="color", mean=(0.0, 0.0, 0.0), std=(255.0, 255.0, 255.0))
     one = stage(index, cache, 16)
     with pytest.raises(ValueError, match="batch_size of the stage is 16, of the pipeline 8"):
         train.train_pipeline(one, IMAGE, ExecConfig(batch_size=8), seed=0)

@@ -23,6 +23,7 @@ def options(tool):
         ("usable_device", "1", 1),
         ("usable_devices", "cpu", [None]),
         ("usable_devices", "1,0", [1, 0]),
+        ("existing_folder", ".", "."),
     ],
 )
 def test_what_an_option_means(options, monkeypatch, kind, text, value):
@@ -52,9 +53,8 @@ def test_what_an_option_refuses(options, monkeypatch, kind, text, message):
         getattr(options, kind)(text)
 
 
-def test_some_of(options, tmp_path):
+def test_some_of(options):
     parse = options.some_of("a", "b")
     assert parse("b,b,a") == ["b", "a"]
     with pytest.raises(ArgumentTypeError, match="must be some of a, b, joined by commas, got c"):
         parse("a,c")
-    assert options.existing_folder(str(tmp_path)) == str(tmp_path)

@@ -54,6 +54,13 @@ def test_an_overlay_changes_what_it_names_and_nothing_else():
     assert (scae.method, scae.second_stage.classifier) == ("scae", "reset")
 
 
+def test_a_method_that_wants_maps_is_found_beside_one_that_wants_neighbours():
+    config = recipe(BASE, method="scae+saliency_mix", scae__lam_max="0")
+    assert config.guide() == config.saliency_mix
+    assert recipe(BASE, scae__lam_max="0").guide().wants_neighbors
+    assert recipe(BASE, scae__lam_max="0", scae__mix_prob="0").guide() is None
+
+
 def test_a_second_stage_needs_the_first_ones_weights():
     with pytest.raises(ValueError, match=r"second_stage\.weights must name the first stage's"):
         recipe(BASE, "crt")

@@ -71,7 +71,7 @@ class Run:
     @property
     def grey_levels(self) -> bool:
         """Whether the images are in [0, 255]; otherwise they are normalised, or in [0, 1]."""
-        return max(self.mean) > 1
+        return max(*self.mean, *self.std) > 1
 
 
 @dataclass(frozen=True, kw_only=True)
