@@ -5,8 +5,8 @@
 
 Ids, labels, status and boxes must be equal; images may differ by the few grey levels that one JPEG
 decoder differs from another. Each check runs in its own process, so that a crash or a hang fails
-that check alone. With `--device-id cpu` the CPU is compared with itself: a test of the checks.
-The exit status is 1 if a check failed.
+that check alone; `--jobs` of them run at a time. With `--device-id cpu` the CPU is compared with
+itself: a test of the checks. The exit status is 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import _gpu_checks_fed  # noqa: F401 - it registers its checks
 import numpy as np
 import torch
 from _gpu_checks import CHECKS, SEED, Setup
-from _options import device, positive
+from _options import count, device, positive
 from PIL import Image
 
 import _bench
@@ -36,6 +37,7 @@ from scae_dali.dataset import ImageIndex
 
 COMPARED = 48  # images of --data that the comparing checks use
 EVERY = 2000  # and that those use which go through `every` image
+LONGEST = ("compile", "harvest/reduce-overhead", "every-image")  # these begin first
 
 
 def draw_images(root: Path) -> None:
@@ -98,6 +100,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device-id", type=device, default="0", metavar="N|cpu")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="such as 'train/scae/*'")
     parser.add_argument("--timeout", type=positive, default=120, metavar="SECONDS", help="a check")
+    parser.add_argument("--jobs", type=count, default=1, metavar="N", help="checks at a time")
     parser.add_argument("--dry-run", action="store_true", help="list the checks; needs no GPU")
     parser.add_argument("--json", type=Path, default=None, metavar="OUT")
     parser.add_argument("--check", choices=CHECKS, metavar="NAME", help="run this one right here")
@@ -130,12 +133,15 @@ def main(argv: list[str] | None = None) -> int:
         if args.check:
             run_here(args.check, args)
             return 0
-        results = []
-        for name in args.names:
-            results.append(run_apart(name, args))
-            row = results[-1]
-            mark = "ok  " if row["ok"] else "FAIL"
-            print(f"{mark} {name} ({row['seconds']} s): {row['detail']}", flush=True)
+        rows = {}
+        with ThreadPoolExecutor(args.jobs) as pool:
+            names = sorted(args.names, key=lambda name: not name.startswith(LONGEST))
+            for done in as_completed([pool.submit(run_apart, name, args) for name in names]):
+                row = done.result()
+                rows[row["name"]] = row
+                mark = "ok  " if row["ok"] else "FAIL"
+                print(f"{mark} {row['name']} ({row['seconds']} s): {row['detail']}", flush=True)
+    results = [rows[name] for name in args.names]
     failed = sum(not row["ok"] for row in results)
     print(f"{len(results) - failed} of {len(results)} checks passed")
     if args.json:
