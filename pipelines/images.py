@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from nvidia.dali import fn, types
+from nvidia.dali.pipeline import do_not_convert
 
 from pipelines.config import Decode, ExecConfig, ImageConfig
 from scae_dali.config import check
@@ -84,6 +85,7 @@ def check_order(order: Order, stage: Stage, run: ExecConfig) -> None:
     )
 
 
+@do_not_convert
 def resolve_decode(decode: Decode, device_id: int | None) -> Decode:
     """`roi` or `full`, for `auto` too."""
     if decode != "auto":
@@ -110,20 +112,12 @@ def decode_crop(
     encoded: DataNode, start: DataNode, shape: DataNode, image: ImageConfig, run: ExecConfig
 ) -> DataNode:
     """The window (start, shape) of the upright image, resized to the crop's size: HWC uint8."""
-    size = (image.size, image.size)
-    if image.crop.kind == "pad":
+    if image.crop.kind == "pad" or resolve_decode(image.decode, run.device_id) == "full":
         return cut(decode(encoded, run), start, shape, image)
-    if resolve_decode(image.decode, run.device_id) == "roi":
-        images = fn.decoders.image_slice(
-            encoded, start=start, shape=shape, axis_names="HW", device=run.decoder_device
-        )
-        return fn.resize(images, size=size)
-    return fn.resize(
-        decode(encoded, run),
-        roi_start=fn.cast(start, dtype=types.FLOAT),
-        roi_end=fn.cast(start + shape, dtype=types.FLOAT),
-        size=size,
+    images = fn.decoders.image_slice(
+        encoded, start=start, shape=shape, axis_names="HW", device=run.decoder_device
     )
+    return fn.resize(images, size=(image.size, image.size))
 
 
 def cut(images: DataNode, start: DataNode, shape: DataNode, image: ImageConfig) -> DataNode:

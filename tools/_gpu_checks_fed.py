@@ -47,6 +47,7 @@ from scae_dali.refresh import refresh_cache
 SIDE = 32
 SAMPLES = 6 * BATCH - 3  # of random pixels: the last batch is not full
 MIXING: dict[str, Any] = {"mix_prob": 0.7, "tail": 0.5, "p_min": 0.5, "p_max": 0.5}
+RARELY = MIXING | {"mix_prob": 0.3}  # so that a batch may have none to fetch
 CAM_DIFFERENCE = 0.01  # mean absolute one of maps in [0, 1] that is allowed
 
 
@@ -99,11 +100,15 @@ def mixed(batches: list[Batch]) -> str:
 def mix_pipeline(setup: Setup, decode: str, tensor: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         tailed = with_tail(setup, folder)
-        reference, ours = (
-            list(train_loader(tailed, where, "scae", decode, tensor, **MIXING))
+        loaders = [
+            train_loader(tailed, where, "scae", decode, tensor, **RARELY)
             for where in (None, setup.device_id)
-        )
-        return compare(reference, ours) + mixed(ours)
+        ]
+        reference, ours = ([*loader, *loader, *loader] for loader in loaders)
+        said = compare(reference, ours) + mixed(ours)
+        without = sum(Status.MIXED not in batch.status for batch in ours)
+        assert 0 < without < len(ours), f"{without} of {len(ours)} batches had no mixed sample"
+        return f"{said}; {without} of {len(ours)} batches had none"
 
 
 @check(*product("arrays", BUILT_IN, TENSORS))
@@ -212,6 +217,7 @@ def harvested(setup: Setup, how: str) -> str:
             for batch in train_batches(tailed, device_id, pixels, "scae", "fp32-NCHW"):
                 logits = model(batch.images)
                 harvest.add(batch)
+                net.zero_grad(set_to_none=True)  # they lie where the next graph writes
                 logits.sum().backward()  # without it CUDA graphs are recorded, and never replayed
             step(f"harvested on {device}")
             found.append(harvest.maps(harvest.seen()))

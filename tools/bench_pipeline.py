@@ -20,9 +20,9 @@ are those over the counterparts, which for SCAE are those of Random Erasing.
 
 All rows live at once and take turns. Methods run with their default settings; SCAE where λ is
 largest, from a cache of random maps, and where nothing of a tail is mixed: the classes have one
-size (bench_mixing.py has a tail). --threads, --batch-size, --dtype, --decode and --layout take
-several values, A,B,...: every combination is measured, one after the other, with ratios to its own
-`none`, and names of rows say what differs.
+size (bench_mixing.py has a tail). --threads, --batch-size, --prefetch, --dtype, --decode and
+--layout take several values, A,B,...: every combination is measured, one after the other, with
+ratios to its own `none`, and names of rows say what differs.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ SWEPT = {
     "dtype": "{}",
     "decode": "{}",
     "layout": "{}",
+    "prefetch": "prefetch {}",
 }
 
 
@@ -101,6 +102,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     several = partial(parser.add_argument, metavar="A,B,...")
     several("--threads", type=whole_numbers, default="2", help="default: 2")
     several("--batch-size", type=whole_numbers, default="64", help="default: 64")
+    several("--prefetch", type=whole_numbers, default="2", help="batches; default: 2")
     several("--dtype", type=some_of("fp32", "fp16"), default="fp32", help="fp32, fp16")
     several("--layout", type=some_of("NCHW", "NHWC"), default="NCHW", help="NCHW, NHWC")
     several("--decode", type=some_of("auto", "roi", "full"), default="auto", help="auto, roi, full")
@@ -190,9 +192,8 @@ def measure(
     """One combination -> its rows, and what else is known of them: by name, then by row."""
     tensors = {name: chosen[name] for name in ("dtype", "decode", "layout")}
     image = ImageConfig(size=args.size, val_resize=args.size, **tensors)
-    run = ExecConfig(
-        batch_size=chosen["batch_size"], device_id=args.device_id, threads=chosen["threads"]
-    )
+    counts = {name: chosen[name] for name in ("batch_size", "threads", "prefetch")}
+    run = ExecConfig(device_id=args.device_id, **counts)
     index = epoch_index(args.data, args.repeat, run.batch_size)
     batches = args.batches or len(index) // run.batch_size
     with (

@@ -93,6 +93,7 @@ class Bench:
             size=args.size,
             val_resize=args.size,
             crop=CropConfig(kind="pad" if args.arrays else "resized"),
+            dtype="fp32" if args.amp == "none" else "fp16",
             layout="NHWC" if args.channels_last else "NCHW",
         )
         self.pixels: np.ndarray | None = None

@@ -4,9 +4,9 @@
     python tools/gpu_check.py --dry-run
 
 Ids, labels, status and boxes must be equal; images may differ by the few grey levels that one JPEG
-decoder differs from another. Each check runs in its own process, so that a crash or a hang fails
-that check alone; `--jobs` of them run at a time. With `--device-id cpu` the CPU is compared with
-itself: a test of the checks. The exit status is 1 if a check failed.
+decoder differs from another. The checks run in processes of their own, `--jobs` at a time; one
+that fails ends its process, so that a crash or a hang fails that check alone. With `--device-id
+cpu` the CPU is compared with itself: a test of the checks. The exit status is 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import fnmatch
+import gc
+import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import _gpu_checks_fed  # noqa: F401 - it registers its checks
@@ -54,11 +58,9 @@ def draw_images(root: Path) -> None:
         image.convert("L" if i == 5 else "RGB").save(folder / f"{i:02}.jpg", quality=90, exif=exif)
 
 
-def run_here(name: str, args: argparse.Namespace) -> None:
-    """One check, in this process; what it found is the last line of stdout."""
+def run_here(name: str, args: argparse.Namespace) -> str:
+    """One check, in this process -> what it found."""
     faulthandler.dump_traceback_later(0.9 * args.timeout)  # where it hangs, if it does
-    if args.device_id is not None:
-        torch.cuda.set_device(args.device_id)
     index = ImageIndex(args.data)
     most = EVERY if name.startswith("every-image") else COMPARED
     index = index.subset(np.unique(np.linspace(0, len(index) - 1, most, dtype=np.int64)))
@@ -68,48 +70,109 @@ def run_here(name: str, args: argparse.Namespace) -> None:
         maps = np.random.default_rng(SEED).integers(0, 256, (len(ids), 7, 7), dtype=np.uint8)
         cache.write(ids, maps, epoch=0)
         cache.end_pass(0)
-        print(CHECKS[name](Setup(index, cache, args.device_id), *name.split("/")[1:]))
+        found = CHECKS[name](Setup(index, cache, args.device_id), *name.split("/")[1:])
+    gc.collect()  # pipelines, and their memory on the GPU
+    faulthandler.cancel_dump_traceback_later()
+    return found
 
 
-def run_apart(name: str, args: argparse.Namespace) -> dict:
-    """One check in a process of its own -> its row of the report."""
-    device = "cpu" if args.device_id is None else str(args.device_id)
-    command = [sys.executable, "-X", "faulthandler", __file__, "--check", name]
-    command += ["--data", args.data, "--device-id", device, "--timeout", str(args.timeout)]
-    start = time.monotonic()
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        child = subprocess.Popen(command, stdout=out, stderr=err)
-        try:
-            code = child.wait(args.timeout)
-            how = f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-        except subprocess.TimeoutExpired:
-            child.kill()  # and no wait: a process stuck in a driver does not die
-            code, how = None, f"no end after {args.timeout} s"
-        seconds = round(time.monotonic() - start, 1)
-        for stream in (out, err):
-            stream.seek(0)
-        if code == 0:
-            return {"name": name, "ok": True, "seconds": seconds, "detail": out.read().strip()}
-        tail = err.read()[-2000:].strip()
-        return {"name": name, "ok": False, "seconds": seconds, "detail": f"{how}; stderr: {tail}"}
+def serve(args: argparse.Namespace) -> None:
+    """Run the checks that are named on stdin, and answer each with a line of JSON."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a check prints is no answer
+    if args.device_id is not None:
+        torch.cuda.set_device(args.device_id)
+    for line in sys.stdin:
+        print(json.dumps(run_here(line.strip(), args)), file=answers, flush=True)
+
+
+class Server:
+    """A process that serves checks until one of them fails; `alive` tells whether it still does."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        device = "cpu" if args.device_id is None else str(args.device_id)
+        command = [sys.executable, "-X", "faulthandler", __file__, "--serve", "--data", args.data]
+        command += ["--device-id", device, "--timeout", str(args.timeout)]
+        self._timeout = args.timeout
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True
+        )
+        self.alive = True
+
+    def check(self, name: str) -> dict:
+        """-> its row of the report."""
+        start = time.monotonic()
+        self._errors.seek(0)  # for the process too, which shares the place
+        self._errors.truncate()
+        requests, answers = self._process.stdin, self._process.stdout
+        assert requests is not None
+        assert answers is not None
+        with suppress(BrokenPipeError):  # of a process that has ended since
+            print(name, file=requests, flush=True)
+        answer, how = "", f"no end after {self._timeout} s"
+        if select.select([answers], [], [], self._timeout)[0]:
+            answer = answers.readline()
+            how = "" if answer else ended(self._process.wait())
+        row = {"name": name, "ok": bool(answer), "seconds": round(time.monotonic() - start, 1)}
+        if answer:
+            return row | {"detail": json.loads(answer)}
+        self._process.kill()  # and no wait: a process stuck in a driver does not die
+        self.alive = False
+        self._errors.seek(0)
+        return row | {"detail": f"{how}; stderr: {self._errors.read()[-2000:].strip()}"}
+
+    def close(self) -> None:
+        self._process.kill()
+        self._errors.close()
+
+
+def ended(code: int) -> str:
+    return f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+
+
+def run_all(args: argparse.Namespace) -> list[dict]:
+    """The rows of all checks, --jobs at a time; each is printed when it is known."""
+    servers: list[Server] = []  # that are idle
+
+    def run(name: str) -> dict:
+        server = servers.pop() if servers else Server(args)
+        row = server.check(name)
+        if server.alive:
+            servers.append(server)
+        mark = "ok  " if row["ok"] else "FAIL"
+        print(f"{mark} {name} ({row['seconds']} s): {row['detail']}", flush=True)
+        return row
+
+    names = sorted(args.names, key=lambda name: not name.startswith(LONGEST))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        rows = {row["name"]: row for row in pool.map(run, names)}
+    for server in servers:
+        server.close()
+    return [rows[name] for name in args.names]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", metavar="DIR", help="DIR/<class>/<image>; default: drawn images")
     parser.add_argument("--device-id", type=device, default="0", metavar="N|cpu")
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="such as 'train/scae/*'")
+    parser.add_argument(
+        "--only", default="*", metavar="A,B,...", help="such as 'val/*,train/scae/*'"
+    )
     parser.add_argument("--timeout", type=positive, default=120, metavar="SECONDS", help="a check")
     parser.add_argument("--jobs", type=count, default=1, metavar="N", help="checks at a time")
     parser.add_argument("--dry-run", action="store_true", help="list the checks; needs no GPU")
     parser.add_argument("--json", type=Path, default=None, metavar="OUT")
-    parser.add_argument("--check", choices=CHECKS, metavar="NAME", help="run this one right here")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.names = [
         name
         for name in CHECKS
-        if name == args.only or (fnmatch.fnmatch(name, args.only) and not name.startswith("_"))
+        for pattern in args.only.split(",")
+        if name == pattern or (fnmatch.fnmatch(name, pattern) and not name.startswith("_"))
     ]
+    args.names = list(dict.fromkeys(args.names))
     if not args.names:
         parser.error(f"--only {args.only}: there is no such check; --dry-run lists them")
     found = torch.cuda.device_count()
@@ -130,18 +193,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.data is None:
             draw_images(Path(folder))
             args.data = folder
-        if args.check:
-            run_here(args.check, args)
+        if args.serve:
+            serve(args)
             return 0
-        rows = {}
-        with ThreadPoolExecutor(args.jobs) as pool:
-            names = sorted(args.names, key=lambda name: not name.startswith(LONGEST))
-            for done in as_completed([pool.submit(run_apart, name, args) for name in names]):
-                row = done.result()
-                rows[row["name"]] = row
-                mark = "ok  " if row["ok"] else "FAIL"
-                print(f"{mark} {row['name']} ({row['seconds']} s): {row['detail']}", flush=True)
-    results = [rows[name] for name in args.names]
+        results = run_all(args)
     failed = sum(not row["ok"] for row in results)
     print(f"{len(results) - failed} of {len(results)} checks passed")
     if args.json:
