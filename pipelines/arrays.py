@@ -163,7 +163,7 @@ def train_pipeline(
         plan = FedPlan(stage, order, pixels, image)
         images = plan.images if run.device_id is None else plan.images.gpu()
         if not plan.crops:
-            start, shape = plan.part("start", types.INT32), plan.part("shape", types.INT32)
+            start, shape = plan.part("start", types.FLOAT), plan.part("shape", types.FLOAT)
             images = cut(images, start, shape, image)
         images = stage.apply(images, plan)
         return normalise(images, image, mirror=plan.scalar("flip", types.INT32)), plan.row

@@ -53,7 +53,8 @@ class ExecConfig:
     """Where and how wide a pipeline runs.
 
     device_id: the GPU, or None for the CPU alone. batch_size: a rank. threads: of DALI, a rank.
-    shard, num_shards: which part of every epoch this rank reads.
+    shard, num_shards: which part of every epoch this rank reads. hw_decoder_load: share of a batch
+    that the JPEG engine of the GPU decodes, where it has one.
     """
 
     batch_size: int
@@ -62,6 +63,7 @@ class ExecConfig:
     prefetch: int = 2
     shard: int = 0
     num_shards: int = 1
+    hw_decoder_load: float = 0.65
 
     def __post_init__(self) -> None:
         check(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
@@ -71,11 +73,17 @@ class ExecConfig:
             0 <= self.shard < self.num_shards,
             f"shard must be in [0, num_shards={self.num_shards}), got {self.shard}",
         )
+        check(
+            0 <= self.hw_decoder_load <= 1,
+            f"hw_decoder_load must be in [0, 1], got {self.hw_decoder_load}",
+        )
 
     @property
-    def decoder_device(self) -> str:
-        """Where images are decoded: `mixed` reads on the CPU and gives pixels on the GPU."""
-        return "cpu" if self.device_id is None else "mixed"
+    def decoder(self) -> dict:
+        """Keyword arguments of DALI's decoders; `mixed` reads on the CPU and decodes on the GPU."""
+        if self.device_id is None:
+            return {"device": "cpu"}
+        return {"device": "mixed", "hw_decoder_load": self.hw_decoder_load}
 
     def arguments(self) -> dict:
         """Keyword arguments of a @pipeline_def function."""

@@ -21,6 +21,8 @@ from scae_dali.order import ID, Order
 from scae_dali.rng import derive
 
 READER = "Reader"
+# Of a slice whose start and shape are whole numbers in float32.
+IN_PIXELS = {"normalized_anchor": False, "normalized_shape": False}
 _ROI_CRASHES = ("0.9.",)  # versions of nvImageCodec
 
 
@@ -105,7 +107,7 @@ def _nvimgcodec() -> str:
 
 def decode(encoded: DataNode, run: ExecConfig) -> DataNode:
     """Upright RGB images, HWC uint8."""
-    return fn.decoders.image(encoded, device=run.decoder_device)
+    return fn.decoders.image(encoded, **run.decoder)
 
 
 def decode_crop(
@@ -114,15 +116,15 @@ def decode_crop(
     """The window (start, shape) of the upright image, resized to the crop's size: HWC uint8."""
     if image.crop.kind == "pad" or resolve_decode(image.decode, run.device_id) == "full":
         return cut(decode(encoded, run), start, shape, image)
-    images = fn.decoders.image_slice(
-        encoded, start=start, shape=shape, axis_names="HW", device=run.decoder_device
-    )
+    images = fn.decoders.image_slice(encoded, start, shape, axes=(0, 1), **IN_PIXELS, **run.decoder)
     return fn.resize(images, size=(image.size, image.size))
 
 
 def cut(images: DataNode, start: DataNode, shape: DataNode, image: ImageConfig) -> DataNode:
     """The window (start, shape) of images, black outside them, resized to the crop's size."""
-    images = fn.slice(images, start, shape, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
+    images = fn.slice(
+        images, start, shape, axes=(0, 1), **IN_PIXELS, out_of_bounds_policy="pad", fill_values=0
+    )
     return fn.resize(images, size=(image.size, image.size))
 
 
@@ -136,7 +138,7 @@ def crop_planned(
         shapes=fn.peek_image_shape(encoded),
         random_crop=image.crop,
     )
-    start, shape = plan.part("start", types.INT32), plan.part("shape", types.INT32)
+    start, shape = plan.part("start", types.FLOAT), plan.part("shape", types.FLOAT)
     return decode_crop(encoded, start, shape, image, run), plan
 
 

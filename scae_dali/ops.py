@@ -39,13 +39,16 @@ class Targets(NamedTuple):
 class PlanNodes:
     """A plan inside a graph: `row`, float64 [K] a sample on the CPU, and its parts by name.
 
-    An operator that slices costs as much as ten that compute, so parts are cut when asked for, and
-    a pipeline had better give out the row whole: `iterator.Loader` takes it apart.
+    DALI hands every sample of every operator on the CPU to its threads, which costs more than what
+    they do with it, and the more the more threads there are. So parts are cut when asked for, those
+    in float32 from a row of that type, and a pipeline had better give out the row whole:
+    `iterator.Loader` takes it apart. single: the row in float32.
     """
 
-    def __init__(self, row: DataNode, planner: Planner) -> None:
+    def __init__(self, row: DataNode, single: DataNode, planner: Planner) -> None:
         self.row = row
         self.planner = planner
+        self._single = single
 
     def part(self, name: str, dtype: types.DALIDataType, within: slice = slice(None)) -> DataNode:
         """The columns of a name (see planner), or some of them."""
@@ -58,6 +61,8 @@ class PlanNodes:
         return self._cut(self.planner.columns[name].start, dtype)
 
     def _cut(self, columns: slice | int, dtype: types.DALIDataType) -> DataNode:
+        if dtype == types.FLOAT:
+            return self._single[columns]
         return fn.cast(self.row[columns], dtype=dtype)
 
     @property
@@ -213,12 +218,14 @@ class Stage:
         )
         inputs = (ids, _iteration(self.batch_size), *frames, *sizes)
         if self._device is None:
-            row = fn.python_function(*inputs, function=operator.numpy, batch_processing=True)
-        else:
-            row = fn.dl_tensor_python_function(
-                *inputs, function=operator.torch, batch_processing=True
+            row, single = fn.python_function(
+                *inputs, function=operator.numpy, num_outputs=2, batch_processing=True
             )
-        return PlanNodes(row, operator.planner)
+        else:
+            row, single = fn.dl_tensor_python_function(
+                *inputs, function=operator.torch, num_outputs=2, batch_processing=True
+            )
+        return PlanNodes(row, single, operator.planner)
 
     def planner(self, random_crop: CropConfig | None = None) -> Planner:
         """The plan outside any pipeline."""
@@ -265,7 +272,7 @@ class SCAE(Stage):
 
 
 class Operator:
-    """The Python operator: lists of small arrays in, `Planner`, rows out.
+    """The Python operator: lists of small arrays in, `Planner`, rows in float64 and float32 out.
 
     frames: how many inputs describe the crop. size: of the crops where it is one for all.
     """
@@ -276,21 +283,23 @@ class Operator:
         self.stage, self.planner = stage, planner
         self._frames, self._size = frames, size
 
-    def numpy(self, *inputs: list[np.ndarray]) -> list[np.ndarray]:
+    def numpy(self, *inputs: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         start = time.perf_counter()
-        rows = list(self.stage.rows(self.planner, *self.arguments(inputs)))
+        rows = self.stage.rows(self.planner, *self.arguments(inputs))
+        row, single = list(rows), list(rows.astype(np.float32))
         self.stage.seconds += time.perf_counter() - start
-        return rows
+        return row, single
 
-    def torch(self, *inputs: list[Any]) -> list[Any]:
+    def torch(self, *inputs: list[Any]) -> tuple[list[Any], list[Any]]:
         import torch
         from torch.utils import dlpack
 
         start = time.perf_counter()
         arrays = [[dlpack.from_dlpack(one).numpy() for one in samples] for samples in inputs]
         rows = torch.from_numpy(self.stage.rows(self.planner, *self.arguments(arrays)))
+        row, single = ([*map(dlpack.to_dlpack, table)] for table in (rows, rows.float()))
         self.stage.seconds += time.perf_counter() - start
-        return [dlpack.to_dlpack(row) for row in rows]
+        return row, single
 
     def arguments(self, inputs: Sequence[list[np.ndarray]]) -> tuple[Any, ...]:
         """What the planner takes, of NumPy."""

@@ -74,6 +74,8 @@ def test_a_sweep(tmp_path, images):
         "dtype": "fp16",
         "decode": "full",
         "layout": "NCHW",
+        "prefetch": 2,
+        "hw_decoder_load": 0.65,
         "decode_resolved": "full",
         "images": 4,
         "batches_per_round": 1,

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from nvidia.dali import fn, pipeline_def
+from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 from scipy import stats
 from test_methods import check_pure, method, samples
@@ -200,7 +200,8 @@ def erased(how, images, rows, planner, one):
     @pipeline_def(batch_size=len(images), num_threads=1, device_id=None)
     def define():
         nodes = fn.external_source(source=lambda: list(images), layout="HWC")
-        plan = PlanNodes(fn.external_source(source=lambda: list(rows)), planner)
+        row = fn.external_source(source=lambda: list(rows))
+        plan = PlanNodes(row, fn.cast(row, dtype=types.FLOAT), planner)
         return how(nodes, plan, one._run, one._method.config)
 
     return define().run()[0].as_array()

@@ -120,7 +120,7 @@ def plain(index: ImageIndex, image: ImageConfig, run: ExecConfig) -> Iterator[to
     def define():
         encoded, labels = read(index, run)
         if resolve_decode(image.decode, run.device_id) == "roi":
-            images = fn.decoders.image_random_crop(encoded, device=run.decoder_device, **window)
+            images = fn.decoders.image_random_crop(encoded, **run.decoder, **window)
             images = fn.resize(images, size=size)
         else:
             images = fn.random_resized_crop(decode(encoded, run), size=size, **window)

@@ -16,6 +16,8 @@ __all__ = [
     "existing_file",
     "existing_folder",
     "positive",
+    "share",
+    "shares",
     "some_of",
     "usable_device",
     "usable_devices",
@@ -53,6 +55,22 @@ def positive(text: str) -> float:
     if not 0 < number < math.inf:
         raise ArgumentTypeError(f"must be a number above 0, got {text}")
     return number
+
+
+def share(text: str) -> float:
+    """0.5 -> 0.5; from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise ArgumentTypeError(f"must be a number from 0 to 1, got {text}")
+    return number
+
+
+def shares(text: str) -> list[float]:
+    """0.5,1 -> [0.5, 1.0]; each once."""
+    return list(dict.fromkeys(map(share, text.split(","))))
 
 
 def some_of(*choices: str) -> Callable[[str], list[str]]:

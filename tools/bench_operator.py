@@ -102,8 +102,13 @@ def pieces(
         "gather": in_turn(lambda *inputs: of.arguments(inputs), batches),
         "plan": in_turn(of.planner, arrays),
         "read": in_turn(cache.read, [(ids,) for ids in erased]),
-        "assemble": in_turn(list, [(table,) for table in tables]),
+        "assemble": in_turn(assembled, [(table,) for table in tables]),
     }
+
+
+def assembled(table: np.ndarray) -> tuple[list, list]:
+    """What DALI takes, as the operator makes it."""
+    return list(table), list(table.astype(np.float32))
 
 
 def graph(of: Operator, args: argparse.Namespace, ids: np.ndarray) -> Pipeline:
@@ -122,13 +127,15 @@ def graph(of: Operator, args: argparse.Namespace, ids: np.ndarray) -> Pipeline:
 
 def empty_graph(args: argparse.Namespace, widths: tuple[int, ...], wide: int) -> Pipeline:
     """A function that decides nothing, with inputs int64 of these widths; it gives rows of `wide`
-    columns."""
-    b = args.batch_size
-    rows = list(np.zeros((b, wide)))
+    columns as a stage's does."""
+    rows = assembled(np.zeros((args.batch_size, wide)))
 
     def define() -> Any:
-        inputs = [fed(np.zeros((1, b, width), np.int64)) for width in widths]
-        return fn.python_function(*inputs, function=lambda *_: rows, batch_processing=True)
+        inputs = [fed(np.zeros((1, args.batch_size, width), np.int64)) for width in widths]
+        row, _ = fn.python_function(
+            *inputs, function=lambda *_: rows, num_outputs=2, batch_processing=True
+        )
+        return row
 
     return built(define, args)
 
@@ -223,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         calls["operator, torch"] = in_turn(by_torch.torch, tensors)
         for method in ("none", "random_erasing"):
             calls[f"operator, {method}"] = in_turn(operator(index, args, method).numpy, batches)
-        width = ours.numpy(*batches[0])[0].size
+        width = ours.numpy(*batches[0])[0][0].size
         calls["graph, scae"] = graph(ours, args, ids).run
         calls["graph, empty function"] = empty_graph(args, (1, 1, 3), width).run
         calls["graph, empty function of one input"] = empty_graph(args, (5,), width).run

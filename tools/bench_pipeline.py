@@ -20,9 +20,9 @@ are those over the counterparts, which for SCAE are those of Random Erasing.
 
 All rows live at once and take turns. Methods run with their default settings; SCAE where λ is
 largest, from a cache of random maps, and where nothing of a tail is mixed: the classes have one
-size (bench_mixing.py has a tail). --threads, --batch-size, --prefetch, --dtype, --decode and
---layout take several values, A,B,...: every combination is measured, one after the other, with
-ratios to its own `none`, and names of rows say what differs.
+size (bench_mixing.py has a tail). --threads, --batch-size, --prefetch, --dtype, --decode,
+--layout and --hw-decoder-load take several values, A,B,...: every combination is measured, one
+after the other, with ratios to its own `none`, and names of rows say what differs.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from _live import (
     random_cache,
     settle,
 )
-from _options import count, existing_folder, some_of, usable_device, whole_numbers
+from _options import count, existing_folder, shares, some_of, usable_device, whole_numbers
 
 import _bench
 import _path  # noqa: F401
@@ -72,6 +72,7 @@ SWEPT = {
     "decode": "{}",
     "layout": "{}",
     "prefetch": "prefetch {}",
+    "hw_decoder_load": "JPEG engine {:.0%}",
 }
 
 
@@ -103,6 +104,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     several("--threads", type=whole_numbers, default="2", help="default: 2")
     several("--batch-size", type=whole_numbers, default="64", help="default: 64")
     several("--prefetch", type=whole_numbers, default="2", help="batches; default: 2")
+    several("--hw-decoder-load", type=shares, default="0.65", help="default: 0.65")
     several("--dtype", type=some_of("fp32", "fp16"), default="fp32", help="fp32, fp16")
     several("--layout", type=some_of("NCHW", "NHWC"), default="NCHW", help="NCHW, NHWC")
     several("--decode", type=some_of("auto", "roi", "full"), default="auto", help="auto, roi, full")
@@ -192,8 +194,8 @@ def measure(
     """One combination -> its rows, and what else is known of them: by name, then by row."""
     tensors = {name: chosen[name] for name in ("dtype", "decode", "layout")}
     image = ImageConfig(size=args.size, val_resize=args.size, **tensors)
-    counts = {name: chosen[name] for name in ("batch_size", "threads", "prefetch")}
-    run = ExecConfig(device_id=args.device_id, **counts)
+    execution = {name: chosen[name] for name in chosen if name not in tensors}
+    run = ExecConfig(device_id=args.device_id, **execution)
     index = epoch_index(args.data, args.repeat, run.batch_size)
     batches = args.batches or len(index) // run.batch_size
     with (

@@ -28,7 +28,7 @@ from pathlib import Path
 import _live
 import numpy as np
 import torch
-from _options import count, existing_folder, usable_device
+from _options import count, existing_folder, share, usable_device
 from _pass import Passes
 
 import _bench
@@ -63,9 +63,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", choices=modes, default="none")
     parser.add_argument("--pass-every", type=int, default=0, metavar="EPOCHS")
     parser.add_argument("--pass-size", type=count, help="of its images, in pixels; default: --size")
-    parser.add_argument("--pass-share", type=float, default=1.0, help="of the images, that it sees")
+    parser.add_argument("--pass-share", type=share, default=1.0, help="of the images, that it sees")
     parser.add_argument("--steps", type=count, help="a round; default: an epoch's")
     parser.add_argument("--threads", type=count, default=2, help="of DALI")
+    parser.add_argument("--hw-decoder-load", type=share, default=0.65, help="default: 0.65")
     parser.add_argument("--device-id", type=usable_device, default="cpu", metavar="N|cpu")
     args = _bench.parse(
         parser,
@@ -76,8 +77,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.size is None:
         args.size = 32 if args.arrays else 224
     args.pass_size = args.pass_size or args.size
-    if not 0 < args.pass_share <= 1:
-        parser.error(f"--pass-share must be in (0, 1], got {args.pass_share}")
+    if args.pass_share == 0:
+        parser.error("--pass-share must be above 0")
     return args
 
 
@@ -88,7 +89,12 @@ class Bench:
         self.args = args
         self.device = torch.device("cpu" if args.device_id is None else f"cuda:{args.device_id}")
         batch_size, where = args.batch_size, args.device_id
-        self.run = ExecConfig(batch_size=batch_size, device_id=where, threads=args.threads)
+        self.run = ExecConfig(
+            batch_size=batch_size,
+            device_id=where,
+            threads=args.threads,
+            hw_decoder_load=args.hw_decoder_load,
+        )
         self.image = ImageConfig(
             size=args.size,
             val_resize=args.size,
