@@ -82,6 +82,7 @@ class Run:
             batch_size=batch_size,
             device_id=self.device.index,
             threads=self.config.threads,
+            hw_decoder_load=self.config.hw_decoder_load,
             shard=self.ranks.rank if sharded else 0,
             num_shards=self.ranks.world if sharded else 1,
         )

@@ -60,10 +60,10 @@ class ExecConfig:
     batch_size: int
     device_id: int | None = None
     threads: int = 4
-    prefetch: int = 2
+    prefetch: int = 3
     shard: int = 0
     num_shards: int = 1
-    hw_decoder_load: float = 0.65
+    hw_decoder_load: float = 0.9
 
     def __post_init__(self) -> None:
         check(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")

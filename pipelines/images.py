@@ -128,17 +128,24 @@ def cut(images: DataNode, start: DataNode, shape: DataNode, image: ImageConfig) 
     return fn.resize(images, size=(image.size, image.size))
 
 
-def crop_planned(
-    stage: Stage, encoded: DataNode, ids: DataNode, image: ImageConfig, run: ExecConfig
-) -> tuple[DataNode, PlanNodes]:
-    """The crop that the stage draws, HWC uint8 and not erased yet, and the stage's whole plan."""
+def planned(
+    stage: Stage, encoded: DataNode, ids: DataNode, image: ImageConfig
+) -> tuple[DataNode, DataNode, PlanNodes]:
+    """The stage's plan with a crop that it draws, whose start and shape come first."""
     plan = stage.plan(
         ids,
         size=(image.size, image.size),
         shapes=fn.peek_image_shape(encoded),
         random_crop=image.crop,
     )
-    start, shape = plan.part("start", types.FLOAT), plan.part("shape", types.FLOAT)
+    return plan.part("start", types.FLOAT), plan.part("shape", types.FLOAT), plan
+
+
+def crop_planned(
+    stage: Stage, encoded: DataNode, ids: DataNode, image: ImageConfig, run: ExecConfig
+) -> tuple[DataNode, PlanNodes]:
+    """The crop that the stage draws, HWC uint8 and not erased yet, and the stage's whole plan."""
+    start, shape, plan = planned(stage, encoded, ids, image)
     return decode_crop(encoded, start, shape, image, run), plan
 
 

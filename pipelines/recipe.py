@@ -175,6 +175,7 @@ class Config:
         epochs: T.
         batch_size: of a rank.
         threads: of DALI, a rank.
+        hw_decoder_load: share of a batch that the JPEG engine of the GPU decodes, where it has one.
         device: auto takes the GPU where there is one.
         amp: autocast to this type.
         channels_last: memory format of network and images.
@@ -211,6 +212,7 @@ class Config:
     epochs: int = 100
     batch_size: int = 256
     threads: int = 4
+    hw_decoder_load: float = 0.9
     device: Literal["auto", "cuda", "cpu"] = "auto"
     amp: Literal["none", "bf16", "fp16"] = "none"
     channels_last: bool = False

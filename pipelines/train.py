@@ -3,15 +3,14 @@
 A sample's augmentation depends on (seed, epoch, id) alone; the order of an epoch on (seed, epoch).
 """
 
-from functools import partial
-
 from nvidia.dali import Pipeline, pipeline_def, types
 
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.images import (
     check_order,
     crop_planned,
-    decode_crop,
+    cut,
+    decode,
     normalise,
     read_in_order,
     read_shuffled,
@@ -41,7 +40,9 @@ def train_pipeline(
 
     if order is not None:
         check_order(order, stage, run)
-    fetch = partial(decode_crop, image=image, run=run)
+
+    def fetch(encoded, start, shape):
+        return cut(decode(encoded, run), start, shape, image)
 
     @pipeline_def(
         enable_checkpointing=True, enable_conditionals=stage.conditional, **run.arguments()

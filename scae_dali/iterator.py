@@ -19,6 +19,7 @@ from scae_dali.verify import concerns_images, explain
 T = TypeVar("T")
 
 _COLUMNS = columns_of(COMMON)
+_TARGETS = {"label", "partner", "mu"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,8 @@ class Loader:
     """Iterates over a pipeline whose reader is named "Reader" and pads its shards, or over one that
     is fed in an `order`.
 
-    outputs: the pipeline's, by name: `images`, and either `plan` (ops.PlanNodes.row) or `id`.
+    outputs: the pipeline's, by name: `images`, and either `plan` (ops.PlanNodes.row) or `id`, this
+    one maybe with `label`, `partner` and `mu` (ops.Targets).
     drop_last: give only the batches that are full on every shard, so that all ranks take as many
     steps; without it the last batch may be smaller, and an empty one is left out. Samples that pad
     a shard never appear. position: batches of the epoch that a restored pipeline has given already.
@@ -71,6 +73,13 @@ class Loader:
         position: int = 0,
         order: Order | None = None,
     ) -> None:
+        if not {"images"} < {*outputs} <= {"images", "plan", "id", *_TARGETS} or (
+            ("plan" in outputs) == ("id" in outputs)
+        ):
+            raise ValueError(
+                "outputs must be images and either plan, or id with label, partner and mu or "
+                f"without, got {', '.join(outputs)}"
+            )
         self._index, self._pipeline = index, pipeline
         self._labels = torch.from_numpy(index.labels.copy())
         self._position = position
@@ -144,6 +153,8 @@ class Loader:
             plan[:, _COLUMNS["label"]] = plan[:, _COLUMNS["partner"]] = self._labels[ids].double()
             plan[:, _COLUMNS["mu"]] = 1.0
             plan[:, _COLUMNS["window"]] = torch.tensor([0.0, 0.0, 1.0, 1.0])
+            for name in _TARGETS & out.keys():
+                plan[:, _COLUMNS[name]] = out[name].reshape(n, 1).double()
         part = {name: plan[:, columns] for name, columns in _COLUMNS.items()}
         move = partial(torch.Tensor.to, device=images.device, non_blocking=True)
         return Batch(

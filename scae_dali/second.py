@@ -21,7 +21,9 @@ from scae_dali.dataset import ImageIndex
 from scae_dali.methods.base import DataNode, Status
 from scae_dali.planner import Planner
 
-# (encoded, start int32 [2], shape int32 [2]) -> HWC images, as large as those they go into
+# (encoded, start int32 [2], shape int32 [2]) -> HWC images, as large as those they go into. There
+# may be none: after a decoder of a GPU that decodes nothing, DALI's operators that want a layout
+# fail, as resize does; a slice passes nothing on.
 Fetch = Callable[[DataNode, DataNode, DataNode], DataNode]
 
 

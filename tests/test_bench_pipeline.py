@@ -35,7 +35,8 @@ def test_rows_of_methods_and_of_all_peers(tmp_path, images):
     torchvision += ["torchvision trivial_augment"]
     timm = ["timm none", "timm random_erasing"]
     found = [name for name in rows if name != "torchvision (decode_image)"]
-    assert found == [*methods, "none (again)", *native, "decode alone", *torchvision, *timm]
+    alone = ["decode alone", "undecoded none", "undecoded scae"]
+    assert found == [*methods, "none (again)", *native, *alone, *torchvision, *timm]
     assert rows["none"]["ratio"] == 1
     assert min(row["img_per_s"] for row in rows.values()) > 0
     both = {"none", "random_erasing", "scae"}
@@ -48,6 +49,7 @@ def test_rows_of_methods_and_of_all_peers(tmp_path, images):
             rows["scae"]["img_per_s"] / other, abs=6e-4
         )
     planned = {*methods, "none (again)", "native random_erasing", "native trivial_augment"}
+    planned |= {"undecoded none", "undecoded scae"}
     assert set(result["plan_ms_per_batch"]) == planned
     assert set(result["cpu_ms_per_image"]) == set(rows)
     assert result["settings"]["images"] == 12
@@ -63,6 +65,7 @@ def test_a_sweep(tmp_path, images):
     result = json.loads(out.read_text())
     rows = {row["name"]: row for row in result["rows"]}
     each = ["none", "scae", "none (again)", "native none", "decode alone"]
+    each += ["undecoded none", "undecoded scae"]
     titles = ["batch 2, fp32", "batch 2, fp16", "batch 4, fp32", "batch 4, fp16"]
     assert list(rows) == [f"{row}, {title}" for title in titles for row in each]
     for title in titles:
@@ -74,8 +77,8 @@ def test_a_sweep(tmp_path, images):
         "dtype": "fp16",
         "decode": "full",
         "layout": "NCHW",
-        "prefetch": 2,
-        "hw_decoder_load": 0.65,
+        "prefetch": 3,
+        "hw_decoder_load": 0.9,
         "decode_resolved": "full",
         "images": 4,
         "batches_per_round": 1,

@@ -1,15 +1,17 @@
 """The ready-made pipelines: what comes out, in which order, type and layout."""
 
+import itertools
 from importlib import metadata
 
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
 from pipelines import saliency, train, val
 from pipelines.config import ExecConfig, ImageConfig
-from pipelines.images import resolve_decode
+from pipelines.images import read, resolve_decode
 from scae_dali.iterator import Loader
 from scae_dali.ops import Stage
 
@@ -161,8 +163,38 @@ def test_auto_decodes_regions_on_the_cpu_and_avoids_the_gpus_known_crash(monkeyp
             lambda: ExecConfig(batch_size=1, shard=2, num_shards=2),
             r"shard must be in \[0, num_shards=2\), got 2",
         ),
+        (
+            lambda: ExecConfig(batch_size=1, hw_decoder_load=1.5),
+            r"hw_decoder_load must be in \[0, 1\], got 1.5",
+        ),
     ],
 )
 def test_settings_are_validated(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_targets_that_a_pipeline_gives_itself(index):
+    given = {
+        "label": np.array([[7], [8], [9]]),
+        "partner": np.array([[1], [2], [3]]),
+        "mu": np.array([[0.25], [0.5], [1.0]], np.float32),
+    }
+
+    @pipeline_def(batch_size=3, num_threads=1, device_id=None)
+    def define():
+        _, ids = read(index, RUN)
+        images = fn.constant(fdata=0.0, shape=(3, 4, 4))
+        nodes = [fn.external_source(source=itertools.repeat(values)) for values in given.values()]
+        return images, ids, *nodes
+
+    batch = next(iter(Loader(define(), ["images", "id", *given], index, drop_last=False)))
+    assert batch.labels.tolist() == [7, 8, 9]
+    assert batch.partners.tolist() == [1, 2, 3]
+    assert batch.mu.tolist() == [0.25, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("outputs", [["images"], ["id"], ["images", "plan", "id"], ["images", "x"]])
+def test_outputs_that_a_loader_does_not_know(index, outputs):
+    with pytest.raises(ValueError, match="outputs must be images and either plan, or id with"):
+        Loader(None, outputs, index, drop_last=False)

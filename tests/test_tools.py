@@ -57,7 +57,8 @@ def test_gpu_check_lists_every_method():
     ("name", "expected"),
     [
         ("train/scae/roi/fp16-NHWC", ["numpy cpu: 24 images", "torch cpu: 24 images"]),
-        ("mix/roi/fp16-NHWC", ["24 images", "mixed"]),
+        ("mix/roi/fp16-NHWC", ["72 images", "mixed", "batches had none"]),
+        ("user-mix", ["72 images", "mixed"]),
         ("arrays/scae/fp16-NHWC", ["45 images", "mixed"]),
         ("saliency-arrays/fp32-NCHW", ["45 images", "maps: mean |difference| 0.0000"]),
         ("harvest/plain", ["maps, mean |difference| 0.0000"]),

@@ -130,47 +130,53 @@ def saliency_pipeline(setup: Setup, tensor: str) -> str:
 @check(*product("user", ("roi", "full"), ("number", "name")))
 def user_pipeline(setup: Setup, decode: str, naming: str) -> str:
     """A pipeline of somebody's own: the stage called once, on images whose size it asks for."""
+    settings: dict[str, Any] = {"p_min": 1.0, "p_max": 1.0}
+    return compare(
+        *(
+            list(users_own(setup, where, decode, naming, **settings))
+            for where in (None, setup.device_id)
+        )
+    )
 
-    def run(device_id: int | None) -> list[Batch]:
-        execute = execution(device_id)
-        stage = scae_stage(setup, p_min=1.0, p_max=1.0)
-        mixed = "cpu" if device_id is None else "mixed"
 
-        @pipeline_def(**execute.arguments())
-        def define():
-            jpegs, number = fn.readers.file(
-                files=list(setup.index.files),
-                file_root=setup.index.root,
-                name="Reader",
-                pad_last_batch=True,
+def users_own(
+    setup: Setup, device_id: int | None, decode: str, naming: str, **settings: Any
+) -> Loader:
+    execute = execution(device_id)
+    stage = scae_stage(setup, **settings)
+    mixed = "cpu" if device_id is None else "mixed"
+
+    @pipeline_def(enable_conditionals=stage.conditional, **execute.arguments())
+    def define():
+        jpegs, number = fn.readers.file(
+            files=list(setup.index.files),
+            file_root=setup.index.root,
+            name="Reader",
+            pad_last_batch=True,
+        )
+        ids: Any = number
+        if naming == "name":
+            ids = fn.get_property(jpegs, key="source_info")
+        shapes = fn.peek_image_shape(jpegs)
+        start, size = fn.random_crop_generator(shapes, seed=1)
+        images: Any
+        if decode == "roi":
+            images = fn.decoders.image_slice(
+                jpegs, start=start, shape=size, axis_names="HW", device=mixed
             )
-            ids: Any = number
-            if naming == "name":
-                ids = fn.get_property(jpegs, key="source_info")
-            shapes = fn.peek_image_shape(jpegs)
-            start, size = fn.random_crop_generator(shapes, seed=1)
-            images: Any
-            if decode == "roi":
-                images = fn.decoders.image_slice(
-                    jpegs, start=start, shape=size, axis_names="HW", device=mixed
-                )
-            else:
-                images = fn.slice(
-                    fn.decoders.image(jpegs, device=mixed), start, size, axis_names="HW"
-                )
-            images = fn.resize(images, size=(224, 224))
-            images, targets = stage(images, ids, window=(start, size, shapes))
-            images = fn.crop_mirror_normalize(
-                images,
-                mirror=fn.random.coin_flip(seed=2),
-                mean=list(IMAGENET_MEAN),
-                std=list(IMAGENET_STD),
-            )
-            return images, *targets, number
+        else:
+            images = fn.slice(fn.decoders.image(jpegs, device=mixed), start, size, axis_names="HW")
+        images = fn.resize(images, size=(224, 224))
+        images, targets = stage(images, ids, window=(start, size, shapes))
+        images = fn.crop_mirror_normalize(
+            images,
+            mirror=fn.random.coin_flip(seed=2),
+            mean=list(IMAGENET_MEAN),
+            std=list(IMAGENET_STD),
+        )
+        return images, *targets, number
 
-        return list(loader(setup, define(), ("images", "label", "partner", "mu", "id")))
-
-    return compare(run(None), run(setup.device_id))
+    return loader(setup, define(), ("images", "label", "partner", "mu", "id"))
 
 
 @check("checkpoint")

@@ -27,6 +27,7 @@ from _gpu_checks import (
     scae_stage,
     step,
     train_loader,
+    users_own,
 )
 from _live import long_tailed, memory_loader, random_cache, random_images
 
@@ -109,6 +110,21 @@ def mix_pipeline(setup: Setup, decode: str, tensor: str) -> str:
         without = sum(Status.MIXED not in batch.status for batch in ours)
         assert 0 < without < len(ours), f"{without} of {len(ours)} batches had no mixed sample"
         return f"{said}; {without} of {len(ours)} batches had none"
+
+
+@check("user-mix")
+def users_own_mixes(setup: Setup) -> str:
+    """What such a pipeline gives of a stage that mixes."""
+    with tempfile.TemporaryDirectory() as folder:
+        tailed = with_tail(setup, folder)
+        loaders = [
+            users_own(tailed, where, "full", "number", **RARELY)
+            for where in (None, setup.device_id)
+        ]
+        reference, ours = ([*loader, *loader, *loader] for loader in loaders)
+        mixed = int(sum((batch.mu < 1).sum() for batch in ours))
+        assert mixed, "no sample was mixed"
+        return f"{compare(reference, ours)}, {mixed} mixed"
 
 
 @check(*product("arrays", BUILT_IN, TENSORS))

@@ -15,7 +15,15 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 import _path  # noqa: F401
 from pipelines.config import ExecConfig, ImageConfig
-from pipelines.images import READER, crop_planned, decode, normalise, read_shuffled, resolve_decode
+from pipelines.images import (
+    READER,
+    crop_planned,
+    decode,
+    normalise,
+    planned,
+    read_shuffled,
+    resolve_decode,
+)
 from scae_dali.config import (
     AutoAugmentConfig,
     PolicyConfig,
@@ -29,7 +37,7 @@ from scae_dali.methods.policy import deprecations_hidden
 from scae_dali.ops import Stage
 from scae_dali.rng import derive
 
-__all__ = ["COUNTERPARTS", "augmented_pipeline", "decoded", "plain"]
+__all__ = ["COUNTERPARTS", "augmented_pipeline", "decoded", "plain", "undecoded"]
 
 
 def erase(images: Any, image: ImageConfig) -> Any:
@@ -137,6 +145,22 @@ def plain(index: ImageIndex, image: ImageConfig, run: ExecConfig) -> Iterator[to
     return (out["images"] for _ in itertools.count() for (out,) in batches)
 
 
+def undecoded(stage: Stage, image: ImageConfig, run: ExecConfig) -> Iterator[Any]:
+    """Batches of plans without end, TensorLists: what train_pipeline does on the CPU where a GPU
+    decodes."""
+
+    @pipeline_def(enable_checkpointing=True, **run.arguments())
+    def define():
+        encoded, ids = read_shuffled(stage.index, run, SEED)
+        start, shape, plan = planned(stage, encoded, ids, image)
+        where = "cpu" if run.device_id is None else "gpu"
+        pixel = fn.constant(idata=0, shape=(1, 1, 3), dtype=types.UINT8, layout="HWC", device=where)
+        erased = stage.apply(pixel, plan)
+        return plan.row, start, shape, plan.part("flip", types.INT32), erased
+
+    return outputs(define())
+
+
 def decoded(index: ImageIndex, run: ExecConfig) -> Iterator[Any]:
     """Batches of whole images without end, TensorLists: read and decoded, and no more."""
 
@@ -145,6 +169,10 @@ def decoded(index: ImageIndex, run: ExecConfig) -> Iterator[Any]:
         encoded, labels = read(index, run)
         return decode(encoded, run), labels
 
-    pipeline = define()
+    return outputs(define())
+
+
+def outputs(pipeline: Pipeline) -> Iterator[Any]:
+    """The first output of batch after batch."""
     pipeline.build()
     return (pipeline.run()[0] for _ in itertools.count())

@@ -9,7 +9,9 @@ shows the noise floor; and those of --peers:
 native       `native METHOD`, DALI's own counterpart of a method, with DALI's random numbers, on the
              crops of `none`; `native none`, DALI's own crop and flip without any Python: what the
              plan of `none` costs; `decode alone`, files read and decoded whole, and no more: the
-             rate that the decoder sets (a `roi` decoder may leave parts out, and exceed it).
+             rate that the decoder sets (a `roi` decoder may leave parts out, and exceed it);
+             `undecoded METHOD`, of none and SCAE, files read and crops planned, and no more: what
+             is left to the CPU where a GPU decodes. The slower of the two sets the pace there.
 torchvision  `torchvision METHOD`, the same recipe with torchvision's in a DataLoader with as many
              workers as DALI has threads, decoded with Pillow as ImageFolder does; `torchvision
              (decode_image)`, that of Random Erasing with torchvision's own decoder.
@@ -103,8 +105,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     several = partial(parser.add_argument, metavar="A,B,...")
     several("--threads", type=whole_numbers, default="2", help="default: 2")
     several("--batch-size", type=whole_numbers, default="64", help="default: 64")
-    several("--prefetch", type=whole_numbers, default="2", help="batches; default: 2")
-    several("--hw-decoder-load", type=shares, default="0.65", help="default: 0.65")
+    several("--prefetch", type=whole_numbers, default="3", help="batches; default: 3")
+    several("--hw-decoder-load", type=shares, default="0.9", help="default: 0.9")
     several("--dtype", type=some_of("fp32", "fp16"), default="fp32", help="fp32, fp16")
     several("--layout", type=some_of("NCHW", "NHWC"), default="NCHW", help="NCHW, NHWC")
     several("--decode", type=some_of("auto", "roi", "full"), default="auto", help="auto, roi, full")
@@ -137,8 +139,11 @@ def live_rows(
     device = "cpu" if run.device_id is None else f"cuda:{run.device_id}"
     ahead = run.prefetch + 1
 
+    def planned_by(method: str, **keywords) -> Stage:
+        return Stage(index, method, batch_size=run.batch_size, cache=cache, **GUIDED, **keywords)
+
     def row(build: Callable, method: str, **keywords) -> Row:
-        stage = Stage(index, method, batch_size=run.batch_size, cache=cache, **GUIDED, **keywords)
+        stage = planned_by(method, **keywords)
         loader = Loader(build(stage, image, run), train.OUTPUTS, index, drop_last=False)
         return Row((batch.images for batch in endless(loader)), ahead, stage)
 
@@ -163,6 +168,10 @@ def live_rows(
                 build = partial(_native.augmented_pipeline, augment=augment)
                 out[f"native {method}"] = row(build, "none")
         out["decode alone"] = Row(_native.decoded(index, run), ahead)
+        for method in args.methods:
+            if method in ("none", "scae"):
+                stage = planned_by(method)
+                out[f"undecoded {method}"] = Row(_native.undecoded(stage, image, run), ahead, stage)
     if "torchvision" in args.peers:
         for method in args.methods:
             if method in _peers.BY_TORCHVISION:
