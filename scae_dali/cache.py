@@ -56,7 +56,7 @@ from scae_dali.records import (
     split,
 )
 from scae_dali.resident import ResidentCache
-from scae_dali.rng import Stream, uniform_each
+from scae_dali.rng import Stream, uniforms
 
 __all__ = [
     "CHUNK",
@@ -243,7 +243,7 @@ class SaliencyCache:
             raise ValueError(f"count must be in 0..{self._samples}, the samples, got {count}")
         stamps = self.stamps()
         # Age, and behind the point what breaks ties: exact, with 17 and 33 bits.
-        rank = uniform_each(0, Stream.STALEST, epoch, np.arange(self._samples))
+        rank = uniforms(0, Stream.STALEST, epoch, np.arange(self._samples), 1)[:, 0]
         rank += np.where(stamps == epoch, -2, stamps)
         return self._in_key_order(_lowest(rank, count))
 

@@ -9,35 +9,28 @@ import math
 from scae_dali.config import CropConfig
 from scae_dali.rng import Array, array_namespace
 
-FIRST_TRIES = 6  # nearly always enough; more are drawn for the samples that need them
+
+def draws_per_sample(config: CropConfig) -> int:
+    """How many uniforms `crop_and_flip` reads a sample."""
+    return 3 if config.kind == "pad" else 3 + 2 * config.tries
 
 
-def draws_per_sample(config: CropConfig, tries: int | None = None) -> int:
-    """How many uniforms `crop_and_flip` reads a sample for so many tries; None: for all."""
-    if config.kind == "pad":
-        return 3
-    return 3 + 2 * (config.tries if tries is None else min(tries, config.tries))
-
-
-def crop_and_flip(u: Array, full_px: Array, config: CropConfig) -> tuple[Array, Array, Array]:
+def crop_and_flip(u: Array, full_px: Array, config: CropConfig) -> tuple[Array, Array]:
     """Draw a window and whether to flip it.
 
     u: float64 [B, draws_per_sample] in (0, 1), the place, the flip, then the tries. full_px: int64
     [B, 2], (h, w) of the upright image. Returns int64 [B, 4], (y, x, h, w) in pixels of the full
-    frame; bool [B], whether to flip; bool [B], whether a try fitted: more tries leave such a sample
-    as it is. A window of kind `pad` may reach over the image's border.
+    frame, and bool [B], whether to flip. A window of kind `pad` may reach over the image's border.
     """
     draw = _shifted if config.kind == "pad" else _resized
-    window, fitted = draw(u, full_px, config)
-    return window, u[:, 2] < config.flip, fitted
+    return draw(u, full_px, config), u[:, 2] < config.flip
 
 
 def _shifted(u, full_px, config):
     """The whole frame, shifted by -pad … pad pixels along each axis, all equally likely."""
     xp = array_namespace(u)
     shift = xp.astype(xp.floor(u[:, :2] * (2 * config.pad + 1)), xp.int64) - config.pad
-    fitted = xp.ones((u.shape[0],), dtype=xp.bool, device=u.device)
-    return xp.concat([shift, xp.astype(full_px, xp.int64)], axis=1), fitted
+    return xp.concat([shift, xp.astype(full_px, xp.int64)], axis=1)
 
 
 def _resized(u, full_px, config):
@@ -67,4 +60,4 @@ def _resized(u, full_px, config):
     w = xp.where(some, w[rows, first], fall_w)
     y = xp.where(some, xp.floor(u[:, 0] * (height - h + 1)), xp.floor((height - h) / 2))
     x = xp.where(some, xp.floor(u[:, 1] * (width - w + 1)), xp.floor((width - w) / 2))
-    return xp.astype(xp.stack([y, x, h, w], axis=1), xp.int64), some
+    return xp.astype(xp.stack([y, x, h, w], axis=1), xp.int64)

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from scae_dali.config import check, check_choice
-from scae_dali.rng import Stream, uniform_each
+from scae_dali.rng import Stream, uniforms
 
 ID = 0xFFFFFFFF  # of a key: the sample's place in the index
 Sampling = Literal["shuffle", "class_balanced", "in_turn"]
@@ -83,7 +83,7 @@ class Order:
         return (members[begin[classes] + place] + (before << 32)).ravel()
 
     def _uniforms(self, epoch: int, numbers: np.ndarray) -> np.ndarray:
-        return uniform_each(self._seed, Stream.ORDER, epoch, numbers)
+        return uniforms(self._seed, Stream.ORDER, epoch, numbers, 1)[:, 0]
 
 
 def epoch_size(labels: np.ndarray, sampling: Sampling) -> int:

@@ -4,7 +4,6 @@ Pure: a row depends on (seed, epoch, id, window, saliency) alone. How the table 
 pipeline and out of it is for `ops` and `iterator`.
 """
 
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -155,14 +154,8 @@ class Planner:
     def _crop(
         self, stream: Stream, keys: Array, epoch: Array, full_px: Array, config: CropConfig
     ) -> tuple[Array, Array]:
-        draw = partial(uniforms, self._run.seed, stream)
-        u = draw(epoch, keys, crop.draws_per_sample(config, crop.FIRST_TRIES))
-        window, flip, fitted = crop.crop_and_flip(u, full_px, config)
-        again = array_namespace(keys).nonzero(~fitted)[0]
-        if again.shape[0] and config.tries > crop.FIRST_TRIES:
-            u = draw(epoch[again], keys[again], crop.draws_per_sample(config))
-            window[again] = crop.crop_and_flip(u, full_px[again], config)[0]
-        return window, flip
+        u = uniforms(self._run.seed, stream, epoch, keys, crop.draws_per_sample(config))
+        return crop.crop_and_flip(u, full_px, config)
 
     def _label(self, xp: Any, ids: Array, given: Array) -> Array:
         bad = ids >= len(self._labels)

@@ -8,7 +8,8 @@ hundred patches. A proposal is a patch in proportion to its envelope, a pixel un
 and is accepted with exp(λ·Â) over the envelope. Where all PROPOSALS fail, the centre is drawn from
 the full sum over pixels: both branches follow eq. 4, hence so does their mixture.
 
-Functions of arrays (NumPy or torch); random numbers are given.
+Functions of arrays (NumPy or torch); random numbers are given. Of NumPy's arrays the rejection is
+compiled by Numba.
 """
 
 import functools
@@ -17,7 +18,7 @@ import math
 import numpy as np
 
 from scae_dali.config import AspectLaw, Border, Range
-from scae_dali.rng import Array, array_namespace, on_host
+from scae_dali.rng import Array, array_namespace, compiled, on_host
 
 PROPOSALS = 6
 DRAWS = 4 * PROPOSALS + 1  # uniforms that draw_centre reads a sample
@@ -124,7 +125,8 @@ def draw_centre(
     (y, x).
     """
     where = (saliency, lam, window, size_px, first, last)
-    centre, drawn = _propose(u[:, :-1], *where, lam_bound)
+    propose = _propose_by_turns if isinstance(saliency, np.ndarray) else _propose
+    centre, drawn = propose(u[:, :-1], *where, max(1, math.ceil(lam_bound / _PATCH_LAMBDA)))
     for k in np.flatnonzero(~on_host(drawn)).tolist():
         centre[k] = _draw_exact(u[k, -1], *(array[k] for array in where))
     return centre
@@ -162,17 +164,17 @@ def _propose(
     size_px: Array,
     first: Array,
     last: Array,
-    lam_bound: float,
+    per_cell: int,
 ) -> tuple[Array, Array]:
     """The first proposal that is accepted, int64 [B, 2], and bool [B], whether one is.
 
-    u: float64 [B, 4 · proposals]. The others are as in draw_centre.
+    u: float64 [B, 4 · proposals]. per_cell: the envelope's nodes between the centres of two cells.
+    The others are as in draw_centre.
     """
     xp = array_namespace(saliency)
     b, grid = saliency.shape[0], saliency.shape[1:]
     u = xp.reshape(u, (b, u.shape[1] // 4, 4))
     axis_window = _axis_window(window, size_px)
-    per_cell = max(1, math.ceil(lam_bound / _PATCH_LAMBDA))
     edges = _patch_edges(grid, per_cell, axis_window, first, last)
     top = lam.clip(min=0.0)  # λ·Â is at most this; taken out before exp, which must not overflow
     bound = _patch_bounds(saliency, lam, top, per_cell)  # [B, ny, nx]
@@ -202,6 +204,108 @@ def _propose(
 
     chosen = xp.where(lam[:, None] == 0, uniform_centre(u[:, 0, :2], first, last), chosen)
     return chosen, (lam == 0) | xp.any(accepted, axis=1)
+
+
+def _propose_by_turns(u, saliency, lam, window, size_px, first, last, per_cell):
+    """`_propose` of NumPy's arrays: a sample after the other, with the proposals that it takes."""
+    places, axis = _places(*saliency.shape[1:], per_cell)
+    centre, drawn = np.empty((len(u), 2), np.int64), np.empty(len(u), np.bool_)
+    axis_window = _axis_window(window, size_px)
+    by_axis = places[axis == 0], places[axis == 1]
+    _fill_centres(centre, drawn, u, saliency, lam, axis_window, first, last, *by_axis, per_cell)
+    return centre, drawn
+
+
+@compiled
+def _fill_centres(
+    centre, drawn, u, saliency, lam, axis_window, first, last, places_y, places_x, per_cell
+):
+    ny, nx = len(places_y) - 1, len(places_x) - 1  # patches
+    edges_y, edges_x = np.empty(ny + 1), np.empty(nx + 1)
+    node, bound = np.empty((ny - 3, nx - 3)), np.empty((ny, nx))
+    above, column = np.zeros(ny + 1), np.empty(nx)
+    for k in range(len(u)):
+        drawn[k] = lam[k] == 0
+        if drawn[k]:
+            for axis in range(2):
+                pixels = last[k, axis] - first[k, axis] + 1
+                centre[k, axis] = first[k, axis] + np.floor(u[k, axis] * pixels)
+            continue
+        _fill_edges(edges_y, places_y, axis_window[k, 0], first[k, 0], last[k, 0])
+        _fill_edges(edges_x, places_x, axis_window[k, 1], first[k, 1], last[k, 1])
+        top = max(lam[k], 0.0)
+        for i in range(ny - 3):
+            for j in range(nx - 3):
+                value = _between(saliency[k], i / per_cell, j / per_cell)
+                node[i, j] = np.exp(lam[k] * value - top)
+        bound[:] = np.exp(-top)  # as in _patch_bounds
+        for i in range(1, ny - 1):
+            low, high = max(i - 2, 0), min(i - 1, ny - 4)
+            for j in range(1, nx - 1):
+                left, right = max(j - 2, 0), min(j - 1, nx - 4)
+                bound[i, j] = max(
+                    max(node[low, left], node[high, left]), max(node[low, right], node[high, right])
+                )
+        for i in range(ny):
+            mass = 0.0
+            if edges_y[i + 1] > edges_y[i]:
+                for j in range(nx):
+                    mass += bound[i, j] * (edges_x[j + 1] - edges_x[j])
+            above[i + 1] = above[i] + mass * (edges_y[i + 1] - edges_y[i])
+        for p in range(0, u.shape[1], 4):
+            target = u[k, p] * above[ny]
+            i = 0
+            while i < ny - 1 and above[i + 1] <= target:
+                i += 1
+            total = 0.0
+            for j in range(nx):
+                total += bound[i, j] * (edges_x[j + 1] - edges_x[j])
+                column[j] = total
+            target = (target - above[i]) / (edges_y[i + 1] - edges_y[i])
+            target = min(target, total * (1 - 2.0**-52))
+            j = 0
+            while j < nx - 1 and column[j] <= target:
+                j += 1
+            y = edges_y[i] + np.floor(u[k, p + 1] * (edges_y[i + 1] - edges_y[i]))
+            x = edges_x[j] + np.floor(u[k, p + 2] * (edges_x[j + 1] - edges_x[j]))
+            value = _value_at(saliency[k], y, x, axis_window[k])
+            if u[k, p + 3] * bound[i, j] <= np.exp(lam[k] * value - top):
+                centre[k, 0], centre[k, 1], drawn[k] = y, x, True
+                break
+
+
+@compiled
+def _fill_edges(edges, places, frame, first, last):
+    """`_patch_edges` of one axis. frame: start and step."""
+    for i in range(len(places)):
+        edge = np.ceil((places[i] - frame[0]) / frame[1] - 0.5)
+        edges[i] = min(max(edge, float(first)), last + 1.0)
+
+
+@compiled
+def _value_at(saliency, y, x, axis_window):
+    """`saliency_at` of one pixel."""
+    gh, gw = saliency.shape
+    v = axis_window[0, 0] + axis_window[0, 1] * (y + 0.5)
+    w = axis_window[1, 0] + axis_window[1, 1] * (x + 0.5)
+    if not (abs(v - 0.5) <= 0.5 and abs(w - 0.5) <= 0.5):
+        return 0.0
+    return _between(
+        saliency,
+        min(max(v * gh - 0.5, 0.0), gh - 1.0),
+        min(max(w * gw - 0.5, 0.0), gw - 1.0),
+    )
+
+
+@compiled
+def _between(saliency, i, j):
+    """Â where the centre of cell (k, l) is at (k, l)."""
+    gh, gw = saliency.shape
+    top, left = int(np.floor(i)), int(np.floor(j))
+    bottom, right = min(top + 1, gh - 1), min(left + 1, gw - 1)
+    a = saliency[top, left] + (i - top) * (saliency[bottom, left] - saliency[top, left])
+    b = saliency[top, right] + (i - top) * (saliency[bottom, right] - saliency[top, right])
+    return a + (j - left) * (b - a)
 
 
 def _axis_window(window, size_px) -> Array:

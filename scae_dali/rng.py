@@ -3,16 +3,18 @@
 There is no state to keep, to seed or to restore: sample i in epoch t draws the same numbers in any
 batch, on any rank, and after any resume. The generator is Philox4x32-10 (Salmon et al., "Parallel
 random numbers: as easy as 1, 2, 3", SC 2011); the key is the seed and the counter is
-(id low, id high, epoch, stream and block). It runs on NumPy arrays and on torch tensors of any
-device alike. What is drawn from the numbers is decided elsewhere.
+(id low, id high, epoch, stream and block). It runs on NumPy arrays, compiled by Numba, and on torch
+tensors of any device. What is drawn from the numbers is decided elsewhere.
 """
 
 import functools
 import hashlib
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
 import array_api_compat
+import numba
 import numpy as np
 
 Array = Any  # a NumPy array or a torch tensor
@@ -53,7 +55,6 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_AT_ONCE = 1 << 16  # samples; their words stay in the processor's cache
 _BLOCK_BITS = 16  # of the last counter word; the rest names the stream
 
 
@@ -114,12 +115,16 @@ def uniforms(seed: int, stream: Stream, epoch: Array, ids: Array, n: int) -> Arr
     n: numbers a sample, at most 4 · 2¹⁶. Returns float64 [B, n] in (0, 1), multiples of 2⁻³² plus
     2⁻³³.
     """
-    xp = array_namespace(ids)
     blocks = -(-n // 4)
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be in [0, 2**64), got {seed}")
     if blocks > 1 << _BLOCK_BITS:
         raise ValueError(f"n must be at most {4 << _BLOCK_BITS}, got {n}")
+    if isinstance(ids, np.ndarray):
+        out = np.empty((len(ids), n))
+        _fill(out, _keys(seed), int(stream) << _BLOCK_BITS, np.atleast_1d(epoch), ids)
+        return out
+    xp = array_namespace(ids)
     even, odd = (
         xp.empty((2, ids.shape[0], blocks), dtype=xp.int64, device=ids.device) for _ in range(2)
     )
@@ -137,16 +142,30 @@ def uniforms(seed: int, stream: Stream, epoch: Array, ids: Array, n: int) -> Arr
     return xp.reshape(u, (ids.shape[0], 4 * blocks))[:, :n]
 
 
-def uniform_each(seed: int, stream: Stream, epoch: int, ids: np.ndarray) -> np.ndarray:
-    """`uniforms` of one number a sample, for whole data sets: ids int64 [N] -> float64 [N].
+def compiled(function: Callable) -> Callable:
+    """By Numba, at the first call; what it makes is kept on the disk where there is a place for it,
+    beside the module or in the user's cache."""
+    try:
+        return numba.njit(function, cache=True)
+    except RuntimeError:  # there is none
+        return numba.njit(function)
 
-    In blocks, for the words take ten times the numbers' own memory.
-    """
-    out = np.empty(len(ids))
-    for start in range(0, len(ids), _AT_ONCE):
-        block = slice(start, start + _AT_ONCE)
-        out[block] = uniforms(seed, stream, epoch, ids[block], 1)[:, 0]
-    return out
+
+@compiled
+def _fill(out, keys, stream, epoch, ids):
+    """`uniforms` into out, float64 [B, n], counter by counter. epoch: int64 [B] or [1]."""
+    n = out.shape[1]
+    for i in range(out.shape[0]):
+        for block in range((n + 3) // 4):
+            a, b = ids[i] & _MASK, ids[i] >> 32
+            c, d = epoch[min(i, len(epoch) - 1)], stream + block
+            for k in range(_ROUNDS):
+                p, q = a * _MULTIPLIER[0], c * _MULTIPLIER[1]  # wrap, as in philox
+                a, b = (q >> 32 ^ b ^ keys[k, 0]) & _MASK, q & _MASK
+                c, d = (p >> 32 ^ d ^ keys[k, 1]) & _MASK, p & _MASK
+            words = (a, b, c, d)
+            for word in range(min(4, n - 4 * block)):
+                out[i, 4 * block + word] = (words[word] + 0.5) * 2.0**-32
 
 
 def derive(seed: int, purpose: str) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from scae_dali import cache as cache_module
-from scae_dali import rng, store
+from scae_dali import store
 from scae_dali.cache import CacheError, CacheMeta, ChunkWriter, SaliencyCache
 from scae_dali.rng import Stream, uniforms
 
@@ -282,8 +282,7 @@ def test_the_stalest_are_not_the_same_of_every_epoch(cache):
 
 
 @pytest.mark.parametrize("count", [0, 1, 250, 251, 999, 1000])
-def test_the_stalest_are_the_first_by_age_then_by_draw(path, count, monkeypatch):
-    monkeypatch.setattr(rng, "_AT_ONCE", 300)
+def test_the_stalest_are_the_first_by_age_then_by_draw(path, count):
     index = FakeIndex(1000)
     with SaliencyCache.create(path, index, grid=GRID, naming="path") as cache:
         for epoch, ids in {7: range(100, 350), 65535: range(350, 600), 3: range(900)[::3]}.items():

@@ -138,6 +138,24 @@ def test_torch_draws_the_same_centres():
         )
 
 
+@pytest.mark.parametrize("per_cell", [1, 3, 10])
+@pytest.mark.parametrize("border", ["inside", "clip"])
+def test_compiled_and_as_arrays_the_same_proposals_are_accepted(border, per_cell):
+    rng, n = np.random.default_rng(per_cell), 3000
+    maps = rng.integers(0, 256, (n, 5, 8)) / 255
+    lam = rng.uniform(-2.0, 2.0, n) * per_cell * (rng.random(n) < 0.9)
+    share = rng.uniform(0.05, 1.0, (n, 2))
+    window = np.hstack([rng.uniform(-0.1, 1.0, (n, 2)) * (1 - share), share])
+    size_px = rng.integers(8, 200, (n, 2))
+    first, last = region.centre_range(rng.integers(1, size_px), size_px, border)
+    u = uniforms(1, Stream.CENTRE, 0, np.arange(n), region.DRAWS)[:, :-1]
+    where = u, maps, lam, window, size_px, first, last, per_cell
+    (centre, drawn), (other, found) = region._propose_by_turns(*where), region._propose(*where)
+    assert 0.8 < drawn.mean() < 1
+    np.testing.assert_array_equal(drawn, found)
+    np.testing.assert_array_equal(centre[drawn], other[drawn])
+
+
 def test_a_draw_does_not_depend_on_the_batch():
     a = saliency_map(4)
     whole = draw(a, 2.0, WINDOWS[2], (9, 12), "inside", n=500, chunk=500)

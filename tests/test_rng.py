@@ -1,13 +1,13 @@
 """Philox against its published vectors, and the independence of everything that keys it."""
 
 import array_api_compat.torch as torch_xp
+import numba
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from scae_dali import rng
-from scae_dali.rng import Stream, derive, philox, uniform_each, uniforms
+from scae_dali.rng import Stream, compiled, derive, philox, uniforms
 
 # Random123, kat_vectors: counter, key -> output of philox4x32-10.
 VECTORS = [
@@ -72,14 +72,6 @@ def test_torch_and_numpy_agree():
     np.testing.assert_array_equal(mine, other.numpy())
 
 
-def test_a_number_of_each_is_the_first_of_its_uniforms(monkeypatch):
-    monkeypatch.setattr(rng, "_AT_ONCE", 7)
-    ids = np.array([5, 3, 2**40, 9] * 5)
-    each = uniform_each(3, Stream.ORDER, 2, ids)
-    np.testing.assert_array_equal(each, uniforms(3, Stream.ORDER, 2, ids, 1)[:, 0])
-    assert uniform_each(3, Stream.ORDER, 2, ids[:0]).shape == (0,)
-
-
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"seed must be in \[0, 2\*\*64\), got -1"):
         uniforms(-1, Stream.CROP, 0, np.arange(2), 1)
@@ -91,3 +83,17 @@ def test_derived_seeds_differ_by_purpose_and_seed():
     seeds = {derive(seed, purpose) for seed in range(50) for purpose in ("order", "noise", "model")}
     assert len(seeds) == 150
     assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_compiled_where_nothing_can_be_kept(monkeypatch):
+    njit, kept = numba.njit, []
+
+    def refuse(function, cache=False):
+        kept.append(cache)
+        if cache:
+            raise RuntimeError("cannot cache function 'twice': no locator available")
+        return njit(function)
+
+    monkeypatch.setattr(numba, "njit", refuse)
+    assert compiled(lambda x: 2 * x)(21) == 42
+    assert kept == [True, False]
