@@ -9,6 +9,8 @@ from scae_dali.config import Fill, RectangleConfig
 from scae_dali.methods.base import DataNode, Kind, Run, Samples
 from scae_dali.rng import Array, Stream, array_namespace, derive
 
+_FIRST_TRIES = 3  # nearly always enough; more are drawn for the samples that need them
+
 
 class Filled(Protocol):
     """The settings of a method that erases, whatever the shape."""
@@ -53,11 +55,21 @@ def choose(
     (h, w) in pixels, see region.draw_size; bool [n], whether a size fitted.
     """
     xp = array_namespace(samples.ids)
-    u = samples.draw(run, Stream.ERASE, 1 + 2 * config.tries)
+    tries = min(_FIRST_TRIES, config.tries)
+    u = samples.draw(run, Stream.ERASE, 1 + 2 * tries)
     rows = xp.nonzero(u[:, 0] < prob)[0]
-    pairs = xp.reshape(u[rows, 1:], (-1, config.tries, 2))
-    size_px = samples.size_px[rows]
-    return rows, *region.draw_size(pairs, size_px, config.area, config.aspect, config.aspect_law)
+    hw, fitted = _sizes(u[rows, 1:], samples.size_px[rows], config)
+    again = xp.nonzero(~fitted)[0]
+    if again.shape[0] and config.tries > tries:
+        unfit = samples.take(rows[again])
+        u = unfit.draw(run, Stream.ERASE, 1 + 2 * config.tries)
+        hw[again], fitted[again] = _sizes(u[:, 1:], unfit.size_px, config)
+    return rows, hw, fitted
+
+
+def _sizes(u, size_px, config):
+    pairs = array_namespace(u).reshape(u, (u.shape[0], u.shape[1] // 2, 2))
+    return region.draw_size(pairs, size_px, config.area, config.aspect, config.aspect_law)
 
 
 def fill_fields(samples: Samples, run: Run, config: Filled) -> dict[str, Array]:
