@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import nn
 
-from pipelines.config import ImageConfig
+from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data, DataConfig
 from scae_dali import models
 from scae_dali.cache import SaliencyCache
@@ -212,7 +212,7 @@ class Config:
     epochs: int = 100
     batch_size: int = 256
     threads: int = 4
-    hw_decoder_load: float = 0.9
+    hw_decoder_load: float = ExecConfig.hw_decoder_load
     device: Literal["auto", "cuda", "cpu"] = "auto"
     amp: Literal["none", "bf16", "fp16"] = "none"
     channels_last: bool = False

@@ -3,14 +3,16 @@
 A sample's augmentation depends on (seed, epoch, id) alone; the order of an epoch on (seed, epoch).
 """
 
+from dataclasses import replace
+from functools import partial
+
 from nvidia.dali import Pipeline, pipeline_def, types
 
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.images import (
     check_order,
     crop_planned,
-    cut,
-    decode,
+    decode_crop,
     normalise,
     read_in_order,
     read_shuffled,
@@ -40,9 +42,7 @@ def train_pipeline(
 
     if order is not None:
         check_order(order, stage, run)
-
-    def fetch(encoded, start, shape):
-        return cut(decode(encoded, run), start, shape, image)
+    fetch = partial(decode_crop, image=replace(image, decode="full"), run=run)  # see second.Fetch
 
     @pipeline_def(
         enable_checkpointing=True, enable_conditionals=stage.conditional, **run.arguments()

@@ -89,7 +89,7 @@ def philox(even: Array, odd: Array, seed: int) -> tuple[Array, Array]:
     keys = xp.reshape(xp.asarray(_keys(seed), device=even.device), (_ROUNDS, *shape))
     multiplier = xp.reshape(xp.asarray(_MULTIPLIER[::-1], device=even.device), shape)
     for key in keys:
-        product = _swap(even) * multiplier  # of words 2 and 0
+        product = xp.flip(even, axis=0) * multiplier  # of words 2 and 0
         # Only even words must be free of what lies above their 32 bits.
         odd, even = product, product >> 32 ^ odd
         even ^= key
@@ -102,10 +102,6 @@ def _keys(seed: int) -> np.ndarray:
     """The key of every round: int64 [rounds, 2]."""
     key = np.array([seed & _MASK, seed >> 32])
     return (key + np.arange(_ROUNDS)[:, None] * np.array(_WEYL)) & _MASK
-
-
-def _swap(pair: Array) -> Array:
-    return pair[::-1] if isinstance(pair, np.ndarray) else pair.flip(0)
 
 
 def uniforms(seed: int, stream: Stream, epoch: Array, ids: Array, n: int) -> Array:

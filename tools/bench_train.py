@@ -66,7 +66,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pass-share", type=share, default=1.0, help="of the images, that it sees")
     parser.add_argument("--steps", type=count, help="a round; default: an epoch's")
     parser.add_argument("--threads", type=count, default=2, help="of DALI")
-    parser.add_argument("--hw-decoder-load", type=share, default=0.9, help="default: 0.9")
+    load = ExecConfig.hw_decoder_load
+    parser.add_argument("--hw-decoder-load", type=share, default=load, help=f"default: {load}")
     parser.add_argument("--device-id", type=usable_device, default="cpu", metavar="N|cpu")
     args = _bench.parse(
         parser,
