@@ -137,7 +137,10 @@ def run_all(args: argparse.Namespace) -> list[dict]:
     servers: list[Server] = []  # that are idle
 
     def run(name: str) -> dict:
-        server = servers.pop() if servers else Server(args)
+        try:
+            server = servers.pop()
+        except IndexError:  # another thread may have taken the last
+            server = Server(args)
         row = server.check(name)
         if server.alive:
             servers.append(server)
