@@ -75,11 +75,11 @@ class Run:
         self.meter = Meter()
         self.pipeline_state: bytes | None = None
         self.loader: Loader | None = None
-        self.val_loader = self.loaders.val(self.exec_config(config.batch_size))
+        self.val_loader = self.loaders.val(self.exec_config().for_inference(config.image.size))
 
-    def exec_config(self, batch_size: int, *, sharded: bool = True) -> ExecConfig:
+    def exec_config(self, *, sharded: bool = True) -> ExecConfig:
         return ExecConfig(
-            batch_size=batch_size,
+            batch_size=self.config.batch_size,
             device_id=self.device.index,
             threads=self.config.threads,
             hw_decoder_load=self.config.hw_decoder_load,
@@ -101,7 +101,7 @@ class Run:
         try:
             return self.loaders.train(
                 self.stage,
-                self.exec_config(self.config.batch_size),
+                self.exec_config(),
                 checkpoint=self.pipeline_state,
                 position=self.step,
             )
@@ -120,9 +120,7 @@ class Run:
             return
         start = time.perf_counter()
         self.loader = None  # it has planned ahead with the old maps
-        run = self.exec_config(
-            self.config.saliency.batch_size or self.config.batch_size, sharded=False
-        )
+        run = self.exec_config(sharded=False)
         report = self.guide.refresh(due, run, mixes=self.stage.mixes)
         self.loader = self.build_loader()
         self.meter.sums["saliency_images"] += report.images

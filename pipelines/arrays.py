@@ -1,18 +1,16 @@
 """Pipelines that are fed from memory: training, and whole images for validation and saliency pass.
 
 The order is ours here, so plans are made for many batches at once, before DALI asks for them:
-NumPy's cost a call is then spread over thousands of samples, and a thread bears it beside DALI's.
+NumPy's cost a call is then spread over thousands of samples, and threads beside DALI's bear it.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.stride_tricks import sliding_window_view
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.pipeline import do_not_convert
 
@@ -21,28 +19,33 @@ from pipelines.images import check_order, cut, feed, normalise
 from scae_dali.methods.base import DataNode, Status
 from scae_dali.ops import PlanNodes, Stage
 from scae_dali.order import Order
+from scae_dali.rng import compiled
 
-PLANNED_AT_ONCE = 4096  # samples
+# A block has at most:
+SAMPLES_AT_ONCE = 2048
+BYTES_AT_ONCE = 16 << 20  # of images
 
 Pixels = npt.NDArray[np.uint8]  # [N, H, W, 3]
 
 
 class _Block(NamedTuple):
-    """What is planned at once: the batches from `first` on, by number.
+    """What is made at once: the batches from `first` on, by number.
 
-    rows: float64 [n, K]. others: int64 [n, 3], (y, x) of the windows of the samples that are mixed
-    in, and whether they are flipped.
+    images: uint8 [n, H, W, 3]. rows: float64 [n, K]. parts: [n, …] each, as they were asked for.
     """
 
     first: int
+    images: Pixels
     rows: np.ndarray
-    others: np.ndarray
+    parts: list[np.ndarray]
 
 
 class FedPlan(PlanNodes):
     """A plan that is made ahead of DALI: every part is fed on its own, which is faster than to cut
     it out of the row in the graph. `images` are the crops, mixed already, if `crops`, and otherwise
     whole.
+
+    DALI asks for what it is fed in the thread that trains, which finds it ready.
     """
 
     def __init__(self, stage: Stage, order: Order, pixels: Pixels, image: ImageConfig) -> None:
@@ -51,56 +54,44 @@ class FedPlan(PlanNodes):
         full_px = pixels.shape[1:3]
         self._full_px = np.array(full_px)
         self.crops = image.crop.kind == "pad" and full_px == (image.size, image.size)
-        self._many = max(1, PLANNED_AT_ONCE // order.batch_size)  # batches
-        self._thread = ThreadPoolExecutor(1, "plan")  # all plans are made in it, one by one
+        samples = min(SAMPLES_AT_ONCE, BYTES_AT_ONCE // pixels[0].nbytes)
+        self._many = max(1, samples // order.batch_size)  # batches
+        self._thread = ThreadPoolExecutor(1, "plan")  # all blocks are made in it, one by one
         self._next: tuple[int, Future[_Block]] | None = None
         self._block: _Block | None = None
+        self._parts: list[tuple[slice | int, npt.DTypeLike]] = []
         self.planner = stage.planner(image.crop)
-        self.images = feed(self._images, layout="HWC")
-        self.row = feed(self._rows)
+        self.images = self._feed(lambda block: block.images, layout="HWC")
+        self.row = self._feed(lambda block: block.rows)
 
     def _cut(self, columns: slice | int, dtype: types.DALIDataType) -> DataNode:
-        numpy_type = types.to_numpy_type(dtype)
-        return feed(lambda info: self._rows(info)[:, columns].astype(numpy_type))
+        place = len(self._parts)
+        self._parts.append((columns, types.to_numpy_type(dtype)))
+        return self._feed(lambda block: block.parts[place])
 
-    def _images(self, info: Any) -> Pixels:
-        block, batch = self._planned(info)
-        rows, column = block.rows[batch], partial(self._column, block.rows[batch])
-        if not self.crops:
-            return self._pixels[column("id")]
-        start = rows[:, self.planner.columns["start"]].astype(np.int64)
-        images = shifted(self._pixels, column("id"), start, self._crop.pad)
-        mixed = np.flatnonzero(column("status") == Status.MIXED)
-        if len(mixed):
-            ids, window = column("partner_id")[mixed], block.others[batch][mixed]
-            others = shifted(self._pixels, ids, window[:, :2], self._crop.pad)
-            flip = window[:, 2] == 1
-            others[flip] = others[flip, :, ::-1]
-            mu = rows[mixed, self.planner.columns["mu"], None, None].astype(np.float32)
-            images[mixed] = np.floor(images[mixed] * mu + others * (1 - mu) + 0.5).astype(np.uint8)
-        return images
+    def _feed(self, part: Callable[[_Block], np.ndarray], layout: str = "") -> DataNode:
+        def source(info: Any) -> np.ndarray:
+            block, batch = self._made(info.iteration)
+            return part(block)[batch]
 
-    def _rows(self, info: Any) -> np.ndarray:
-        """float64 [B, K]."""
-        block, batch = self._planned(info)
-        return block.rows[batch]
+        return feed(source, layout)
 
     @do_not_convert  # nothing that AutoGraph need look at
-    def _planned(self, info: Any) -> tuple[_Block, slice]:
-        """The block that has this batch, and which of its rows; the one after it is begun."""
-        epoch, step = divmod(info.iteration, self._order.batches)
+    def _made(self, n: int) -> tuple[_Block, slice]:
+        """The block that has this batch, and where; the one after it is begun."""
+        epoch, step = divmod(n, self._order.batches)
         step %= self._many
-        first = info.iteration - step
+        first = n - step
         if self._block is None or self._block.first != first:
             if self._next is None or self._next[0] != first:
-                self._next = first, self._thread.submit(self._plan, first)
+                self._next = first, self._thread.submit(self._make, first)
             self._block = self._next[1].result()
             after = min(first + self._many, (epoch + 1) * self._order.batches)
-            self._next = after, self._thread.submit(self._plan, after)
+            self._next = after, self._thread.submit(self._make, after)
         b = self._order.batch_size
         return self._block, slice(step * b, (step + 1) * b)
 
-    def _plan(self, first: int) -> _Block:
+    def _make(self, first: int) -> _Block:
         start = time.perf_counter()
         keys = self._order.keys(first, self._many)
         full_px = np.tile(self._full_px, (len(keys), 1))
@@ -111,30 +102,55 @@ class FedPlan(PlanNodes):
             np.full((len(keys), 2), self._size),
             full_px.astype(np.float64),
         )
-        others = np.zeros((len(rows), 3), np.int64)
+        self._stage.seconds += time.perf_counter() - start
+        parts = [rows[:, columns].astype(dtype) for columns, dtype in self._parts]
+        return _Block(first, self._images(rows, full_px), rows, parts)
+
+    def _images(self, rows: np.ndarray, full_px: np.ndarray) -> Pixels:
+        ids = self._column(rows, "id")
+        if not self.crops:
+            return self._pixels[ids]
+        start = rows[:, self.planner.columns["start"]].astype(np.int64)
+        images = shifted(self._pixels, ids, start)
         mixed = np.flatnonzero(self._column(rows, "status") == Status.MIXED)
         if len(mixed):
             window, flip = self.planner.partner_crop(rows[mixed], full_px[mixed], self._crop)
-            others[mixed] = np.column_stack([window[:, :2], flip])
-        self._stage.seconds += time.perf_counter() - start
-        return _Block(first, rows, others)
+            partners = self._column(rows[mixed], "partner_id")
+            others = shifted(self._pixels, partners, window[:, :2].astype(np.int64))
+            others[flip == 1] = others[flip == 1, :, ::-1]
+            mu = rows[mixed, self.planner.columns["mu"], None, None].astype(np.float32)
+            images[mixed] = np.floor(images[mixed] * mu + others * (1 - mu) + 0.5).astype(np.uint8)
+        return images
 
     def _column(self, rows: np.ndarray, name: str) -> np.ndarray:
         """int64 [B]."""
         return rows[:, self.planner.columns[name].start].astype(np.int64)
 
 
-def shifted(pixels: Pixels, ids: np.ndarray, start: np.ndarray, pad: int) -> Pixels:
+def shifted(pixels: Pixels, ids: np.ndarray, start: np.ndarray) -> Pixels:
     """Windows of the images' own size, black outside them.
 
-    ids: int64 [n]. start: int64 [n, 2], (y, x) in [-pad, pad]. Returns uint8 [n, H, W, 3].
+    ids: int64 [n]. start: int64 [n, 2], (y, x) in pixels. Returns uint8 [n, H, W, 3].
     """
-    n, (h, w) = len(ids), pixels.shape[1:3]
-    framed = np.zeros((n, h + 2 * pad, w + 2 * pad, 3), np.uint8)
-    framed[:, pad : pad + h, pad : pad + w] = pixels[ids]
-    windows = sliding_window_view(framed, (h, w), axis=(1, 2))  # [n, y, x, 3, H, W]
-    y, x = (start + pad).T
-    return windows.transpose(0, 1, 2, 4, 5, 3)[np.arange(n), y, x]
+    _, h, w, channels = pixels.shape
+    out = np.zeros((len(ids), h, w, channels), np.uint8)
+    # One flat array each: where a place may be negative Numba compares every byte's.
+    _fill_windows(
+        out.ravel(), pixels.ravel(), h, w * channels, ids, start[:, 0], start[:, 1] * channels
+    )
+    return out
+
+
+@compiled
+def _fill_windows(out, pixels, height, width, ids, y, x):
+    """`shifted` into zeros, uint8 [n·height·width]; width and x count bytes."""
+    for i in range(len(ids)):
+        left, right = max(0, -x[i]), min(width, width - x[i])
+        for row in range(max(0, -y[i]), min(height, height - y[i])):
+            to = np.uint64((i * height + row) * width + left)
+            source = np.uint64((ids[i] * height + row + y[i]) * width + left + x[i])
+            for k in range(np.uint64(right - left)):
+                out[to + k] = pixels[source + k]
 
 
 def train_pipeline(

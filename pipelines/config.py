@@ -1,6 +1,6 @@
 """The settings that the ready-made pipelines share."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from scae_dali.config import (
@@ -15,6 +15,8 @@ from scae_dali.methods.base import Triple
 Decode = Literal["auto", "roi", "full"]
 DTypeName = Literal["fp32", "fp16"]
 LayoutName = Literal["NCHW", "NHWC"]
+# A small network is done with fewer before the CPU has launched its next kernels.
+BUSY_PIXELS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,11 @@ class ExecConfig:
         if self.device_id is None:
             return {"device": "cpu"}
         return {"device": "mixed", "hw_decoder_load": self.hw_decoder_load}
+
+    def for_inference(self, size: int) -> "ExecConfig":
+        """With batches of at least BUSY_PIXELS on a GPU. size: side of an image in pixels."""
+        least = 1 if self.device_id is None else BUSY_PIXELS // size**2
+        return replace(self, batch_size=max(self.batch_size, least))
 
     def arguments(self) -> dict:
         """Keyword arguments of a @pipeline_def function."""

@@ -7,6 +7,7 @@ are due is decided by `schedule`.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,13 @@ class Guide:
         return None if all(self._ranks.gather(made)) else due
 
     def refresh(self, due: int, run: ExecConfig, *, mixes: bool) -> PassReport:
-        """Bring the cache to this epoch; every rank calls it. mixes: whether the method asks for
-        neighbouring classes."""
+        """Bring the cache to this epoch; every rank calls it. run: as in training, the whole data
+        for every rank. mixes: whether the method asks for neighbouring classes."""
         config = self._config
+        if config.saliency.batch_size is None:
+            run = run.for_inference(self._image.size)
+        else:
+            run = replace(run, batch_size=config.saliency.batch_size)
         share = config.saliency.share
         if config.saliency.source == "harvest" or not self._guided.guided:
             share = 0.0

@@ -111,7 +111,8 @@ class SaliencyConfig:
         share: of the samples, seen by a pass; the stalest first.
         cache: LMDB cache; None: `saliency.lmdb` in the run's folder.
         layer: module whose features Grad-CAM weighs; None: the family's default.
-        batch_size: of the pass, a rank; None: the training's.
+        batch_size: of the pass, a rank; None: the training's, or more on a GPU where images are
+            small.
         size: side in pixels to which the whole image is stretched; None: the crop's.
     """
 

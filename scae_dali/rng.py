@@ -140,11 +140,11 @@ def uniforms(seed: int, stream: Stream, epoch: Array, ids: Array, n: int) -> Arr
 
 def compiled(function: Callable) -> Callable:
     """By Numba, at the first call; what it makes is kept on the disk where there is a place for it,
-    beside the module or in the user's cache."""
+    beside the module or in the user's cache. Other threads run Python meanwhile."""
     try:
-        return numba.njit(function, cache=True)
+        return numba.njit(function, nogil=True, cache=True)
     except RuntimeError:  # there is none
-        return numba.njit(function)
+        return numba.njit(function, nogil=True)
 
 
 @compiled

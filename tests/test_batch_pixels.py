@@ -179,10 +179,10 @@ def test_a_resume_gives_the_same_batches(data, kind, name, per, position):
     assert rest == wanted[position : 4 * (epoch + 2)]
 
 
-def test_planning_fewer_batches_at_once_changes_nothing(data, monkeypatch):
+def test_making_fewer_batches_at_once_changes_nothing(data, monkeypatch):
     wanted = [told(given) for given in data.loader("memory pad", "saliency_mix")]
     for at_once in (1, 32, 48):  # 1, 2 and 3 of the 4 batches of an epoch
-        monkeypatch.setattr(arrays, "PLANNED_AT_ONCE", at_once)
+        monkeypatch.setattr(arrays, "SAMPLES_AT_ONCE", at_once)
         assert [told(given) for given in data.loader("memory pad", "saliency_mix")] == wanted
 
 

@@ -1,6 +1,7 @@
 """The ready-made pipelines: what comes out, in which order, type and layout."""
 
 import itertools
+from dataclasses import replace
 from importlib import metadata
 
 import numpy as np
@@ -172,6 +173,13 @@ def test_auto_decodes_regions_on_the_cpu_and_avoids_the_gpus_known_crash(monkeyp
 def test_settings_are_validated(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_small_images_are_seen_in_larger_batches_on_a_gpu_alone():
+    run = ExecConfig(batch_size=128, device_id=0, shard=1, num_shards=2)
+    assert run.for_inference(32) == replace(run, batch_size=1024)
+    assert run.for_inference(224) == run
+    assert RUN.for_inference(32) == RUN
 
 
 def test_targets_that_a_pipeline_gives_itself(index):

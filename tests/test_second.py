@@ -274,9 +274,9 @@ def test_and_after_a_resume(data, references, kind, position):
     assert whole(again) == references[kind][epoch + 1]
 
 
-def test_planning_fewer_batches_at_once_changes_nothing(data, references, monkeypatch):
+def test_making_fewer_batches_at_once_changes_nothing(data, references, monkeypatch):
     for samples in (1, 32, 48):  # 1, 2 and 3 of the 4 batches of an epoch
-        monkeypatch.setattr(arrays, "PLANNED_AT_ONCE", samples)
+        monkeypatch.setattr(arrays, "SAMPLES_AT_ONCE", samples)
         loader = data.loader("memory pad")
         assert [whole(loader) for _ in range(EPOCHS)] == references["memory pad"]
 

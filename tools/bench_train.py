@@ -179,7 +179,7 @@ class Bench:
         amp = partial(autocast, self.args.amp, self.device)
         side = self.args.pass_size
         image = replace(self.image, size=side, val_resize=side)
-        passes = Passes(self.net, None, part, loaders, self.run, amp)
+        passes = Passes(self.net, None, part, loaders, self.run.for_inference(side), amp)
         return passes.maps(image, Path(folder, "pass.lmdb"))
 
 
