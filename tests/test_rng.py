@@ -88,11 +88,11 @@ def test_derived_seeds_differ_by_purpose_and_seed():
 def test_compiled_where_nothing_can_be_kept(monkeypatch):
     njit, kept = numba.njit, []
 
-    def refuse(function, cache=False):
+    def refuse(function, nogil, cache=False):
         kept.append(cache)
         if cache:
             raise RuntimeError("cannot cache function 'twice': no locator available")
-        return njit(function)
+        return njit(function, nogil=nogil)
 
     monkeypatch.setattr(numba, "njit", refuse)
     assert compiled(lambda x: 2 * x)(21) == 42
