@@ -16,7 +16,7 @@ from nvidia.dali.pipeline import do_not_convert
 
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.images import check_order, cut, feed, normalise
-from scae_dali.methods.base import DataNode, Status
+from scae_dali.methods.base import DataNode, Status, Triple
 from scae_dali.ops import PlanNodes, Stage
 from scae_dali.order import Order
 from scae_dali.rng import compiled
@@ -42,8 +42,8 @@ class _Block(NamedTuple):
 
 class FedPlan(PlanNodes):
     """A plan that is made ahead of DALI: every part is fed on its own, which is faster than to cut
-    it out of the row in the graph. `images` are the crops, mixed already, if `crops`, and otherwise
-    whole.
+    it out of the row in the graph. `images` are the crops, mixed and erased by one colour already,
+    if `crops`, and otherwise whole.
 
     DALI asks for what it is fed in the thread that trains, which finds it ready.
     """
@@ -60,9 +60,16 @@ class FedPlan(PlanNodes):
         self._next: tuple[int, Future[_Block]] | None = None
         self._block: _Block | None = None
         self._parts: list[tuple[slice | int, npt.DTypeLike]] = []
+        self._fill: np.ndarray | None = None  # of boxes; None: they are left to the graph
         self.planner = stage.planner(image.crop)
         self.images = self._feed(lambda block: block.images, layout="HWC")
         self.row = self._feed(lambda block: block.rows)
+
+    def fills(self, images: DataNode, value: Triple) -> bool:
+        if images is not self.images or not self.crops:
+            return False
+        self._fill = np.array(value).astype(np.uint8)
+        return True
 
     def _cut(self, columns: slice | int, dtype: types.DALIDataType) -> DataNode:
         place = len(self._parts)
@@ -120,6 +127,8 @@ class FedPlan(PlanNodes):
             others[flip == 1] = others[flip == 1, :, ::-1]
             mu = rows[mixed, self.planner.columns["mu"], None, None].astype(np.float32)
             images[mixed] = np.floor(images[mixed] * mu + others * (1 - mu) + 0.5).astype(np.uint8)
+        if self._fill is not None:
+            _fill_boxes(images, rows[:, self.planner.columns["box"]].astype(np.int64), self._fill)
         return images
 
     def _column(self, rows: np.ndarray, name: str) -> np.ndarray:
@@ -151,6 +160,14 @@ def _fill_windows(out, pixels, height, width, ids, y, x):
             source = np.uint64((ids[i] * height + row + y[i]) * width + left + x[i])
             for k in range(np.uint64(right - left)):
                 out[to + k] = pixels[source + k]
+
+
+@compiled
+def _fill_boxes(images, boxes, color):
+    """Eq. 1 in images uint8 [n, H, W, 3]. boxes: int64 [n, 4], (y, x, h, w) in pixels."""
+    for i in range(len(images)):
+        y, x, h, w = boxes[i]
+        images[i, max(0, y) : max(0, y + h), max(0, x) : max(0, x + w)] = color
 
 
 def train_pipeline(

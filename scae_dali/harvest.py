@@ -10,7 +10,7 @@ over the crops of a sample. When the maps go into the cache is decided in `refre
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,30 @@ from scae_dali.models import classifier_of
 from scae_dali.records import Maps
 
 __all__ = ["Harvest", "crop_to_frame"]
+
+AT_ONCE = 2048  # crops: a GPU is done with a batch of them before it is told what to do
+
+
+class _Crops(NamedTuple):
+    """A batch whose maps, float [B,h,w], have not been put back yet. size: (H, W) of the crops;
+    the rest is the batch's."""
+
+    maps: Tensor
+    size: tuple[int, int]
+    windows: Tensor
+    boxes: Tensor
+    flips: Tensor
+    status: Tensor
+    ids: Tensor
+
+    def table(self) -> Tensor:
+        """Window, erased box in shares of the crop, flip, whether it is of use, id: f64[B,11]."""
+        boxes = self.boxes / torch.tensor(self.size * 2, dtype=torch.float64)
+        many = (self.status & Status.ERASED).bool() & (boxes[:, 2:].amin(1) <= 0)
+        mixed = (self.status & (Status.MIXED | Status.MIXED_IN_BATCH)).bool()
+        usable = ~(many | mixed)
+        columns = (self.windows, boxes, self.flips[:, None], usable[:, None], self.ids[:, None])
+        return torch.cat([column.double() for column in columns], 1)
 
 
 class Harvest:
@@ -65,6 +89,7 @@ class Harvest:
         self._grid = grid
         self._sums = torch.zeros(samples, *grid, device=device)
         self._counts = torch.zeros(samples, *grid, device=device)
+        self._waiting: list[_Crops] = []
         self.since = 0  # the epoch from which on crops were taken in
 
     @torch.no_grad()
@@ -79,17 +104,27 @@ class Harvest:
                 f"layer {self.layer!r} has not run, with gradients, since the last batch; call "
                 "add(batch) once after every model(batch.images)"
             )
-        boxes = batch.boxes / torch.tensor(batch.images.shape[2:] * 2, dtype=torch.float64)
-        many = (batch.status & Status.ERASED).bool() & (boxes[:, 2:].amin(1) <= 0)
-        mixed = (batch.status & (Status.MIXED | Status.MIXED_IN_BATCH)).bool()
-        usable = ~(many | mixed)
-        columns = (batch.windows, boxes, batch.flips[:, None], usable[:, None], batch.ids[:, None])
-        table = torch.cat([column.double() for column in columns], 1)
-        table = table.to(features.device, non_blocking=True)  # one copy for all
         weight = self._classifier.weight[batch.labels].to(features.dtype)  # [B,C]
-        maps = torch.einsum("bc,bchw->bhw", weight, features).float()
+        maps = torch.einsum("bc,bchw->bhw", weight, features)
+        if self._waiting and self._waiting[0].maps.shape[1:] != maps.shape[1:]:
+            self._put()
+        size = (batch.images.shape[2], batch.images.shape[3])
+        told = (batch.windows, batch.boxes, batch.flips, batch.status, batch.ids)
+        self._waiting.append(_Crops(maps, size, *told))
+        if sum(len(crops.maps) for crops in self._waiting) >= AT_ONCE:
+            self._put()
+
+    @torch.no_grad()
+    def _put(self) -> None:
+        """Bring the maps that wait to where their crops were."""
+        if not self._waiting:
+            return
+        table = torch.cat([crops.table() for crops in self._waiting])
+        maps = torch.cat([crops.maps for crops in self._waiting])
+        self._waiting = []
+        table = table.to(maps.device, non_blocking=True)  # one copy for all
         values, seen = crop_to_frame(
-            maps, table[:, :4], table[:, 4:8], table[:, 8] == 1, self._grid
+            maps.float(), table[:, :4], table[:, 4:8], table[:, 8] == 1, self._grid
         )
         seen &= (table[:, 9] == 1)[:, None, None]
         ids = table[:, 10].long()
@@ -98,6 +133,7 @@ class Harvest:
 
     def merge(self) -> None:
         """Bring together what all ranks have seen; every rank calls it, and has it all then."""
+        self._put()
         if distributed.is_initialized() and distributed.get_world_size() > 1:
             for part in (self._sums, self._counts):
                 distributed.all_reduce(part)
@@ -109,12 +145,14 @@ class Harvest:
 
     def clear(self, since: int) -> None:
         """Forget all; crops are of epoch `since` from here on."""
+        self._waiting = []
         self._sums.zero_()
         self._counts.zero_()
         self.since = since
 
     def seen(self) -> NDArray[np.int64]:
         """The samples that have a map, int64 [n], ascending."""
+        self._put()
         return self._counts.amax((1, 2)).nonzero()[:, 0].cpu().numpy()
 
     def maps(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -123,6 +161,7 @@ class Harvest:
         The mean over crops, cut off below 0, from 0 to 1 over the cells that were seen; 0 where
         none was, or all are the same.
         """
+        self._put()
         places = torch.from_numpy(ids).to(self._counts.device)
         counts = self._counts[places].cpu().numpy()
         sums = self._sums[places].cpu().numpy()
@@ -141,9 +180,11 @@ class Harvest:
 
     def state_dict(self) -> dict[str, Any]:
         """Of this rank; see `merge`."""
+        self._put()
         return {"sums": self._sums, "counts": self._counts, "since": self.since}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._waiting = []
         self._sums.copy_(state["sums"])
         self._counts.copy_(state["counts"])
         self.since = state["since"]

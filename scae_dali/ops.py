@@ -60,6 +60,11 @@ class PlanNodes:
         """A column on its own, as a scalar."""
         return self._cut(self.planner.columns[name].start, dtype)
 
+    def fills(self, images: DataNode, value: Triple) -> bool:
+        """Whether these images come with the boxes of the plan filled, now that it is known by
+        what; otherwise it is for the graph to do."""
+        return False
+
     def _cut(self, columns: slice | int, dtype: types.DALIDataType) -> DataNode:
         if dtype == types.FLOAT:
             return self._single[columns]

@@ -120,6 +120,8 @@ SETTINGS = {
 }
 METHODS = [
     *((name, SETTINGS.get(name, {})) for name in BUILT_IN),
+    ("random_erasing", {"prob": 1.0}),
+    ("scae", {"p_min": 1.0, "p_max": 1.0, "border": "clip", "tail_erase": "always"}),
     ("keep_augment", {"mode": "paste", "n": 1}),
     ("rand_augment+scae", {"rand_augment": {"n": 1}, "scae": {"tail": 0.5}}),
     ("scae+mixup", {"scae": {"mix_prob": 0.0}, "mixup": {"prob": 0.5}}),

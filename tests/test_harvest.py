@@ -1,7 +1,9 @@
 """Harvest: class activation maps of training crops, put back into the full frame."""
 
+import copy
 import subprocess
 import sys
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -203,6 +205,35 @@ def test_its_state_can_be_saved(net):
     assert (len(other.seen()), other.since, len(one.seen())) == (0, 4, 9)
     one.clear(6)
     assert (len(one.seen()), one.since) == (0, 6)
+
+
+def test_how_many_crops_are_put_back_at_once_changes_nothing(net, monkeypatch):
+    """Of two sizes, in batches of four; images are not kept until then."""
+    wide = torch.randn(4, 3, 2 * SIZE, 2 * SIZE)
+    batches = [
+        batch_of(images, torch.arange(4) % 3, torch.arange(4) + 4 * (k % 3))
+        for k, images in enumerate([*pictures(16)[0].split(4), wide, pictures(4, seed=1)[0]])
+    ]
+    found = []
+    for at_once in (1, 8, 2048):
+        monkeypatch.setattr("scae_dali.harvest.AT_ONCE", at_once)
+        harvest = harvest_of(net)
+        for batch in batches:
+            see(net, harvest, batch)
+        found.append(harvest.state_dict())
+    assert found[0]["counts"].sum() == 24 * np.prod(GRID)
+    for other in found[1:]:
+        assert torch.equal(found[0]["sums"], other["sums"])
+        assert torch.equal(found[0]["counts"], other["counts"])
+    images = pictures(4)[0]
+    see(net, harvest, batch_of(images, torch.arange(4) % 3))
+    kept = weakref.ref(images)
+    del images
+    assert kept() is None
+    state = copy.deepcopy(harvest.state_dict())
+    see(net, harvest, batches[0])
+    harvest.load_state_dict(state)  # what waited is forgotten
+    assert torch.equal(harvest.state_dict()["counts"], state["counts"])
 
 
 def test_many_crops_are_counted_without_overflow(net):
