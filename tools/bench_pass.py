@@ -138,7 +138,10 @@ def main(argv: list[str] | None = None) -> None:
     net.to(device, memory_format=layout)  # type: ignore[call-overload]
     amp = partial(autocast, args.amp, device)
     run = ExecConfig(batch_size=args.batch_size, device_id=args.device_id, threads=args.threads)
-    image = ImageConfig(layout="NHWC" if args.channels_last else "NCHW")
+    image = ImageConfig(
+        dtype="fp32" if args.amp == "none" else "fp16",
+        layout="NHWC" if args.channels_last else "NCHW",
+    )
     images = {size: replace(image, size=size, val_resize=size) for size in args.sizes}
     loaders = Loaders(
         Data(index, index, None, None), images[args.sizes[0]], sampling="shuffle", seed=0
