@@ -137,6 +137,10 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + key, value
 
 
+# Which values of a status have a flag: bool [flags, values].
+_HAS_FLAG = np.array([[bool(value & flag) for value in range(1 << len(Status))] for flag in Status])
+
+
 class Meter:
     """What an epoch's row is made of: sums over batches of this rank, seconds, totals of the run.
 
@@ -151,8 +155,9 @@ class Meter:
     def add_batch(self, status: Tensor) -> None:
         """status: int64 [B] of methods.Status."""
         self.sums["images"] += len(status)
-        for flag in Status:
-            self.sums[_name(flag)] += int((status & flag).bool().sum())
+        values = np.bincount(status.numpy(), minlength=_HAS_FLAG.shape[1])
+        for flag, count in zip(Status, (_HAS_FLAG @ values).tolist(), strict=True):
+            self.sums[_name(flag)] += count
 
     def close_epoch(self, ranks: Ranks, guided: bool) -> dict[str, Any]:
         """The row's fields of training and of its cost, over all ranks; clears the sums.
