@@ -42,14 +42,15 @@ class _Block(NamedTuple):
 
 class FedPlan(PlanNodes):
     """A plan that is made ahead of DALI: every part is fed on its own, which is faster than to cut
-    it out of the row in the graph. `images` are the crops, mixed and erased by one colour already,
-    if `crops`, and otherwise whole.
+    it out of the row in the graph. `images` are the crops if `crops`, mixed and, where it takes one
+    colour for all, erased already; otherwise they are whole.
 
     DALI asks for what it is fed in the thread that trains, which finds it ready.
     """
 
     def __init__(self, stage: Stage, order: Order, pixels: Pixels, image: ImageConfig) -> None:
-        self._stage, self._order, self._pixels = stage, order, pixels
+        self._stage, self._order = stage, order
+        self._pixels = np.ascontiguousarray(pixels)
         self._size, self._crop = image.size, image.crop
         full_px = pixels.shape[1:3]
         self._full_px = np.array(full_px)

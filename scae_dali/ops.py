@@ -61,8 +61,8 @@ class PlanNodes:
         return self._cut(self.planner.columns[name].start, dtype)
 
     def fills(self, images: DataNode, value: Triple) -> bool:
-        """Whether these images come with the boxes of the plan filled, now that it is known by
-        what; otherwise it is for the graph to do."""
+        """Whether the boxes of these images will come filled with value, a grey level a channel;
+        where not, it is for the graph to do."""
         return False
 
     def _cut(self, columns: slice | int, dtype: types.DALIDataType) -> DataNode:
