@@ -198,7 +198,8 @@ def test_a_benchmark_in_a_minute_with_a_plot(tmp_path, name, options, rows):
     assert set(result) >= {"command", "commit", "hardware", "versions", "rows"}
     assert len(result["rows"]) == rows
     for row in result["rows"]:
-        assert set(row) == {"name", "img_per_s", "iqr", "ratio", "ratio_iqr"}
+        assert set(row) == {"name", "img_per_s", "iqr", "ratio", "ratio_iqr", "rates"}
+        assert min(row["rates"]) - 0.1 < row["img_per_s"] < max(row["rates"]) + 0.1
         assert f"{row['ratio']:6.2f}  {row['ratio_iqr']:5.2f}" in text
     with Image.open(plot) as image:
         assert image.format == "PNG"

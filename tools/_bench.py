@@ -115,7 +115,7 @@ def iqr(values: Sequence[float]) -> float:
 
 
 def rows(samples: Mapping[str, Sequence[float]], baseline: str) -> list[dict[str, Any]]:
-    """Median and spread of each candidate's rate, and of its ratios to `baseline`."""
+    """Each candidate's rates, their median and spread, and those of its ratios to `baseline`."""
     if baseline not in samples:
         raise ValueError(f"baseline must be one of {sorted(samples)}, got {baseline!r}")
     table = []
@@ -128,6 +128,7 @@ def rows(samples: Mapping[str, Sequence[float]], baseline: str) -> list[dict[str
                 "iqr": iqr(rates),
                 "ratio": statistics.median(ratios),
                 "ratio_iqr": iqr(ratios),
+                "rates": [round(rate, 1) for rate in rates],
             }
         )
     return table

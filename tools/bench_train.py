@@ -8,9 +8,10 @@
 Rows train one network as train.py does: `synthetic` on a batch that lies on the device already;
 `none` and `scae` on what the pipeline gives, SCAE where λ is largest, with random maps; `harvest`,
 where the network allows it, gathers maps from its forward passes besides. The row `saliency pass`:
-Grad-CAM of a round's images, stretched to --pass-size, into a cache, without its start. `ratio` is
-to `none`; `overhead` what SCAE adds to the time of `none`, by its steps and by a pass over
---pass-share of the images every so many epochs, and what `harvest` adds to that of `scae`.
+Grad-CAM of --pass-steps batches, stretched to --pass-size, into a cache, without its start; a
+pipeline's first batches are slower, so give many on a fast GPU. `ratio` is to `none`; `overhead`
+what SCAE adds to the time of `none`, by its steps and by a pass over --pass-share of the images
+every so many epochs, and what `harvest` adds to that of `scae`.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", choices=modes, default="none")
     parser.add_argument("--pass-every", type=int, default=0, metavar="EPOCHS")
     parser.add_argument("--pass-size", type=count, help="of its images, in pixels; default: --size")
+    parser.add_argument(
+        "--pass-steps", type=count, help="training batches it sees; default: --steps"
+    )
     parser.add_argument("--pass-share", type=share, default=1.0, help="of the images, that it sees")
     parser.add_argument("--steps", type=count, help="a round; default: an epoch's")
     parser.add_argument("--threads", type=count, default=2, help="of DALI")
@@ -110,8 +114,6 @@ class Bench:
         else:
             self.index = _live.epoch_index(args.data, args.repeat, batch_size)
         self.steps = args.steps or len(self.index) // batch_size
-        if args.pass_every and self.steps < 2:
-            raise SystemExit("--pass-every takes rounds of at least 2 steps; pass a larger --steps")
         torch.manual_seed(_live.SEED)
         self.layout = torch.channels_last if args.channels_last else torch.contiguous_format
         self.net = make_network(args.model, self.index.num_classes)
@@ -172,14 +174,20 @@ class Bench:
         return _live.Row(map(step, _live.endless(loader)), self.run.prefetch + 1, stage)
 
     def pass_rate(self, folder: str) -> Callable[[], float]:
-        """-> a function that makes a saliency pass over `steps` batches and gives img/s."""
-        part = self.index.subset(range(min(self.steps * self.run.batch_size, len(self.index))))
+        """-> a function that makes a saliency pass over some images and gives img/s."""
+        images = (self.args.pass_steps or self.steps) * self.run.batch_size
+        part = self.index.subset(range(min(images, len(self.index))))
         data = Data(part, part, self.pixels, self.pixels)
         loaders = Loaders(data, self.image, sampling="shuffle", seed=_live.SEED)
         amp = partial(autocast, self.args.amp, self.device)
         side = self.args.pass_size
-        image = replace(self.image, size=side, val_resize=side)
-        passes = Passes(self.net, None, part, loaders, self.run.for_inference(side), amp)
+        image, run = replace(self.image, size=side, val_resize=side), self.run.for_inference(side)
+        if len(part) <= run.batch_size:
+            raise SystemExit(
+                f"a pass needs at least two batches of {run.batch_size}, got {len(part)} images; "
+                "pass a larger --pass-steps, or more images"
+            )
+        passes = Passes(self.net, None, part, loaders, run, amp)
         return passes.maps(image, Path(folder, "pass.lmdb"))
 
 
