@@ -1,6 +1,5 @@
 """The benchmarks of growth: what they find at small sizes, and that their checks can fail."""
 
-import argparse
 import json
 import mmap
 import sys
@@ -180,10 +179,6 @@ def test_pages_of_a_file_are_dropped(tmp_path):
 
 
 def test_what_is_asked_for_is_checked():
-    assert _growth.sizes("1e5,20,1281167,20") == [20, 100_000, 1_281_167]
-    for text in ("", "x", "0", "1e5,-3", "inf"):
-        with pytest.raises(argparse.ArgumentTypeError, match="must be numbers of samples"):
-            _growth.sizes(text)
     assert "--records: must be numbers" in run("bench_cache", "--records", "0", status=2)
     assert "at least two a round, got 3" in run("bench_cache", "--batches", 3, status=2)
     assert "epoch, sizes, startup, got 'x'" in run("bench_scale", "--parts", "x", status=2)

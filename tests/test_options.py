@@ -16,6 +16,7 @@ def options(tool):
     [
         ("count", "5", 5),
         ("whole_numbers", "2,1,2", [2, 1]),
+        ("sizes", "1e5,20,1281167,20", [20, 100_000, 1_281_167]),
         ("positive", "0.5", 0.5),
         ("device", "cpu", None),
         ("device", "3", 3),
@@ -38,6 +39,9 @@ def test_what_an_option_means(options, monkeypatch, kind, text, value):
         ("count", "1.5", "must be a whole number, at least 1, got 1.5"),
         ("whole_numbers", "1,-2", "must be whole numbers from 1 on, as in 1,2, got 1,-2"),
         ("whole_numbers", "", "must be whole numbers from 1 on"),
+        ("sizes", "", "must be numbers of samples, such as 1e5,1281167, got ''"),
+        ("sizes", "1e5,-3", "must be numbers of samples"),
+        ("sizes", "inf", "must be numbers of samples"),
         ("positive", "0", "must be a number above 0, got 0"),
         ("positive", "nan", "must be a number above 0, got nan"),
         ("device", "cuda", "must be cpu or the number of a GPU, got cuda"),

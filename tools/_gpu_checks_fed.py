@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -97,34 +98,36 @@ def mixed(batches: list[Batch]) -> str:
     return f", {n} mixed"
 
 
-@check(*product("mix", ("roi", "full"), TENSORS))
-def mix_pipeline(setup: Setup, decode: str, tensor: str) -> str:
+def three_epochs(
+    setup: Setup, make: Callable[[Setup, int | None], Loader]
+) -> tuple[list[Batch], list[Batch]]:
+    """What make(setup with a tail, device_id) gives on the CPU and on the GPU."""
     with tempfile.TemporaryDirectory() as folder:
         tailed = with_tail(setup, folder)
-        loaders = [
-            train_loader(tailed, where, "scae", decode, tensor, **RARELY)
-            for where in (None, setup.device_id)
-        ]
-        reference, ours = ([*loader, *loader, *loader] for loader in loaders)
-        said = compare(reference, ours) + mixed(ours)
-        without = sum(Status.MIXED not in batch.status for batch in ours)
-        assert 0 < without < len(ours), f"{without} of {len(ours)} batches had no mixed sample"
-        return f"{said}; {without} of {len(ours)} batches had none"
+        one, other = (make(tailed, where) for where in (None, setup.device_id))
+        return [*one, *one, *one], [*other, *other, *other]
+
+
+@check(*product("mix", ("roi", "full"), TENSORS))
+def mix_pipeline(setup: Setup, decode: str, tensor: str) -> str:
+    reference, ours = three_epochs(
+        setup, lambda tailed, where: train_loader(tailed, where, "scae", decode, tensor, **RARELY)
+    )
+    said = compare(reference, ours) + mixed(ours)
+    without = sum(Status.MIXED not in batch.status for batch in ours)
+    assert 0 < without < len(ours), f"{without} of {len(ours)} batches had no mixed sample"
+    return f"{said}; {without} of {len(ours)} batches had none"
 
 
 @check("user-mix")
 def users_own_mixes(setup: Setup) -> str:
     """What such a pipeline gives of a stage that mixes."""
-    with tempfile.TemporaryDirectory() as folder:
-        tailed = with_tail(setup, folder)
-        loaders = [
-            users_own(tailed, where, "full", "number", **RARELY)
-            for where in (None, setup.device_id)
-        ]
-        reference, ours = ([*loader, *loader, *loader] for loader in loaders)
-        mixed = int(sum((batch.mu < 1).sum() for batch in ours))
-        assert mixed, "no sample was mixed"
-        return f"{compare(reference, ours)}, {mixed} mixed"
+    reference, ours = three_epochs(
+        setup, lambda tailed, where: users_own(tailed, where, "full", "number", **RARELY)
+    )
+    mixed = int(sum((batch.mu < 1).sum() for batch in ours))
+    assert mixed, "no sample was mixed"
+    return f"{compare(reference, ours)}, {mixed} mixed"
 
 
 @check(*product("arrays", BUILT_IN, TENSORS))

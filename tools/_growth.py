@@ -1,11 +1,10 @@
-"""How cost grows with the number of samples: a list of sizes, stand-ins for data sets, a drawing.
+"""How cost grows with the number of samples: stand-ins for data sets, a drawing.
 
 What a benchmark of growth does at each size is its own; how much memory that takes is of `_memory`.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["SyntheticIndex", "draw", "labels_of", "maps_of", "names_of", "salts", "sizes"]
+__all__ = ["SyntheticIndex", "draw", "labels_of", "maps_of", "names_of", "salts"]
 
 CLASSES = 1000
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd: different ids have different products
@@ -72,19 +71,6 @@ def salts(ids: ArrayLike, maps: NDArray[np.uint8]) -> NDArray[np.int64]:
     moved = (maps - maps_of(ids, 0, maps.shape[1:])).reshape(len(maps), -1)
     whole = (moved == moved[:, :1]).all(axis=1)
     return np.where(whole, moved[:, 0].astype(np.int64) * pow(_STEP, -1, 256) % 256, -1)
-
-
-def sizes(text: str) -> list[int]:
-    """An argument such as 100000,1e7 -> [100000, 10000000], ascending."""
-    try:
-        found = sorted({int(float(part)) for part in text.split(",")})
-    except (ValueError, OverflowError):
-        found = []
-    if not found or found[0] < 1:
-        raise argparse.ArgumentTypeError(
-            f"must be numbers of samples, such as 1e5,1281167, got {text!r}"
-        )
-    return found
 
 
 def draw(

@@ -18,6 +18,7 @@ __all__ = [
     "positive",
     "share",
     "shares",
+    "sizes",
     "some_of",
     "usable_device",
     "usable_devices",
@@ -44,6 +45,17 @@ def whole_numbers(text: str) -> list[int]:
         raise ArgumentTypeError(
             f"must be whole numbers from 1 on, as in 1,2, got {text}"
         ) from error
+
+
+def sizes(text: str) -> list[int]:
+    """100000,1e7 -> [100000, 10000000], ascending."""
+    try:
+        found = sorted({int(float(part)) for part in text.split(",")})
+    except (ValueError, OverflowError):
+        found = []
+    if not found or found[0] < 1:
+        raise ArgumentTypeError(f"must be numbers of samples, such as 1e5,1281167, got {text!r}")
+    return found
 
 
 def positive(text: str) -> float:

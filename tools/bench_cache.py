@@ -30,9 +30,9 @@ from typing import Any
 
 import lmdb
 import numpy as np
-from _growth import SyntheticIndex, draw, maps_of, salts, sizes
+from _growth import SyntheticIndex, draw, maps_of, salts
 from _memory import drop_pages
-from _options import count, existing_folder, positive
+from _options import count, existing_folder, positive, sizes
 
 from _bench import interleaved, iqr, parse, report, rows, run, settings
 from scae_dali.cache import CHUNK, ChunkWriter, SaliencyCache

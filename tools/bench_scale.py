@@ -34,8 +34,8 @@ from typing import Any, TypeVar
 
 import _memory
 import numpy as np
-from _growth import SyntheticIndex, draw, labels_of, maps_of, names_of, salts, sizes
-from _options import count, existing_folder
+from _growth import SyntheticIndex, draw, labels_of, maps_of, names_of, salts
+from _options import count, existing_folder, sizes
 
 from _bench import interleaved, iqr, parse, report, rows, run, settings
 from pipelines.config import ExecConfig, ImageConfig
