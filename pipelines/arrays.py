@@ -42,13 +42,20 @@ class _Block(NamedTuple):
 
 class FedPlan(PlanNodes):
     """A plan that is made ahead of DALI: every part is fed on its own, which is faster than to cut
-    it out of the row in the graph. `images` are the crops if `crops`, mixed and, where it takes one
-    colour for all, erased already; otherwise they are whole.
+    it out of the row in the graph. `images`, on the pipeline's device, are the crops if `crops`,
+    mixed and, where it takes one colour for all, erased already; otherwise they are whole.
 
     DALI asks for what it is fed in the thread that trains, which finds it ready.
     """
 
-    def __init__(self, stage: Stage, order: Order, pixels: Pixels, image: ImageConfig) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        order: Order,
+        pixels: Pixels,
+        image: ImageConfig,
+        run: ExecConfig,
+    ) -> None:
         self._stage, self._order = stage, order
         self._pixels = np.ascontiguousarray(pixels)
         self._size, self._crop = image.size, image.crop
@@ -63,7 +70,7 @@ class FedPlan(PlanNodes):
         self._parts: list[tuple[slice | int, npt.DTypeLike]] = []
         self._fill: np.ndarray | None = None  # of boxes; None: they are left to the graph
         self.planner = stage.planner(image.crop)
-        self.images = self._feed(lambda block: block.images, layout="HWC")
+        self.images = on_device(self._feed(lambda block: block.images, layout="HWC"), run)
         self.row = self._feed(lambda block: block.rows)
 
     def fills(self, images: DataNode, value: Triple) -> bool:
@@ -137,6 +144,11 @@ class FedPlan(PlanNodes):
         return rows[:, self.planner.columns[name].start].astype(np.int64)
 
 
+def on_device(images: DataNode, run: ExecConfig) -> DataNode:
+    """Images that are fed, on the pipeline's device."""
+    return images if run.device_id is None else images.gpu()
+
+
 def shifted(pixels: Pixels, ids: np.ndarray, start: np.ndarray) -> Pixels:
     """Windows of the images' own size, black outside them.
 
@@ -194,8 +206,8 @@ def train_pipeline(
         enable_checkpointing=True, enable_conditionals=stage.conditional, **run.arguments()
     )
     def define():
-        plan = FedPlan(stage, order, pixels, image)
-        images = plan.images if run.device_id is None else plan.images.gpu()
+        plan = FedPlan(stage, order, pixels, image, run)
+        images = plan.images
         if not plan.crops:
             start, shape = plan.part("start", types.FLOAT), plan.part("shape", types.FLOAT)
             images = cut(images, start, shape, image)
@@ -225,9 +237,7 @@ def whole_pipeline(
 
     @pipeline_def(**run.arguments())
     def define():
-        images = feed(lambda info: pixels[batch(info)], layout="HWC")
-        if run.device_id is not None:
-            images = images.gpu()
+        images = on_device(feed(lambda info: pixels[batch(info)], layout="HWC"), run)
         side = image.size if stretch else image.val_resize
         if pixels.shape[1:3] != (side, side):
             how = {"size": (side, side)} if stretch else {"mode": "not_smaller", "size": side}

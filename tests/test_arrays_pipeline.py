@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_pngs
+from nvidia.dali import fn
 
 from pipelines import arrays, saliency, train, val
 from pipelines.config import ExecConfig, ImageConfig
@@ -169,6 +170,23 @@ def test_training_batches_are_those_of_files(tailed, tailed_cache, pixels, name,
         statuses |= {values[3] for _, values in one.values()}
     assert (sum(changed) > 30) == (name != "none")
     assert len(statuses) > 2 or "+" not in name
+
+
+@pytest.mark.parametrize("device_id", [None, 0])
+@pytest.mark.parametrize(("fill", "operators"), [("mean", 0), ("zero", 0), ("color", 1)])
+def test_boxes_of_one_colour_are_left_to_no_operator(
+    tailed, pixels, monkeypatch, device_id, fill, operators
+):
+    """Of crops; other images have to be erased after they are cropped."""
+    calls = []
+    monkeypatch.setattr(fn, "erase", lambda images, **_: calls.append(images) or images)
+    order = Order(tailed.labels, batch_size=16, seed=4)
+    run = ExecConfig(batch_size=16, device_id=device_id)
+    for image, expected in ((TRAINED[0], operators), (TRAINED[1], 1)):
+        stage = Stage(tailed, "random_erasing", epochs=3, batch_size=16, seed=4, fill=fill)
+        arrays.train_pipeline(stage, pixels, order, image, run)
+        assert len(calls) == expected
+        calls.clear()
 
 
 def test_the_pixels_in_memory_are_not_touched(tailed, pixels):
