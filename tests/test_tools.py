@@ -160,6 +160,8 @@ def test_bench_train(tmp_path, images, source):
     assert result["overhead"]["passes"] == pytest.approx(
         0.25 / rows["saliency pass"]["ratio"], rel=0.01
     )
+    message = run("bench_train", *data, *size, *passes, "--pass-steps", 1, status=1)
+    assert "a pass needs at least two batches of 4, got 4 images; pass a larger" in message
 
 
 def test_bench_pass(tmp_path, images):
