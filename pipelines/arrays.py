@@ -1,6 +1,6 @@
 """Pipelines that are fed from memory: training, and whole images for validation and saliency pass.
 
-The order is ours here, so plans are made for many batches at once, before DALI asks for them:
+The order is ours here, so training's batches are made many at once, before DALI asks for them:
 NumPy's cost a call is then spread over thousands of samples, and a thread bears it beside DALI's.
 """
 

@@ -4,8 +4,6 @@ import importlib
 import os
 import subprocess
 import sys
-import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -121,18 +119,6 @@ def tailed_cache(tailed, tmp_path_factory) -> SaliencyCache:
     table = [[1, 2], [2, 4], [1, 3], [4, 0], [3, 1]]
     cache.write_neighbors(np.array(table, np.uint16))
     return cache
-
-
-@contextmanager
-def no_waiting():
-    """Whatever waits for the GPU raises."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def batch_of(images, labels, ids=None, **more):

@@ -10,7 +10,9 @@ import itertools
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -58,6 +60,18 @@ class Setup:
     @property
     def device(self) -> str:
         return "cpu" if self.device_id is None else f"cuda:{self.device_id}"
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever waits for the GPU raises."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 CHECKS: dict[str, Callable[..., str]] = {}

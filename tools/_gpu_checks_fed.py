@@ -24,6 +24,7 @@ from _gpu_checks import (
     compare,
     execution,
     image_config,
+    no_waiting,
     product,
     scae_stage,
     step,
@@ -258,8 +259,7 @@ def unwaited(setup: Setup, what: str) -> str:
     harvest, ema = harvest_of(net, tailed), EMA(net, 0.9)
     cam, labels = GradCAM(net), torch.from_numpy(tailed.index.labels.copy())
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for batch in batches:
             if what == "pass":
                 cam(batch.images, labels[batch.ids])
@@ -268,6 +268,5 @@ def unwaited(setup: Setup, what: str) -> str:
             else:
                 net(batch.images)
                 harvest.add(batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+                harvest.state_dict()  # put back now: so few crops would wait for more
     return f"{len(batches)} batches"

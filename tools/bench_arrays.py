@@ -7,7 +7,7 @@ Rows: `none`; `none (again)`, a second pipeline like it, which shows the noise f
 `scae, long tail`, the same images relabelled by the profile of CIFAR-100-LT, so that samples of the
 tail are mixed (`mixed_share`: how many). Crop and flip are CIFAR's: shifted by up to 4 pixels.
 `ratio` is a row's rate over that of `none`. Goals on two cores: 50,000 img/s for none, 0.85 of it
-for SCAE. `plan_ms_per_batch` is spent in the thread that asks for the batch.
+for SCAE. `plan_ms_per_batch` is spent in a thread beside DALI's.
 """
 
 from __future__ import annotations
