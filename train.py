@@ -106,7 +106,7 @@ class Run:
                 position=self.step,
             )
         except RuntimeError as error:
-            if self.pipeline_state is None:
+            if self.pipeline_state is None or isinstance(error, ImageError):
                 raise
             raise ValueError(
                 f"the checkpoint in {str(self.out)!r} is of another pipeline than these settings "

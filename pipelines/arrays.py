@@ -171,7 +171,7 @@ def _fill_windows(out, pixels, height, width, ids, y, x):
         for row in range(max(0, -y[i]), min(height, height - y[i])):
             to = np.uint64((i * height + row) * width + left)
             source = np.uint64((ids[i] * height + row + y[i]) * width + left + x[i])
-            for k in range(np.uint64(right - left)):
+            for k in range(np.uint64(max(0, right - left))):
                 out[to + k] = pixels[source + k]
 
 

@@ -54,8 +54,6 @@ def _resized(u, full_px, config):
     height, width = height[:, 0], width[:, 0]
     fall_h = xp.minimum(xp.round(width / r0).clip(min=1), height)
     fall_w = xp.minimum(xp.round(height * r1).clip(min=1), width)
-    fall_h = xp.where(width / height > r1, height, fall_h)
-    fall_w = xp.where(width / height < r0, width, fall_w)
     h = xp.where(some, h[rows, first], fall_h)
     w = xp.where(some, w[rows, first], fall_w)
     y = xp.where(some, xp.floor(u[:, 0] * (height - h + 1)), xp.floor((height - h) / 2))

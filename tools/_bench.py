@@ -1,7 +1,8 @@
 """What the benchmarks share: options, interleaved rounds, their statistics, what they ran on.
 
-Candidates take turns within a round, so that a machine that slows down slows all of them, and
-ratios are formed within a round before the median is taken.
+Candidates take turns within a round, in another order each time, so that a machine that slows down
+slows all of them and none runs always after the same one. Ratios are formed within a round before
+the median is taken.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import shlex
 import statistics
 import subprocess
@@ -91,15 +93,15 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Runs every candidate once a round; each returns its rate -> rates [rounds] by name.
 
-    The first of a round changes from round to round. Warm-up rounds are not counted.
+    Their order is drawn anew for every round, the same for every run of a benchmark. Warm-up rounds
+    are not counted.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
-    names = list(candidates)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(-warmup, rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        for name in order.sample(list(candidates), len(candidates)):
             rate = candidates[name]()
             if number >= 0:
                 samples[name].append(rate)

@@ -36,9 +36,11 @@ __all__ = [
     "cpu_seconds",
     "endless",
     "epoch_index",
+    "evened",
     "long_tailed",
     "medians",
     "memory_loader",
+    "planned_ahead",
     "random_cache",
     "random_images",
     "settle",
@@ -64,6 +66,12 @@ def epoch_index(root: str, repeat: int, batch_size: int, shards: int = 1) -> Ima
     labels = np.tile(index.labels, repeat)[:n]
     files = (index.files * repeat)[:n]
     return ImageIndex.from_arrays(files, labels, index.root, classes=index.classes)
+
+
+def evened(index: ImageIndex) -> ImageIndex:
+    """The same files, dealt out to classes of one size: whatever the data, nothing is of a tail."""
+    labels = np.arange(len(index)) % len(index.classes)
+    return ImageIndex.from_arrays(index.files, labels, index.root, classes=index.classes)
 
 
 def random_images(n: int, size: int, classes: int = 100) -> ArrayImages:
@@ -121,6 +129,11 @@ def memory_loader(
     )
     pipeline = arrays.train_pipeline(stage, pixels, order, image, run)
     return Loader(pipeline, train.OUTPUTS, stage.index, drop_last=drop_last, order=order)
+
+
+def planned_ahead(batch_size: int) -> int:
+    """Batches that a pipeline fed from memory may have made before DALI asks for them."""
+    return 2 * max(1, arrays.SAMPLES_AT_ONCE // batch_size)
 
 
 def endless(loader: Loader) -> Iterator[Batch]:

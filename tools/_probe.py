@@ -23,6 +23,7 @@ def pace(config: Config, classes: int, jobs: int) -> float:
 
     The network's memory format and precision are the config's.
     """
+    torch.backends.cudnn.benchmark = True  # as train.py does
     device = pick_device(config.device)
     batch_size, threads = config.batch_size, torch.get_num_threads()
     if device.type == "cpu":

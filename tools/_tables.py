@@ -336,8 +336,7 @@ TABLES = {
         ),
         note="On balanced data f_k = 1 for every class, so that class-aware means p = p_max and "
         "nothing else: a gain of it there is a gain of p, and SCAE with p = 0.372 is the control. "
-        "Without guidance there is no saliency pass, hence no neighbouring class: tail images are "
-        "mixed within their class. The paper's figures for the long tail are those of its Table 3. "
-        "Guidance of a fixed strength is not among the settings: it always grows with the epoch.",
+        "The paper's figures for the long tail are those of its Table 3. Guidance of a fixed "
+        "strength is not among the settings: it always grows with the epoch.",
     ),
 }

@@ -27,6 +27,7 @@ from _live import (
     endless,
     medians,
     memory_loader,
+    planned_ahead,
     random_cache,
     random_images,
     settle,
@@ -109,7 +110,8 @@ def live_rows(
         )
         loader = memory_loader(stage, images.pixels, image, run)
         counts[name] = Counter()
-        out[name] = Row(counts[name](endless(loader)), run.prefetch + 1, stage)
+        ahead = run.prefetch + 1 + planned_ahead(args.batch_size)
+        out[name] = Row(counts[name](endless(loader)), ahead, stage)
 
     def cache(name: str, index: ImageIndex) -> SaliencyCache:
         return random_cache(os.path.join(folder, name), index, (args.grid, args.grid))

@@ -6,10 +6,10 @@ Lookups are of random samples, a batch in a transaction, as a shuffling pipeline
 is a whole pass over an existing cache; the first pass, which appends, is timed once. Plain LMDB
 does the same gets and puts with keys and values at hand, and so is the limit for a cache. Cold: the
 environment closed and the page cache without its file, as `cold_kept` tells; what a disk or a host
-below the kernel holds is beyond this. Several processes read random batches, with and without one
-more that writes passes meanwhile; `epochs_seen` tells of which passes they met maps. Every map
-tells its sample and pass: a reader that finds one of two passes, or none, fails the benchmark.
-Before all that, it is made sure that such a map is found.
+below the kernel holds is beyond this. Several processes read random batches, in turn with and
+without one more that writes passes meanwhile; `epochs_seen` tells of which passes they met maps.
+Every map tells its sample and pass: a reader that finds one of two passes, or none, fails the
+benchmark. Before all that, it is made sure that such a map is found.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import lmdb
 import numpy as np
 from _growth import SyntheticIndex, draw, maps_of, salts
 from _memory import drop_pages
-from _options import count, existing_folder, positive, sizes
+from _options import count, existing_folder, positive, sizes, whole_numbers
 
 from _bench import interleaved, iqr, parse, report, rows, run, settings
 from scae_dali.cache import CHUNK, ChunkWriter, SaliencyCache
@@ -220,6 +220,25 @@ def together(path: str, readers: int, writes: bool, batch: int, seconds: float) 
     }
 
 
+def beside_a_writer(path: str, readers: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Lookups a second of one of so many readers, without a writer and beside one, in turn."""
+    met: list[dict[str, Any]] = []
+
+    def run(writes: bool) -> float:
+        met.append(together(path, readers, writes, args.batch, args.seconds))
+        return statistics.mean(met[-1]["lookups_per_s"])
+
+    alone, beside = "alone", "beside a writer"
+    rates = interleaved({alone: partial(run, False), beside: partial(run, True)}, args.rounds, 0)
+    return {
+        "readers": readers,
+        "lookups": rows(rates, alone),
+        "written_per_s": spread([one["written_per_s"] for one in met if one["writer"]]),
+        **{name: sum(one[name] for one in met) for name in ("torn", "missing", "checked")},
+        "epochs_seen": sorted({epoch for one in met for epoch in one["epochs_seen"]}),
+    }
+
+
 def measure(n: int, args: argparse.Namespace, folder: Path) -> tuple[list[dict], dict[str, Any]]:
     """Rows and all else of a cache of n records."""
     rng = np.random.default_rng(0)
@@ -279,11 +298,7 @@ def measure(n: int, args: argparse.Namespace, folder: Path) -> tuple[list[dict],
         "bytes_per_record": round(bytes_on_disk["index"]["after_passes"] / n, 1),
         "first_pass_records_per_s": first_pass,
         "cold": cold_reads(path, index, batches, args.rounds),
-        "processes": [
-            together(str(path), readers, writes, args.batch, args.seconds)
-            for readers in args.processes
-            for writes in (False, True)
-        ],
+        "processes": [beside_a_writer(str(path), readers, args) for readers in args.processes],
     }
     table = rows(reading, PLAIN_READ) + rows(writing, PLAIN_WRITE)
     return [{**row, "name": f"{row['name']}, {n:,}"} for row in table], extra
@@ -317,7 +332,7 @@ def main() -> None:
     parser.add_argument("--batch", type=count, default=256, help="lookups a transaction")
     parser.add_argument("--batches", type=count, default=400, help="batches a round")
     parser.add_argument(
-        "--processes", type=sizes, default="1,2,4", help="that read at once; default: 1,2,4"
+        "--processes", type=whole_numbers, default="1,2,4", help="that read at once; default: 1,2,4"
     )
     parser.add_argument("--seconds", type=positive, default=2, help="that processes read together")
     parser.add_argument(

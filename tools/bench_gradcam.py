@@ -62,6 +62,7 @@ def rate(step: Callable[[], object], args: argparse.Namespace) -> Callable[[], f
 
 def candidates(args: argparse.Namespace) -> dict[str, Callable[[], float]]:
     torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True  # as train.py does
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model = torchvision.models.get_model(args.model).eval()
     model = model.to(args.device, memory_format=layout)

@@ -133,6 +133,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{args.batch_size}; pass a smaller one, or more images"
         )
     torch.manual_seed(_live.SEED)
+    torch.backends.cudnn.benchmark = True  # as train.py does
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     net = load_model(args.model, args.weights, index.num_classes)
     net.to(device, memory_format=layout)  # type: ignore[call-overload]

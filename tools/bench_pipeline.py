@@ -48,6 +48,7 @@ from _live import (
     Row,
     endless,
     epoch_index,
+    evened,
     medians,
     random_cache,
     settle,
@@ -206,7 +207,7 @@ def measure(
     image = ImageConfig(size=args.size, val_resize=args.size, **tensors)
     execution = {name: chosen[name] for name in chosen if name not in tensors}
     run = ExecConfig(device_id=args.device_id, **execution)
-    index = epoch_index(args.data, args.repeat, run.batch_size)
+    index = evened(epoch_index(args.data, args.repeat, run.batch_size))
     batches = args.batches or len(index) // run.batch_size
     with (
         tempfile.TemporaryDirectory() as folder,

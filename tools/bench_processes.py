@@ -37,6 +37,7 @@ from _live import (
     Row,
     endless,
     epoch_index,
+    evened,
     random_cache,
     settle,
 )
@@ -217,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.data is not None:
             # Shards of whole batches for each N.
             shards = math.lcm(*args.processes)
-            index = epoch_index(args.data, args.repeat, args.batch_size, shards)
+            index = evened(epoch_index(args.data, args.repeat, args.batch_size, shards))
             indices[os.path.join(folder, "files.lmdb")] = index
             names = [*FILES, *names]
             shard = len(index) // args.batch_size // max(args.processes)

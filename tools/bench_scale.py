@@ -160,10 +160,11 @@ def at_size(
     rng = np.random.default_rng(SEED)
     batches = [rng.integers(0, n, batch) for _ in range(-(-lookups // batch))]
     items = batch * len(batches)
-    steps.take("lookups", lambda: look_up(cache.read, batches), items)
+    check(steps.take("lookups", lambda: look_up(cache.read, batches), items), batches)
     resident = steps.take("load the resident copy", cache.resident, n)
     if resident is not None:
-        steps.take("lookups in the copy", partial(look_up, resident.read, batches), items)
+        copied = steps.take("lookups in the copy", partial(look_up, resident.read, batches), items)
+        check(copied, batches)
     del resident
     steps.take("order of an epoch", lambda: order_of(index, batch).keys(0), n)
     stage = steps.take("stage", lambda: stage_of(index, cache, batch, resident=False))
@@ -199,10 +200,13 @@ def named(n: int, steps: Steps, path: str) -> ImageIndex | None:
     return index
 
 
-def look_up(read: Callable[[np.ndarray], Any], batches: list[np.ndarray]) -> None:
+def look_up(read: Callable[[np.ndarray], Any], batches: list[np.ndarray]) -> list[Any]:
+    return [read(ids) for ids in batches]
+
+
+def check(looked_up: list[Any] | None, batches: list[np.ndarray]) -> None:
     """Raises RuntimeError unless every map is its sample's, of the second pass."""
-    for ids in batches:
-        maps, found = read(ids)
+    for ids, (maps, found) in zip(batches, looked_up or [], strict=looked_up is not None):
         if not found.all() or (salts(ids, maps) != 2).any():
             raise RuntimeError("a map is not the one that was written")
 
@@ -412,7 +416,7 @@ def breaks(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def epochs(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of plans a second, and the last epoch of each source."""
-    told: dict[str, Any] = {}
+    told: dict[str, Any] = dict.fromkeys(SOURCES)
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         path = os.path.join(folder, "maps.lmdb")
         index = labelled(names_of(args.epoch))

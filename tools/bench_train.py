@@ -5,13 +5,13 @@
     python tools/bench_train.py --arrays --model cifar_resnet32 --device-id 0 \\
         --batch-size 128 --amp bf16 --channels-last --compile reduce-overhead --json OUT
 
-Rows train one network as train.py does: `synthetic` on a batch that lies on the device already;
+Rows train a network as train.py does: `synthetic` on a batch that lies on the device already;
 `none` and `scae` on what the pipeline gives, SCAE where λ is largest, with random maps; `harvest`,
-where the network allows it, gathers maps from its forward passes besides. The row `saliency pass`:
-Grad-CAM of --pass-steps batches, stretched to --pass-size, into a cache, without its start; a
-pipeline's first batches are slower, so give many on a fast GPU. `ratio` is to `none`; `overhead`
-what SCAE adds to the time of `none`, by its steps and by a pass over --pass-share of the images
-every so many epochs, and what `harvest` adds to that of `scae`.
+where the network allows it, another one like it that gathers maps from its forward passes besides.
+The row `saliency pass`: Grad-CAM of --pass-steps batches, stretched to --pass-size, into a cache,
+without its start; a pipeline's first batches are slower, so give many on a fast GPU. `ratio` is to
+`none`; `overhead` what SCAE adds to the time of `none`, by its steps and by a pass over
+--pass-share of the images every so many epochs, and what `harvest` adds to that of `scae`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from pipelines.loaders import Loaders
 from pipelines.recipe import OptimConfig, autocast, make_network
 from scae_dali.cache import SaliencyCache
 from scae_dali.config import CropConfig
+from scae_dali.dataset import ImageIndex
 from scae_dali.gradcam import GradCAM
 from scae_dali.harvest import Harvest
 from scae_dali.iterator import Batch, Loader
@@ -77,7 +78,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser,
         argv,
         rounds=5,
-        quick={"rounds": 3, "steps": 4, "images": 256},
+        quick={"rounds": 3, "steps": 4, "images": 2560, "batch_size": 4},
     )
     if args.size is None:
         args.size = 32 if args.arrays else 224
@@ -87,8 +88,63 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+class Network:
+    """A network in training, as train.py trains it.
+
+    harvests: it gathers maps besides; ValueError for one that cannot be harvested.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        index: ImageIndex,
+        device: torch.device,
+        *,
+        harvests: bool = False,
+    ) -> None:
+        self._amp, self._device = args.amp, device
+        torch.manual_seed(_live.SEED)
+        self._layout = torch.channels_last if args.channels_last else torch.contiguous_format
+        self.net = make_network(args.model, index.num_classes)
+        self.net.to(device, memory_format=self._layout)  # type: ignore[call-overload]
+        self.grid = GradCAM(self.net).grid(args.size)
+        self._harvest: Harvest | None = None
+        if harvests:
+            self._harvest = Harvest(
+                self.net,
+                None,
+                samples=len(index),
+                num_classes=index.num_classes,
+                grid=self.grid,
+                size=args.size,
+            )
+        self._model: Callable = self.net
+        if args.compile != "none":
+            self._model = torch.compile(self.net, mode=args.compile)
+        self._optimizer = OptimConfig(lr=1e-3).optimizer([{"params": list(self.net.parameters())}])
+        self._scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+        self._criterion = Loss(LossConfig(), index.class_counts, device).at(0)
+        self._score = torch.zeros(2, device=device)  # as train.py sums it
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        """Train on a batch; -> its images."""
+        images = batch.images.contiguous(memory_format=self._layout)
+        with autocast(self._amp, self._device):
+            logits = self._model(images)
+        if self._harvest is not None:
+            self._harvest.add(batch)
+        loss = self._criterion(logits, batch.labels, batch.partners, batch.mu)
+        self._optimizer.zero_grad(set_to_none=True)
+        self._scaler.scale(loss).backward()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        hits = (logits.argmax(1) == batch.labels).sum()
+        self._score += torch.stack([loss.detach() * len(images), hits])
+        return images
+
+
 class Bench:
-    """The data, the network and its training step."""
+    """The data, and what is done with it."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -112,66 +168,38 @@ class Bench:
             images = _live.random_images(args.images, args.size)
             self.index, self.pixels = images.index, images.pixels
         else:
-            self.index = _live.epoch_index(args.data, args.repeat, batch_size)
+            self.index = _live.evened(_live.epoch_index(args.data, args.repeat, batch_size))
         self.steps = args.steps or len(self.index) // batch_size
-        torch.manual_seed(_live.SEED)
-        self.layout = torch.channels_last if args.channels_last else torch.contiguous_format
-        self.net = make_network(args.model, self.index.num_classes)
-        self.net.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
-        self.grid = GradCAM(self.net).grid(args.size)
-        self.harvest: Harvest | None = None
-        with suppress(ValueError):  # of a network that cannot be harvested
-            self.harvest = Harvest(
-                self.net,
-                None,
-                samples=len(self.index),
-                num_classes=self.index.num_classes,
-                grid=self.grid,
-                size=args.size,
-            )
-        self.model: Callable = self.net
-        if args.compile != "none":
-            self.model = torch.compile(self.net, mode=args.compile)
-        self.optimizer = OptimConfig(lr=1e-3).optimizer([{"params": list(self.net.parameters())}])
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
-        self.criterion = Loss(LossConfig(), self.index.class_counts, self.device).at(0)
-        self.score = torch.zeros(2, device=self.device)  # as train.py sums it
-
-    def step(self, batch: Batch, harvested: bool = False) -> torch.Tensor:
-        """Train on a batch; -> its images."""
-        images = batch.images.contiguous(memory_format=self.layout)
-        with autocast(self.args.amp, self.device):
-            logits = self.model(images)
-        if harvested and self.harvest is not None:
-            self.harvest.add(batch)
-        loss = self.criterion(logits, batch.labels, batch.partners, batch.mu)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        hits = (logits.argmax(1) == batch.labels).sum()
-        self.score += torch.stack([loss.detach() * len(images), hits])
-        return images
+        self.network = Network(args, self.index, self.device)
 
     def row(
         self,
+        network: Network,
         method: str,
         cache: SaliencyCache | None = None,
         *,
         synthetic: bool = False,
-        harvested: bool = False,
     ) -> _live.Row:
         b = self.run.batch_size
-        stage = Stage(self.index, method, batch_size=b, cache=cache, **_live.GUIDED)
+        stage = Stage(
+            self.index,
+            method,
+            batch_size=b,
+            cache=cache,
+            resident=self.pixels is not None,
+            **_live.GUIDED,
+        )
+        ahead = self.run.prefetch + 1
         if self.pixels is not None:
             loader = _live.memory_loader(stage, self.pixels, self.image, self.run)
+            if self.args.device_id is not None:  # on a CPU plans take no time beside a step
+                ahead += _live.planned_ahead(b)
         else:
             pipeline = train.train_pipeline(stage, self.image, self.run, seed=_live.SEED)
             loader = Loader(pipeline, train.OUTPUTS, self.index, drop_last=True)
         if synthetic:
-            return _live.Row(map(self.step, itertools.repeat(next(iter(loader)))), ahead=0)
-        step = partial(self.step, harvested=harvested)
-        return _live.Row(map(step, _live.endless(loader)), self.run.prefetch + 1, stage)
+            return _live.Row(map(network.step, itertools.repeat(next(iter(loader)))), ahead=0)
+        return _live.Row(map(network.step, _live.endless(loader)), ahead, stage)
 
     def pass_rate(self, folder: str) -> Callable[[], float]:
         """-> a function that makes a saliency pass over some images and gives img/s."""
@@ -187,7 +215,7 @@ class Bench:
                 f"a pass needs at least two batches of {run.batch_size}, got {len(part)} images; "
                 "pass a larger --pass-steps, or more images"
             )
-        passes = Passes(self.net, None, part, loaders, run, amp)
+        passes = Passes(self.network.net, None, part, loaders, run, amp)
         return passes.maps(image, Path(folder, "pass.lmdb"))
 
 
@@ -208,13 +236,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.device_id is not None:
         torch.cuda.set_device(args.device_id)
+    torch.backends.cudnn.benchmark = True  # as train.py does
     bench = Bench(args)
+    network = bench.network
     with tempfile.TemporaryDirectory() as folder:
-        cache = _live.random_cache(os.path.join(folder, "maps.lmdb"), bench.index, bench.grid)
-        live = {"synthetic": bench.row("none", synthetic=True), "none": bench.row("none")}
-        live["scae"] = bench.row("scae", cache)
-        if bench.harvest is not None:
-            live["harvest"] = bench.row("scae", cache, harvested=True)
+        cache = _live.random_cache(os.path.join(folder, "maps.lmdb"), bench.index, network.grid)
+        live = {
+            "synthetic": bench.row(network, "none", synthetic=True),
+            "none": bench.row(network, "none"),
+            "scae": bench.row(network, "scae", cache),
+        }
+        with suppress(ValueError):  # of a network that cannot be harvested
+            another = Network(args, bench.index, bench.device, harvests=True)
+            live["harvest"] = bench.row(another, "scae", cache)
         calls: dict[str, Callable] = {
             name: partial(row.measure, bench.steps) for name, row in live.items()
         }

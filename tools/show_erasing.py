@@ -191,6 +191,7 @@ def main(argv: list[str] | None = None) -> None:
             lam_max=lam,
             p_min=1.0,
             p_max=1.0,
+            mix_prob=0.0,
         )
         shown[lam] = run_once(show_pipeline(stage, ids, image), image)
     maps, found = cache.read(ids)
