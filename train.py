@@ -9,6 +9,7 @@ any time, a run goes on with --resume from its last checkpoint, within an epoch 
 """
 
 import dataclasses
+import gc
 import json
 import sys
 import time
@@ -60,7 +61,14 @@ class Run:
         if config.optim.ema:
             self.ema = EMA(self.net, config.optim.ema)
         self.guide, self.harvest = None, None
-        if self.guided is not None and (self.guided.guided or self.make_stage().mixes):
+        stage = self.make_stage()
+        if self.guided is not None and (self.guided.guided or stage.mixes):
+            source = config.saliency.source
+            check(
+                source == "pass" or not stage.moves_pixels,
+                f"saliency.source must be pass with {config.method}, which moves pixels, got "
+                f"{source}",
+            )
             self.guide = Guide(config, self.guided, self.net, self.index, self.loaders, ranks)
             self.harvest = self.guide.harvest
         self.model = self.net
@@ -98,20 +106,9 @@ class Run:
     def build_loader(self) -> Loader:
         """Start the training pipeline where its state says."""
         self.stage = self.make_stage()
-        try:
-            return self.loaders.train(
-                self.stage,
-                self.exec_config(),
-                checkpoint=self.pipeline_state,
-                position=self.step,
-            )
-        except RuntimeError as error:
-            if self.pipeline_state is None or isinstance(error, ImageError):
-                raise
-            raise ValueError(
-                f"the checkpoint in {str(self.out)!r} is of another pipeline than these settings "
-                "make; resume with those in its config.json"
-            ) from error
+        return self.loaders.train(
+            self.stage, self.exec_config(), checkpoint=self.pipeline_state, position=self.step
+        )
 
     def saliency_pass(self) -> None:
         """Refresh the cache if a pass is due by this epoch and has not been made."""
@@ -120,6 +117,7 @@ class Run:
             return
         start = time.perf_counter()
         self.loader = None  # it has planned ahead with the old maps
+        gc.collect()  # what is fed to a pipeline refers to itself
         run = self.exec_config(sharded=False)
         report = self.guide.refresh(due, run, mixes=self.stage.mixes)
         self.loader = self.build_loader()
@@ -176,6 +174,7 @@ class Run:
             if config.checkpoint_every and self.step % config.checkpoint_every == 0:
                 settle()
                 self.save()
+                mark = time.perf_counter()
         settle()
         bar.close()
 
@@ -266,6 +265,16 @@ class Run:
         torch.set_rng_state(mine["rng"])
         if mine["cuda_rng"] is not None:
             torch.cuda.set_rng_state(mine["cuda_rng"])
+        try:
+            self.loader = self.build_loader()
+        except ImageError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"the checkpoint in {str(self.out)!r} is of another pipeline than these settings "
+                f"make ({reason}); resume with those in its config.json"
+            ) from error
 
     def parts(self) -> list[str]:
         optional = [name for name in ("ema", "harvest") if getattr(self, name) is not None]
@@ -283,9 +292,16 @@ def run(config: Config, resume: bool) -> None:
     ranks.gather(None)  # nobody writes before all have looked
     out.mkdir(parents=True, exist_ok=True)
     training = Run(config, ranks)
-    if (out / "checkpoint.pt").exists():
+    found = ranks.gather((out / "checkpoint.pt").exists())
+    check(
+        len(set(found)) == 1,
+        f"checkpoint.pt must be in {config.out!r} on every node or on none: put out on a disk that "
+        "they share, or copy the file",
+    )
+    if found[0]:
         training.restore()
-    training.loader = training.build_loader()  # before anything is written: it may object
+    else:
+        training.loader = training.build_loader()  # before anything is written: it may object
     log = None
     if ranks.first:
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")

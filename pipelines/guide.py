@@ -117,5 +117,5 @@ class Guide:
         bar.close()
         self.made = due
         if self.harvest is not None:
-            self.harvest.clear(due)
+            self.harvest.clear()
         return report

@@ -39,8 +39,6 @@ from scae_dali.ops import Stage
 from scae_dali.order import epoch_size
 from scae_dali.second_stage import SecondStageConfig
 
-POLICIES = ("rand_augment", "auto_augment", "trivial_augment", "keep_augment")
-
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -141,6 +139,11 @@ class SaliencyConfig:
             "saliency.share must be below 1 where saliency.source is both, got 1: the pass would "
             "leave nothing to the harvest",
         )
+        check(
+            self.source != "harvest" or self.share == 1,
+            f"saliency.share is that of a pass, and saliency.source harvest makes none, got "
+            f"{self.share}; set the source to both",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,17 +233,16 @@ class Config:
             f"optim.warmup_epochs must be below epochs ({self.epochs}), got "
             f"{self.optim.warmup_epochs}",
         )
+        check(
+            self.loss.class_balanced == 0 or self.loss.defer < self.epochs,
+            f"loss.defer must be below epochs ({self.epochs}), got {self.loss.defer}: the weights "
+            "would never act",
+        )
         guide = self.guide()
         check(
             guide is None or guide.refresh_every > 0 or bool(self.saliency.cache),
             "refresh_every=0 means a cache built offline, got saliency.cache=None: name it "
             "(tools/build_cache.py builds one), or refresh every so many epochs",
-        )
-        moved = sorted({*compose.split(self.method)} & {*POLICIES})
-        check(
-            guide is None or self.saliency.source == "pass" or not moved,
-            f"saliency.source must be pass with {'+'.join(moved)}, which moves pixels, got "
-            f"{self.saliency.source}",
         )
         check(
             guide is None or self.saliency.source == "pass" or guide.refresh_every > 0,
@@ -269,8 +271,7 @@ class Config:
             "optim.decay_norms": self.optim.decay_norms,
             "sampling": self.sampling,
             "second_stage.classifier": self.second_stage.classifier,
-            # What is harvested is in the checkpoint; older ones know passes alone.
-            **({} if self.saliency.source == "pass" else {"saliency.source": self.saliency.source}),
+            "saliency.source": self.saliency.source,
         }
 
     def method_configs(self) -> dict[str, Any]:
@@ -311,7 +312,8 @@ class Config:
     def method_settings(self) -> dict[str, Any]:
         """The settings of `method`, as keywords of the stage."""
         settings = {
-            name: dataclasses.asdict(config) for name, config in self.method_configs().items()
+            name: {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+            for name, config in self.method_configs().items()
         }
         return settings if len(settings) > 1 else next(iter(settings.values()))
 

@@ -141,7 +141,7 @@ class SaliencyCache:
         index: Index,
         *,
         grid: tuple[int, int],
-        naming: str = "index",
+        naming: str | None = None,
         exist_ok: bool = False,
         method: str | None = "gradcam",
         model: str | None = None,
@@ -151,11 +151,12 @@ class SaliencyCache:
         """An empty cache for `index`; with exist_ok, the one that is there, checked.
 
         Several processes may do the latter at once. grid: (h, w) of the maps. naming: "index" or
-        "path", see `index.keys`. The rest says how the maps come about; `begin_pass` may say
-        otherwise later. Raises CacheError where something else is at `path`.
+        "path", see `index.keys`; None: that of the one that is there, or "index". The rest says how
+        the maps come about; `begin_pass` may say otherwise later. Raises CacheError where something
+        else is at `path`.
         """
         path = os.fspath(path)
-        if naming not in ("index", "path"):
+        if naming not in ("index", "path", None):
             raise ValueError(f'naming must be "index" or "path", got {naming!r}')
         if len(grid) != 2 or not all(isinstance(n, int | np.integer) and n >= 1 for n in grid):
             raise ValueError(f"grid must be (h, w) of positive integers, got {grid!r}")
@@ -165,7 +166,7 @@ class SaliencyCache:
             (int(grid[0]), int(grid[1])),
             len(index),
             index.fingerprint,
-            naming,
+            naming or "index",
             *(method, model, layer, input_size),
         )
 
@@ -181,7 +182,7 @@ class SaliencyCache:
         environment.forget_if_replaced()
         environment.update(initialise, needs=1 << 16)
         cache = cls(path, index=index, grid=meta.grid)
-        if (stored := cache.meta.naming) != naming:
+        if naming is not None and (stored := cache.meta.naming) != naming:
             cache.close()
             raise CacheError(
                 f"saliency cache {path!r} names its samples by {stored!r}, not by {naming!r}; pass "
@@ -235,8 +236,8 @@ class SaliencyCache:
         """The samples for a pass of `epoch` that makes `count` maps -> i64[count], in key order.
 
         Those that carry its stamp come first, so that a pass that is resumed keeps to its samples;
-        then those without a map, then by age. Ties are broken by an order that changes with the
-        epoch.
+        then those without a map, or with one of an epoch to come, which is another run's; then by
+        age. Ties are broken by an order that changes with the epoch.
         """
         epoch = checked_epoch(epoch)
         if not 0 <= count <= self._samples:
@@ -244,7 +245,7 @@ class SaliencyCache:
         stamps = self.stamps()
         # Age, and behind the point what breaks ties: exact, with 17 and 33 bits.
         rank = uniforms(0, Stream.STALEST, epoch, np.arange(self._samples), 1)[:, 0]
-        rank += np.where(stamps == epoch, -2, stamps)
+        rank += np.where(stamps == epoch, -2, np.where(stamps > epoch, -1, stamps))
         return self._in_key_order(_lowest(rank, count))
 
     def begin_pass(
@@ -260,12 +261,12 @@ class SaliencyCache:
     ) -> NDArray[np.int64]:
         """Begins or resumes the pass of `epoch` (0..65535) -> i64[P], ids to do in key order.
 
-        ids: int[B], the samples of the pass, each once; None: all. The other maps stay as they are.
-        weights: hex digest of the model's weights; "" where unknown, which trusts any other unknown
-        one. The provenance is the last pass's unless given. Maps that carry this epoch are done if
-        the pass under way, or the last complete one, has the same epoch, weights, samples and
-        provenance. If not they are stale: they are withdrawn (emptied) first, and the pass begins
-        only then.
+        ids: int[B], the samples of the pass, each once; None: all. Maps of other epochs stay as
+        they are. weights: hex digest of the model's weights; "" where unknown, which trusts any
+        other unknown one. The provenance is the last pass's unless given. Maps that carry this
+        epoch are done if the pass under way, or the last complete one, has the same epoch, weights,
+        samples and provenance. If not they are stale: they are withdrawn (emptied) first, and the
+        pass begins only then. A pass of no samples makes no maps, and withdraws none.
         """
         epoch = checked_epoch(epoch)
         meta = self.meta
@@ -280,7 +281,7 @@ class SaliencyCache:
         wanted = {"epoch": epoch, "weights": weights, "part": part, "which": which}
         wanted |= given | kept
         stamps = self.stamps()
-        trusted = wanted in (meta.under_way, meta.last_pass)
+        trusted = part == 0 or wanted in (meta.under_way, meta.last_pass)
         if not trusted:
             # Emptied rather than deleted: the place in the page is kept, and the file stays packed.
             # In chunks before the meta record rather than with it: a crash between leaves fewer

@@ -90,7 +90,6 @@ class Harvest:
         self._sums = torch.zeros(samples, *grid, device=device)
         self._counts = torch.zeros(samples, *grid, device=device)
         self._waiting: list[_Crops] = []
-        self.since = 0  # the epoch from which on crops were taken in
 
     @torch.no_grad()
     def add(self, batch: Batch) -> None:
@@ -141,14 +140,13 @@ class Harvest:
     def keep_on(self, first: bool) -> None:
         """After `merge`: leave it to one rank, so that the next does not count it twice."""
         if not first:
-            self.clear(self.since)
+            self.clear()
 
-    def clear(self, since: int) -> None:
-        """Forget all; crops are of epoch `since` from here on."""
+    def clear(self) -> None:
+        """Forget all."""
         self._waiting = []
         self._sums.zero_()
         self._counts.zero_()
-        self.since = since
 
     def seen(self) -> NDArray[np.int64]:
         """The samples that have a map, int64 [n], ascending."""
@@ -181,13 +179,12 @@ class Harvest:
     def state_dict(self) -> dict[str, Any]:
         """Of this rank; see `merge`."""
         self._put()
-        return {"sums": self._sums, "counts": self._counts, "since": self.since}
+        return {"sums": self._sums, "counts": self._counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._waiting = []
         self._sums.copy_(state["sums"])
         self._counts.copy_(state["counts"])
-        self.since = state["since"]
 
     def _keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if torch.is_grad_enabled():

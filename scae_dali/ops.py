@@ -130,6 +130,8 @@ class Stage:
         ):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed must be in [0, 2**64), got {seed}")
         if start_epoch < 0:
             raise ValueError(f"start_epoch must be at least 0, got {start_epoch}")
         if backend not in ("numpy", "torch"):
@@ -156,6 +158,7 @@ class Stage:
         )
         self._method = compose.make(method, settings, self._run)
         self.mixes = mixes(self._method)
+        self.moves_pixels = "policy" in getattr(self._method, "kinds", ())
         self.conditional = self.mixes or getattr(self._method, "conditional", False)
 
     def __call__(
@@ -211,6 +214,11 @@ class Stage:
             )
         if (shapes is None) != (random_crop is None):
             raise ValueError("shapes and random_crop go together; give both or neither")
+        if window is not None and shapes is not None:
+            raise ValueError(
+                "window is a crop that was drawn elsewhere, shapes and random_crop have the stage "
+                "draw it; give window, or the other two"
+            )
         if window is not None and len(window) != 3:
             raise ValueError(
                 f"window must be (start, size, shapes), got {len(window)} entries; shapes is what "

@@ -1,9 +1,9 @@
 """The saliency pass: a map of every sample's own label, into the cache.
 
-Every rank computes its part; the first process of each node writes, in key order, a chunk a
-transaction. A pass that was killed goes on with the samples whose records do not carry its stamp.
-When a pass is due is decided by `schedule`, what a map shows by the method; maps that training has
-gathered by itself (`harvest`) are written along.
+Every rank computes its part; the first process of each node writes, in key order (of several ranks
+in that of the index), a chunk a transaction. A pass that was killed goes on with the samples whose
+records do not carry its stamp. When a pass is due is decided by `schedule`, what a map shows by the
+method; maps that training has gathered by itself (`harvest`) are written along.
 """
 
 import hashlib
@@ -113,9 +113,9 @@ def refresh_cache(
             cache,
             epoch,
             commit_every=commit_every,
-            weights=weights_digest(model),
+            weights=weights_digest(cam.model),
             method="+".join(made_by) or None,
-            model=name or type(model).__name__,
+            model=name or type(cam.model).__name__,
             layer=cam.layer,
             input_size=input_size,
             **part,
@@ -138,7 +138,7 @@ def refresh_cache(
                 compared.append(agreement(levels, *harvest.maps(ids)))
 
         if len(pending):
-            # Rank r takes every world-th sample: what the ranks give together is in key order.
+            # Rank r takes every world-th sample: what the ranks give together is in this order.
             turn = np.resize(pending, -(-len(pending) // world) * world)[rank::world]
             _pass(cam, loader_for(turn.tolist()), index.labels, world, autocast, take)
         if cache is not None and chunks is not None and harvest is not None:
@@ -257,7 +257,7 @@ def _to_host(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
 
 
 def _union(pending, index, device):
-    """Samples that some node's cache still lacks, in key order of an index-named cache."""
+    """Samples that some node's cache still lacks, in the order of the index."""
     missing = torch.zeros(len(index), dtype=torch.uint8, device=device)
     missing[torch.from_numpy(pending).to(device)] = 1
     distributed.all_reduce(missing, distributed.ReduceOp.MAX)

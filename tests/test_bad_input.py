@@ -504,9 +504,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"method": "scae", "saliency__source": "both"},
         "saliency.share must be below 1 where saliency.source is both, got 1",
     ),
+    "a share of a harvest": (
+        {"method": "scae", "saliency__source": "harvest", "saliency__share": 0.1},
+        "saliency.share is that of a pass, and .* harvest makes none, got 0.1; set .* to both",
+    ),
+    "weights that never act": (
+        {"loss__class_balanced": 0.9999, "loss__defer": 160},
+        r"loss.defer must be below epochs \(\d+\), got 160",
+    ),
     "a harvest of moved pixels": (
         {"method": "rand_augment+scae", "saliency__source": "harvest"},
-        "saliency.source must be pass with rand_augment, which moves pixels, got harvest",
+        r"saliency.source must be pass with rand_augment\+scae, which moves pixels, got harvest",
     ),
     "a harvest for a cache built offline": (
         OFFLINE | {"saliency__cache": "PLACE/none.lmdb", "saliency__source": "harvest"},
@@ -630,8 +638,9 @@ def test_a_file_that_is_no_checkpoint(monkeypatch, place, copied):
         ({"method": "cutout"}, "method='none', not 'cutout': resume it"),
         ({"amp": "bf16"}, "amp='none', not 'bf16': resume it"),
         ({"image__crop__kind": "pad"}, "image.crop.kind='resized', not 'pad': resume it"),
+        ({"saliency__source": "harvest"}, "saliency.source='pass', not 'harvest': resume it"),
     ],
-    ids=["model", "classes", "batch_size", "seed", "ema", "method", "amp", "crop"],
+    ids=["model", "classes", "batch_size", "seed", "ema", "method", "amp", "crop", "source"],
 )
 def test_a_checkpoint_of_other_settings(monkeypatch, place, finished, changes, message):
     before = (finished / "checkpoint.pt").read_bytes()
@@ -641,8 +650,17 @@ def test_a_checkpoint_of_other_settings(monkeypatch, place, finished, changes, m
 
 
 def test_a_checkpoint_of_another_pipeline(monkeypatch, place, copied):
-    with pytest.raises(SystemExit, match=r"is of another pipeline .* those in its config.json"):
+    with pytest.raises(SystemExit, match=r"is of another pipeline .*\(.+\).* in its config.json"):
         run_train(monkeypatch, place, copied, "--resume", epochs=2, image__decode="full")
+
+
+def test_a_checkpoint_that_some_nodes_lack(monkeypatch, place, copied):
+    def gather(self, value):
+        return [value, not value if isinstance(value, bool) else value]
+
+    monkeypatch.setattr(train_script.Ranks, "gather", gather)
+    with pytest.raises(SystemExit, match=r"checkpoint.pt must be in '.*' on every node or on none"):
+        run_train(monkeypatch, place, copied, "--resume", epochs=2)
 
 
 def test_a_checkpoint_that_meets_a_full_disk_leaves_the_last_one(monkeypatch, place, copied):

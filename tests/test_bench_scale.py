@@ -3,6 +3,7 @@
 import json
 import mmap
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -53,6 +54,21 @@ def test_readers_beside_a_writer_that_tears(tmp_path, monkeypatch):
     found = bench_cache.together(str(path), 1, False, n, 0.1)
     assert found["torn"] > 0
     assert found["missing"] == 0
+
+
+def test_what_smaller_sizes_told_outlives_a_killed_process(tmp_path, monkeypatch, capsys):
+    def alone(work, n, *rest):
+        if n == 20:
+            raise BrokenProcessPool
+        return {"samples": n, "index": "ImageIndex", "cache_bytes": n, "steps": {}}
+
+    out = tmp_path / "bench.json"
+    argv = ["bench_scale", "--parts", "sizes", "--samples", "10,20,30", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(bench_scale, "alone", alone)
+    with pytest.raises(SystemExit, match="the process of 20 samples was killed"):
+        bench_scale.main()
+    assert [one["samples"] for one in json.loads(out.read_text())["sizes"]] == [10]
 
 
 def test_bench_cache(tmp_path):

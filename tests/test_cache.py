@@ -285,11 +285,14 @@ def test_the_stalest_are_not_the_same_of_every_epoch(cache):
 def test_the_stalest_are_the_first_by_age_then_by_draw(path, count):
     index = FakeIndex(1000)
     with SaliencyCache.create(path, index, grid=GRID, naming="path") as cache:
-        for epoch, ids in {7: range(100, 350), 65535: range(350, 600), 3: range(900)[::3]}.items():
+        passes = {1: range(100, 200), 2: range(200, 350), 65535: range(350, 600)}
+        for epoch, ids in (passes | {3: range(900)[::3]}).items():
             fill(cache, epoch, ids=ids)
         stamps = cache.stamps()
         ties = uniforms(0, Stream.STALEST, 3, np.arange(1000), 1)[:, 0]
-        first = np.lexsort((ties, np.where(stamps == 3, -2, stamps)))[:count]
+        # Those of this pass, then those that are missing or of another run's epoch 65535, by age.
+        age = np.where(stamps == 3, -2, np.where(stamps > 3, -1, stamps))
+        first = np.lexsort((ties, age))[:count]
         ids = cache.stalest(count, epoch=3)
         np.testing.assert_array_equal(np.sort(ids), np.sort(first))
         keys = index.keys("path")[ids]
@@ -324,6 +327,24 @@ def test_maps_of_other_weights_outside_a_share_are_withdrawn_too(cache):
     fill(cache, 1, weights="ab")
     fill(cache, 1, ids=[3, 5], weights="cd")
     assert np.flatnonzero(cache.read(range(100))[1]).tolist() == [3, 5]
+
+
+def test_passes_over_a_share_replace_what_a_longer_run_left(cache):
+    fill(cache, 90)
+    for epoch in (10, 20, 30, 40):
+        ids = cache.stalest(25, epoch=epoch)
+        assert set(cache.stamps()[ids]) == {90}
+        fill(cache, epoch, ids=ids)
+    assert cache.census()[0] == {10: 25, 20: 25, 30: 25, 40: 25}
+
+
+@pytest.mark.parametrize("weights", ["aa", "bb"])
+def test_a_pass_of_no_samples_withdraws_nothing(cache, weights):
+    fill(cache, 5, weights="aa")
+    assert cache.begin_pass(5, ids=[], weights=weights).tolist() == []
+    cache.end_pass(5)
+    assert cache.census()[0] == {5: 100}
+    assert len(cache.begin_pass(5, weights="bb")) == 100  # nor are they taken for new
 
 
 def test_a_share_is_of_the_samples(cache):
@@ -477,6 +498,8 @@ def test_refuses_a_cache_of_something_else(path):
         SaliencyCache(path, index=FakeIndex(), grid=(14, 14))
     with pytest.raises(CacheError, match="names its samples by 'index', not by 'path'"):
         SaliencyCache.create(path, FakeIndex(), grid=GRID, naming="path", exist_ok=True)
+    naming = SaliencyCache.create(path, FakeIndex(), grid=GRID, exist_ok=True).meta.naming
+    assert naming == "index"
     with SaliencyCache.create(path, FakeIndex(), grid=GRID, exist_ok=True) as cache:
         assert cache.meta.samples == 100
 

@@ -194,17 +194,15 @@ def test_it_is_told_what_was_seen_last(net):
 def test_its_state_can_be_saved(net):
     images, labels = pictures(9)
     one, other = harvest_of(net), harvest_of(Net().eval())
-    one.since = 4
     see(net, one, batch_of(images, labels))
     other.load_state_dict(one.state_dict())
     np.testing.assert_array_equal(other.maps(np.arange(9))[0], one.maps(np.arange(9))[0])
-    assert other.since == 4
     other.keep_on(True)
     assert len(other.seen()) == 9
     other.keep_on(False)
-    assert (len(other.seen()), other.since, len(one.seen())) == (0, 4, 9)
-    one.clear(6)
-    assert (len(one.seen()), one.since) == (0, 6)
+    assert (len(other.seen()), len(one.seen())) == (0, 9)
+    one.clear()
+    assert len(one.seen()) == 0
 
 
 def test_how_many_crops_are_put_back_at_once_changes_nothing(net, monkeypatch):

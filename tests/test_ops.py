@@ -268,6 +268,9 @@ def test_arguments_are_checked(index, cache, tmp_path):
     for name, value in (("epoch_size", 0), ("start_epoch", -1)):
         with pytest.raises(ValueError, match=f"{name} must be at least .*, got {value}"):
             Stage(index, "none", epochs=1, batch_size=2, seed=0, **{name: value})
+    for seed in (-1, 1 << 64):
+        with pytest.raises(ValueError, match=rf"seed must be in \[0, 2\*\*64\), got {seed}"):
+            Stage(index, "none", epochs=1, batch_size=2, seed=seed)
     normalised = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     with pytest.raises(ValueError, match="mean must be in grey levels where fill is color"):
         stage(index, cache, 16, fill="color", **normalised)
@@ -286,3 +289,5 @@ def test_arguments_are_checked(index, cache, tmp_path):
 
     with pytest.raises(ValueError, match=r"window must be \(start, size, shapes\), got 2"):
         define()
+    with pytest.raises(ValueError, match="window is a crop that was drawn elsewhere"):
+        one.plan(None, size=(8, 8), window=(1, 2, 3), shapes=3, random_crop=CropConfig())

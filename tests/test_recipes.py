@@ -61,6 +61,25 @@ def test_a_method_that_wants_maps_is_found_beside_one_that_wants_neighbours():
     assert recipe(BASE, scae__lam_max="0", scae__mix_prob="0").guide() is None
 
 
+METHOD = """
+from dataclasses import dataclass, field
+from scae_dali.config import CropConfig
+from scae_dali.methods.none import Method
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    crop: CropConfig = field(default_factory=lambda: CropConfig(pad=3))
+"""
+
+
+def test_settings_within_settings_of_a_users_method_stay_what_they_are(tmp_path, monkeypatch):
+    (tmp_path / "mine_nested").mkdir()
+    (tmp_path / "mine_nested" / "method.py").write_text(METHOD)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = recipe(BASE, method="mine_nested.method")
+    assert config.method_settings()["crop"].pad == 3
+
+
 def test_a_second_stage_needs_the_first_ones_weights():
     with pytest.raises(ValueError, match=r"second_stage\.weights must name the first stage's"):
         recipe(BASE, "crt")

@@ -240,6 +240,24 @@ def test_neighbours_follow_the_weights_and_are_not_written_unless_wanted(fresh, 
         assert fresh.read_neighbors().tolist() == [[k] for k in nearest]
 
 
+def test_neighbours_alone_leave_the_maps(fresh, index):
+    model = Net()
+    run(model, fresh, index, [])
+    maps, _ = fresh.read(np.arange(50))
+    for wanted in (model, Net().double()):  # other weights too
+        assert run(wanted, fresh, index, [], share=0.0, neighbors=1).images == 0
+        np.testing.assert_array_equal(fresh.read(np.arange(50))[0], maps)
+    assert fresh.read_neighbors().shape == (3, 1)
+
+
+@pytest.mark.parametrize("wrapped", [nn.DataParallel, torch.compile])
+def test_a_wrapper_changes_neither_the_weights_nor_the_name(fresh, index, wrapped):
+    model, asked = Net(), []
+    run(model, fresh, index, [])
+    assert run(wrapped(model), fresh, index, asked).images == 0
+    assert fresh.meta.model == "Net"
+
+
 def test_neighbours_of_a_second_stages_classifier(fresh, index):
     """LWS and MiSLAS: a factor a class does not turn the weights."""
     plain = Net()

@@ -240,7 +240,12 @@ def test_runs_are_made_once_and_reported(data, tmp_path, fake, capsys):
     found = json.loads((tmp_path / "runs" / "table3.json").read_text())
     rows = {row["cell"]: row for row in found["rows"]}
     assert [*rows] == ["none", "random_erasing", "mislas_stage1", "mislas"]
-    assert rows["random_erasing"]["gain"] == {"mean": 10, "std": 0, "seeds": [0, 1]}
+    assert rows["random_erasing"]["gain"] == {
+        "mean": 10,
+        "std": 0,
+        "values": [10, 10],
+        "seeds": [0, 1],
+    }
     assert found["train_options"][:2] == ["--data.format", "folder"]
     assert found["unfinished"] == []
     assert reproduce.main(argv) == 0
@@ -386,7 +391,7 @@ def test_gains_are_paired_by_seed(tmp_path, capsys):
     assert scae["paper_gain"] == pytest.approx(48.91 - 43.87)
     assert scae["figures"]["few"]["mean"] == 5.5
     assert "many" not in scae["figures"]
-    assert mixup["gain"] == {"mean": -0.5, "std": None, "seeds": [2]}
+    assert mixup["gain"] == {"mean": -0.5, "std": None, "values": [-0.5], "seeds": [2]}
     assert (mixup["paper"], mixup["paper_gain"], mixup["independent"]) == ({}, None, [45.4])
     assert found["unfinished"] == ["rho50-cifar_resnet32-cutmix-s0"]
     text = capsys.readouterr().out

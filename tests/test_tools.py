@@ -62,6 +62,7 @@ def test_gpu_check_lists_every_method():
         ("arrays/scae/fp16-NHWC", ["45 images", "mixed"]),
         ("saliency-arrays/fp32-NCHW", ["45 images", "maps: mean |difference| 0.0000"]),
         ("harvest/plain", ["maps, mean |difference| 0.0000"]),
+        ("erase/noise", ["roughness of the noise"]),
         ("compile/reduce-overhead", ["skipped"]),
     ],
 )
@@ -69,7 +70,8 @@ def test_gpu_check_passes_on_the_cpu(tmp_path, name, expected):
     out = tmp_path / "checks.json"
     run("gpu_check", "--device-id", "cpu", "--only", name, "--json", out)
     result = json.loads(out.read_text())
-    assert {"command", "commit", "hardware", "versions", "checks"} == set(result)
+    assert {"command", "commit", "hardware", "versions", "complete", "checks"} == set(result)
+    assert result["complete"]
     (check,) = result["checks"]
     assert check["ok"]
     assert check["name"] == name
@@ -267,6 +269,14 @@ def test_show_erasing(tmp_path, images, maps):
     with Image.open(sheet) as image:
         assert image.format == "PNG"
         assert image.size == (1100, 440)
+
+
+def test_show_erasing_erases_images_of_the_tail_too(tmp_path, tailed, tailed_cache):
+    options = ["--data", tailed.root, "--cache", tailed_cache.path, "--size", 24, "--lam", "0,3"]
+    out = run("show_erasing", *options, "--images", 63, "--out", tmp_path / "sheet.png")
+    lines = [line for line in out.splitlines() if "λ=" in line]
+    assert len(lines) == 63
+    assert not any(", 0, 0)" in line for line in lines)
 
 
 def test_show_erasing_without_a_cache(tmp_path, images):

@@ -44,7 +44,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         paper = dict(cell.paper) if known else {}
         reference = section.cell("none").paper
         figures = {
-            column: {**_runs.spread(values), "values": values}
+            column: _runs.spread(values)
             for column, name in COLUMNS.items()
             if (values := [row[name] for _, row, _ in members.values() if name in row])
         }

@@ -93,10 +93,10 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tup
     return {key: (mine[key], yours[key]) for key in shared if mine[key] != yours[key]}
 
 
-def spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and standard deviation, of a sample; one value has none."""
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and standard deviation, of a sample; one value has none. And the values."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "std": deviation}
+    return {"mean": statistics.mean(values), "std": deviation, "values": [*values]}
 
 
 def gain(own: Mapping[int, float], baseline: Mapping[int, float]) -> dict[str, Any] | None:

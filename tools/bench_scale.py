@@ -28,6 +28,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -351,12 +352,16 @@ def alone(work: Callable[..., T], *args: Any) -> T:
 
 
 def all_sizes(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What each size took, up to the first whose process is killed."""
     found: list[dict[str, Any]] = []
     known: dict[str, float] = {}
     for n in args.samples:
         with tempfile.TemporaryDirectory(dir=args.dir) as folder:
             limit = int(SHARE * _memory.available())
-            found.append(alone(at_size, n, args.batch, args.lookups, folder, known, limit))
+            try:
+                found.append(alone(at_size, n, args.batch, args.lookups, folder, known, limit))
+            except BrokenProcessPool:  # what the smaller ones told is not lost
+                break
         for name, step in found[-1]["steps"].items():
             if "left_out" not in step:
                 known[name] = max(step["adds_bytes"], 0) / n
@@ -465,6 +470,11 @@ def main() -> None:
     extra = {"settings": settings(args), "epoch": told, "startup": started, "sizes": found}
     extra["breaks_first"] = breaks(found)
     report(table, args, extra, plot=partial(draw, growth(found)))
+    if "sizes" in parts and len(found) < len(args.samples):
+        raise SystemExit(
+            f"error: the process of {args.samples[len(found)]:,} samples was killed, perhaps for "
+            "its memory"
+        )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python tools/compare_runs.py runs/none runs/scae-0 runs/scae-1 --json tools/results/lt.json
 
-Runs whose settings differ in `seed` and `out` alone are one row, mean ± standard deviation.
+Runs whose settings differ in `seed` and `out` alone are one row, mean ± standard deviation. The
+JSON has the values by seed besides; its commit, hardware and versions are the comparison's.
 """
 
 import argparse

@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -133,10 +134,16 @@ def ended(code: int) -> str:
 
 
 def run_all(args: argparse.Namespace) -> list[dict]:
-    """The rows of all checks, --jobs at a time; each is printed when it is known."""
+    """The rows of all checks, --jobs at a time; each is printed, and written, when it is known."""
     servers: list[Server] = []  # that are idle
+    rows: dict[str, dict] = {}
+    about = _bench.about() if args.json else {}
+    lock = threading.Lock()
 
-    def run(name: str) -> dict:
+    def found() -> list[dict]:
+        return [rows[name] for name in args.names if name in rows]
+
+    def run(name: str) -> None:
         try:
             server = servers.pop()
         except IndexError:  # another thread may have taken the last
@@ -146,14 +153,19 @@ def run_all(args: argparse.Namespace) -> list[dict]:
             servers.append(server)
         mark = "ok  " if row["ok"] else "FAIL"
         print(f"{mark} {name} ({row['seconds']} s): {row['detail']}", flush=True)
-        return row
+        with lock:
+            rows[name] = row
+            if args.json:
+                complete = len(rows) == len(args.names)
+                _bench.write_json(args.json, {**about, "complete": complete, "checks": found()})
 
     names = sorted(args.names, key=lambda name: not name.startswith(LONGEST))
     with ThreadPoolExecutor(args.jobs) as pool:
-        rows = {row["name"]: row for row in pool.map(run, names)}
+        for _ in pool.map(run, names):  # raises what one raised
+            pass
     for server in servers:
         server.close()
-    return [rows[name] for name in args.names]
+    return found()
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -202,8 +214,6 @@ def main(argv: list[str] | None = None) -> int:
         results = run_all(args)
     failed = sum(not row["ok"] for row in results)
     print(f"{len(results) - failed} of {len(results)} checks passed")
-    if args.json:
-        _bench.write_json(args.json, {**_bench.about(), "checks": results})
     return 1 if failed else 0
 
 
