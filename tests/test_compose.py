@@ -410,3 +410,21 @@ def test_a_stage_of_several_in_somebody_elses_pipeline(index, cache):
     np.testing.assert_array_equal(partner, label[source])
     np.testing.assert_array_equal(label[:, 0], index.labels[ids[:, 0]])
     assert set(part["status"]) == {Status.ERASED | Status.MIXED_IN_BATCH}
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "moves"),
+    [
+        ("scae", {}, False),
+        ("none", {}, False),
+        ("keep_augment", {"mode": "cut"}, False),
+        ("keep_augment", {"mode": "paste"}, True),
+        ("scae+mixup", {}, False),
+        ("mine.shear+scae", {}, True),
+    ],
+)
+def test_a_stage_tells_whether_it_moves_pixels(index, users, names, settings, moves):
+    users("shear", kinds=("policy",))
+    settings = settings | ({"scae": {"mix_prob": 0.0}} if "+" in names else {})
+    stage = Stage(index, names, epochs=1, batch_size=2, seed=0, **settings)
+    assert stage.moves_pixels is moves

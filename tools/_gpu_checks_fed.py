@@ -52,7 +52,7 @@ SAMPLES = 6 * BATCH - 3  # of random pixels: the last batch is not full
 MIXING: dict[str, Any] = {"mix_prob": 0.7, "tail": 0.5, "p_min": 0.5, "p_max": 0.5}
 RARELY = MIXING | {"mix_prob": 0.3}  # so that a batch may have none to fetch
 CAM_DIFFERENCE = 0.01  # mean absolute one of maps in [0, 1] that is allowed
-LOSS_DIFFERENCE = 0.2  # in bfloat16, of losses around 3, that is allowed
+LOSS_DIFFERENCE = 0.1  # in bfloat16, that is allowed, of the loss or of 1; fp32 is 0.03 away
 
 
 def with_tail(setup: Setup, folder: str, grid: tuple[int, int] = (7, 7)) -> Setup:
@@ -191,9 +191,9 @@ def compiled(setup: Setup, mode: str) -> str:
         # Another shape would be compiled anew.
         full = [b for b in itertools.chain(loader, loader) if len(b.images) == BATCH]
         plain, ours = (losses(tailed, full, setup.device, how) for how in (None, mode))
-    apart = np.abs(np.subtract(plain, ours)).max()
-    assert apart < LOSS_DIFFERENCE, f"losses differ by {apart:.3f}: {plain}, compiled {ours}"
-    return f"{len(ours)} steps, loss {ours[0]:.3f} to {ours[-1]:.3f}, at most {apart:.3f} apart"
+    apart = (np.abs(np.subtract(plain, ours)) / np.maximum(plain, 1)).max()
+    assert apart < LOSS_DIFFERENCE, f"losses differ by {apart:.1%}: {plain}, compiled {ours}"
+    return f"{len(ours)} steps, loss {ours[0]:.3f} to {ours[-1]:.3f}, at most {apart:.1%} apart"
 
 
 def losses(setup: Setup, batches: list[Batch], device: str, mode: str | None) -> list[float]:
