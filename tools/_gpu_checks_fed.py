@@ -52,7 +52,7 @@ SAMPLES = 6 * BATCH - 3  # of random pixels: the last batch is not full
 MIXING: dict[str, Any] = {"mix_prob": 0.7, "tail": 0.5, "p_min": 0.5, "p_max": 0.5}
 RARELY = MIXING | {"mix_prob": 0.3}  # so that a batch may have none to fetch
 CAM_DIFFERENCE = 0.01  # mean absolute one of maps in [0, 1] that is allowed
-LOSS_DIFFERENCE = 0.1  # in bfloat16, that is allowed, of the loss or of 1; fp32 is 0.03 away
+LOSS_DIFFERENCE = 0.05  # in bfloat16, that is allowed, of the loss or of 1; on a CPU it is 0.01
 
 
 def with_tail(setup: Setup, folder: str, grid: tuple[int, int] = (7, 7)) -> Setup:
@@ -202,7 +202,7 @@ def losses(setup: Setup, batches: list[Batch], device: str, mode: str | None) ->
     net = make_network("cifar_resnet32", setup.index.num_classes)
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = net if mode is None else torch.compile(net, mode=mode)
-    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9, nesterov=True)
     criterion = Loss(LossConfig(), setup.index.class_counts, torch.device(device)).at(0)
     found = []
     for batch in batches:
