@@ -178,9 +178,13 @@ def _fill_windows(out, pixels, height, width, ids, y, x):
 @compiled
 def _fill_boxes(images, boxes, color):
     """Eq. 1 in images uint8 [n, H, W, 3]. boxes: int64 [n, 4], (y, x, h, w) in pixels."""
-    for i in range(len(images)):
+    n, height, width, channels = images.shape
+    for i in range(n):
         y, x, h, w = boxes[i]
-        images[i, max(0, y) : max(0, y + h), max(0, x) : max(0, x + w)] = color
+        for row in range(max(0, y), min(height, y + h)):
+            for column in range(max(0, x), min(width, x + w)):
+                for channel in range(channels):  # a third of the time of a slice
+                    images[i, row, column, channel] = color[channel]
 
 
 def train_pipeline(

@@ -233,15 +233,16 @@ def _fill_centres(
             continue
         _fill_edges(edges_y, places_y, axis_window[k, 0], first[k, 0], last[k, 0])
         _fill_edges(edges_x, places_x, axis_window[k, 1], first[k, 1], last[k, 1])
-        top = max(lam[k], 0.0)
-        for i in range(ny - 3):
-            for j in range(nx - 3):
-                value = _between(saliency[k], i / per_cell, j / per_cell)
+        (y0, y1), (x0, x1) = _reach(edges_y), _reach(edges_x)
+        own, top = saliency[k], max(lam[k], 0.0)
+        for i in range(max(y0 - 2, 0), min(y1 - 1, ny - 3)):
+            for j in range(max(x0 - 2, 0), min(x1 - 1, nx - 3)):
+                value = own[i, j] if per_cell == 1 else _between(own, i / per_cell, j / per_cell)
                 node[i, j] = np.exp(lam[k] * value - top)
         bound[:] = np.exp(-top)  # as in _patch_bounds
-        for i in range(1, ny - 1):
+        for i in range(max(y0, 1), min(y1, ny - 1)):
             low, high = max(i - 2, 0), min(i - 1, ny - 4)
-            for j in range(1, nx - 1):
+            for j in range(max(x0, 1), min(x1, nx - 1)):
                 left, right = max(j - 2, 0), min(j - 1, nx - 4)
                 bound[i, j] = max(
                     max(node[low, left], node[high, left]), max(node[low, right], node[high, right])
@@ -249,7 +250,7 @@ def _fill_centres(
         for i in range(ny):
             mass = 0.0
             if edges_y[i + 1] > edges_y[i]:
-                for j in range(nx):
+                for j in range(x0, x1):
                     mass += bound[i, j] * (edges_x[j + 1] - edges_x[j])
             above[i + 1] = above[i] + mass * (edges_y[i + 1] - edges_y[i])
         for p in range(0, u.shape[1], 4):
@@ -268,10 +269,21 @@ def _fill_centres(
                 j += 1
             y = edges_y[i] + np.floor(u[k, p + 1] * (edges_y[i + 1] - edges_y[i]))
             x = edges_x[j] + np.floor(u[k, p + 2] * (edges_x[j + 1] - edges_x[j]))
-            value = _value_at(saliency[k], y, x, axis_window[k])
+            value = _value_at(own, y, x, axis_window[k])
             if u[k, p + 3] * bound[i, j] <= np.exp(lam[k] * value - top):
                 centre[k, 0], centre[k, 1], drawn[k] = y, x, True
                 break
+
+
+@compiled
+def _reach(edges):
+    """The first patch that has pixels, and one past the last: what is beyond need not be known."""
+    first, end = 0, len(edges) - 1
+    while first < end and edges[first + 1] == edges[first]:
+        first += 1
+    while end > first and edges[end - 1] == edges[end]:
+        end -= 1
+    return first, end
 
 
 @compiled
