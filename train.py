@@ -61,16 +61,16 @@ class Run:
         if config.optim.ema:
             self.ema = EMA(self.net, config.optim.ema)
         self.guide, self.harvest = None, None
-        stage = self.make_stage()
-        if self.guided is not None and (self.guided.guided or stage.mixes):
-            source = config.saliency.source
-            check(
-                source == "pass" or not stage.moves_pixels,
-                f"saliency.source must be pass with {config.method}, which moves pixels, got "
-                f"{source}",
-            )
-            self.guide = Guide(config, self.guided, self.net, self.index, self.loaders, ranks)
-            self.harvest = self.guide.harvest
+        if self.guided is not None:
+            stage, source = self.make_stage(), config.saliency.source
+            if self.guided.guided or stage.mixes:
+                check(
+                    source == "pass" or not stage.moves_pixels,
+                    f"saliency.source must be pass with {config.method}, which moves pixels, got "
+                    f"{source}",
+                )
+                self.guide = Guide(config, self.guided, self.net, self.index, self.loaders, ranks)
+                self.harvest = self.guide.harvest
         self.model = self.net
         if config.compile != "none":
             self.model = torch.compile(self.model, mode=config.compile)  # type: ignore[assignment]

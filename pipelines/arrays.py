@@ -62,8 +62,7 @@ class FedPlan(PlanNodes):
         full_px = pixels.shape[1:3]
         self._full_px = np.array(full_px)
         self.crops = image.crop.kind == "pad" and full_px == (image.size, image.size)
-        samples = min(SAMPLES_AT_ONCE, BYTES_AT_ONCE // pixels[0].nbytes)
-        self._many = max(1, samples // order.batch_size)  # batches
+        self._many = batches_at_once(pixels, order.batch_size)
         self._thread = ThreadPoolExecutor(1, "plan")  # all blocks are made in it, one by one
         self._next: tuple[int, Future[_Block]] | None = None
         self._block: _Block | None = None
@@ -142,6 +141,12 @@ class FedPlan(PlanNodes):
     def _column(self, rows: np.ndarray, name: str) -> np.ndarray:
         """int64 [B]."""
         return rows[:, self.planner.columns[name].start].astype(np.int64)
+
+
+def batches_at_once(pixels: Pixels, batch_size: int) -> int:
+    """How many batches a block has; one that is used and the next may be made."""
+    samples = min(SAMPLES_AT_ONCE, BYTES_AT_ONCE // pixels[0].nbytes)
+    return max(1, samples // batch_size)
 
 
 def on_device(images: DataNode, run: ExecConfig) -> DataNode:

@@ -37,6 +37,7 @@ from scae_dali.methods import BUILT_IN, compose, load, make_config
 from scae_dali.models import MODELS
 from scae_dali.ops import Stage
 from scae_dali.order import epoch_size
+from scae_dali.rng import check_seed
 from scae_dali.second_stage import SecondStageConfig
 
 
@@ -227,7 +228,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
-        check(0 <= self.seed < 1 << 64, f"seed must be in [0, 2**64), got {self.seed}")
+        check_seed(self.seed)
         check(
             self.optim.warmup_epochs < self.epochs,
             f"optim.warmup_epochs must be below epochs ({self.epochs}), got "

@@ -23,6 +23,7 @@ from scae_dali.methods import compose
 from scae_dali.methods.base import DataNode, Run, Triple, mixes
 from scae_dali.planner import Planner
 from scae_dali.resident import ResidentCache
+from scae_dali.rng import check_seed
 
 
 class Targets(NamedTuple):
@@ -130,8 +131,7 @@ class Stage:
         ):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 <= seed < 1 << 64:
-            raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+        check_seed(seed)
         if start_epoch < 0:
             raise ValueError(f"start_epoch must be at least 0, got {start_epoch}")
         if backend not in ("numpy", "torch"):

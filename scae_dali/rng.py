@@ -104,6 +104,12 @@ def _keys(seed: int) -> np.ndarray:
     return (key + np.arange(_ROUNDS)[:, None] * np.array(_WEYL)) & _MASK
 
 
+def check_seed(seed: int) -> None:
+    """Raises ValueError unless it is in [0, 2⁶⁴)."""
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+
+
 def uniforms(seed: int, stream: Stream, epoch: Array, ids: Array, n: int) -> Array:
     """Uniform numbers of one stream.
 
@@ -112,8 +118,7 @@ def uniforms(seed: int, stream: Stream, epoch: Array, ids: Array, n: int) -> Arr
     2⁻³³.
     """
     blocks = -(-n // 4)
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+    check_seed(seed)
     if blocks > 1 << _BLOCK_BITS:
         raise ValueError(f"n must be at most {4 << _BLOCK_BITS}, got {n}")
     if isinstance(ids, np.ndarray):

@@ -131,9 +131,9 @@ def memory_loader(
     return Loader(pipeline, train.OUTPUTS, stage.index, drop_last=drop_last, order=order)
 
 
-def planned_ahead(batch_size: int) -> int:
+def planned_ahead(pixels: np.ndarray, batch_size: int) -> int:
     """Batches that a pipeline fed from memory may have made before DALI asks for them."""
-    return 2 * max(1, arrays.SAMPLES_AT_ONCE // batch_size)
+    return 2 * arrays.batches_at_once(pixels, batch_size)
 
 
 def endless(loader: Loader) -> Iterator[Batch]:

@@ -110,7 +110,7 @@ def live_rows(
         )
         loader = memory_loader(stage, images.pixels, image, run)
         counts[name] = Counter()
-        ahead = run.prefetch + 1 + planned_ahead(args.batch_size)
+        ahead = run.prefetch + 1 + planned_ahead(images.pixels, args.batch_size)
         out[name] = Row(counts[name](endless(loader)), ahead, stage)
 
     def cache(name: str, index: ImageIndex) -> SaliencyCache:

@@ -207,7 +207,9 @@ def look_up(read: Callable[[np.ndarray], Any], batches: list[np.ndarray]) -> lis
 
 def check(looked_up: list[Any] | None, batches: list[np.ndarray]) -> None:
     """Raises RuntimeError unless every map is its sample's, of the second pass."""
-    for ids, (maps, found) in zip(batches, looked_up or [], strict=looked_up is not None):
+    if looked_up is None:  # it was left out
+        return
+    for ids, (maps, found) in zip(batches, looked_up, strict=True):
         if not found.all() or (salts(ids, maps) != 2).any():
             raise RuntimeError("a map is not the one that was written")
 

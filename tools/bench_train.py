@@ -170,7 +170,6 @@ class Bench:
         else:
             self.index = _live.evened(_live.epoch_index(args.data, args.repeat, batch_size))
         self.steps = args.steps or len(self.index) // batch_size
-        self.network = Network(args, self.index, self.device)
 
     def row(
         self,
@@ -193,7 +192,7 @@ class Bench:
         if self.pixels is not None:
             loader = _live.memory_loader(stage, self.pixels, self.image, self.run)
             if self.args.device_id is not None:  # on a CPU plans take no time beside a step
-                ahead += _live.planned_ahead(b)
+                ahead += _live.planned_ahead(self.pixels, b)
         else:
             pipeline = train.train_pipeline(stage, self.image, self.run, seed=_live.SEED)
             loader = Loader(pipeline, train.OUTPUTS, self.index, drop_last=True)
@@ -201,7 +200,7 @@ class Bench:
             return _live.Row(map(network.step, itertools.repeat(next(iter(loader)))), ahead=0)
         return _live.Row(map(network.step, _live.endless(loader)), ahead, stage)
 
-    def pass_rate(self, folder: str) -> Callable[[], float]:
+    def pass_rate(self, network: Network, folder: str) -> Callable[[], float]:
         """-> a function that makes a saliency pass over some images and gives img/s."""
         images = (self.args.pass_steps or self.steps) * self.run.batch_size
         part = self.index.subset(range(min(images, len(self.index))))
@@ -215,7 +214,7 @@ class Bench:
                 f"a pass needs at least two batches of {run.batch_size}, got {len(part)} images; "
                 "pass a larger --pass-steps, or more images"
             )
-        passes = Passes(self.network.net, None, part, loaders, run, amp)
+        passes = Passes(network.net, None, part, loaders, run, amp)
         return passes.maps(image, Path(folder, "pass.lmdb"))
 
 
@@ -238,7 +237,10 @@ def main(argv: list[str] | None = None) -> None:
         torch.cuda.set_device(args.device_id)
     torch.backends.cudnn.benchmark = True  # as train.py does
     bench = Bench(args)
-    network = bench.network
+    network = Network(args, bench.index, bench.device)
+    harvested: Network | None = None
+    with suppress(ValueError):  # of a network that cannot be harvested
+        harvested = Network(args, bench.index, bench.device, harvests=True)
     with tempfile.TemporaryDirectory() as folder:
         cache = _live.random_cache(os.path.join(folder, "maps.lmdb"), bench.index, network.grid)
         live = {
@@ -246,14 +248,13 @@ def main(argv: list[str] | None = None) -> None:
             "none": bench.row(network, "none"),
             "scae": bench.row(network, "scae", cache),
         }
-        with suppress(ValueError):  # of a network that cannot be harvested
-            another = Network(args, bench.index, bench.device, harvests=True)
-            live["harvest"] = bench.row(another, "scae", cache)
+        if harvested is not None:
+            live["harvest"] = bench.row(harvested, "scae", cache)
         calls: dict[str, Callable] = {
             name: partial(row.measure, bench.steps) for name, row in live.items()
         }
         if args.pass_every:
-            calls["saliency pass"] = bench.pass_rate(folder)
+            calls["saliency pass"] = bench.pass_rate(network, folder)
         _live.settle()
         samples = _bench.interleaved(calls, args.rounds)
     settings = _bench.settings(args)
