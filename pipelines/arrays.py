@@ -68,7 +68,7 @@ class FedPlan(PlanNodes):
         self._block: _Block | None = None
         self._parts: list[tuple[slice | int, npt.DTypeLike]] = []
         self._fill: np.ndarray | None = None  # of boxes; None: they are left to the graph
-        self.planner = stage.planner(image.crop)
+        self.planner = stage.planner(image.crop, keyed=True)
         self.images = on_device(self._feed(lambda block: block.images, layout="HWC"), run)
         self.row = self._feed(lambda block: block.rows)
 

@@ -129,23 +129,31 @@ def cut(images: DataNode, start: DataNode, shape: DataNode, image: ImageConfig) 
 
 
 def planned(
-    stage: Stage, encoded: DataNode, ids: DataNode, image: ImageConfig
+    stage: Stage, encoded: DataNode, ids: DataNode, image: ImageConfig, *, keyed: bool = False
 ) -> tuple[DataNode, DataNode, PlanNodes]:
-    """The stage's plan with a crop that it draws, whose start and shape come first."""
+    """The stage's plan with a crop that it draws, whose start and shape come first. keyed: ids are
+    those of `read_in_order`."""
     plan = stage.plan(
         ids,
         size=(image.size, image.size),
         shapes=fn.peek_image_shape(encoded),
         random_crop=image.crop,
+        keyed=keyed,
     )
     return plan.part("start", types.FLOAT), plan.part("shape", types.FLOAT), plan
 
 
 def crop_planned(
-    stage: Stage, encoded: DataNode, ids: DataNode, image: ImageConfig, run: ExecConfig
+    stage: Stage,
+    encoded: DataNode,
+    ids: DataNode,
+    image: ImageConfig,
+    run: ExecConfig,
+    *,
+    keyed: bool = False,
 ) -> tuple[DataNode, PlanNodes]:
     """The crop that the stage draws, HWC uint8 and not erased yet, and the stage's whole plan."""
-    start, shape, plan = planned(stage, encoded, ids, image)
+    start, shape, plan = planned(stage, encoded, ids, image, keyed=keyed)
     return decode_crop(encoded, start, shape, image, run), plan
 
 

@@ -52,7 +52,7 @@ def train_pipeline(
             encoded, ids = read_shuffled(stage.index, run, seed)
         else:
             encoded, ids = read_in_order(stage.index, order)
-        images, plan = crop_planned(stage, encoded, ids, image, run)
+        images, plan = crop_planned(stage, encoded, ids, image, run, keyed=order is not None)
         if stage.mixes:
             images = second.mix(images, plan, image.crop, fetch)
         images = stage.apply(images, plan)

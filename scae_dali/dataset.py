@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,13 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
+from scae_dali.names import Names
 from scae_dali.scan import EXTENSIONS, DatasetError, Int64, Path, scan_cached, scan_folders
 
 __all__ = ["EXTENSIONS", "DatasetError", "ImageIndex", "path_key"]
 
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 MAX_GUESSED_CLASSES = 1 << 16  # a stray number in a list must not make a billion classes
-WEBDATASET_NAME = re.compile(r".+?:\d+:(.+)", re.DOTALL)  # archive.tar:OFFSET:member
 
 
 def path_key(name: str) -> int:
@@ -226,7 +225,8 @@ class ImageIndex:
             i, j = order[twice[0]], order[twice[0] + 1]
             raise DatasetError(
                 f"samples {i} ({self.files[i]!r}) and {j} ({self.files[j]!r}) have the same 64-bit "
-                f"path key; list each file once, rename one, or name samples by 'index'"
+                f"path key; list members of several archives as archive.tar/member, list a file "
+                f"once, rename one, or name samples by 'index'"
             )
         keys.setflags(write=False)
         return keys, ascending, order
@@ -237,20 +237,18 @@ class ImageIndex:
         return [np.frombuffer(path.encode(), np.uint8) for path in paths]
 
     def ids_of(self, names: Sequence[str]) -> Int64:
-        """Positions, int64 [B], of the samples that a reader's `source_info` names.
+        """Places, int64 [B], of the samples that a reader's `source_info` names.
 
-        A name is the path as in `files`, the same behind root, or webdataset's
-        `archive.tar:OFFSET:member`, known whole or by its member. Raises DatasetError.
+        A name is the path as in `files`, or the same behind root, or webdataset's
+        `archive.tar:OFFSET:member`. The index may have the latter whole, as
+        `folder/archive.tar/member`, as `archive.tar/member`, or as the member alone; the longest
+        is taken. Raises DatasetError for an unknown name, and for a sample of two places.
         """
-        ids = self._find(names)
-        if (unknown := np.flatnonzero(ids < 0)).size:
-            ids[unknown] = self._find([self._shorten(names[b]) for b in unknown.tolist()])
-        if (unknown := np.flatnonzero(ids < 0)).size:
-            raise DatasetError(
-                f"no sample is named {names[unknown[0]]!r}; names here look like "
-                f"{_some(self.files, 1)}, with or without root={self.root!r} in front"
-            )
-        return ids
+        return self.names().ids(names)
+
+    def names(self) -> Names:
+        """`ids_of` for a whole run: it remembers the place of every member of an archive."""
+        return Names(self.files, self.root, self._find)
 
     def _find(self, names: Sequence[str]) -> Int64:
         """Positions of names that are in `files`, -1 for others."""
@@ -259,13 +257,6 @@ class ImageIndex:
         ids = order[np.searchsorted(ascending, wanted).clip(max=len(self) - 1)]
         same = [self.files[i] == name for i, name in zip(ids.tolist(), names, strict=True)]
         return np.where(np.array(same, dtype=bool), ids, -1)
-
-    def _shorten(self, name: str) -> str:
-        prefix = os.path.join(self.root, "")
-        if self.root and name.startswith(prefix):
-            return name[len(prefix) :]
-        member = WEBDATASET_NAME.fullmatch(name)
-        return member[1] if member else name
 
     def subset(self, ids: npt.ArrayLike) -> ImageIndex:
         """The samples at `ids` (int [M]), in that order, renumbered from 0; the same classes."""

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from scae_dali.dataset import ImageIndex
 from scae_dali.order import Order
 from scae_dali.planner import COMMON, COMMON_WIDTH, columns_of
 from scae_dali.verify import concerns_images, explain
+from scae_dali.wiring import EachOnce
 
 T = TypeVar("T")
 
@@ -57,9 +59,11 @@ class Loader:
     one maybe with `label`, `partner` and `mu` (ops.Targets).
     drop_last: give only the batches that are full on every shard, so that all ranks take as many
     steps; without it the last batch may be smaller, and an empty one is left out. Samples that pad
-    a shard never appear. position: batches of the epoch that a restored pipeline has given already.
+    a shard never appear. position: batches of the epoch that a restored pipeline has given already;
+    where that is all of them, the first `for` loop gives nothing.
 
-    A `for` loop gives an epoch, or what is left of it. Raises ImageError where DALI cannot read or
+    A `for` loop gives an epoch, or what is left of it. The epoch is over once its last batch is
+    given, whether or not anybody asks for another. Raises ImageError where DALI cannot read or
     decode an image; the pipeline is lost then.
     """
 
@@ -82,7 +86,7 @@ class Loader:
             )
         self._index, self._pipeline = index, pipeline
         self._labels = torch.from_numpy(index.labels.copy())
-        self._position = position
+        self._once: EachOnce | None = None
         if order is None:
             meta = pipeline.reader_meta("Reader")
             shards, epoch_size = meta["number_of_shards"], meta["epoch_size"]
@@ -93,6 +97,8 @@ class Loader:
                 "last_batch_policy": LastBatchPolicy.PARTIAL,
             }
             self._valid = None
+            if "id" in outputs and epoch_size == len(index):
+                self._once = EachOnce(len(index))
         else:
             shards, epoch_size = order.num_shards, order.epoch_size
             length = {"size": order.batches * order.batch_size}
@@ -113,18 +119,24 @@ class Loader:
                     f"{self._batch_size}"
                 )
 
+        self._position = position  # of the next batch, within the epoch
+        self._nothing_left = position >= self._batches
+        # A state of the epoch's end, as it was once saved, may have batches left to drop.
+        if self._nothing_left and self._dali._counter > self._batch_size:
+            self._finish_epoch()
+
     def __len__(self) -> int:
         """Batches of a whole epoch."""
         return self._batches
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self._dali)
-        if self._position == len(self._dali):  # nothing is left, and DALI's begins the next epoch
-            self._position = 0
+        if self._nothing_left:
+            self._nothing_left, self._position = False, 0
             return
-        while True:
+        last = False
+        while not last:
             try:
-                (out,) = self._run(batches.__next__)
+                (out,) = self._run(self._dali.__next__)
             except StopIteration:
                 self._position = 0
                 return
@@ -132,12 +144,26 @@ class Loader:
                 left = max(0, self._valid - self._position * self._batch_size)
                 out = {name: value[:left] for name, value in out.items()}
             self._position += 1
-            if self._position <= self._batches and len(out["images"]):
-                yield self._batch(out)
+            last = self._position == self._batches
+            batch = self._batch(out) if len(out["images"]) else None
+            if last:  # before it is given: whoever counts batches asks for no more
+                self._finish_epoch()
+            if batch is not None:
+                yield batch
 
     def state(self) -> bytes:
-        """The pipeline's state after the last batch given; see `checkpoint` of the pipelines."""
+        """The pipeline's state after the last batch given; see `checkpoint` of the pipelines.
+
+        After the last batch of an epoch it is that of the next one's beginning.
+        """
         return self._dali.checkpoints()[0]
+
+    def _finish_epoch(self) -> None:
+        """Drop what is left of the epoch; DALI's iterator then begins the next one by itself."""
+        with suppress(StopIteration):
+            while True:
+                self._run(self._dali.__next__)
+        self._position = 0
 
     def _batch(self, out: dict[str, torch.Tensor]) -> Batch:
         images = out["images"]
@@ -148,7 +174,8 @@ class Loader:
             plan = out["plan"]
         else:
             plan = torch.zeros(n, COMMON_WIDTH, dtype=torch.float64)
-            ids = out["id"].reshape(n, 1).long()
+            ids = out["id"].reshape(n, 1).long().cpu()
+            self._check_ids(ids[:, 0])
             plan[:, _COLUMNS["id"]] = ids.double()
             plan[:, _COLUMNS["label"]] = plan[:, _COLUMNS["partner"]] = self._labels[ids].double()
             plan[:, _COLUMNS["mu"]] = 1.0
@@ -168,6 +195,19 @@ class Loader:
             windows=part["window"].float(),
             flips=part["flip"][:, 0].bool(),
         )
+
+    def _check_ids(self, ids: torch.Tensor) -> None:
+        """Raise where they are no places in the index, or come twice in the first epoch."""
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self._index):
+            raise IndexError(
+                f"id must be in [0, {len(self._index)}), the places in the index, got "
+                f"{int(ids.min())} … {int(ids.max())}; let the reader read index.files without "
+                "labels, or with places as its labels"
+            )
+        if self._once is not None:
+            self._once.look(ids.numpy())
+            if self._position == self._batches:  # that was the last one
+                self._once = None
 
     def _run(self, step: Callable[[], T]) -> T:
         try:

@@ -8,17 +8,20 @@ What is planned is for `planner` and the methods.
 import math
 import os
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from nvidia.dali import Pipeline, fn, types
+from nvidia.dali.pipeline import do_not_convert
 
-from scae_dali import second
+from scae_dali import second, wiring
 from scae_dali.cache import SaliencyCache
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD, CropConfig
 from scae_dali.dataset import ImageIndex
+from scae_dali.graph import Origin
 from scae_dali.methods import compose
 from scae_dali.methods.base import DataNode, Run, Triple, mixes
 from scae_dali.planner import Planner
@@ -141,9 +144,11 @@ class Stage:
         self.index = index
         self.batch_size = batch_size
         self.start_epoch = start_epoch
-        size = len(index) if epoch_size is None else epoch_size
-        self.batches_per_epoch = math.ceil(math.ceil(size / num_shards) / batch_size)
+        self.num_shards = num_shards
+        self.epoch_size = len(index) if epoch_size is None else epoch_size
+        self.batches_per_epoch = math.ceil(math.ceil(self.epoch_size / num_shards) / batch_size)
         self.seconds = 0.0  # spent in the Python operator, in DALI's thread
+        self._cache = cache
         self._device = None if backend == "numpy" else torch_device
         self._stream: Any = None  # of a GPU, once there are plans
         self._run = Run(
@@ -180,8 +185,20 @@ class Stage:
         Where the method mixes (SCAE, and the data set has tail classes), the pipeline must be
         defined with `enable_conditionals=True`; the second sample is a file of the index, cropped
         by `partner_crop`.
+        Raises ValueError where the graph shows that ids are none, that images are not as above, or
+        that window or size are not theirs; see `wiring`.
         """
+        size = wiring.checked_size(size)
         plan = self.plan(ids, window=window, size=images.shape() if size is None else size)
+        kinds = getattr(self._method, "kinds", ())
+        wiring.check_images(
+            images,
+            window=window,
+            size=size,
+            run=self._run,
+            guided=self._cache is not None,
+            fills=self.mixes or "erase" in kinds,
+        )
         if self.mixes:
             if not self._run.grey_levels:
                 raise ValueError(
@@ -201,10 +218,15 @@ class Stage:
         window: tuple[DataNode, DataNode, DataNode] | None = None,
         shapes: DataNode | None = None,
         random_crop: CropConfig | None = None,
+        keyed: bool = False,
     ) -> PlanNodes:
         """Decide for a batch. With `shapes` (of the upright images) the stage draws crop and flip
         itself by `random_crop`, as purely as all else: then a sample's whole augmentation depends
         on nothing but (seed, epoch, id), and the plan has the parts `start`, `shape` and `flip`.
+        keyed: ids are keys, as of `Order.keys`.
+
+        When the pipeline runs, its first batch raises where the reader's epochs are not the
+        stage's, and ids that a reader gives twice in an epoch raise: they may be class labels.
         """
         pipeline = Pipeline.current()
         if pipeline is not None and pipeline.max_batch_size != self.batch_size:
@@ -227,9 +249,13 @@ class Stage:
         frames = window if window is not None else () if shapes is None else (shapes,)
         sizes = () if isinstance(size, tuple) else (size,)
         operator = Operator(
-            self, self.planner(random_crop), len(frames), size if isinstance(size, tuple) else None
+            self,
+            self.planner(random_crop, keyed=keyed),
+            len(frames),
+            size if isinstance(size, tuple) else None,
+            wiring.check_ids(ids, self.index),
         )
-        inputs = (ids, _iteration(self.batch_size), *frames, *sizes)
+        inputs = (ids, self._iteration(), *frames, *sizes)
         if self._device is None:
             row, single = fn.python_function(
                 *inputs, function=operator.numpy, num_outputs=2, batch_processing=True
@@ -240,8 +266,8 @@ class Stage:
             )
         return PlanNodes(row, single, operator.planner)
 
-    def planner(self, random_crop: CropConfig | None = None) -> Planner:
-        """The plan outside any pipeline."""
+    def planner(self, random_crop: CropConfig | None = None, *, keyed: bool = False) -> Planner:
+        """The plan outside any pipeline. keyed: for ids that are keys, as of `Order.keys`."""
         return Planner(
             self.index,
             self._method,
@@ -250,6 +276,7 @@ class Stage:
             batches_per_epoch=self.batches_per_epoch,
             start_epoch=self.start_epoch,
             random_crop=random_crop,
+            keyed=keyed,
         )
 
     def rows(self, planner: Planner, *arrays: np.ndarray | None) -> np.ndarray:
@@ -270,6 +297,31 @@ class Stage:
         """Erase in images (HWC, CPU or GPU) as planned."""
         return self._method.apply(images, plan)
 
+    @do_not_convert
+    def _iteration(self) -> DataNode:
+        """The number of the batch in the run, int64 [1] a sample; a checkpoint restores it.
+
+        Where a reader goes round, DALI counts iterations on. Where a source ends its epochs with
+        StopIteration, DALI counts epochs, and in each of them iterations from 0.
+        """
+        b, batches = self.batch_size, self.batches_per_epoch
+        longest = 0
+
+        def number(info: Any) -> np.ndarray:
+            nonlocal longest
+            # DALI asks once more when another source ends: that number is not used.
+            longest = max(longest, info.iteration)
+            if info.epoch_idx and longest > batches:
+                raise ValueError(
+                    f"the stage counts epochs of {batches} batches, and a source in the pipeline "
+                    f"ended its epoch after {longest}; give the stage the epoch_size of that source"
+                )
+            return np.full((b, 1), info.epoch_idx * batches + info.iteration, np.int64)
+
+        return fn.external_source(
+            source=number, batch=True, batch_info=True, dtype=types.INT64, ndim=1
+        )
+
 
 class SCAE(Stage):
     """The stage of SCAE. Keywords are those of Stage and the fields of ScaeConfig.
@@ -287,14 +339,28 @@ class SCAE(Stage):
 class Operator:
     """The Python operator: lists of small arrays in, `Planner`, rows in float64 and float32 out.
 
-    frames: how many inputs describe the crop. size: of the crops where it is one for all.
+    frames: how many inputs describe the crop. size: of the crops where it is one for all. origin:
+    of the ids, where it is known.
     """
 
     def __init__(
-        self, stage: Stage, planner: Planner, frames: int, size: tuple[int, int] | None
+        self,
+        stage: Stage,
+        planner: Planner,
+        frames: int,
+        size: tuple[int, int] | None,
+        origin: Origin | None = None,
     ) -> None:
         self.stage, self.planner = stage, planner
         self._frames, self._size = frames, size
+        self._names = stage.index.names()
+        # A function that holds its pipeline would keep it alive for good.
+        self._pipeline = weakref.ref(pipeline) if (pipeline := Pipeline.current()) else None
+        self._reader = None if origin is None else origin.reader
+        self._once: wiring.EachOnce | None = None
+        known = origin is None or self._reader is None or origin.kind == "File"
+        if not known and stage.epoch_size == len(stage.index):  # no sample is wanted twice
+            self._once = wiring.EachOnce(len(stage.index))
 
     def numpy(self, *inputs: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         start = time.perf_counter()
@@ -317,11 +383,13 @@ class Operator:
     def arguments(self, inputs: Sequence[list[np.ndarray]]) -> tuple[Any, ...]:
         """What the planner takes, of NumPy."""
         ids, iteration, *rest = inputs
-        b = len(ids)
+        b, number = len(ids), iteration[0].item()
+        if self._reader is not None:
+            self._check_reader()
         if ids[0].dtype == np.uint8:  # names, as source_info gives them
-            positions = self.planner.index.ids_of([bytes(name).decode() for name in ids])
+            positions = self._names.ids([bytes(name).decode() for name in ids])
         else:
-            positions = _batch(ids)[:, 0].astype(np.int64)
+            positions = self._positions(ids, number)
         frames = [_batch(samples) for samples in rest[: self._frames]]
         if self._size is None:
             size_px = _batch(rest[-1])[:, :2].astype(np.int64)
@@ -331,8 +399,38 @@ class Operator:
         if frames:
             frames[-1] = frames[-1][:, :2]  # HWC
             window = np.concatenate(frames, axis=1).astype(np.float64)
-        # It is that of the batch, and so the same for all.
-        return positions, np.full(b, iteration[0].item()), size_px, window
+        # The number is that of the batch, and so the same for all.
+        return positions, np.full(b, number), size_px, window
+
+    def _positions(self, ids: list[np.ndarray], number: int) -> np.ndarray:
+        """Ids that are numbers, int64 [B]."""
+        flat = _batch(ids)[:, 0]
+        samples = len(self.stage.index)
+        if flat.dtype.kind not in "iu" or np.iinfo(flat.dtype).max < samples - 1:
+            raise TypeError(
+                f"ids must be integers that hold the places 0 … {samples - 1}, got {flat.dtype}; "
+                "pass the reader's own, or cast them to INT64"
+            )
+        positions = flat.astype(np.int64)
+        within = (positions >= 0) & (positions < samples)  # of others the planner tells
+        if (number + 1) % self.stage.batches_per_epoch == 0:  # it may be padded
+            self._once = None
+        if self._once is not None:
+            self._once.look(positions[within])
+        return positions
+
+    def _check_reader(self) -> None:
+        """Once, at the first batch: only a pipeline that is built can be asked."""
+        name, self._reader = self._reader, None
+        pipeline = None if self._pipeline is None else self._pipeline()
+        if pipeline is not None and name is not None:
+            wiring.check_reader(
+                name,
+                pipeline.reader_meta(name),
+                epoch_size=self.stage.epoch_size,
+                num_shards=self.stage.num_shards,
+                batch_size=self.stage.batch_size,
+            )
 
 
 def _decode_crop(encoded, start, shape, images, size):
@@ -348,17 +446,6 @@ def _batch(samples: list[np.ndarray]) -> np.ndarray:
     """Arrays of one size -> [B, size]; np.stack takes three times as long."""
     flat = samples if samples[0].ndim == 1 else [one.reshape(-1) for one in samples]
     return np.concatenate(flat).reshape(len(samples), -1)
-
-
-def _iteration(batch_size: int) -> DataNode:
-    """The number of the batch, int64 [1] a sample; a checkpoint of the pipeline restores it."""
-    return fn.external_source(
-        source=lambda info: np.full((batch_size, 1), info.iteration, np.int64),
-        batch=True,
-        batch_info=True,
-        dtype=types.INT64,
-        ndim=1,
-    )
 
 
 def _saliency_source(

@@ -39,8 +39,8 @@ class Planner:
     """Ids, iteration and crop windows -> float64 [B, K], laid out by `columns`.
 
     The epoch is iteration // batches_per_epoch + start_epoch, and the number of the batch in the
-    run goes on from there likewise. random_crop: how to draw crop and
-    flip; None: the window is given.
+    run goes on from there likewise. random_crop: how to draw crop and flip; None: the window is
+    given. keyed: ids are keys, as of `Order.keys`, where a sample may come twice in an epoch.
     """
 
     def __init__(
@@ -53,8 +53,10 @@ class Planner:
         batches_per_epoch: int,
         start_epoch: int = 0,
         random_crop: CropConfig | None = None,
+        keyed: bool = False,
     ) -> None:
         self.index = index
+        self.keyed = keyed
         self.random_crop = random_crop
         self.mixes = mixes(method)
         drawn = {} if random_crop is None else DRAWN
@@ -74,16 +76,15 @@ class Planner:
     ) -> Array:
         """The plan of a batch, in the array library of `ids` (NumPy or torch).
 
-        ids: int64 [B], or keys as `order` has them, where a sample may come twice in an epoch; of
-        one batch, or of several full ones. iteration: int64 [B], the number of the batch. size_px:
-        int64 [B, 2], (H, W) of the crop as the network sees it.
+        ids: int64 [B], or keys, of one batch or of several full ones. iteration: int64 [B], the
+        number of the batch. size_px: int64 [B, 2], (H, W) of the crop as the network sees it.
         window: float64 [B, 6], start, shape and the shape of the upright image, in pixels;
         [B, 2], that shape alone, where the crop is drawn here; None: the whole image is seen.
         Raises IndexError for an id outside the index.
         """
         xp = array_namespace(ids)
         b, device = ids.shape[0], ids.device
-        keys, ids = ids, ids & ID
+        keys, ids = ids, ids & ID if self.keyed else ids
         labels = self._label(xp, ids, keys)
         iteration = iteration + self._start_epoch * self._batches_per_epoch
         epoch = iteration // self._batches_per_epoch
@@ -158,7 +159,7 @@ class Planner:
         return crop.crop_and_flip(u, full_px, config)
 
     def _label(self, xp: Any, ids: Array, given: Array) -> Array:
-        bad = ids >= len(self._labels)
+        bad = (ids < 0) | (ids >= len(self._labels))
         if xp.any(bad):
             raise IndexError(
                 f"ids must be in [0, {len(self._labels)}), the places in the index, got "

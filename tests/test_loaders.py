@@ -116,7 +116,8 @@ def test_an_epoch_goes_on_where_it_was_left(
     check_same([next(batches) for _ in range(position)], reference[1][:position])
     again = make(state=first.state(), position=position)
     for loader in (again, first):
-        check_same(loader, reference[1][position:])
+        if loader is again or position < len(first):  # else the epoch is over in the first one
+            check_same(loader, reference[1][position:])
         check_same(loader, reference[2])
 
 

@@ -220,7 +220,9 @@ def test_noise_is_timms_rounded_and_clipped_to_bytes(index, mean, std):
 
     @pipeline_def(batch_size=20, num_threads=1, device_id=None)
     def define():
-        encoded, ids = fn.readers.file(files=list(index.files), file_root=index.root)
+        encoded, ids = fn.readers.file(
+            files=list(index.files), file_root=index.root, pad_last_batch=True
+        )
         images = fn.resize(fn.decoders.image(encoded), size=size)
         plan = one.plan(ids, size=size)
         return one.apply(images, plan), plan.part("box", types.INT32)

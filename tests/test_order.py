@@ -119,7 +119,7 @@ def test_a_sample_that_comes_twice_is_augmented_in_two_ways():
     labels = np.repeat([0, 1], [500, 40])
     index = ImageIndex.from_arrays([f"{i}.png" for i in range(540)], labels)
     stage = Stage(index, "scae", epochs=2, batch_size=4, seed=1, p_min=0.9, p_max=0.9, fill="color")
-    planner = stage.planner(CropConfig())
+    planner = stage.planner(CropConfig(), keyed=True)
     ids = np.flatnonzero(labels)
 
     def rows(occurrence):

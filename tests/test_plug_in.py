@@ -194,7 +194,10 @@ def own_pipeline(
         )  # fmt: skip
         shapes = fn.peek_image_shape(encoded)
         start, shape = fn.random_crop_generator(shapes, seed=1)
-        images = fn.decoders.image_slice(encoded, start=start, shape=shape, axis_names="HW")
+        if window:
+            images = fn.decoders.image_slice(encoded, start=start, shape=shape, axis_names="HW")
+        else:
+            images = fn.decoders.image(encoded)
         images = fn.resize(images, size=(32, 32))
         frame = (start, shape, shapes) if window else None
         images, targets = scae(images, ids, window=frame, size=size, **partner)
