@@ -143,17 +143,27 @@ class Net(nn.Module):
         return self.head(self.features(images).mean((2, 3)))
 
 
-def test_a_cache_from_tar_files(tar, tmp_path):
+@pytest.mark.parametrize("share", [1.0, 0.25])
+@pytest.mark.parametrize("name", ["refresh", "refresh_tar"])
+def test_a_pass_sees_the_samples_that_it_wants_and_no_others(tar, folder, tmp_path, name, share):
     torch.manual_seed(0)
     changes = {
-        "samples.txt": str(tar / "samples.txt"),
-        "train.tar": str(tar / "train.tar"),
         "imagenet.lmdb": str(tmp_path / "maps.lmdb"),
-        "epoch=0": 'epoch=0, layer="features"',
+        "epoch=0": f'epoch=0, layer="features", share={share}',
     }
-    names = run("refresh", changes, model=Net(), MEAN=MEAN, STD=STD)
-    assert names["cache"].meta.epoch == 0
-    assert names["cache"].read(np.arange(50))[1].all()
+    if name == "refresh":
+        changes["/data/imagenet/train"] = str(folder)
+    else:
+        changes["samples.txt"] = str(tar / "samples.txt")
+        changes["train.tar"] = str(tar / "train.tar")
+    net, seen = Net(), []
+    net.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    names = run(name, changes, model=net, MEAN=MEAN, STD=STD)
+    if name == "refresh_tar":
+        names["archive"].close()
+    cache = names["cache"]
+    assert cache.meta.epoch == 0
+    assert cache.read(np.arange(50))[1].sum() == sum(seen) == np.ceil(50 * share)
 
 
 @pytest.fixture(scope="module")
