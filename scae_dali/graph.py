@@ -34,7 +34,10 @@ _CROPS = {
     *("Crop", "ImageCrop", "ImageRandomCrop", "ImageSlice", "RandomResizedCrop", "Slice"),
     *("ResizeCropMirror", "FastResizeCropMirror", "_TensorSubscript"),
 }
-_UNKNOWN = {"DLTensorPythonFunction", "NumbaFunction", "PythonFunction", "TorchPythonFunction"}
+_UNKNOWN = {
+    *("DLTensorPythonFunction", "NumbaFunction", "PythonFunction", "TorchPythonFunction"),
+    *("PeekImageShape", "Shapes", "_Shape"),
+}
 _SMALL = 0.02  # a factor that takes grey levels to some range near 1, and no change of brightness
 
 
@@ -56,10 +59,10 @@ class History:
     """What was done to images on the way to a node.
 
     known: whether every operator of the way is known. layout: such as HWC, None: unknown. size:
-    (h, w) where the graph fixes it. cropped, flipped, scaled: the display names of the operators
-    that did so, None: nobody; scaled: from grey levels to other values, such as normalised ones.
-    generators: the random crop generators that the crop was drawn by. fused_seed: of a random crop
-    that a decoder draws by itself.
+    (h, w) where the graph fixes it. cropped, flipped, scaled: the names of the operators that did
+    so, as users write them, None: nobody; scaled: from grey levels to others, such as normalised
+    ones. crops: how many operators cropped, one after the other. generators: the random crop
+    generators that the crop was drawn by. fused_seed: of a random crop that a decoder draws.
     """
 
     known: bool = True
@@ -68,6 +71,7 @@ class History:
     cropped: str | None = None
     flipped: str | None = None
     scaled: str | None = None
+    crops: int = 0
     generators: frozenset[str] = frozenset()
     fused_seed: int | None = None
 
@@ -116,11 +120,12 @@ def _step(node: DataNode, seen: dict[str, History | None]) -> History | None:
         if not _schema(node).startswith(("decoders__", "experimental__decoders__", "ImageDecoder")):
             return None
         return _decoded(node, kind, arguments)
-    if kind in _UNKNOWN or not inputs:
+    if kind in _UNKNOWN or _schema(node).startswith("reductions__") or not inputs:
         return None
     every = [_history(one, seen) for one in inputs]
     if kind in ("Merge", "_ArithmeticGenericOp"):
-        known = [one for one in every if one is not None]
+        branches = every[:-1] if kind == "Merge" else every  # the last tells which one
+        known = [one for one in branches if one is not None]
         if not known:
             return None
         before = _merged(known)
@@ -139,6 +144,7 @@ def _decoded(node: DataNode, kind: str, arguments: dict[str, Any]) -> History:
     return History(
         size=size,
         cropped=_display(node),
+        crops=1,
         generators=frozenset(crop_generators(*node.source.inputs[1:])),
         fused_seed=seed,
     )
@@ -154,6 +160,7 @@ def _merged(histories: list[History]) -> History:
         cropped=next((one.cropped for one in histories if one.cropped), None),
         flipped=next((one.flipped for one in histories if one.flipped), None),
         scaled=next((one.scaled for one in histories if one.scaled), None),
+        crops=max(one.crops for one in histories),
         generators=frozenset().union(*(one.generators for one in histories)),
         fused_seed=next((one.fused_seed for one in histories if one.fused_seed is not None), None),
     )
@@ -166,8 +173,7 @@ def _after(node: DataNode, kind: str, arguments: dict[str, Any], before: History
         size = _resized(arguments)
         # What is given as a node beside a constant size can hardly be anything but a region.
         if "roi_start" in arguments or (given and size is not None):
-            drawn_by = frozenset(crop_generators(*node.source.inputs[1:]))
-            return replace(before, size=size, cropped=name, generators=drawn_by)
+            return _crop(node, before, size)
         return replace(before, size=size)
     if kind == "CropMirrorNormalize":
         return _crop_mirror_normalised(name, arguments, before, given)
@@ -175,12 +181,14 @@ def _after(node: DataNode, kind: str, arguments: dict[str, Any], before: History
         default = 1 if kind == "Flip" else 0
         constant = arguments.get("horizontal" if kind == "Flip" else "mirror", default)
         if given or constant or arguments.get("vertical"):
-            before = replace(before, flipped=name, known=kind == "Flip" and before.known)
+            before = replace(before, flipped=name)
         if kind == "Flip":
             return before
+    along_yx = any(one.endswith(("_0", "_1")) for one in arguments)
+    if kind == "_TensorSubscript" and not given and not along_yx:
+        return before  # of the channels alone
     if kind in _CROPS:
-        drawn_by = frozenset(crop_generators(*node.source.inputs[1:]))
-        return replace(before, size=_cropped(arguments), cropped=name, generators=drawn_by)
+        return _crop(node, before, _cropped(arguments))
     if kind == "Transpose":
         return replace(before, layout=_transposed(arguments, before.layout), size=None)
     if kind == "Normalize" or (kind == "_ArithmeticGenericOp" and _scales(arguments)):
@@ -191,6 +199,17 @@ def _after(node: DataNode, kind: str, arguments: dict[str, Any], before: History
         return before
     # Of DALI, and harmless as far as is known: a rotation, say.
     return replace(before, known=False, size=None)
+
+
+def _crop(node: DataNode, before: History, size: tuple[int, int] | None) -> History:
+    drawn_by = frozenset(crop_generators(*node.source.inputs[1:])) or before.generators
+    return replace(
+        before,
+        size=size,
+        cropped=_display(node),
+        crops=before.crops + 1,
+        generators=drawn_by,
+    )
 
 
 def _crop_mirror_normalised(
@@ -204,6 +223,7 @@ def _crop_mirror_normalised(
         layout=str(arguments.get("output_layout", "CHW")),
         size=_cropped(arguments) if crops else before.size,
         cropped=name if crops else before.cropped,
+        crops=before.crops + crops,
         flipped=name if arguments.get("mirror") or given > crops else before.flipped,
         scaled=name if shifts or scales else before.scaled,
     )

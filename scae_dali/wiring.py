@@ -155,6 +155,11 @@ def _check_frame(past: graph.History, window: Sequence[DataNode] | None) -> None
             "window must be left out where the whole image is seen, and nothing crops these images;"
             f" crop by {drawn}, or leave it out"
         )
+    if past.crops > 1 and graph.output_of(window[0], "RandomCropGenerator") == 0:
+        raise ValueError(
+            f"window must be the crop that is seen, but {past.cropped} crops once more; crop once, "
+            "or pass the window of both crops together"
+        )
     generators = graph.crop_generators(*window[:2])
     if past.fused_seed is not None or "image_random_crop" in (past.cropped or ""):
         if past.fused_seed is None or past.fused_seed not in generators.values():

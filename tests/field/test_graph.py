@@ -120,6 +120,11 @@ def fused_and_window(encoded):
     return fused(encoded)[0], {"window": drawn(encoded, seed=1)}
 
 
+def twice(encoded):
+    frame = drawn(encoded)
+    return fn.crop(sliced(encoded, frame), crop=(20, 20)), {"window": frame}
+
+
 def whole(encoded):
     return resized(fn.decoders.image(encoded)), {"window": drawn(encoded)}
 
@@ -130,6 +135,7 @@ def whole(encoded):
         (other_generator, "but fn.decoders.image_slice cuts that of another fn.random_crop_gen"),
         (swapped, r"window must be \(start, size, shapes\), got size and start the other way"),
         (fused_and_window, "but fn.decoders.image_random_crop draws one of its own; draw it by"),
+        (twice, "window must be the crop that is seen, but fn.crop crops once more; crop once"),
         (whole, "window must be left out .* nothing crops these images"),
     ],
     ids=lambda one: getattr(one, "__name__", ""),
@@ -178,6 +184,14 @@ def back_to_hwc(encoded):
     return fn.transpose(images, perm=[1, 2, 0]), {"size": S}
 
 
+def of_channels(encoded):
+    """The alpha channel cut off, and a branch by a mean that is divided."""
+    images = resized(fn.decoders.image(encoded))[:, :, :3]
+    if fn.reductions.mean(images) / 2.0 > 60.0:
+        images = fn.brightness(images, brightness=0.9)
+    return images, {"size": S}
+
+
 def cropped_by_cmn(encoded):
     """crop_mirror_normalize as a mere crop."""
     start, size, shapes = drawn(encoded)
@@ -188,11 +202,11 @@ def cropped_by_cmn(encoded):
 
 @pytest.mark.parametrize(
     "body",
-    [right, equal_seed, converted, rotated, unknown, back_to_hwc, cropped_by_cmn],
+    [right, equal_seed, converted, rotated, unknown, back_to_hwc, of_channels, cropped_by_cmn],
     ids=lambda one: one.__name__,
 )
 def test_what_is_right_or_unknown_runs(index, cache, body):
-    define(index, body, cache=cache).run()
+    define(index, body, cache=cache, conditionals=body is of_channels).run()
 
 
 def normalised(encoded, layout="CHW", **keywords):
