@@ -41,8 +41,9 @@ class CAM(ABC):
 
     `model` may be wrapped (DataParallel, DistributedDataParallel, AveragedModel, torch.compile):
     names are those inside the wrapper, and the pass runs uncompiled. The layer must run once in
-    a forward pass and give maps of the images' aspect, [B,C,h,w], [B,h,w,C] or [B,tokens,C]; before
-    its patches' tokens may be as many as the model's num_prefix_tokens says, or else a class token.
+    a forward pass and give maps of the images' aspect, [B,C,h,w], [B,h,w,C] or [B,tokens,C]; the
+    patches' tokens may follow as many others as the model's num_prefix_tokens says, or else a class
+    token.
     F is that output as the head reads it, after any in-place operation that follows (an in-place
     ReLU, say).
 
@@ -168,10 +169,12 @@ class CAM(ABC):
             if not scored:
                 if not images.isfinite().flatten(1).all(1).any():
                     return  # a later batch tells
+                half = logits.dtype == torch.float16
+                remedy = "use float32 or bfloat16" if half else "take weights of an earlier epoch"
                 raise ValueError(
                     f"the logits of {type(self.model).__name__} are not finite for any of "
                     f"{len(images)} images, though its weights are: they overflow in "
-                    f"{logits.dtype}; use float32 or bfloat16"
+                    f"{logits.dtype}; {remedy}"
                 )
         if not mapped:
             require_finite(self.model, infinite_buffers=False)

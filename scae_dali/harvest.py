@@ -24,7 +24,7 @@ from scae_dali.layers import find_layer, unwrap
 from scae_dali.layout import Layout, layout_of
 from scae_dali.methods import Status
 from scae_dali.models import classifier_of
-from scae_dali.reach import probe_images, require_finite, zero_weights
+from scae_dali.reach import logits_of, probe_images, require_finite, zero_weights
 from scae_dali.records import Maps
 
 __all__ = ["Harvest", "crop_to_frame"]
@@ -217,7 +217,7 @@ class Harvest:
             with isolated(model, weight.device.type):
                 # A classifier that starts from zero would agree with any layer.
                 weights = zero_weights(model)
-                logits = torch.func.functional_call(model, weights, (images,))
+                logits = logits_of(torch.func.functional_call(model, weights, (images,)))
         finally:
             for handle in handles:
                 handle.remove()

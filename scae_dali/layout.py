@@ -1,4 +1,4 @@
-"""How the output of a layer is read as maps: [B,C,h,w], [B,h,w,C], or tokens [B,N,C].
+"""How the output of a layer is read as maps: [B,C,h,w], [B,h,w,C], tokens [B,N,C] or [B,C,N].
 
 Shapes alone tell most outputs apart: a map has the images' aspect, and its channels rarely make one
 that has it too. Where two readings are left, the network is run once more, and shows which axes go
@@ -21,7 +21,7 @@ class Layout(NamedTuple):
     """A reading of a layer's output. grid: (h, w) of its maps; leading: tokens before the patches',
     such as a class token."""
 
-    axes: Literal["[B,C,h,w]", "[B,h,w,C]", "[B,N,C]"]
+    axes: Literal["[B,C,h,w]", "[B,h,w,C]", "[B,N,C]", "[B,C,N]"]
     grid: tuple[int, int]
     leading: int = 0
 
@@ -31,6 +31,8 @@ class Layout(NamedTuple):
             return output
         if self.axes == "[B,h,w,C]":
             return output.permute(0, 3, 1, 2)
+        if self.axes == "[B,C,N]":
+            return output.unflatten(2, self.grid)
         return output[:, self.leading :].transpose(1, 2).unflatten(2, self.grid)
 
     def __str__(self) -> str:
@@ -53,7 +55,11 @@ def layout_of(
         _, convolved = _up_to(model, module, images[:1])
     found = readings(shape, size, leading_tokens(model), convolved)
     if len(found) > 1 and len(shape) == 4:
-        found = _moving_axes(found, shape, images, model, module)
+        found = _moving(found, shape, images, model, module) or found
+    if any(layout.axes == "[B,C,N]" for layout in found):
+        # Too rare to be taken for granted.
+        moving = _moving(found, shape, images, model, module)
+        found = moving or (found if len(found) > 1 else [])
     if len(found) == 1:
         return found[0]
     given = f"layer {name!r} gives {list(shape)} for images {list(images.shape)}"
@@ -84,13 +90,13 @@ def readings(
     """
     if len(shape) == 4:
         _, a, b, c = shape
-        found = [
-            layout
-            for layout in (Layout("[B,C,h,w]", (b, c)), Layout("[B,h,w,C]", (a, b)))
-            if _of_aspect(layout.grid, size)
-        ]
+        both = (Layout("[B,C,h,w]", (b, c)), Layout("[B,h,w,C]", (a, b)))
+        for cells in (2, 6):  # that rounding, and borders without padding, may make a difference of
+            found = [layout for layout in both if _of_aspect(layout.grid, size, cells)]
+            if found:
+                return found
         # A pooling may give a square whatever the images.
-        return found or ([Layout("[B,C,h,w]", (b, c))] if b == c else [])
+        return [both[0]] if b == c else []
     if len(shape) != 3:
         return []
     grids = dict.fromkeys(convolved)
@@ -100,9 +106,12 @@ def readings(
         for number in leading
         if shape[1] - number == math.prod(grid)
     ]
-    # Else no convolution made the patches: they were cut out, or merged from those of one.
+    if made:
+        return made
+    # No convolution made the patches: they were cut out, or merged from those of one.
     most = max(map(math.prod, grids), default=shape[1])
-    return made or [
+    flat = [Layout("[B,C,N]", grid) for grid in grids if shape[2] == math.prod(grid)]
+    return flat + [
         Layout("[B,N,C]", grid, number)
         for number in leading
         if shape[1] - number <= most and (grid := _grid_of(shape[1] - number, size))
@@ -120,14 +129,14 @@ def leading_tokens(model: nn.Module) -> list[int]:
     return [0, 1]
 
 
-def _of_aspect(grid: tuple[int, int], size: tuple[int, int]) -> bool:
-    """Whether a map is the image at one stride, but for rounding and borders without padding."""
+def _of_aspect(grid: tuple[int, int], size: tuple[int, int], cells: int) -> bool:
+    """Whether a map is the image at one stride, but for so many cells along its short side."""
     (h, w), (height, width) = grid, size
     if height == width:
         return h == w
     if height > width:
         (h, w), (height, width) = (w, h), (width, height)
-    return abs(h - w * height / width) <= max(2, 0.05 * h)
+    return abs(h - w * height / width) <= max(cells, 0.05 * h)
 
 
 def _grid_of(patches: int, size: tuple[int, int]) -> tuple[int, int] | None:
@@ -140,25 +149,25 @@ def _grid_of(patches: int, size: tuple[int, int]) -> tuple[int, int] | None:
     return (h * times, w * times) if h * w * times**2 == patches else None
 
 
-def _moving_axes(
+def _moving(
     found: list[Layout],
     shape: tuple[int, ...],
     images: Tensor,
     model: nn.Module,
     module: nn.Module,
 ) -> list[Layout]:
-    """The reading whose channels stay as they are where the images become wider; all where the
-    network does not take such images."""
+    """The reading in which the one axis that grows where the images become wider is that of the
+    columns or places; none where the network does not take such images."""
     wide = torch.cat([images[:1], images[:1]], 3)
     try:
         other, _ = _up_to(model, module, wide)
     except Exception:  # whatever a network says to a size that it was not made for
-        return found
-    if other is None or len(other) != 4:
-        return found
-    moved = [axis for axis in (1, 2, 3) if other[axis] != shape[axis]]
-    width = {"[B,C,h,w]": [3], "[B,h,w,C]": [2]}
-    return [layout for layout in found if moved == width[layout.axes]] or found
+        return []
+    if other is None or len(other) != len(shape):
+        return []
+    moved = [axis for axis in range(1, len(shape)) if other[axis] != shape[axis]]
+    grows = {"[B,C,h,w]": 3, "[B,h,w,C]": 2, "[B,N,C]": 1, "[B,C,N]": 2}
+    return [layout for layout in found if moved == [grows[layout.axes]]]
 
 
 class _Reached(Exception):  # noqa: N818 - no error: the layer has run

@@ -26,10 +26,11 @@ _SCALE = 1024.0
 def probe_images(like: Tensor, batch: int = 2) -> Tensor:
     """float[batch, ...]: of the size, type and device of `like`, float[B,C,H,W]; in turn normal
     noise of every pixel, and smooth."""
-    images = _noise((batch, *like.shape[1:]), like)
-    coarse = _noise((batch, like.shape[1], 4, 4), like)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, *like.shape[1:], generator=generator)
+    coarse = torch.randn(batch, like.shape[1], 4, 4, generator=generator)
     images[1::2] = interpolate(coarse[1::2], like.shape[2:], mode="bicubic")
-    return images
+    return images.to(like.device, like.dtype)
 
 
 def reached(
@@ -110,7 +111,9 @@ def serving(model: nn.Module, images: Tensor) -> dict[str, int]:
                 convolved.append((output.shape[2], output.shape[3]))
             size = (images.shape[2], images.shape[3])
             layouts = readings(tuple(output.shape), size, leading, convolved)
-            if layouts and len(output) == len(images) and output.requires_grad:
+            if not layouts or layouts[0].axes == "[B,C,N]":  # which the shape does not tell
+                return
+            if len(output) == len(images) and output.requires_grad:
                 found.append((name, output, layouts[0]))
 
         return hook

@@ -131,6 +131,7 @@ def test_borders_without_padding_and_poolings_to_a_square():
     model = nn.Sequential(trunk, head).eval()
     assert_by_hand(model, "0", (28, 56), lambda output: output, (4, 11))
     assert_by_hand(model, "0", (56, 28), lambda output: output, (11, 4))
+    assert_by_hand(model, "0", (28, 112), lambda output: output, (4, 25))
     assert_by_hand(model, "1.0", (28, 56), lambda output: output, (3, 3))
 
 
@@ -243,6 +244,26 @@ def test_leading_tokens_that_nobody_told_of_are_refused(leading, size, cut):
     assert_by_hand(model, "body", size, tokens_to(grid, leading), grid)
     inner = nn.Sequential(model)  # a part says so
     assert_by_hand(inner, "0.body", size, tokens_to(grid, leading), grid)
+
+
+class Flat(nn.Module):
+    """A map of 16 channels with its places in one axis, [B,16,32]; 16 might be 4x4 tokens."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution = nn.Conv2d(3, 16, 8, 8)
+        self.body = nn.Flatten(2)
+        self.fc = nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        return self.fc(self.body(self.convolution(x)).relu().mean(2))
+
+
+@pytest.mark.parametrize("size", [(32, 64), (64, 64), (40, 96)])
+def test_places_in_the_last_axis(size):
+    grid = (size[0] // 8, size[1] // 8)
+    assert_by_hand(Flat(), "body", size, lambda output: output.unflatten(2, grid), grid)
 
 
 # ---- what is gathered in training

@@ -263,6 +263,31 @@ def test_logits_that_overflow_are_refused(net):
     )
 
 
+def test_a_network_in_half_precision_is_told_the_same():
+    model = timm_vit().half()
+    for layer in ("norm", "blocks"):
+        message = refusal(lambda layer=layer: GradCAM(model, layer)(images().half(), LABELS))
+        assert message.endswith("pass layer='blocks.2.norm1'")
+    assert GradCAM(model).grid(SIDE) == (4, 4)
+
+
+def test_the_network_is_left_as_it_was_found_by_what_looks_for_a_layer():
+    model = timm_vit().train()
+    model.blocks[0].eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    random = torch.get_rng_state()
+    for layer in ("norm", "blocks.2.mlp"):
+        refusal(lambda layer=layer: GradCAM(model, layer)(images(), LABELS))
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.is_grad_enabled()
+    assert all(not module._forward_hooks for module in model.modules())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name])
+
+
 def test_what_is_looked_at_is_the_first_batch_alone(net, monkeypatch):
     """A later one would have to wait for the device."""
     read = []
