@@ -1,31 +1,25 @@
 """What every class activation map is made of: a layer watched, channels weighted, a map in [0, 1].
 
-Decides which outputs of a layer are maps, how a weighted sum of channels becomes a saliency map,
-and that the model is left as it was found. What a channel weighs is for `gradcam` and `scorecam`.
+Decides how a weighted sum of channels becomes a saliency map, and when maps without content are a
+fault of the network or the layer, not of the images. What a channel weighs is for `gradcam` and
+`scorecam`, how a layer's output is read for `layout`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from scae_dali.layers import find_layer, unwrap
+from scae_dali.isolation import isolated
+from scae_dali.layers import find_layer, serving_layer, unwrap
+from scae_dali.layout import Layout, layout_of
+from scae_dali.reach import logits_of, probe_images, require_finite
 
-__all__ = [
-    "CAM",
-    "ROUNDING",
-    "SaliencyMethod",
-    "as_map",
-    "check_inputs",
-    "isolated",
-    "weighted_map",
-]
+__all__ = ["CAM", "ROUNDING", "SaliencyMethod", "check_inputs", "weighted_map"]
 
 # Relative; less than this is no difference between sums of float32.
 ROUNDING = 4 * torch.finfo(torch.float32).eps
@@ -39,7 +33,7 @@ class SaliencyMethod(Protocol):
     layer: str
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """images: float[B,3,S,S]; labels: int64[B] -> f32[B,h,w] in [0, 1], on images' device."""
+        """images: float[B,3,H,W]; labels: int64[B] -> f32[B,h,w] in [0, 1], on images' device."""
 
 
 class CAM(ABC):
@@ -47,9 +41,11 @@ class CAM(ABC):
 
     `model` may be wrapped (DataParallel, DistributedDataParallel, AveragedModel, torch.compile):
     names are those inside the wrapper, and the pass runs uncompiled. The layer must run once in
-    a forward pass and give [B,C,h,w], or [B,tokens,C] of a square grid with at most one leading
-    class token. F is that output as the head reads it, after any in-place operation that follows
-    (an in-place ReLU, say).
+    a forward pass and give maps of the images' aspect, [B,C,h,w], [B,h,w,C] or [B,tokens,C]; the
+    patches' tokens may follow as many others as the model's num_prefix_tokens says, or else a class
+    token.
+    F is that output as the head reads it, after any in-place operation that follows (an in-place
+    ReLU, say).
 
     Raises ValueError for an unknown layer.
     """
@@ -59,10 +55,13 @@ class CAM(ABC):
     def __init__(self, model: nn.Module, layer: str | None = None) -> None:
         self.model = unwrap(model)
         self.layer, self._module = find_layer(self.model, layer)
+        self._layouts: dict[tuple[int, ...], Layout] = {}
+        self._channels = 0  # of the layer, once it has run
+        self._sound = False  # whether a batch has shown that the layer can give maps
 
     @abstractmethod
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """images: float[B,3,S,S]; labels: int64[B] -> f32[B,h,w] in [0, 1], on images' device.
+        """images: float[B,3,H,W]; labels: int64[B] -> f32[B,h,w] in [0, 1], on images' device.
 
         Images are what the network is trained on (normalised), in any memory format; autocast
         is the caller's. An image's map is all zero where it is constant, nowhere positive, or
@@ -70,19 +69,26 @@ class CAM(ABC):
         found: modes, hooks, requires_grad, grad and buffers, also after an error.
 
         Raises ValueError for a label without a logit, logits that are not [B,classes], and a
-        layer that does not run exactly once or whose output is no map.
+        layer that does not run exactly once or whose output is no map. Where the first batch has
+        no map at all, also for a network or a layer that can give none: weights or logits that
+        are not finite, a layer that the logits do not depend on.
         """
 
-    def grid(self, size: int) -> tuple[int, int]:
-        """(h, w) of the maps of images of size x size pixels; raises what a call raises."""
-        maps = self(*self._blank(size))
-        return maps.shape[1], maps.shape[2]
+    def grid(self, size: int | tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of the maps of images of size x size pixels, or of (H, W).
 
-    def _blank(self, size: int) -> tuple[Tensor, Tensor]:
-        """One image without content and its label."""
+        Raises what a call raises, but not for a network that is not trained yet.
+        """
+        height, width = (size, size) if isinstance(size, int) else size
         parameter = next(self.model.parameters())
-        images = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)
-        return images, torch.zeros(1, dtype=torch.int64, device=parameter.device)
+        images = probe_images(parameter.new_empty(1, 3, height, width), batch=1)
+        with isolated(self.model, images.device.type):
+            output, logits = self._forward(images, (0, 0), lambda output: output)
+            layout = self._layout(output, images)
+            if not (output.isfinite().all() and logits.isfinite().all()):
+                require_finite(self.model, infinite_buffers=False)
+            self._require_use(layout, images)
+        return layout.grid
 
     def _forward(
         self, images: Tensor, extremes: tuple[int, int], hand_on: Callable[[Tensor], Tensor]
@@ -96,7 +102,7 @@ class CAM(ABC):
                     f"layer {self.layer!r} runs more than once in a forward pass; pass a layer "
                     "that runs once, such as the module that holds it"
                 )
-            self._check_map(output, images)
+            self._require_features(output, images)
             handed.append(hand_on(output))
             return handed[0]
 
@@ -112,32 +118,95 @@ class CAM(ABC):
             )
         return handed[0], self._logits(output, len(images), extremes)
 
-    def _check_map(self, output: Any, images: Tensor) -> None:
-        """Raises ValueError unless the layer's output is a map of these images."""
-        remedy = "pass a layer that gives [B,C,h,w], or [B,tokens,C] of a square grid"
+    def _require_features(self, output: Any, images: Tensor) -> None:
+        """Raises ValueError unless the layer's output may be maps of these images."""
+        remedy = "pass a layer that gives [B,C,h,w], [B,h,w,C] or [B,tokens,C]"
         if not isinstance(output, Tensor):
             raise ValueError(f"layer {self.layer!r} gives a {type(output).__name__}; {remedy}")
         shape = list(output.shape)
-        square = images.shape[2] == images.shape[3]
-        if output.ndim == 3:
-            good = _grid(shape[1]) > 0
-        else:
-            # A map of a square image that is not square is [B,h,w,C].
-            good = output.ndim == 4 and not (square and shape[2] != shape[3])
-        if not good or shape[0] != len(images) or not output.is_floating_point():
+        if output.ndim < 3 or shape[0] != len(images) or not output.is_floating_point():
             raise ValueError(
                 f"layer {self.layer!r} gives {output.dtype} {shape} for images "
                 f"{list(images.shape)}, which is no feature map; {remedy}"
             )
-        if shape[-2:] == [1, 1] or (output.ndim == 3 and _grid(shape[1]) == 1):
+
+    def _layout(self, output: Tensor, images: Tensor) -> Layout:
+        """How the layer's output is read; raises ValueError where it is no map."""
+        key = (*output.shape[1:], *images.shape[2:])
+        if key not in self._layouts:
+            layout = layout_of(self.layer, output.shape, images, self.model, self._module)
+            if layout.grid == (1, 1):
+                raise ValueError(
+                    f"layer {self.layer!r} gives {list(output.shape)} for images "
+                    f"{list(images.shape)}: a map of one value says nothing; pass an earlier layer "
+                    "or larger images"
+                )
+            self._layouts[key] = layout
+            self._channels = layout.maps(output).shape[1]
+        return self._layouts[key]
+
+    def _require_maps(
+        self,
+        maps: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        logits: Tensor,
+        require_content: Callable[[], None],
+    ) -> None:
+        """Raises ValueError where all maps of the first batch are zero, or all its logits not
+        finite, and the fault is not the images'. require_content looks at what the method made the
+        maps of."""
+        # The weights are the same in a later batch, and the host would wait for it.
+        if self._sound or not len(images):
+            return
+        finite = logits.isfinite()
+        mapped, any_finite, scored = torch.stack(
+            [maps.any(), finite.all(1).any(), finite.gather(1, labels[:, None]).any()]
+        ).tolist()
+        if not any_finite:
+            # Minus infinity keeps a class out in some networks.
+            require_finite(self.model, infinite_buffers=not scored)
+            if not scored:
+                if not images.isfinite().flatten(1).all(1).any():
+                    return  # a later batch tells
+                half = logits.dtype == torch.float16
+                remedy = "use float32 or bfloat16" if half else "take weights of an earlier epoch"
+                raise ValueError(
+                    f"the logits of {type(self.model).__name__} are not finite for any of "
+                    f"{len(images)} images, though its weights are: they overflow in "
+                    f"{logits.dtype}; {remedy}"
+                )
+        if not mapped:
+            require_finite(self.model, infinite_buffers=False)
+            require_content()
+        self._sound = True
+
+    def _require_use(self, layout: Layout, images: Tensor) -> None:  # noqa: B027 - few need one
+        """Raises ValueError where the method can make nothing of the layer, whatever the images
+        and weights."""
+
+    def _require_variation(self, features: Tensor, images: Tensor) -> None:
+        """Raises ValueError where the layer is the same at every place, whatever the images.
+        features: float[B,C,h,w], of these images."""
+        if _varies(features):
+            return
+        probe = probe_images(images)
+        with torch.no_grad():
+            output, _ = self._forward(probe, (0, 0), lambda output: output)
+        if not _varies(self._layout(output, probe).maps(output)):
             raise ValueError(
-                f"layer {self.layer!r} gives {shape} for images {list(images.shape)}: a map of "
-                "one value says nothing; pass an earlier layer or larger images"
+                f"layer {self.layer!r} gives the same values at every place, whatever the images, "
+                f"so every map would be zero; {self._remedy(probe)}, or take other weights"
             )
+
+    def _remedy(self, images: Tensor) -> str:
+        """Which layer to pass instead, found out by trying; images: float[B,3,H,W]."""
+        name = serving_layer(self.model, images, self._channels, unlike=self.layer)
+        return f"pass layer={name!r}" if name else "pass a layer on the way to the logits"
 
     def _logits(self, output: Any, batch: int, extremes: tuple[int, int]) -> Tensor:
         """The model's output -> float[B,classes], checked against the labels' extremes."""
-        logits = getattr(output, "logits", output)
+        logits = logits_of(output)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != batch:
             what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
@@ -173,37 +242,10 @@ def weighted_map(alpha: Tensor, features: Tensor) -> Tensor:
     return torch.where(usable[:, None, None], scaled, 0.0).float()
 
 
-@contextlib.contextmanager
-def isolated(model: nn.Module, device_type: str) -> Iterator[None]:
-    """Evaluation without a graph, uncompiled; the caller's state and the model's come back."""
-    # Flags, not model.eval(): train() is overridden in some models, and flags may be mixed.
-    modes = [(module, module.training) for module in model.modules()]
-    # Weights that autocast would cache here, under no_grad, must not serve a later training step.
-    autocast = torch.autocast(
-        device_type,
-        dtype=torch.get_autocast_dtype(device_type),
-        enabled=torch.is_autocast_enabled(device_type),
-        cache_enabled=False,
-    )
-    with contextlib.ExitStack() as stack:
-        # The hook has to run; compiled code might keep it out, or be compiled again for it.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(autocast)
-        try:
-            for module, _ in modes:
-                module.training = False
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-
-
 def check_inputs(images: Tensor, labels: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """-> labels on images' device, and the smallest and the largest of them."""
     if images.ndim != 4 or not images.is_floating_point():
-        raise ValueError(f"images must be float[B,C,S,S], got {images.dtype} {list(images.shape)}")
+        raise ValueError(f"images must be float[B,C,H,W], got {images.dtype} {list(images.shape)}")
     integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     if labels.shape != images.shape[:1] or not integer:
         raise ValueError(
@@ -215,18 +257,6 @@ def check_inputs(images: Tensor, labels: Tensor) -> tuple[Tensor, tuple[int, int
     return labels.to(images.device, torch.int64, non_blocking=True), (low, high)
 
 
-def as_map(output: Tensor) -> Tensor:
-    """[B,C,h,w], or [B,tokens,C] -> [B,C,h,w] without the class token."""
-    if output.ndim == 4:
-        return output
-    side = _grid(output.shape[1])
-    patches = output[:, output.shape[1] - side**2 :]  # [B,side*side,C]
-    return patches.transpose(1, 2).unflatten(2, (side, side))
-
-
-def _grid(tokens: int) -> int:
-    """Side of the square grid of `tokens`, one of which may be a class token; 0: no such grid."""
-    for patches in (tokens, tokens - 1):
-        if patches > 0 and math.isqrt(patches) ** 2 == patches:
-            return math.isqrt(patches)
-    return 0
+def _varies(features: Tensor) -> bool:
+    """Whether any channel of any image is not the same throughout; float[B,C,h,w]."""
+    return bool((features.amax((2, 3)) > features.amin((2, 3))).any())

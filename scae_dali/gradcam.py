@@ -11,8 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scae_dali.cam import CAM, as_map, check_inputs, isolated, weighted_map
+from scae_dali.cam import CAM, check_inputs, weighted_map
+from scae_dali.isolation import isolated
 from scae_dali.layers import default_layer
+from scae_dali.layout import Layout
+from scae_dali.reach import probe_images, reached, zero_weights
 
 __all__ = ["GradCAM", "default_layer", "gradcam"]
 
@@ -65,9 +68,58 @@ class GradCAM(CAM):
             gradients = None
             if logits.requires_grad:
                 (gradients,) = torch.autograd.grad(logits, leaves, rows, allow_unused=True)
+            layout = self._layout(features, images)
             if gradients is None:
-                raise ValueError(
-                    f"the logits do not depend on layer {self.layer!r}, or not differentiably; "
-                    "pass a layer on the way to them"
-                )
-            return gradcam(as_map(features.detach()), as_map(gradients))
+                raise self._unreached(layout, images)
+            features, slopes = layout.maps(features.detach()), layout.maps(gradients)
+            maps = gradcam(features, slopes)
+            self._require_maps(
+                maps,
+                images,
+                labels,
+                logits,
+                lambda: self._require_slopes(features, slopes, layout, images),
+            )
+            return maps
+
+    def _require_slopes(
+        self, features: Tensor, slopes: Tensor, layout: Layout, images: Tensor
+    ) -> None:
+        """Raises ValueError where the gradient is zero at every place, or the layer the same at
+        every place, and not for the labels' or the images' sake. slopes: float[B,C,h,w], of the
+        labels' logits."""
+        if bool((slopes != 0).any()):
+            self._require_variation(features, images)
+            return
+        probe = probe_images(images)
+        if reached(self.model, self._module, layout, probe):
+            return
+        self._require_use(layout, probe)
+        zero = {name: value for name, value in zero_weights(self.model).items() if value.ndim > 1}
+        if zero and reached(self.model, self._module, layout, probe, weights=zero):
+            raise ValueError(
+                f"{list(zero)[-1]!r} of {type(self.model).__name__} is zero throughout, so every "
+                "map would be: the network is not trained; load its weights, or train it first"
+            )
+        raise ValueError(
+            f"no gradient of the logits comes back to layer {self.layer!r}, whatever the images, "
+            f"so every map would be zero: the units behind it are dead; {self._remedy(probe)}, or "
+            "take other weights"
+        )
+
+    def _require_use(self, layout: Layout, images: Tensor) -> None:
+        # Noise in the place of the layer's output, and of weights that are zero: what is left is
+        # how the network is made.
+        weights = zero_weights(self.model)
+        if not reached(self.model, self._module, layout, images, weights=weights, features=False):
+            raise self._unreached(layout, images)
+
+    def _unreached(self, layout: Layout, images: Tensor) -> ValueError:
+        how = ", or not differentiably"
+        if layout.leading:
+            tokens = "class token" if layout.leading == 1 else f"{layout.leading} leading tokens"
+            how = f" but for its {tokens}"
+        return ValueError(
+            f"the logits do not depend on layer {self.layer!r}{how}, so every map would be zero; "
+            f"{self._remedy(images)}"
+        )

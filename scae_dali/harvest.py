@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 from torch.nn.functional import grid_sample
 
-from scae_dali.cam import isolated
+from scae_dali.isolation import isolated
 from scae_dali.iterator import Batch
 from scae_dali.layers import find_layer, unwrap
+from scae_dali.layout import Layout, layout_of
 from scae_dali.methods import Status
 from scae_dali.models import classifier_of
+from scae_dali.reach import logits_of, probe_images, require_finite, zero_weights
 from scae_dali.records import Maps
 
 __all__ = ["Harvest", "crop_to_frame"]
@@ -64,7 +66,7 @@ class Harvest:
     device, 8·h·w bytes a sample: 0.5 GB for ImageNet at 7x7.
 
     Raises ValueError for an unknown layer, and where the logits are not the classifier's of the
-    layer's mean: then only a pass sees what the network looks at.
+    layer's mean: then only a pass sees what the network looks at. For weights that are not finite.
     """
 
     method = "harvest"
@@ -84,7 +86,7 @@ class Harvest:
         self._classifier = classifier_of(model, num_classes)[1]
         self._features: Tensor | None = None
         module.register_forward_hook(self._keep)
-        self._require_pooled_head(model, size)
+        self._layout = self._pooled_layout(model, size)
         device = self._classifier.weight.device
         self._grid = grid
         self._sums = torch.zeros(samples, *grid, device=device)
@@ -103,6 +105,7 @@ class Harvest:
                 f"layer {self.layer!r} has not run, with gradients, since the last batch; call "
                 "add(batch) once after every model(batch.images)"
             )
+        features = self._layout.maps(features)
         weight = self._classifier.weight[batch.labels].to(features.dtype)  # [B,C]
         maps = torch.einsum("bc,bchw->bhw", weight, features)
         if self._waiting and self._waiting[0].maps.shape[1:] != maps.shape[1:]:
@@ -190,28 +193,46 @@ class Harvest:
         if torch.is_grad_enabled():
             self._features = output.detach()
 
-    def _require_pooled_head(self, model: nn.Module, size: int) -> None:
-        """Raises ValueError unless the logits are classifier(mean of the features)."""
+    def _pooled_layout(self, model: nn.Module, size: int) -> Layout:
+        """How the layer's output is read; raises ValueError unless the logits are classifier(mean
+        of the features)."""
         weight = self._classifier.weight
-        images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        images = probe_images(weight.new_empty(1, 3, size, size))
         kept: list[Any] = []
+        layout: Layout | None = None
+        wanted: Tensor | None = None
         module = model.get_submodule(self.layer)
-        handle = module.register_forward_hook(lambda *of_call: kept.append(of_call[2]))
+
+        def classify(*of_call: Any) -> None:
+            nonlocal layout, wanted
+            if len(kept) == 1 and isinstance(kept[0], Tensor) and kept[0].ndim == 4:
+                layout = layout_of(self.layer, kept[0].shape, images, model, module)
+                pooled = layout.maps(kept[0]).mean((2, 3))
+                if pooled.shape[1] == self._classifier.in_features:
+                    wanted = self._classifier(pooled)
+
+        handles = [module.register_forward_hook(lambda *of_call: kept.append(of_call[2]))]
+        handles.append(model.register_forward_hook(classify))
         try:
             with isolated(model, weight.device.type):
-                logits = model(images.to(weight.device, weight.dtype))
-                pooled = len(kept) == 1 and isinstance(kept[0], Tensor) and kept[0].ndim == 4
-                pooled = pooled and kept[0].shape[1] == self._classifier.in_features
-                if pooled:
-                    wanted = self._classifier(kept[0].mean((2, 3)))
+                # A classifier that starts from zero would agree with any layer.
+                weights = zero_weights(model)
+                logits = logits_of(torch.func.functional_call(model, weights, (images,)))
         finally:
-            handle.remove()
-        if not pooled or not torch.allclose(logits, wanted, atol=1e-3 * float(logits.std())):
+            for handle in handles:
+                handle.remove()
+        if not logits.isfinite().all():
+            require_finite(model)
+        close = wanted is not None and torch.allclose(
+            logits, wanted, atol=1e-3 * float(logits.std())
+        )
+        if layout is None or not close:
             raise ValueError(
                 f"{type(model).__name__} does not classify the mean of layer {self.layer!r}, so "
                 "its maps cannot be harvested; set saliency.source to pass, or name the last "
                 "feature map before the pooling by saliency.layer"
             )
+        return layout
 
 
 def crop_to_frame(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from scae_dali.cam import CAM, ROUNDING, as_map, check_inputs, isolated, weighted_map
+from scae_dali.cam import CAM, ROUNDING, check_inputs, weighted_map
+from scae_dali.isolation import isolated
 
 __all__ = ["ScoreCAM"]
 
@@ -40,20 +41,13 @@ class ScoreCAM(CAM):
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         labels, extremes = check_inputs(images, labels)
         with isolated(self.model, images.device.type):
-            features = self._features(images, extremes)
-            return weighted_map(self._weights(images, labels, features), features)
-
-    def grid(self, size: int) -> tuple[int, int]:
-        """As of any `CAM`, but by one forward pass: a call makes one a channel."""
-        images, _ = self._blank(size)
-        with isolated(self.model, images.device.type):
-            features = self._features(images, (0, 0))
-        return features.shape[2], features.shape[3]
-
-    def _features(self, images: Tensor, extremes: tuple[int, int]) -> Tensor:
-        """-> float[B,C,h,w]."""
-        output, _ = self._forward(images, extremes, lambda output: output)
-        return as_map(output)
+            output, logits = self._forward(images, extremes, lambda output: output)
+            features = self._layout(output, images).maps(output)
+            maps = weighted_map(self._weights(images, labels, features), features)
+            self._require_maps(
+                maps, images, labels, logits, lambda: self._require_variation(features, images)
+            )
+            return maps
 
     def _weights(self, images: Tensor, labels: Tensor, features: Tensor) -> Tensor:
         """alpha f32[B,C], which sums to 1; NaN, of which no map comes, where no channel varies."""

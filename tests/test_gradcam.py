@@ -349,11 +349,7 @@ def test_layers_that_give_no_map(net, layer, message):
 
 
 def test_layers_that_give_something_else():
-    torch.manual_seed(0)
-    swin = tv.SwinTransformer([4, 4], 16, [1, 1], [2, 2], [4, 4], num_classes=CLASSES)
     images, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 1])
-    with pytest.raises(ValueError, match=r"'features' gives torch.float32 \[2, 8, 8, 32\]"):
-        GradCAM(swin, "features")(images, labels)
     vit = tv.VisionTransformer(64, 16, 1, 2, 16, 16, num_classes=CLASSES)
     with pytest.raises(ValueError, match="self_attention' gives a tuple; pass a layer"):
         GradCAM(vit, "encoder.layers.encoder_layer_0.self_attention")(images, labels)

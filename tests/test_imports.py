@@ -7,9 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RANKS = [
-    {"scae_dali.config", "scae_dali.rng"},
+    {"scae_dali.config", "scae_dali.rng", "scae_dali.isolation", "scae_dali.layout"},
     {"scae_dali.scan", "scae_dali.cache_meta", "scae_dali.records", "scae_dali.longtail"},
-    {"scae_dali.names"},
+    {"scae_dali.names", "scae_dali.reach"},
     {"scae_dali.dataset", "scae_dali.schedule", "scae_dali.store", "scae_dali.layers"},
     {"scae_dali.resident", "scae_dali.chunk_writer", "scae_dali.cam"},
     {f"scae_dali.{n}" for n in ("region", "crop", "mixing", "order", "gradcam", "cache", "verify")},

@@ -1,0 +1,157 @@
+"""Whether a gradient of the logits comes back to a layer's map, and to which layers it does.
+
+Behind the last attention of a transformer only the class token goes on to the head: the patches'
+gradient is zero there, whatever the weights and images. What is zero by its weights alone (a
+classifier that starts from zero) is told from that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from scae_dali.layout import Layout, leading_tokens, readings
+
+__all__ = ["logits_of", "probe_images", "reached", "require_finite", "serving", "zero_weights"]
+
+# Keeps fp16 gradients out of the subnormal range, as in `gradcam`.
+_SCALE = 1024.0
+
+
+def probe_images(like: Tensor, batch: int = 2) -> Tensor:
+    """float[batch, ...]: of the size, type and device of `like`, float[B,C,H,W]; in turn normal
+    noise of every pixel, and smooth."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, *like.shape[1:], generator=generator)
+    coarse = torch.randn(batch, like.shape[1], 4, 4, generator=generator)
+    images[1::2] = interpolate(coarse[1::2], like.shape[2:], mode="bicubic")
+    return images.to(like.device, like.dtype)
+
+
+def reached(
+    model: nn.Module,
+    module: nn.Module,
+    layout: Layout,
+    images: Tensor,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    features: bool = True,
+) -> bool:
+    """Whether any logit has a gradient at any place of the layer's map, for any of the images.
+
+    weights: take the place of the model's own. features: False puts noise in the place of the
+    layer's output, so that the answer is of what follows the layer alone. Call it in `isolated`.
+    """
+    leaves: list[Tensor] = []
+
+    def cut(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        value = output.detach() if features else _noise(tuple(output.shape), output)
+        leaves.append(value.requires_grad_())
+        return leaves[-1].clone()
+
+    handle = module.register_forward_hook(cut)
+    try:
+        with torch.enable_grad():
+            logits = logits_of(torch.func.functional_call(model, dict(weights or {}), (images,)))
+            if not logits.requires_grad:
+                return False
+            cotangent = _SCALE * _noise(tuple(logits.shape), logits)
+            (gradient,) = torch.autograd.grad(logits, leaves[-1:], cotangent, allow_unused=True)
+    finally:
+        handle.remove()
+    return gradient is not None and bool((layout.maps(gradient) != 0).any())
+
+
+def zero_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Noise for every parameter that is zero throughout, by name, in the model's order."""
+    return {
+        name: 0.02 * _noise(tuple(parameter.shape), parameter)
+        for name, parameter in model.named_parameters()
+        if not parameter.detach().any()
+    }
+
+
+def require_finite(model: nn.Module, *, infinite_buffers: bool = True) -> None:
+    """Raises ValueError for a parameter or a buffer with values that are not finite, and names it.
+
+    infinite_buffers: whether an infinite buffer counts: some are masks.
+    """
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if not value.is_floating_point():
+            continue
+        buffer = not isinstance(value, nn.Parameter)
+        wrong = value.isnan() if buffer and not infinite_buffers else ~value.isfinite()
+        if wrong.any():
+            raise ValueError(
+                f"{name!r} of {type(model).__name__} holds values that are not finite, so it gives "
+                "no maps: the network has diverged; take the weights of an earlier epoch"
+            )
+
+
+def serving(model: nn.Module, images: Tensor) -> dict[str, int]:
+    """The layers whose maps have a gradient, with their channels, the last to run first.
+
+    images: float[B,3,H,W]. Empty where the network does not run with them. Call it in `isolated`.
+    """
+    runs: Counter[str] = Counter()
+    convolved: list[tuple[int, int]] = []
+    found: list[tuple[str, Tensor, Layout]] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            runs[name] += 1
+            if not isinstance(output, Tensor) or output.ndim not in (3, 4):
+                return
+            if isinstance(module, nn.Conv2d) and output.ndim == 4:
+                convolved.append((output.shape[2], output.shape[3]))
+            size = (images.shape[2], images.shape[3])
+            layouts = readings(tuple(output.shape), size, leading, convolved)
+            if not layouts or layouts[0].axes == "[B,C,N]":  # which the shape does not tell
+                return
+            if len(output) == len(images) and output.requires_grad:
+                found.append((name, output, layouts[0]))
+
+        return hook
+
+    leading = leading_tokens(model)
+    handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if name]
+    weights = zero_weights(model)
+    try:
+        with torch.enable_grad():
+            leaf = images.detach().clone().requires_grad_()
+            logits = logits_of(torch.func.functional_call(model, weights, (leaf.clone(),)))
+            gradients = torch.autograd.grad(
+                logits,
+                [output for _, output, _ in found],
+                _SCALE * _noise(tuple(logits.shape), logits),
+                allow_unused=True,
+            )
+    except Exception:  # the search is for a message, and the network may take other images
+        return {}
+    finally:
+        for handle in handles:
+            handle.remove()
+    serve: dict[str, int] = {}
+    for (name, _, layout), gradient in reversed(list(zip(found, gradients, strict=True))):
+        if gradient is None or runs[name] > 1 or layout.grid == (1, 1):
+            continue
+        maps = layout.maps(gradient)
+        if (maps != 0).any():
+            serve[name] = maps.shape[1]
+    return serve
+
+
+def logits_of(output: Any) -> Any:
+    """The model's output, or its .logits."""
+    return getattr(output, "logits", output)
+
+
+def _noise(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Standard normal, the same at every call."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return values.to(like.device, like.dtype)
