@@ -198,12 +198,13 @@ class Guide:
 def check_last_pass(epochs: int, refresh_every: int) -> None:
     """Raises ValueError where a pass would come at an epoch that no map can carry."""
     last = schedule.pass_epoch(epochs - 1, refresh_every)
+    if last is None or last < EPOCHS:
+        return
     most = ((EPOCHS - 1) // refresh_every + 1) * refresh_every
-    check(
-        last is None or last < EPOCHS,
+    raise ValueError(
         f"epochs must be at most {most} with refresh_every={refresh_every}, got {epochs}: the last "
         f"saliency pass would come at epoch {last}, and maps carry epochs up to {EPOCHS - 1}; "
-        "lower epochs, or set refresh_every=0 and name a cache that was built offline",
+        "lower epochs, or set refresh_every=0 and name a cache that was built offline"
     )
 
 

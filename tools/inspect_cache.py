@@ -1,4 +1,4 @@
-"""Show what a saliency cache holds: its meta record, coverage, flat maps, ages of the maps, its size.
+"""Show what a saliency cache holds: its meta record, coverage, flat and old maps, its size.
 
 python tools/inspect_cache.py imagenet.lmdb
 python tools/inspect_cache.py imagenet.lmdb --json
