@@ -129,26 +129,28 @@ def open_cache(
     made = meta.under_way or meta.last_pass
     if made["epoch"] is None:
         return cache
-    if made["method"] != arguments.method:
+    wanted = {"model": arguments.model, "layer": cam.layer, "input_size": size}
+    wanted |= {"method": arguments.method, "weights": weights_digest(cam.model)}
+    differing = {name: value for name, value in wanted.items() if made[name] != value}
+    if not differing:
+        return cache
+    if meta.under_way is not None:
+        cache.claim()  # says so where the process that makes them is alive
+    if "method" in differing:
         raise ValueError(
             f"saliency cache {path!r} has maps by {made['method']!r}, not {arguments.method!r}; "
             "pass the --method that it was built with, or build a new cache at another --out"
         )
-    weights = weights_digest(cam.model)
-    wanted = {"model": arguments.model, "layer": cam.layer, "input_size": size, "weights": weights}
-    differing = [
-        f"{name} {made[name] or 'unknown'}, not {value}"
-        for name, value in wanted.items()
-        if made[name] != value
-    ]
-    if differing:
-        complete = "" if meta.under_way is None else " and is not complete"
-        remedy = "" if meta.under_way is None else "delete it if it is of no use, or "
-        raise ValueError(
-            f"saliency cache {path!r} was built with {'; '.join(differing)}{complete}: "
-            f"{remedy}give --out another path"
-        )
-    return cache
+    told = "; ".join(
+        f"{name} {made[name] or 'unknown'}, not {differing[name]}" for name in differing
+    )
+    ended = (
+        "" if meta.under_way is None else ", delete it if it is of no use (its pass never ended)"
+    )
+    raise ValueError(
+        f"saliency cache {path!r} has maps by {told}: build with what it was built with{ended}, or "
+        "build a new cache at another --out"
+    )
 
 
 def build(arguments: argparse.Namespace) -> None:
