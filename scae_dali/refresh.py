@@ -249,18 +249,30 @@ def _pass(
     """
     own = torch.from_numpy(labels.copy())
     queued = None
+
+    def hand_on(of_batch: Callable[[], list[np.ndarray]]) -> None:
+        ids, levels, outside = of_batch()
+        check(
+            not outside,
+            f"method {cam.method!r} must give maps in [0, 1] (they are kept in 8 bits), and gave "
+            "others, or some that are not finite; scale each map, and give zeros for none",
+        )
+        take(ids, levels)
+
     try:
         for batch in batches:
             with autocast():
                 # Labels from the host: to read them from the device would be to wait for it.
                 maps = cam(batch.images, own[batch.ids])
-            levels = (maps * 255).round().to(torch.uint8)
-            before, queued = queued, _to_host(*_gather(batch.ids, levels, world))
+            levels = (maps * 255).round()
+            outside = ~((levels >= 0) & (levels <= 255)).all()  # true of NaN as well
+            every = _gather(batch.ids, levels.to(torch.uint8), world)
+            before, queued = queued, _to_host(*every, outside)
             if before is not None:
-                take(*before())
+                hand_on(before)
     finally:
         if queued is not None:
-            take(*queued())
+            hand_on(queued)
 
 
 def agreement(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -> np.ndarray:

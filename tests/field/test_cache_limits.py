@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_bad_input import batches
 from test_build_cache import build  # noqa: F401 - a fixture
 from test_cache import FakeIndex
-from test_refresh import Net
+from test_refresh import Net, fresh  # noqa: F401 - a fixture
 
 from pipelines.data import DataConfig
 from pipelines.guide import Guide, check_last_pass
@@ -103,6 +104,29 @@ def test_build_cache_of_many_classes_names_the_option(build, tmp_path, monkeypat
     with pytest.raises(SystemExit, match=MANY):
         build(data="x", model="x", out=tmp_path / "maps.lmdb", neighbors=2)
     assert not (tmp_path / "maps.lmdb").exists()
+
+
+@pytest.mark.parametrize("value", [1.01, -0.5, float("nan"), float("inf")])
+def test_maps_that_levels_of_8_bits_do_not_hold_are_refused(fresh, index, value):  # noqa: F811
+    """They wrapped: 1.01 became 2 of 255."""
+
+    class Mine:
+        method, layer = "mine", "features"
+
+        def __init__(self, model, layer):
+            self.model = model
+
+        def __call__(self, images, labels):
+            maps = torch.eye(7).repeat(len(images), 1, 1)
+            maps[labels == 1, 3, 3] = value
+            return maps
+
+    loader_for = batches(index, size=28)
+    with pytest.raises(ValueError, match=r"method 'mine' must give maps in \[0, 1\]"):
+        refresh_cache(Net(), fresh, index, loader_for, epoch=1, method=Mine)
+    assert fresh.census() == ({}, 0)
+    value = 1.0
+    assert refresh_cache(Net(), fresh, index, loader_for, epoch=1, method=Mine).images == 50
 
 
 @pytest.mark.parametrize("grid", [(1 << 16, 1 << 15), (1, 1 << 40)])
