@@ -6,7 +6,9 @@ are due is decided by `schedule`.
 
 from __future__ import annotations
 
+import secrets
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,20 +22,27 @@ from pipelines.loaders import Loaders
 from pipelines.recipe import Config, autocast
 from scae_dali import schedule
 from scae_dali.cache import SaliencyCache
+from scae_dali.config import check
 from scae_dali.dataset import ImageIndex
 from scae_dali.gradcam import GradCAM
 from scae_dali.harvest import Harvest
 from scae_dali.ranks import Ranks
-from scae_dali.refresh import PassReport, refresh_cache
+from scae_dali.records import EPOCHS
+from scae_dali.refresh import PassReport, check_neighbors, refresh_cache
 
 
 class Guide:
     """The saliency maps of a run; make it before the network is compiled.
 
-    cache: built offline, or the run's own, made where it is missing. harvest: what training sees;
-    None where the maps come from passes alone. guided: the Config of the method that looks at them,
-    or at nothing but neighbouring classes: then a pass makes no maps. made: the epoch of the last
-    pass of this run.
+    cache: built offline, or the run's own, made where it is missing and claimed for the run; one
+    for every node. harvest: what training sees; None where the maps come from passes alone. guided:
+    the Config of the method that looks at them, or at nothing but neighbouring classes: then a pass
+    makes no maps. mixes: whether the method asks for neighbouring classes. made: the token of the
+    last pass of this run, see `CacheMeta.token` (of several nodes whose passes differ, all of
+    them); anything else is taken for no pass.
+
+    Raises ValueError where the run could not keep its maps: too many epochs or classes, a cache
+    that another process writes to, that several nodes share, or that has no maps and gets none.
     """
 
     def __init__(
@@ -44,24 +53,36 @@ class Guide:
         index: ImageIndex,
         loaders: Loaders,
         ranks: Ranks,
+        *,
+        mixes: bool = True,
     ) -> None:
         self._config, self._guided, self._net = config, guided, net
         self._index, self._loaders, self._ranks = index, loaders, ranks
         self._image = config.saliency_image()
         settings = config.saliency
-        path = settings.cache or Path(config.out) / "saliency.lmdb"
+        path = Path(settings.cache or Path(config.out) / "saliency.lmdb")
         if guided.refresh_every:
+            check_last_pass(config.epochs, guided.refresh_every)
+            check_neighbors(getattr(guided, "neighbors", 0) if mixes else 0, index.num_classes)
+            path = path_of_node(path, ranks, chosen=bool(settings.cache))
             grid = GradCAM(net, settings.layer).grid(self._image.size)
-            SaliencyCache.create(path, index, grid=grid, exist_ok=True)
-            if schedule.pass_epoch(config.epochs - 1, guided.refresh_every) is None and ranks.first:
-                tqdm.write(
-                    f"note: no saliency pass comes within {config.epochs} epochs, the first is due "
-                    f"at epoch {guided.refresh_every}; lower refresh_every",
-                    file=sys.stderr,
+            self.cache = SaliencyCache.create(path, index, grid=grid, exist_ok=True)
+            if ranks.local == 0:
+                together(ranks, self.cache.claim)
+            else:
+                together(ranks)
+            if schedule.pass_epoch(config.epochs - 1, guided.refresh_every) is None:
+                self._note(
+                    f"no saliency pass comes within {config.epochs} epochs, the first is due "
+                    f"at epoch {guided.refresh_every}; lower refresh_every"
                 )
-        self.cache = SaliencyCache(path, index=index)
+        else:
+            self.cache = SaliencyCache(path, index=index)
+            if guided.guided:
+                self._look_at_offline_maps()
         self.harvest = None
-        self.made: int | None = None
+        self.made: str | None = None
+        self._trained = False  # whether an epoch has begun
         if settings.source != "pass" and guided.guided:
             self.harvest = Harvest(
                 net,
@@ -74,13 +95,18 @@ class Guide:
 
     def due(self, epoch: int) -> int | None:
         """The epoch of the maps that must be made before this one is trained; None where none."""
-        due = schedule.pass_epoch(epoch, self._guided.refresh_every)
+        refresh_every = self._guided.refresh_every
+        due = schedule.pass_epoch(epoch, refresh_every)
         if due is None:
+            if refresh_every and not self._trained:
+                self._look_at_older_maps()
+            self._trained = True
             return None
-        meta = self.cache.meta
+        self._trained = True
         # A cache that others have filled, or that was lost, is not this run's.
-        made = self.made == meta.epoch == due and meta.under_way is None
-        return None if all(self._ranks.gather(made)) else due
+        tokens, epochs = self._last_passes()
+        made = tokens is not None and tokens == self.made and epochs == {due}
+        return None if made else due
 
     def refresh(self, due: int, run: ExecConfig, *, mixes: bool) -> PassReport:
         """Bring the cache to this epoch; every rank calls it. run: as in training, the whole data
@@ -115,7 +141,123 @@ class Guide:
             progress=bar.update,
         )
         bar.close()
-        self.made = due
+        self.made, _ = self._last_passes()
         if self.harvest is not None:
             self.harvest.clear()
         return report
+
+    def _last_passes(self) -> tuple[str | None, set[int | None]]:
+        """Tokens of the last complete pass in the caches of all nodes, and their epochs; every rank
+        calls it. No token where one of them has none."""
+        meta = self.cache.meta
+        found = self._ranks.gather((meta.token, meta.epoch))
+        tokens = list(dict.fromkeys(token for token, _ in found))
+        return None if None in tokens else "+".join(tokens), {epoch for _, epoch in found}
+
+    def _look_at_older_maps(self) -> None:
+        """Tell whose maps guide the run until its first pass."""
+        if self.made is not None or not self._guided.guided or not self._ranks.first:
+            return
+        found, _ = self.cache.coverage()
+        if found:
+            every = self._guided.refresh_every
+            self._note(
+                f"saliency cache {self.cache.path!r} has maps of {found:,} samples that this run "
+                f"did not make; they guide its erasing until its first pass, at epoch {every}: "
+                "name another saliency.cache, or none, for maps of its own alone"
+            )
+
+    def _look_at_offline_maps(self) -> None:
+        """Tell what they lack; every rank calls it. Raises ValueError where there are none."""
+        samples = len(self._index)
+        every = self._ranks.gather(self.cache.coverage() if self._ranks.local == 0 else None)
+        known = [coverage for coverage in every if coverage is not None]
+        found, flat = min(one.found for one in known), max(one.flat for one in known)
+        remedy = "run tools/build_cache.py, which makes what is missing"
+        check(
+            found > 0,
+            f"saliency cache {self.cache.path!r} has no maps, and refresh_every=0 makes none: "
+            f"{remedy}, or refresh every so many epochs",
+        )
+        if found < samples:
+            self._note(
+                f"saliency cache {self.cache.path!r} has maps of {found:,} of {samples:,} samples; "
+                f"the others are erased uniformly: {remedy}"
+            )
+        if flat:
+            self._note(
+                f"{flat:,} of {found:,} maps in saliency cache {self.cache.path!r} are flat (the "
+                "same everywhere); their samples are erased uniformly"
+            )
+
+    def _note(self, text: str) -> None:
+        if self._ranks.first:
+            tqdm.write(f"note: {text}", file=sys.stderr)
+
+
+def check_last_pass(epochs: int, refresh_every: int) -> None:
+    """Raises ValueError where a pass would come at an epoch that no map can carry."""
+    last = schedule.pass_epoch(epochs - 1, refresh_every)
+    if last is None or last < EPOCHS:
+        return
+    most = ((EPOCHS - 1) // refresh_every + 1) * refresh_every
+    raise ValueError(
+        f"epochs must be at most {most} with refresh_every={refresh_every}, got {epochs}: the last "
+        f"saliency pass would come at epoch {last}, and maps carry epochs up to {EPOCHS - 1}; "
+        "lower epochs, or set refresh_every=0 and name a cache that was built offline"
+    )
+
+
+def together(ranks: Ranks, work: Callable[[], None] | None = None) -> None:
+    """work() where there is any, and its ValueError or OSError on all ranks, so that none waits for
+    one that is gone; every rank calls it."""
+    error: Exception | None = None
+    try:
+        if work is not None:
+            work()
+    except (ValueError, OSError) as raised:
+        error = raised
+    failed = [text for text in ranks.gather(None if error is None else str(error)) if text]
+    if error is not None:
+        raise error
+    if failed:
+        raise ValueError(failed[0])
+
+
+def path_of_node(path: Path, ranks: Ranks, *, chosen: bool) -> Path:
+    """Where the cache of this node is; every rank calls it.
+
+    LMDB cannot be written from two machines, so of nodes that see the same folder all but the first
+    put a number behind the name. chosen: whether the user has named the path, which is refused
+    then.
+    """
+    nodes = ranks.gather(ranks.node)
+    if len(set(nodes)) == 1:
+        return path
+    folder = Path(path).resolve().parent
+    names = [
+        f".node-{node}-{name}"
+        for node, name in zip(nodes, ranks.gather(secrets.token_hex(8)), strict=True)
+    ]
+    mine = folder / names[ranks.rank]
+
+    def leave() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        mine.touch()
+
+    try:
+        together(ranks, leave)
+        seen = [node for node, name in zip(nodes, names, strict=True) if (folder / name).exists()]
+        ranks.gather(None)  # nobody takes a file away before all have looked
+    finally:
+        mine.unlink(missing_ok=True)
+    own = min(seen) == ranks.node
+    check(
+        all(ranks.gather(own)) or not chosen,
+        f"saliency.cache must be on a disk of the node's own where it is refreshed, got {path!s}, "
+        "which several nodes see (LMDB cannot be written from two machines): name a folder of the "
+        "node, or leave it out for one cache a node in out",
+    )
+    if own:
+        return path
+    return path.with_name(f"{path.stem}-node{ranks.node}{path.suffix}")

@@ -16,17 +16,22 @@ numeric order:
 Durability: every commit is synced (LMDB's default). A killed process or a lost machine loses the
 records since the last commit, that is at most two chunks, and never damages what was committed.
 LMDB wants a local file system.
+
+One process writes at a time. It claims the cache (see `store`) when it begins its first pass or
+asks for it, and keeps it. A map belongs to the pass that made it: once another pass has been begun
+in the cache, whoever goes on with the former is told so, and nothing of it is written.
 """
 
 from __future__ import annotations
 
 import os
+import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import lmdb
 import numpy as np
@@ -38,18 +43,21 @@ from scae_dali.cache_meta import (
     PROVENANCE,
     CacheError,
     CacheMeta,
+    describe_pass,
     from_json,
     to_json,
 )
 from scae_dali.chunk_writer import ChunkWriter
 from scae_dali.records import (
     CHUNK,
+    CLASSES,
     KEY_BYTES,
     Maps,
     checked_epoch,
     checked_ids,
     checked_maps,
     expected_bytes,
+    flat,
     put_ascending,
     record_type,
     rows,
@@ -64,6 +72,7 @@ __all__ = [
     "CacheError",
     "CacheMeta",
     "ChunkWriter",
+    "Coverage",
     "Index",
     "ResidentCache",
     "SaliencyCache",
@@ -71,7 +80,20 @@ __all__ = [
 
 _META, _NEIGHBORS = b"meta", b"neighbors"
 
+PATIENCE = 2.0  # seconds that a claim waits for a process that is about to end, or to begin a pass
+_ADVICE = (
+    "take a cache of your own (build_cache.py: another --out; train.py: another --saliency.cache, "
+    "or none)"
+)
+
 T = TypeVar("T")
+
+
+class Coverage(NamedTuple):
+    """found: samples that have a map. flat: those of them whose map is the same everywhere."""
+
+    found: int
+    flat: int
 
 
 class Index(Protocol):
@@ -113,6 +135,7 @@ class SaliencyCache:
         self.path = os.fspath(path)
         self._real = os.path.realpath(self.path)
         self._closed = False
+        self._pass: dict[str, Any] | None = None  # that this object has begun and not ended
         store.require_data_file(self.path)
         store.environment(self._real).forget_if_replaced()
         meta = self.meta
@@ -160,6 +183,7 @@ class SaliencyCache:
             raise ValueError(f'naming must be "index" or "path", got {naming!r}')
         if len(grid) != 2 or not all(isinstance(n, int | np.integer) and n >= 1 for n in grid):
             raise ValueError(f"grid must be (h, w) of positive integers, got {grid!r}")
+        record_type((int(grid[0]), int(grid[1])))  # before anything is made
         store.make_directory(path, exist_ok=exist_ok)
         meta = CacheMeta(
             FORMAT_VERSION,
@@ -232,6 +256,17 @@ class SaliencyCache:
 
         return self._view(count)
 
+    def coverage(self) -> Coverage:
+        """How many samples have a map, and how many of those maps say nothing: they are flat."""
+
+        def count(txn: lmdb.Transaction) -> Coverage:
+            known = self._key_is_id or self._keys is not None
+            blocks = self._scan(txn) if known else ((k, r) for k, r, _ in rows(txn, self._kind))
+            each = [(len(ids), int(flat(records["map"]).sum())) for ids, records in blocks]
+            return Coverage(sum(found for found, _ in each), sum(same for _, same in each))
+
+        return self._view(count)
+
     def stalest(self, count: int, *, epoch: int) -> NDArray[np.int64]:
         """The samples for a pass of `epoch` that makes `count` maps -> i64[count], in key order.
 
@@ -267,44 +302,72 @@ class SaliencyCache:
         epoch are done if the pass under way, or the last complete one, has the same epoch, weights,
         samples and provenance. If not they are stale: they are withdrawn (emptied) first, and the
         pass begins only then. A pass of no samples makes no maps, and withdraws none.
+
+        Claims the cache for this process if there is anything to do. Raises CacheError where
+        another process has claimed it, unless that one makes the same pass with the same weights:
+        then both make what is missing, and both end.
         """
         epoch = checked_epoch(epoch)
-        meta = self.meta
         given = {"method": method, "model": model, "layer": layer, "input_size": input_size}
-        kept = {name: getattr(meta, name) for name in PROVENANCE if given[name] is None}
         ours = np.full(self._samples, ids is None)
         part, which = None, None
         if ids is not None:
             ours[checked_ids(ids, self._samples)] = True
             part = int(np.count_nonzero(ours))
             which = blake2b(np.packbits(ours).tobytes(), digest_size=16).hexdigest()
-        wanted = {"epoch": epoch, "weights": weights, "part": part, "which": which}
-        wanted |= given | kept
-        stamps = self.stamps()
-        trusted = part == 0 or wanted in (meta.under_way, meta.last_pass)
-        if not trusted:
-            # Emptied rather than deleted: the place in the page is kept, and the file stays packed.
-            # In chunks before the meta record rather than with it: a crash between leaves fewer
-            # maps but none that is taken for new.
-            self._withdraw(self._in_key_order(stamps == epoch))
-        pending = self._in_key_order(ours & (stamps != epoch) if trusted else ours)
-
-        def begin(txn: lmdb.Transaction) -> None:
-            now = self._meta(txn)
-            if pending.size or now.under_way is not None or now.last_pass != wanted:
-                epoch_left = None if now.epoch == epoch and not trusted else now.epoch
-                txn.put(_META, to_json(replace(now, under_way=wanted, epoch=epoch_left)))
-
-        self._update(begin)
+        fixed = {"epoch": epoch, "weights": weights, "part": part, "which": which}
+        patience = _Patience()
+        while True:  # until nobody has changed the cache between the look and the change
+            meta = self.meta
+            kept = {name: getattr(meta, name) for name in PROVENANCE if given[name] is None}
+            wanted = fixed | given | kept
+            goes_on = (meta.under_way or meta.last_pass) == wanted
+            if not goes_on and not self._claimed(meta, patience):
+                continue
+            trusted = part == 0 or wanted in (meta.under_way, meta.last_pass)
+            stamps = self.stamps()
+            pending = self._in_key_order(ours & (stamps != epoch) if trusted else ours)
+            if goes_on and not pending.size:
+                break
+            if goes_on and not self._claimed(meta, patience, joins=bool(weights)):
+                continue
+            if not trusted and epoch in (meta.epoch, (meta.under_way or {}).get("epoch")):
+                # Nobody writes maps of this epoch, or believes them, from here on.
+                emptied = replace(meta, under_way=None)
+                if meta.epoch == epoch:
+                    emptied = replace(emptied, epoch=None)
+                self._replace_meta(meta, emptied)
+                continue
+            if not trusted:
+                # Emptied rather than deleted: the place in the page is kept, and the file stays
+                # packed. In chunks before the meta record rather than with it: a crash between
+                # leaves fewer maps but none that is taken for new.
+                self._withdraw(self._in_key_order(stamps == epoch))
+            if self._replace_meta(meta, replace(meta, under_way=wanted)):
+                break
+        self._pass = wanted
         return pending
 
+    def claim(self) -> None:
+        """Makes this process the one that writes to the cache, until it closes it or ends.
+
+        `begin_pass` does so by itself; a run that will begin its first pass much later had better
+        know at its start. Raises CacheError where another process is the one, PermissionError where
+        the cache is read-only.
+        """
+        patience = _Patience()
+        while not self._claimed(self.meta, patience):
+            pass
+
     def write(self, ids: ArrayLike, maps: ArrayLike, *, epoch: int) -> None:
-        """Commits maps of the pass under way, all or none.
+        """Commits maps of the pass that this object has begun, all or none.
 
         ids: int[B]; maps: u8[B,h,w], or float in [0, 1]. Of an id that comes twice the later map
-        counts. Chunks in key order (that of `begin_pass`) make the smallest file. Raises ValueError
-        for maps of another shape, dtype or range, CacheError if no pass of `epoch` is under way,
-        OSError if the disk is full; what was committed before stays.
+        counts. Chunks in key order (that of `begin_pass`) make the smallest file. Where another
+        process has completed the same pass, with the same weights, nothing is left to write. Raises
+        ValueError for maps of another shape, dtype or range, CacheError if no pass of `epoch` is
+        under way or another one was begun since, OSError if the disk is full; what was committed
+        before stays.
         """
         epoch = checked_epoch(epoch)
         ids, maps = self.checked(ids, maps)
@@ -318,14 +381,16 @@ class SaliencyCache:
         values = split(records[order].tobytes(), self._kind.itemsize)
 
         def commit(txn: lmdb.Transaction) -> None:
-            under_way = self._meta(txn).under_way
-            if under_way is None or under_way["epoch"] != epoch:
+            meta = self._meta(txn)
+            under_way = meta.under_way
+            if self._pass is None or self._pass["epoch"] != epoch:
                 found = "none" if under_way is None else f"that of epoch {under_way['epoch']}"
                 raise CacheError(
                     f"write(epoch={epoch}): the pass under way in {self.path!r} is {found}; call "
                     f"begin_pass({epoch})"
                 )
-            put_ascending(txn, keys, values)
+            if self._still_under_way(meta, f"write(epoch={epoch})"):
+                put_ascending(txn, keys, values)
 
         self._update(commit)
 
@@ -341,13 +406,18 @@ class SaliencyCache:
 
         def finish(txn: lmdb.Transaction) -> None:
             meta = self._meta(txn)
-            if meta.under_way is None and meta.epoch == epoch:
+            begun = self._pass is not None and self._pass["epoch"] == epoch
+            if not begun and meta.under_way is None and meta.epoch == epoch:
                 return
-            if meta.under_way is None or meta.under_way["epoch"] != epoch:
+            if not begun:
                 raise CacheError(
                     f"end_pass({epoch}): no such pass is under way in {self.path!r}; call "
                     "begin_pass"
                 )
+            if meta.under_way is None and meta.last_pass == self._pass:
+                return
+            self._still_under_way(meta, f"end_pass({epoch})")
+            assert meta.under_way is not None
             part = meta.under_way["part"]
             wanted = self._samples if part is None else part
             lacking = np.flatnonzero(self._stamps(txn) != epoch)
@@ -361,22 +431,35 @@ class SaliencyCache:
             txn.put(_META, to_json(done))
 
         self._update(finish)
+        self._pass = None
 
     def write_neighbors(self, neighbors: ArrayLike) -> None:
-        """neighbors: u16[K, m], for each of K classes its m neighbouring ones, nearest first."""
+        """neighbors: u16[K, m], for each of K <= 65536 classes its m neighbouring ones, nearest
+        first. Raises CacheError where another process writes to the cache."""
         table = np.asarray(neighbors)
         if table.dtype != np.uint16 or table.ndim != 2:
             raise ValueError(
                 f"neighbors must be uint16 [K, m], got {table.dtype} {list(table.shape)}"
+            )
+        if len(table) > CLASSES:
+            raise ValueError(
+                f"neighbors must be of at most {CLASSES} classes (they are stored in 16 bits), got "
+                f"{len(table)}"
             )
         if table.size and table.max() >= len(table):
             raise ValueError(
                 f"neighbors must be classes 0..{len(table) - 1} (it has K rows), got {table.max()}"
             )
 
+        if self._pass is None:
+            self.claim()
+
         def put(txn: lmdb.Transaction) -> None:
+            meta = self._meta(txn)
+            if self._pass is not None:
+                self._still_under_way(meta, "write_neighbors")
             txn.put(_NEIGHBORS, table.astype("<u2").tobytes())
-            txn.put(_META, to_json(replace(self._meta(txn), neighbors=table.shape)))
+            txn.put(_META, to_json(replace(meta, neighbors=table.shape)))
 
         self._update(put)
 
@@ -432,6 +515,60 @@ class SaliencyCache:
     def _update(self, change: Callable[[lmdb.Transaction], None]) -> None:
         full = expected_bytes(self._samples, self._kind.itemsize)
         self._environment().update(change, needs=max(full - self.size_bytes, 1 << 20))
+
+    def _claimed(self, meta: CacheMeta, patience: _Patience, *, joins: bool = False) -> bool:
+        """Whether this process may change a cache that says `meta`; if not, look at it again.
+
+        joins: whether it makes the very maps that the process makes that has claimed the cache.
+        Raises CacheError once another process has had the cache for too long.
+        """
+        claim = self._environment().claim()
+        if claim is store.Claim.TAKEN:
+            try:
+                self._update(lambda txn: None)
+            except BaseException:  # it cannot write, so it must not keep others from it
+                self._environment().disclaim()
+                raise
+            return False
+        # A child may make a pass while its parent makes none.
+        lent = claim is store.Claim.PARENTS and meta.under_way is None
+        if claim is store.Claim.OURS or lent or joins:
+            return True
+        if not patience.wait():
+            busy = "" if meta.under_way is None else f" ({describe_pass(meta.under_way)})"
+            raise CacheError(
+                f"another process is writing to saliency cache {self.path!r}{busy}; wait until it "
+                f"has ended, or {_ADVICE}"
+            )
+        return False
+
+    def _still_under_way(self, meta: CacheMeta, call: str) -> bool:
+        """Whether the pass of this object is; False if it is complete already. Raises CacheError
+        where another one was begun since."""
+        assert self._pass is not None
+        if meta.under_way == self._pass:
+            return True
+        if meta.under_way is None and meta.last_pass == self._pass and self._pass["weights"]:
+            return False
+        other: Mapping[str, Any] = meta.under_way or meta.last_pass
+        raise CacheError(
+            f"{call}: another pass ({describe_pass(other)}) has been begun in saliency cache "
+            f"{self.path!r} since this one ({describe_pass(self._pass)}), of which nothing more "
+            f"was written; {_ADVICE}"
+        )
+
+    def _replace_meta(self, old: CacheMeta, new: CacheMeta) -> bool:
+        """Puts `new` unless the record is no longer `old`; whether it was."""
+        unchanged = False
+
+        def put(txn: lmdb.Transaction) -> None:
+            nonlocal unchanged
+            unchanged = self._meta(txn) == old
+            if unchanged:
+                txn.put(_META, to_json(new))
+
+        self._update(put)
+        return unchanged
 
     def _environment(self) -> store.Environment:
         if self._closed:
@@ -499,6 +636,18 @@ class SaliencyCache:
         for ids, records in self._scan(txn):
             stamps[ids] = records["stamp"]
         return stamps
+
+
+class _Patience:
+    """How long a claim waits for another process."""
+
+    def __init__(self) -> None:
+        self._end = time.monotonic() + PATIENCE
+
+    def wait(self) -> bool:
+        """A moment; False once it was enough."""
+        time.sleep(0.02)
+        return time.monotonic() < self._end
 
 
 def _lowest(values: NDArray[np.float64], count: int) -> NDArray[np.bool_]:

@@ -7,10 +7,21 @@ these fields serve, is decided in `cache`; the bytes are kept by `store`.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from typing import Any
 
-__all__ = ["FORMAT_VERSION", "PROVENANCE", "CacheError", "CacheMeta", "from_json", "to_json"]
+__all__ = [
+    "FORMAT_VERSION",
+    "PROVENANCE",
+    "CacheError",
+    "CacheMeta",
+    "describe_pass",
+    "from_json",
+    "pass_token",
+    "to_json",
+]
 
 FORMAT_VERSION = 1
 PROVENANCE = ("method", "model", "layer", "input_size")
@@ -53,6 +64,26 @@ class CacheMeta:
         """The last complete pass in the form of `under_way`."""
         names = ("epoch", "weights", "part", "which", *PROVENANCE)
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def token(self) -> str | None:
+        """`pass_token` of the last complete pass; None where there is none, or another is under
+        way."""
+        if self.epoch is None or self.under_way is not None:
+            return None
+        return pass_token(self.last_pass)
+
+
+def pass_token(fields: Mapping[str, Any]) -> str:
+    """What tells a pass from every other, hex: BLAKE2b-128 of the fields of `last_pass`."""
+    told = json.dumps(fields, sort_keys=True).encode()
+    return blake2b(told, digest_size=16).hexdigest()
+
+
+def describe_pass(fields: Mapping[str, Any]) -> str:
+    """For messages; fields as of `pass_token`."""
+    weights = fields["weights"][:8] or "unknown"
+    return f"epoch {fields['epoch']}, model {fields['model'] or 'unknown'}, weights {weights}"
 
 
 def to_json(meta: CacheMeta) -> bytes:

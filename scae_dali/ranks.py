@@ -17,6 +17,7 @@ def pick_device(name: str, number: int = 0) -> torch.device:
 
 class Ranks:
     """rank, world: of all processes. local: on this node; its process 0 writes the node's cache.
+    node: which of the nodes this is.
 
     device: see pick_device. Joins the process group that the environment of torchrun names: by NCCL
     where tensors are on GPUs, by gloo where they are on the CPU.
@@ -26,6 +27,8 @@ class Ranks:
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.local = int(os.environ.get("LOCAL_RANK", 0))
+        a_node = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        self.node = int(os.environ.get("GROUP_RANK", self.rank // a_node))
         self.device = pick_device(device, self.local)
         cuda = self.device.type == "cuda"
         if cuda:

@@ -6,6 +6,7 @@ written or believed, is decided in `cache`.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import islice
@@ -17,12 +18,15 @@ from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
     "CHUNK",
+    "CLASSES",
+    "EPOCHS",
     "KEY_BYTES",
     "Maps",
     "checked_epoch",
     "checked_ids",
     "checked_maps",
     "expected_bytes",
+    "flat",
     "put_ascending",
     "record_type",
     "rows",
@@ -31,12 +35,19 @@ __all__ = [
 
 CHUNK = 4096  # records a commit: some 290 KB at 7x7, one sync
 KEY_BYTES = 8  # of a record; the other keys are longer or shorter
+EPOCHS = 1 << 16  # that a stamp of 16 bits tells apart
+CLASSES = 1 << 16  # that neighbours of 16 bits tell apart
 
 Maps = NDArray[np.uint8]
 
 
 def record_type(grid: tuple[int, int]) -> np.dtype[np.void]:
-    """The value of a record: fields stamp, u16 LE, and map, u8[h,w] with 255 = 1.0."""
+    """The value of a record: fields stamp, u16 LE, and map, u8[h,w] with 255 = 1.0.
+
+    Raises ValueError for a grid of 2 GiB.
+    """
+    if grid[0] * grid[1] + 2 >= 1 << 31:
+        raise ValueError(f"grid must have fewer than 2^31 cells, got {grid}; 7x7 is usual")
     return np.dtype([("stamp", "<u2"), ("map", "u1", grid)])
 
 
@@ -82,12 +93,18 @@ def expected_bytes(samples: int, size: int) -> int:
     return 4096 * (samples // a_page + 1) * 102 // 100
 
 
+def flat(maps: Maps) -> NDArray[np.bool_]:
+    """u8[n,h,w] -> bool[n], whether a map is the same everywhere, and so says nothing."""
+    cells = maps.reshape(len(maps), math.prod(maps.shape[1:]))
+    return (cells == cells[:, :1]).all(1)
+
+
 def split(blob: bytes, size: int) -> list[bytes]:
     return [blob[start : start + size] for start in range(0, len(blob), size)]
 
 
 def checked_epoch(epoch: int) -> int:
-    if not isinstance(epoch, int | np.integer) or not 0 <= epoch < 1 << 16:
+    if not isinstance(epoch, int | np.integer) or not 0 <= epoch < EPOCHS:
         raise ValueError(
             f"epoch must be an integer in 0..65535 (it is stored in 16 bits), got {epoch!r}"
         )

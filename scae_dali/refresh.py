@@ -9,7 +9,8 @@ method; maps that training has gathered by itself (`harvest`) are written along.
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,13 @@ from torch import Tensor, distributed, nn
 from scae_dali.cache import SaliencyCache
 from scae_dali.cam import CAM, SaliencyMethod
 from scae_dali.chunk_writer import ChunkWriter
-from scae_dali.config import check_choice
+from scae_dali.config import check, check_choice
 from scae_dali.dataset import ImageIndex
 from scae_dali.gradcam import GradCAM
 from scae_dali.harvest import Harvest
 from scae_dali.iterator import Batch
 from scae_dali.models import classifier_of
+from scae_dali.records import CLASSES, checked_epoch, flat
 from scae_dali.scorecam import ScoreCAM
 
 # (model, layer) -> what maps images and labels; layer None: by the network's family.
@@ -40,14 +42,16 @@ COMPARED = 4096  # maps that are compared, of a pass
 @dataclass(frozen=True, kw_only=True)
 class PassReport:
     """images: seen by this pass, all ranks, 0 where there was nothing to do. harvested: maps that
-    were written without. seconds: wall clock. agreement: the mean rank correlation (Spearman) of
-    harvested maps with those of the pass, over samples that have both; None where none has.
+    were written without. flat: those of both that are the same everywhere, and so guide nothing.
+    seconds: wall clock. agreement: the mean rank correlation (Spearman) of harvested maps with
+    those of the pass, over samples that have both; None where none has.
     """
 
     images: int
     harvested: int
     seconds: float
     agreement: float | None
+    flat: int = 0
 
 
 def refresh_cache(
@@ -71,7 +75,8 @@ def refresh_cache(
     """Bring the cache to `epoch`; every rank calls it.
 
     cache: of this node, given to the one process of the node that writes; None on the others.
-    loader_for(ids): batches of whole upright images, in this order, normalised as in training.
+    loader_for(ids): batches of whole upright images, of these samples and no others, in this order,
+    normalised as in training; every rank is given ids of its own.
     share: of the samples, whose maps are made anew, the stalest first; 0: none. harvest: what
     training has gathered, for the rest; it is merged over the ranks, and not cleared.
     method: a name of `METHODS`, or what makes one, such as partial(ScoreCAM, chunk=256); maps of
@@ -79,11 +84,15 @@ def refresh_cache(
     name, input_size: of the model, for the cache's meta. progress: called with the number of images
     done since its last call. neighbors: how many neighbouring classes of each the cache shall hold,
     by the weights of the model's classifier (see nearest_classes).
+    Warns (RuntimeWarning) where more than half of the maps are flat.
     Raises what the cache raises; whatever was committed stays, and the next call goes on from
-    there. ValueError for an unknown method, and where neighbours are wanted of a model without a
-    linear classifier.
+    there. ValueError for an unknown method, where neighbours are wanted of a model without a
+    linear classifier or of too many classes, and for a loader of other samples than it was asked
+    for.
     """
     start = time.perf_counter()
+    checked_epoch(epoch)
+    check_neighbors(neighbors, index.num_classes)
     if not (0 < share <= 1 or (share == 0 and (harvest is not None or neighbors))):
         raise ValueError(
             f"share must be in (0, 1], or 0 where there is a harvest or neighbors, got {share}"
@@ -121,6 +130,7 @@ def refresh_cache(
             **part,
         )
     compared: list[np.ndarray] = []
+    blank: list[np.ndarray] = []  # ids of flat maps
     with writer as chunks:
         pending = np.empty(0, np.int64) if chunks is None else chunks.pending
         given = np.empty(0, np.int64)
@@ -132,6 +142,7 @@ def refresh_cache(
 
         def take(ids: np.ndarray, levels: np.ndarray) -> None:
             progress(len(ids))
+            blank.append(ids[flat(levels)])
             if chunks is not None:
                 chunks.write(ids, levels)
             if harvest is not None and sum(map(len, compared)) < COMPARED:
@@ -140,22 +151,85 @@ def refresh_cache(
         if len(pending):
             # Rank r takes every world-th sample: what the ranks give together is in this order.
             turn = np.resize(pending, -(-len(pending) // world) * world)[rank::world]
-            _pass(cam, loader_for(turn.tolist()), index.labels, world, autocast, take)
+            turn = turn.tolist()
+            batches = _asked(loader_for(turn), turn)
+            _pass(cam, batches, index.labels, world, autocast, take)
         if cache is not None and chunks is not None and harvest is not None:
             # Last: a pass that is resumed tells its share by their stamps.
             for ids in np.split(given, range(commit_every, len(given), commit_every)):
-                chunks.write(ids, harvest.blended(ids, *cache.read(ids)))
+                maps = harvest.blended(ids, *cache.read(ids))
+                blank.append(ids[flat(maps)])
+                chunks.write(ids, maps)
         if cache is not None and classifier is not None:
             near = nearest_classes(classifier.weight, index.class_counts, neighbors)
             cache.write_neighbors(near)
     if world > 1:
         distributed.barrier()  # nobody plans with the old maps after this
     known = np.concatenate([np.empty(0), *compared])
+    # The last batch of all ranks may have samples twice.
+    blanks = len(np.unique(np.concatenate([np.empty(0, np.int64), *blank])))
+    note = flat_note(blanks, len(pending) + len(given), cam.layer)
+    if note is not None and rank == 0:
+        warnings.warn(note, RuntimeWarning, stacklevel=2)
     return PassReport(
         images=len(pending),
         harvested=len(given),
+        flat=blanks,
         seconds=time.perf_counter() - start,
         agreement=float(np.nanmean(known)) if np.isfinite(known).any() else None,
+    )
+
+
+def check_neighbors(neighbors: int, num_classes: int) -> None:
+    """Raises ValueError where the cache cannot hold neighbours of so many classes."""
+    check(
+        not neighbors or num_classes <= CLASSES,
+        f"neighbors must be 0 where there are more than {CLASSES:,} classes (a cache keeps the "
+        f"neighbours of a class in 16 bits), got neighbors={neighbors} and {num_classes:,} "
+        "classes; with 0, tail classes are mixed with themselves alone",
+    )
+
+
+def flat_note(flat: int, maps: int, layer: str) -> str | None:
+    """What to say of so many flat maps, if they are more than half."""
+    if 2 * flat <= maps:
+        return None
+    return (
+        f"{flat:,} of {maps:,} saliency maps of layer {layer!r} are flat (the same everywhere) and "
+        "guide nothing: check that the layer has more than one position, that it lies before the "
+        "pooling or the last attention, and that the weights are trained and finite"
+    )
+
+
+def _asked(batches: Iterable[Batch], ids: Sequence[int]) -> Iterator[Batch]:
+    """The batches, as long as they are of these samples in this order, and of all of them."""
+    remedy = "read the ids that loader_for is given, all of them and in their order"
+    check(batches is not None, f"loader_for returned None for {len(ids)} samples; {remedy}")
+    wanted = torch.tensor(ids)
+    done = 0
+    for batch in batches:
+        given = batch.ids.long()
+        asked = wanted[done : done + len(given)]
+        same = min(len(given), len(asked))
+        differs = (given[:same] != asked[:same]).nonzero()
+        if len(differs):
+            place = int(differs[0])
+            raise ValueError(
+                f"loader_for gave sample {int(given[place])} where sample {int(asked[place])} was "
+                f"asked for, as number {done + place + 1} of {len(ids)}; {remedy}"
+            )
+        if len(given) > same:
+            raise ValueError(
+                f"loader_for gave more than the {len(ids)} samples that were asked for: then "
+                f"sample {int(given[same])}; {remedy}"
+            )
+        done += same
+        yield batch
+    check(
+        done == len(ids),
+        f"loader_for gave {done} of the {len(ids)} samples that were asked for, and ended before "
+        f"sample {ids[min(done, len(ids) - 1)]}; {remedy}, in a new loader for every call, and "
+        "without dropping the last batch",
     )
 
 
@@ -175,18 +249,30 @@ def _pass(
     """
     own = torch.from_numpy(labels.copy())
     queued = None
+
+    def hand_on(of_batch: Callable[[], list[np.ndarray]]) -> None:
+        ids, levels, outside = of_batch()
+        check(
+            not outside,
+            f"method {cam.method!r} must give maps in [0, 1] (they are kept in 8 bits), and gave "
+            "others, or some that are not finite; scale each map, and give zeros for none",
+        )
+        take(ids, levels)
+
     try:
         for batch in batches:
             with autocast():
                 # Labels from the host: to read them from the device would be to wait for it.
                 maps = cam(batch.images, own[batch.ids])
-            levels = (maps * 255).round().to(torch.uint8)
-            before, queued = queued, _to_host(*_gather(batch.ids, levels, world))
+            levels = (maps * 255).round()
+            outside = ~((levels >= 0) & (levels <= 255)).all()  # true of NaN as well
+            every = _gather(batch.ids, levels.to(torch.uint8), world)
+            before, queued = queued, _to_host(*every, outside)
             if before is not None:
-                take(*before())
+                hand_on(before)
     finally:
         if queued is not None:
-            take(*queued())
+            hand_on(queued)
 
 
 def agreement(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -211,8 +297,10 @@ def nearest_classes(weight: Tensor, class_counts: np.ndarray, m: int) -> np.ndar
     """The classes whose weight vectors have the highest cosine similarity, the highest first.
 
     weight: float [K, C], of the classifier. class_counts: int64 [K]; a class without samples is
-    nobody's neighbour while there are others. Returns uint16 [K, min(m, K - 1)].
+    nobody's neighbour while there are others. Returns uint16 [K, min(m, K - 1)]. Raises ValueError
+    where that does not name the classes.
     """
+    check_neighbors(m, len(weight))
     unit = nn.functional.normalize(weight.float().cpu(), dim=1)
     similarity = unit @ unit.T
     similarity[:, torch.from_numpy(class_counts == 0)] = -2.0

@@ -1,16 +1,20 @@
-"""How a cache's LMDB environment is found, opened, shared, grown and recovered.
+"""How a cache's LMDB environment is found, opened, shared, grown, claimed and recovered.
 
 One environment a path and process, whatever the threads and forks; errors that a user can mend come
-with the remedy. What is read and written in a transaction is decided in `cache`.
+with the remedy. A process that writes claims the cache by a lock on its directory (flock), which
+the system takes back when the process ends, however it ends. What is read and written in a
+transaction, and who may write beside another, is decided in `cache`.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum, auto
 from typing import Any, TypeVar
 
 import lmdb
@@ -19,6 +23,7 @@ from scae_dali.cache_meta import CacheError
 
 __all__ = [
     "DATA_FILE",
+    "Claim",
     "Environment",
     "environment",
     "make_directory",
@@ -35,15 +40,27 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 T = TypeVar("T")
 
 
+class Claim(Enum):
+    """What `Environment.claim` found: whether this process is the one that writes."""
+
+    OURS = auto()  # since before; or the file system has no locks, and nobody can tell
+    TAKEN = auto()  # just now: another process may have written until then
+    PARENTS = auto()  # of the process that this one was forked from
+    THEIRS = auto()  # of another process that lives
+
+
 class Environment:
     """One LMDB environment of this process: opened at first use, resized between transactions."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, parent: int | None = None) -> None:
+        """parent: the process that this one was forked from, if it had claimed the cache."""
         self.path = path
-        self._state = threading.Condition()  # guards the next three
+        self._parent = parent
+        self._state = threading.Condition()  # guards the next four
         self._handle: lmdb.Environment | None = None
         self._active = 0  # transactions open now
         self._identity: tuple[int, int] | None = None
+        self._lock: int | None = None  # file descriptor of the directory
         self._writing = threading.Lock()  # LMDB allows one writer; ours queue here
 
     def view(self, look: Callable[[lmdb.Transaction], T]) -> T:
@@ -86,9 +103,36 @@ class Environment:
                         self.path,
                     ) from error
 
+    def claim(self) -> Claim:
+        """Makes this process the one that writes, until `close` or its end, unless another is."""
+        with self._state:
+            if self._lock is not None:
+                if os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
+                    return Claim.OURS
+                self.disclaim()  # the directory was made anew
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                return Claim.PARENTS if self._parent == os.getppid() else Claim.THEIRS
+            except OSError:
+                os.close(descriptor)
+                return Claim.OURS
+            self._lock = descriptor
+            return Claim.TAKEN
+
+    def disclaim(self) -> bool:
+        """Lets go of the claim; whether there was one. A fork shares the lock, and so keeps it."""
+        claimed, self._lock = self._lock, None
+        if claimed is not None:
+            os.close(claimed)
+        return claimed is not None
+
     def close(self) -> None:
         with self._alone():
             self._close()
+            self.disclaim()
 
     def forget_if_replaced(self) -> None:
         """Closes it if the directory was deleted, or made anew, while it was open."""
@@ -170,6 +214,7 @@ def _transact(handle: lmdb.Environment, work: Callable[[lmdb.Transaction], T], w
 
 _environments: dict[str, Environment] = {}
 _environments_lock = threading.Lock()
+_parents: dict[str, int] = {}  # whose claim stood when this process was forked, by path
 
 
 def environment(path: str) -> Environment:
@@ -177,7 +222,7 @@ def environment(path: str) -> Environment:
     known = _environments.get(path)
     if known is None:
         with _environments_lock:
-            known = _environments.setdefault(path, Environment(path))
+            known = _environments.setdefault(path, Environment(path, _parents.get(path)))
     return known
 
 
@@ -197,6 +242,10 @@ def _after_fork_in_parent() -> None:
 
 def _after_fork_in_child() -> None:
     global _environments_lock
+    # A lock lives as long as any copy of its descriptor; the parent's shall end with the parent.
+    claimed = [path for path, held in _environments.items() if held.disclaim()]
+    _parents.clear()
+    _parents.update(dict.fromkeys(claimed, os.getppid()))
     _environments.clear()
     _environments_lock = threading.Lock()
 

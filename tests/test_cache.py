@@ -820,6 +820,7 @@ def test_inspection(cache):
         "samples": 100,
         "found": 99,
         "coverage": 0.99,
+        "flat": 0,
         "malformed": 1,
         "ages": {"3": 75, "4": 24},
         "bytes": cache.size_bytes,

@@ -28,12 +28,23 @@ ranks.close()
 
 def test_alone_there_is_nothing_to_add_or_share():
     ranks = Ranks("cpu")
-    assert (ranks.rank, ranks.world, ranks.local, ranks.first) == (0, 1, 0, True)
+    assert (ranks.rank, ranks.world, ranks.local, ranks.node) == (0, 1, 0, 0)
+    assert ranks.first
     assert ranks.gather("x") == ["x"]
     assert ranks.sum({"a": 2.0}) == {"a": 2.0}
     norm = torch.nn.BatchNorm1d(2)
     ranks.share_buffers(norm)
     ranks.close()
+
+
+@pytest.mark.parametrize(
+    ("told", "node"), [({"GROUP_RANK": "5"}, 5), ({"LOCAL_WORLD_SIZE": "2"}, 1), ({}, 0)]
+)
+def test_a_process_knows_its_node(monkeypatch, told, node):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for name, value in ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"} | told).items():
+        monkeypatch.setenv(name, value)
+    assert Ranks("cpu").node == node
 
 
 def test_two_processes_see_each_others_values_and_the_buffers_of_the_first(tmp_path):

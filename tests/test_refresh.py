@@ -114,7 +114,7 @@ def test_a_batch_is_handed_on_when_the_next_is_queued(fresh, index):
 
         def __call__(self, images, labels):
             happened.append(labels.tolist())
-            return torch.zeros(len(images), 7, 7)
+            return torch.eye(7).repeat(len(images), 1, 1)
 
     run(Net(), fresh, index, [], method=Blank, progress=happened.append)
     labels = [index.labels[i : i + 16].tolist() for i in range(0, 50, 16)]

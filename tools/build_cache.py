@@ -3,12 +3,14 @@
     python tools/build_cache.py --data /data/imagenet/train --model resnet50 \\
         --weights resnet50.pt --out imagenet.lmdb
 
-Started again, it goes on where it stopped. `--method scorecam` takes as many forward passes an
-image as the layer has channels.
+Started again, it goes on where it stopped. It never replaces a cache of another network, of other
+weights or settings, and one process writes to a cache at a time. `--method scorecam` takes as many
+forward passes an image as the layer has channels.
 """
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -30,7 +32,8 @@ from scae_dali.iterator import ImageError
 from scae_dali.longtail import imbalanced
 from scae_dali.models import classifier_of
 from scae_dali.ranks import pick_device
-from scae_dali.refresh import METHODS, refresh_cache
+from scae_dali.records import EPOCHS
+from scae_dali.refresh import METHODS, check_neighbors, flat_note, refresh_cache, weights_digest
 from scae_dali.scorecam import ScoreCAM
 
 
@@ -60,6 +63,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.neighbors < 0:
         parser.error(f"--neighbors must be at least 0, got {arguments.neighbors}")
+    if not 0 <= arguments.epoch < EPOCHS:
+        parser.error(f"--epoch must be in 0..{EPOCHS - 1}, got {arguments.epoch}")
     return arguments
 
 
@@ -107,20 +112,45 @@ def open_data(arguments: argparse.Namespace) -> Data:
 
 
 def open_cache(
-    arguments: argparse.Namespace, index: ImageIndex, grid: tuple[int, int]
+    arguments: argparse.Namespace, index: ImageIndex, cam: CAM, size: int
 ) -> SaliencyCache:
-    """The cache, new or to be continued; ValueError rather than replace another method's maps."""
-    path, method = arguments.out, arguments.method
+    """The cache, new or to be continued; ValueError rather than replace maps that were made by
+    another method or network, or with other weights or settings."""
+    path = arguments.out
     cache = SaliencyCache.create(
-        path, index, grid=grid, naming=arguments.naming, exist_ok=True, method=method
+        path,
+        index,
+        grid=cam.grid(size),
+        naming=arguments.naming,
+        exist_ok=True,
+        method=arguments.method,
     )
-    made = cache.meta.under_way or cache.meta.last_pass
-    if made["epoch"] is not None and made["method"] != method:
+    meta = cache.meta
+    made = meta.under_way or meta.last_pass
+    if made["epoch"] is None:
+        return cache
+    wanted = {"model": arguments.model, "layer": cam.layer, "input_size": size}
+    wanted |= {"method": arguments.method, "weights": weights_digest(cam.model)}
+    differing = {name: value for name, value in wanted.items() if made[name] != value}
+    if not differing:
+        return cache
+    if meta.under_way is not None:
+        cache.claim()  # says so where the process that makes them is alive
+    if "method" in differing:
         raise ValueError(
-            f"saliency cache {path!r} has maps by {made['method']!r}, not {method!r}; pass the "
-            "--method that it was built with, or build a new cache at another --out"
+            f"saliency cache {path!r} has maps by {made['method']!r}, not {arguments.method!r}; "
+            "pass the --method that it was built with, or build a new cache at another --out"
         )
-    return cache
+    told = "; ".join(
+        f"{name} {made[name] or 'unknown'}, not {differing[name]}" for name in differing
+    )
+    ended = (
+        "" if meta.under_way is None else ", delete it if it is of no use (its pass never ended)"
+    )
+    raise ValueError(
+        f"saliency cache {path!r} has maps by {told}: build with what it was built with{ended}, or "
+        "build a new cache at another --out"
+    )
 
 
 def build(arguments: argparse.Namespace) -> None:
@@ -147,21 +177,23 @@ def build(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         print(f"the cache gets no neighbouring classes: {error}", file=sys.stderr)
         neighbors = 0
+    check_neighbors(neighbors, index.num_classes)
     method: Callable[..., CAM] = METHODS[arguments.method]
     batch_size, commit_every = arguments.batch_size, 4096
     if arguments.method == "scorecam":
         method = partial(ScoreCAM, chunk=batch_size)
         # With 64 channels or more, so few images fill a chunk; and a kill loses little.
         batch_size, commit_every = max(1, batch_size // 64), 16
-    grid = method(model, arguments.layer).grid(image.size)
-    cache = open_cache(arguments, index, grid)
+    cam = method(model, arguments.layer)
+    cache = open_cache(arguments, index, cam, image.size)
 
     def loader_for(ids):
         bar.reset(total=len(ids))
         run = ExecConfig(batch_size=batch_size, device_id=device.index, threads=arguments.threads)
         return loaders.saliency(image, run, ids)
 
-    with tqdm(unit="img", desc="saliency") as bar:
+    with warnings.catch_warnings(), tqdm(unit="img", desc="saliency") as bar:
+        warnings.filterwarnings("ignore", ".* saliency maps of layer .* are flat")  # told below
         report = refresh_cache(
             model,
             cache,
@@ -177,14 +209,18 @@ def build(arguments: argparse.Namespace) -> None:
             progress=bar.update,
             commit_every=commit_every,
         )
+    found, flat = cache.coverage()
     if report.images == 0:
-        print(f"{arguments.out} is complete already: {len(index)} maps")
-        return
-    rate = report.images / report.seconds
-    print(
-        f"{arguments.out}: {report.images} maps of {len(index)} in {report.seconds:.1f} s, "
-        f"{rate:.{0 if rate >= 10 else 2}f} img/s, {cache.size_bytes / 1e6:.1f} MB"
-    )
+        print(f"{arguments.out} is complete already: {found} maps, {flat} of them flat")
+    else:
+        rate = report.images / report.seconds
+        print(
+            f"{arguments.out}: {report.images} maps of {len(index)} in {report.seconds:.1f} s, "
+            f"{rate:.{0 if rate >= 10 else 2}f} img/s, {cache.size_bytes / 1e6:.1f} MB; "
+            f"{flat} of {found} maps are flat"
+        )
+    if (note := flat_note(flat, found, cam.layer)) is not None:
+        print(f"warning: {note}", file=sys.stderr)
 
 
 def main() -> None:

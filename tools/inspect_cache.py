@@ -1,4 +1,4 @@
-"""Show what a saliency cache holds: its meta record, coverage, the age of its maps, its size.
+"""Show what a saliency cache holds: its meta record, coverage, flat and old maps, its size.
 
 python tools/inspect_cache.py imagenet.lmdb
 python tools/inspect_cache.py imagenet.lmdb --json
@@ -16,7 +16,8 @@ from scae_dali.cache import CacheError, SaliencyCache
 
 
 def summary(cache: SaliencyCache) -> dict[str, Any]:
-    """found: maps, of how many samples; malformed: records without a map; ages: maps by stamp."""
+    """found: maps, of how many samples; flat: those that are the same everywhere; malformed:
+    records without a map; ages: maps by stamp."""
     meta = cache.meta
     ages, malformed = cache.census()
     found = sum(ages.values())
@@ -26,6 +27,7 @@ def summary(cache: SaliencyCache) -> dict[str, Any]:
         "samples": meta.samples,
         "found": found,
         "coverage": found / meta.samples if meta.samples else 0.0,
+        "flat": cache.coverage().flat,
         "malformed": malformed,
         "ages": {str(epoch): count for epoch, count in ages.items()},
         "bytes": cache.size_bytes,
@@ -41,9 +43,15 @@ def text(facts: dict[str, Any]) -> str:
     ]
     lines += [
         f"maps          {facts['found']:,} of {facts['samples']:,} ({facts['coverage']:.2%})",
+        f"flat          {facts['flat']:,} (the same everywhere, so they guide nothing)",
         f"malformed     {facts['malformed']:,} (withdrawn or of the wrong length)",
         f"data file     {facts['bytes'] / 1e6:.1f} MB",
     ]
+    if 2 * facts["flat"] > facts["found"]:
+        lines.append(
+            "warning: more than half of the maps are flat; look at the layer and the weights that "
+            "they were made with"
+        )
     if facts["ages"]:
         lines.append("epoch         maps")
         most = max(facts["ages"].values())

@@ -1,0 +1,489 @@
+"""Two writers on one saliency cache: none may end with maps of the other under its own name.
+
+Two offline builds with other weights on one path, or two training runs on one cache, were told
+apart by the epoch alone: the cache ended with maps of both, and said that it was complete. The kind
+is that of https://github.com/emfdavid/insitubatch/pull/51, where two processes with one cache
+folder read each other's chunks as their own data.
+"""
+
+import errno
+import fcntl
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_pngs
+from test_build_cache import build, weights_of  # noqa: F401 - a fixture
+from test_cache import GRID, FakeIndex, fill, in_process, maps_of
+
+from pipelines import guide as guide_module
+from pipelines.config import ExecConfig
+from pipelines.data import DataConfig
+from pipelines.guide import Guide, path_of_node
+from pipelines.recipe import Config, SaliencyConfig, make_network
+from scae_dali import cache as cache_module
+from scae_dali.cache import CacheError, ChunkWriter, SaliencyCache
+from scae_dali.dataset import ImageIndex
+
+ALL = np.arange(100)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(cache_module, "PATIENCE", 0.1)
+
+
+@pytest.fixture
+def path(tmp_path):
+    SaliencyCache.create(tmp_path / "maps.lmdb", FakeIndex(), grid=GRID).close()
+    return str(tmp_path / "maps.lmdb")
+
+
+@pytest.fixture
+def pair(path):
+    """Two objects of one cache."""
+    with SaliencyCache(path, index=FakeIndex()) as one, SaliencyCache(path) as other:
+        yield one, other
+
+
+@contextmanager
+def another_process(path):
+    """Stands for one that has claimed the cache: flock tells open files apart, not processes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("epoch", [3, 4])
+def test_whoever_was_overtaken_is_told_and_writes_nothing_more(pair, epoch):
+    one, other = pair
+    one.begin_pass(3, weights="aaaaaaaaaa", model="resnet18")
+    one.write(ALL[:40], maps_of(ALL[:40], 1), epoch=3)
+    other.begin_pass(epoch, weights="bbbbbbbbbb", model="resnet50")
+    told = (
+        rf"another pass \(epoch {epoch}, model resnet50, weights bbbbbbbb\) has been begun .* "
+        r"since this one \(epoch 3, model resnet18, weights aaaaaaaa\), .* another --out"
+    )
+    calls = [
+        lambda: one.write(ALL, maps_of(ALL, 1), epoch=3),
+        lambda: one.end_pass(3),
+        lambda: one.write_neighbors(np.array([[1], [0]], np.uint16)),
+    ]
+    for call in calls:
+        with pytest.raises(CacheError, match=told):
+            call()
+    other.write(ALL, maps_of(ALL, 2), epoch=epoch)
+    other.end_pass(epoch)
+    for call in calls:  # nor once the other is complete
+        with pytest.raises(CacheError, match=told):
+            call()
+    np.testing.assert_array_equal(one.read(ALL)[0], maps_of(ALL, 2))
+    assert one.read_neighbors() is None
+    assert (one.meta.weights, one.meta.passes) == ("bbbbbbbbbb", 1)
+
+
+def test_a_chunk_writer_tells_it_too(pair):
+    one, other = pair
+
+    def make():
+        with ChunkWriter(one, 3, weights="aa", commit_every=10) as writer:
+            writer.write(ALL[:10], maps_of(ALL[:10], 1))
+            writer.flush()
+            fill(other, 3, salt=2, weights="bb")
+            for ids in np.split(ALL[10:], 9):
+                writer.write(ids, maps_of(ids, 1))
+
+    with pytest.raises(CacheError, match="of which nothing more was written"):
+        make()
+    np.testing.assert_array_equal(one.read(ALL)[0], maps_of(ALL, 2))
+
+
+def test_of_two_with_the_same_weights_the_second_has_nothing_left_to_do(pair):
+    one, other = pair
+    one.begin_pass(3, weights="aa")
+    assert len(other.begin_pass(3, weights="aa")) == 100
+    fill(one, 3, salt=1, weights="aa")
+    other.write(ALL, maps_of(ALL, 2), epoch=3)
+    other.write_neighbors(np.array([[1], [0]], np.uint16))
+    other.end_pass(3)
+    np.testing.assert_array_equal(one.read(ALL)[0], maps_of(ALL, 1))
+    assert one.meta.passes == 1
+
+
+def test_unknown_weights_are_not_taken_for_the_same(pair):
+    one, other = pair
+    one.begin_pass(3)
+    other.begin_pass(3)
+    fill(one, 3)
+    with pytest.raises(CacheError, match=r"another pass .* weights unknown\) has been begun"):
+        other.write(ALL, maps_of(ALL), epoch=3)
+
+
+def test_a_pass_of_the_same_epoch_is_nobodys_before_its_maps_are_withdrawn(pair, monkeypatch):
+    """Where the first writes on while the second withdraws."""
+    one, other = pair
+    first = one.begin_pass(3, weights="aa")
+    one.write(first[:30], maps_of(first[:30], 1), epoch=3)
+    withdraw = other._withdraw
+
+    def meanwhile(ids):
+        withdraw(ids)
+        with pytest.raises(CacheError, match="nothing more was written"):
+            one.write(first[30:], maps_of(first[30:], 1), epoch=3)
+
+    monkeypatch.setattr(other, "_withdraw", meanwhile)
+    other.begin_pass(3, weights="bb")
+    assert not one.read(ALL)[1].any()
+
+
+def test_what_another_process_has_claimed_is_left_alone(path):
+    with SaliencyCache(path, index=FakeIndex()) as cache:
+        fill(cache, 3, weights="aa")
+    with SaliencyCache(path, index=FakeIndex()) as cache, another_process(path):
+        before = cache.meta
+        for call in (
+            lambda: cache.begin_pass(3, weights="bb"),
+            lambda: cache.begin_pass(4, weights="aa"),
+            lambda: cache.claim(),
+            lambda: cache.write_neighbors(np.array([[1], [0]], np.uint16)),
+        ):
+            with pytest.raises(
+                CacheError, match=r"another process is writing to saliency cache '.*maps\.lmdb'; "
+                "wait until it has ended, or take a cache of your own"
+            ):  # fmt: skip
+                call()
+        assert cache.meta == before
+        assert cache.read(ALL)[1].all()  # who only reads needs no claim
+        assert len(cache.begin_pass(3, weights="aa")) == 0  # nor who has nothing to write
+        cache.end_pass(3)
+    with SaliencyCache(path, index=FakeIndex()) as cache:
+        fill(cache, 4, weights="bb")
+        assert (cache.stamps() == 4).all()
+
+
+@pytest.mark.parametrize(("weights", "joins"), [("aa", True), ("bb", False), ("", False)])
+def test_the_same_maps_may_be_made_together(path, weights, joins):
+    with SaliencyCache(path, index=FakeIndex()) as cache:
+        cache.begin_pass(3, weights=weights and "aa")
+        cache.write(ALL[:40], maps_of(ALL[:40], 3), epoch=3)
+    with SaliencyCache(path, index=FakeIndex()) as cache, another_process(path):
+        if joins:
+            fill(cache, 3, weights=weights)
+            assert (cache.stamps() == 3).all()
+        else:
+            with pytest.raises(CacheError, match=r"another process is writing .* \(epoch 3, "):
+                cache.begin_pass(3, weights=weights)
+            assert cache.census() == ({3: 40}, 0)
+
+
+def test_a_claim_waits_for_a_process_that_is_about_to_end(path, monkeypatch):
+    monkeypatch.setattr(cache_module, "PATIENCE", 30)
+    with SaliencyCache(path, index=FakeIndex()) as cache:
+        with another_process(path):
+            thread = threading.Thread(target=cache.claim)
+            thread.start()
+            time.sleep(0.1)
+            assert thread.is_alive()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_claim_is_given_back_by_closing_and_made_anew_with_the_folder(path):
+    cache = SaliencyCache(path)
+    cache.claim()
+    with pytest.raises(BlockingIOError), another_process(path):
+        pass
+    os.rename(path, path + ".old")
+    again = SaliencyCache.create(path, FakeIndex(), grid=GRID)
+    again.claim()
+    with another_process(path + ".old"):
+        pass
+    again.close()
+    cache.close()
+    with another_process(path):
+        pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF])
+def test_a_file_system_without_locks_is_written_to(path, monkeypatch, code):
+    def no_locks(descriptor, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with SaliencyCache(path, index=FakeIndex()) as cache:
+        fill(cache, 3, weights="aa")
+        assert (cache.stamps() == 3).all()
+
+
+def test_a_claim_ends_with_its_process_though_a_fork_of_it_lives(path):
+    done = in_process(
+        """
+        import scae_dali.cache
+        scae_dali.cache.PATIENCE = 0.1
+        cache = SaliencyCache(path, index=FakeIndex())
+        cache.begin_pass(1, weights="aa")
+        child = os.fork()
+        if child == 0:
+            mine = SaliencyCache(path, index=FakeIndex())
+            try:
+                mine.begin_pass(1, weights="bb")  # beside its parent's pass
+            except CacheError as error:
+                print(error, flush=True)
+            for stream in (0, 1, 2):
+                os.close(stream)
+            time.sleep(60)
+        print(child, flush=True)
+        time.sleep(0.5)
+        os.kill(os.getpid(), 9)
+        """,
+        path,
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    child = int(next(line for line in lines if line.isdecimal()))
+    try:
+        assert any("another process is writing" in line for line in lines), done
+        with SaliencyCache(path, index=FakeIndex()) as cache:
+            cache.claim()
+        os.kill(child, 0)  # it does live
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+RACE = """
+import scae_dali.cache
+scae_dali.cache.PATIENCE = 0.3
+weights = {weights!r}
+cache = SaliencyCache(path, index=FakeIndex())
+open(path + "." + {name!r}, "w").close()
+while not all(os.path.exists(path + "." + name) for name in ("0", "1")):
+    pass
+with ChunkWriter(cache, 1, weights=weights, commit_every=10) as writer:
+    for ids in np.split(writer.pending, range(10, len(writer.pending), 10)):
+        writer.write(ids, maps_of(ids, ord(weights[0])))
+        time.sleep(0.1)
+print(cache.meta.weights)
+"""
+
+
+@pytest.mark.parametrize("weights", [("aa", "aa"), ("aa", "bb")])
+def test_two_processes_that_begin_at_once(path, weights):
+    done = [None, None]
+
+    def run(number):
+        code = RACE.format(weights=weights[number], name=str(number))
+        done[number] = in_process(code, path, check=False)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ended = [one.returncode for one in done]
+    with SaliencyCache(path, index=FakeIndex()) as cache:
+        assert cache.meta.under_way is None
+        made = cache.meta.weights
+        np.testing.assert_array_equal(cache.read(ALL)[0], maps_of(ALL, ord(made[0])))
+    if weights[0] == weights[1]:
+        assert ended == [0, 0], done
+    else:
+        assert sorted(ended) == [0, 1]
+        lost = done[ended.index(1)]
+        assert "another process is writing to saliency cache" in lost.stderr
+        assert done[ended.index(0)].stdout.split() == [made]
+
+
+def test_an_offline_cache_is_not_replaced_by_one_of_other_weights(build, tmp_path, capsys):  # noqa: F811
+    write_pngs(tmp_path / "data", {"a": 3, "b": 2}, (32, 32))
+    out, index = tmp_path / "maps.lmdb", ImageIndex(tmp_path / "data")
+    weights_of("cifar_resnet20", 2, tmp_path / "w.pt")
+    options = {"data": tmp_path / "data", "model": "cifar_resnet20", "out": out}
+    build(**options, weights=tmp_path / "w.pt")
+    with SaliencyCache(out, index=index) as cache:
+        meta, maps = cache.meta, cache.read(np.arange(5))[0]
+    for more, told in (
+        ({}, "weights [0-9a-f]{32}, not [0-9a-f]{32}"),
+        ({"epoch": 7}, "weights [0-9a-f]{32}, not"),
+        ({"weights": tmp_path / "w.pt", "layer": "layer2"}, "grid"),
+        ({"weights": tmp_path / "w.pt", "layer": "layer3.2"}, "layer layer3, not layer3.2"),
+    ):
+        with pytest.raises(SystemExit, match=rf"{told}.* a new cache at another (path|--out)"):
+            build(**options | more)
+        with SaliencyCache(out, index=index) as cache:
+            assert cache.meta == meta
+            np.testing.assert_array_equal(cache.read(np.arange(5))[0], maps)
+    build(**options, weights=tmp_path / "w.pt")
+    assert "is complete already: 5 maps" in capsys.readouterr().out
+    with SaliencyCache(out, index=index) as cache:  # killed
+        cache.begin_pass(0, weights="ab", ids=[0])
+    with pytest.raises(SystemExit, match=r"delete it if it is of no use \(its pass never ended\)"):
+        build(**options, weights=tmp_path / "w.pt")
+    SaliencyCache(out).close()
+    with another_process(out), pytest.raises(SystemExit, match="another process is writing to"):
+        build(**options, weights=tmp_path / "w.pt")  # nobody is told to delete what is being made
+
+
+class Here:
+    """Ranks of one process."""
+
+    rank = local = node = 0
+    world, first = 1, True
+    device = torch.device("cpu")
+
+    def gather(self, value):
+        return [value]
+
+
+class Nodes(Here):
+    """The first processes of several nodes, each a thread."""
+
+    def __init__(self, node, shared):
+        self.rank = self.node = node
+        self.first = node == 0
+        self._barrier, self._values = shared
+
+    def gather(self, value):
+        self._barrier.wait(10)
+        self._values[self.rank] = value
+        self._barrier.wait(10)
+        return list(self._values)
+
+
+@pytest.fixture
+def guided(tmp_path, monkeypatch):
+    """A Guide of a run in `out`, whose passes are made by weights that the test names."""
+    write_pngs(tmp_path / "data", {"a": 3, "b": 2}, (8, 8))
+    index = ImageIndex(tmp_path / "data")
+
+    def pass_of(weights):
+        def refresh(net, cache, *_, epoch, **__):
+            with ChunkWriter(cache, epoch, weights=weights) as writer:
+                writer.write(writer.pending, np.ones((len(writer.pending), 8, 8)))
+            return SimpleNamespace(images=5)
+
+        monkeypatch.setattr(guide_module, "refresh_cache", refresh)
+
+    def make(out="out", **saliency):
+        pass_of("aa")
+        config = Config(
+            data=DataConfig(root=str(tmp_path / "data")),
+            out=str(tmp_path / out),
+            model="cifar_resnet20",
+            epochs=6,
+            saliency=SaliencyConfig(batch_size=4, **saliency),
+        )
+        settings = SimpleNamespace(refresh_every=2, guided=True, neighbors=0)
+        image = SimpleNamespace(size=32)
+        monkeypatch.setattr(Config, "saliency_image", lambda self: image)
+        return Guide(config, settings, make_network("cifar_resnet20", 2), index, None, Here())
+
+    make.pass_of = pass_of
+    return make
+
+
+def refresh(guide, due):
+    return guide.refresh(due, ExecConfig(batch_size=4), mixes=False)
+
+
+def test_a_run_trusts_no_pass_but_its_own(guided):
+    guide = guided()
+    assert [guide.due(0), guide.due(1), guide.due(2)] == [None, None, 2]
+    refresh(guide, 2)
+    token = guide.cache.meta.token
+    assert guide.made == token
+    assert guide.due(3) is None
+    # Resumed, from checkpoints of this run, of a version that kept the epoch, and of no pass.
+    for made, due in ((token, None), (2, 2), (None, 2)):
+        again = guided()
+        again.made = made
+        assert again.due(3) == due
+    # Another seed's pass of the same epoch.
+    guided.pass_of("bb")
+    refresh(again, 2)
+    assert again.made != token
+    assert (guide.due(3), again.due(3)) == (2, None)
+    # One that was begun and has not ended.
+    again.cache.begin_pass(4, weights="bb")
+    assert again.due(3) == 2
+
+
+def test_a_second_run_on_a_cache_is_told_at_its_start(guided, tmp_path, capsys):
+    shared = str(tmp_path / "shared.lmdb")
+    guided("first", cache=shared).cache.close()
+    with another_process(shared), pytest.raises(CacheError, match="another process is writing to"):
+        guided("second", cache=shared)
+    # Once the first has ended, its maps are named.
+    first = guided("first", cache=shared)
+    refresh(first, 2)
+    capsys.readouterr()
+    second = guided("second", cache=shared)
+    assert [second.due(0), second.due(1)] == [None, None]
+    said = capsys.readouterr().err
+    assert said.count("note: saliency cache") == 1
+    assert "has maps of 5 samples that this run did not make" in said
+    assert "until its first pass, at epoch 2" in said
+    first.made, first._trained = first.cache.meta.token, False
+    first.due(1)
+    assert capsys.readouterr().err == ""
+
+
+def on_nodes(folders, chosen=False):
+    """path_of_node on as many nodes, each with its folder."""
+    shared = threading.Barrier(len(folders)), [None] * len(folders)
+    found = [None] * len(folders)
+
+    def run(node):
+        try:
+            path = Path(folders[node]) / "saliency.lmdb"
+            found[node] = path_of_node(path, Nodes(node, shared), chosen=chosen).name
+        except ValueError as error:
+            found[node] = error
+
+    threads = [threading.Thread(target=run, args=(node,)) for node in range(len(folders))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for folder in folders:
+        assert not os.listdir(folder)
+    return found
+
+
+def test_nodes_that_share_a_folder_have_a_cache_each(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    plain = "saliency.lmdb"
+    assert on_nodes([one, other]) == [plain, plain]
+    assert on_nodes([one, one]) == [plain, "saliency-node1.lmdb"]
+    assert on_nodes([one, other, one]) == [plain, plain, "saliency-node2.lmdb"]
+    assert on_nodes([one, other], chosen=True) == [plain, plain]
+    for error in on_nodes([one, other, one], chosen=True):
+        assert "saliency.cache must be on a disk of the node's own" in str(error)
+        assert "leave it out for one cache a node" in str(error)
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "saliency.lmdb"
+    assert path_of_node(path, Here(), chosen=True) == path  # one node asks nothing
+
+
+def test_the_token_is_of_all_that_tells_a_pass(path):
+    with SaliencyCache(path, index=FakeIndex()) as cache:
+        assert cache.meta.token is None
+        seen = []
+        for more in ({}, {"weights": "bb"}, {"layer": "x"}, {"model": "y"}, {"ids": ALL[:9]}):
+            fill(cache, 3, **{"weights": "aa", "layer": "l", "model": "m"} | more)
+            seen.append(cache.meta.token)
+        fill(cache, 4, weights="aa", layer="l", model="m")
+        seen.append(cache.meta.token)
+        assert len(set(seen)) == len(seen)
+        cache.begin_pass(5)
+        assert cache.meta.token is None
+        fill(cache, 3, weights="aa", layer="l", model="m")
+        assert cache.meta.token == seen[0]
+        assert {len(token) for token in seen} == {32}
