@@ -1,15 +1,29 @@
 """The batches of a run: which pipeline serves which data, from files or from memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from pipelines import arrays, saliency, train, val
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data
-from scae_dali.iterator import Loader
+from scae_dali.iterator import ImageError, Loader
 from scae_dali.ops import Stage
 from scae_dali.order import Order, Sampling
+from scae_dali.verify import of_validation
+
+T = TypeVar("T")
+
+
+class ValLoader(Loader):
+    """A Loader whose errors tell how files of validation are left out."""
+
+    def _run(self, step: Callable[[], T]) -> T:
+        try:
+            return super()._run(step)
+        except ImageError as error:
+            raise ImageError(of_validation(str(error))) from error
 
 
 class Loaders:
@@ -47,7 +61,7 @@ class Loaders:
         else:
             order = self._order(index.labels, run, "in_turn")
             pipeline = arrays.whole_pipeline(pixels, self._image, run, order, stretch=False)
-        return Loader(pipeline, val.OUTPUTS, index, drop_last=False, order=order)
+        return ValLoader(pipeline, val.OUTPUTS, index, drop_last=False, order=order)
 
     def saliency(self, image: ImageConfig, run: ExecConfig, ids: Sequence[int]) -> Loader:
         """These samples of the training set, in this order, as whole images."""

@@ -70,11 +70,11 @@ class OptimConfig:
     ema: float = 0.0
 
     def __post_init__(self) -> None:
-        check(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        check(0 < self.lr < math.inf, f"optim.lr must be positive and finite, got {self.lr}")
         check(0 < self.momentum < 1, f"optim.momentum must be in (0, 1), got {self.momentum}")
         for name in ("weight_decay", "factor", "lr_min", "warmup_epochs"):
             value = getattr(self, name)
-            check(value >= 0, f"optim.{name} must be at least 0, got {value}")
+            check(0 <= value < math.inf, f"optim.{name} must be at least 0 and finite, got {value}")
         check_choice("optim.schedule", self.schedule, ("step", "cosine"))
         check(0 <= self.ema < 1, f"optim.ema must be in [0, 1), got {self.ema}; 0 switches it off")
 
@@ -257,23 +257,6 @@ class Config:
             self.checkpoint_every >= 0,
             f"checkpoint_every must be >= 0, got {self.checkpoint_every}",
         )
-
-    def fixed(self) -> dict[str, Any]:
-        """Settings that a resumed run may not change: its checkpoint depends on them."""
-        return {
-            "model": self.model,
-            "method": self.method,
-            "data.in_memory": self.data.in_memory,
-            "image.crop.kind": self.image.crop.kind,
-            "amp": self.amp,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "optim.ema": self.optim.ema,
-            "optim.decay_norms": self.optim.decay_norms,
-            "sampling": self.sampling,
-            "second_stage.classifier": self.second_stage.classifier,
-            "saliency.source": self.saliency.source,
-        }
 
     def method_configs(self) -> dict[str, Any]:
         """The Config of every method in use, by its name."""
