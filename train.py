@@ -13,31 +13,22 @@ import gc
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import jsonargparse
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from pipelines import resume as resuming
-from pipelines.config import ExecConfig
-from pipelines.data import Data
-from pipelines.guide import Guide
-from pipelines.loaders import Loaders
-from pipelines.recipe import Config, autocast, make_network
+from pipelines.recipe import Config, autocast
+from pipelines.state import State
 from scae_dali import checkpoint, lock, schedule
 from scae_dali.config import check
 from scae_dali.divergence import check_finite, sound
-from scae_dali.ema import EMA
 from scae_dali.evaluation import Evaluation
-from scae_dali.iterator import Batch, ImageError, Loader
-from scae_dali.losses import Loss
-from scae_dali.metrics import Log, Meter, closing, known_rows, save_picture, summary
-from scae_dali.ops import Stage
+from scae_dali.iterator import Batch, ImageError
+from scae_dali.metrics import closing, save_picture, summary
 from scae_dali.ranks import Ranks
-from scae_dali.rng import derive
-from scae_dali.second_stage import prepare, set_train_mode
+from scae_dali.second_stage import set_train_mode
 from scae_dali.verify import look
 
 LOOK_S = 5.0  # at the files of validation, before an epoch is trained in vain
@@ -170,23 +161,6 @@ class Run(State):
             self.log.write(row)
             tqdm.write(summary(row))
 
-def begin():
-            known = len(known_rows(self.out / "metrics.jsonl", saved))
-            lacks = trained and known < self.epoch
-            self.log = Log(self.out, self.epoch - lacks, saved)
-            resuming.write_config(self.out, self.config, self.epoch)
-
-        self.ranks.by_first(begin)
-        done = self.ranks.gather(0 if self.log is None else len(self.log.rows))[0]
-        if done < self.epoch:
-            self.finish_epoch()
-        elif trained:
-            self.meter.close_epoch(self.ranks, self.guide is not None)
-
-    def parts(self) -> list[str]:
-        optional = [name for name in ("ema", "harvest") if getattr(self, name) is not None]
-        return ["net", "optimizer", "scaler", *optional]
-
 
 def begin(config: Config, ranks: Ranks, resume: bool) -> Run:
     """A run that is ready to train, where its checkpoint says. Whatever is refused, is refused
@@ -209,12 +183,12 @@ def begin(config: Config, ranks: Ranks, resume: bool) -> Run:
     training = Run(config, ranks, data, identity)
     if state is None:
         training.loader = training.build_loader()  # before anything is written: it may object
-        training.open_log()
     else:
         training.restore(state)
-        training.open_log(state.get("log", ""))
     for note in notes if ranks.first else ():
         tqdm.write(f"note: {note}", file=sys.stderr)
+    if training.open_log("" if state is None else state.get("log", "")):
+        training.finish_epoch()
     return training
 
 

@@ -34,9 +34,9 @@ def check_list_and_folders(listed: str, index: ImageIndex, folders: ImageIndex) 
             own = f"{name!r} is {places[name]}" if name in places else f"it has no {name!r}"
             raise DatasetError(
                 f"label {label} is {name!r} in {listed!r} ({index.files[i]!r}), but folder "
-                f"{folders.classes[label]!r} in {folders.root!r}, whose folders are numbered by name "
-                f"in the order of strings; number the list so ({own}), or give a list for both "
-                "splits"
+                f"{folders.classes[label]!r} in {folders.root!r}, whose folders are numbered by "
+                f"name in the order of strings; number the list so ({own}), or give a list for "
+                "both splits"
             )
     if found or not all(name.isdecimal() for name in folders.classes):
         return
@@ -61,9 +61,9 @@ def check_lists(one: str, first: ImageIndex, other: str, second: ImageIndex) -> 
     for name in sorted(mine.keys() & yours.keys()):
         if mine[name][0] != yours[name][0]:
             raise DatasetError(
-                f"{name!r} has the label {mine[name][0]} in {one!r} ({first.files[mine[name][1]]!r}) "
-                f"and {yours[name][0]} in {other!r} ({second.files[yours[name][1]]!r}); number the "
-                "classes of both lists alike"
+                f"{name!r} has the label {mine[name][0]} in {one!r} "
+                f"({first.files[mine[name][1]]!r}) and {yours[name][0]} in {other!r} "
+                f"({second.files[yours[name][1]]!r}); number the classes of both lists alike"
             )
     if not mine.keys() & yours.keys():
         return  # other names for the same classes, as far as can be told

@@ -51,7 +51,7 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def identity(config: Config, data: Data) -> dict[str, Any]:
-    """What a checkpoint says that it is of: all settings, and which images and weights they name."""
+    """What a checkpoint says that it is of: all settings, and the images and weights they name."""
     first = config.second_stage.weights
     known = first is not None and os.path.isfile(first)
     return flat(config) | {
@@ -69,7 +69,7 @@ def file_keys(index: ImageIndex) -> Tensor:
 
 
 def agree(ranks: Ranks, settings: Mapping[str, Any]) -> None:
-    """Raise ValueError in every rank where one was given other settings, but for where files lie."""
+    """Raise ValueError in every rank where one has other settings; files may lie elsewhere."""
     every = ranks.gather(dict(settings))
     odd = []
     for name in sorted({name for one in every for name in one} - _PLACES - _FILES):
@@ -79,8 +79,8 @@ def agree(ranks: Ranks, settings: Mapping[str, Any]) -> None:
             odd.append(f"{name} is {', '.join(given)}")
     check(
         not odd,
-        f"all processes of a run must have the same settings, but {'; '.join(odd)}: start them with "
-        "the same command and the same files",
+        f"all processes of a run must have the same settings, but {'; '.join(odd)}: start them "
+        "with the same command and the same files",
     )
 
 
@@ -130,8 +130,8 @@ def saved_settings(out: Path, state: Mapping[str, Any] | None) -> dict[str, Any]
             settings = flat(json.loads(path.read_text())) | settings
         except (ValueError, AttributeError) as error:
             raise ValueError(
-                f"{str(path)!r} cannot be read ({error}); restore it from a copy, or start in a new "
-                "folder"
+                f"{str(path)!r} cannot be read ({error}); restore it from a copy, or start in a "
+                "new folder"
             ) from error
     if "epochs" not in settings:
         return settings or None

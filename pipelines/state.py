@@ -22,7 +22,7 @@ from scae_dali.config import check
 from scae_dali.ema import EMA
 from scae_dali.iterator import ImageError, Loader
 from scae_dali.losses import Loss
-from scae_dali.metrics import Log, Meter
+from scae_dali.metrics import Log, Meter, known_rows
 from scae_dali.ops import Stage
 from scae_dali.ranks import Ranks
 from scae_dali.rng import derive
@@ -163,9 +163,26 @@ class State:
                 f"make ({reason}); resume with those in its config.json"
             ) from error
 
-    def open_log(self, saved: str = "") -> None:
-        """Begin the log, or go on with it; an epoch that a kill left without its row gets it now.
+    def open_log(self, saved: str = "") -> bool:
+        """Begin the log and config.json, or go on with them; whether the last epoch that was
+        trained has no row there yet, and is to be validated.
 
         saved: the log as the checkpoint has it.
         """
         trained = bool(self.epoch and not self.step and self.meter.sums["images"])
+
+        def begin():
+            known = len(known_rows(self.out / "metrics.jsonl", saved))
+            lacks = trained and known < self.epoch
+            self.log = Log(self.out, self.epoch - lacks, saved)
+            resume.write_config(self.out, self.config, self.epoch)
+
+        self.ranks.by_first(begin)
+        done = self.ranks.gather(0 if self.log is None else len(self.log.rows))[0]
+        if trained and done == self.epoch:
+            self.meter.close_epoch(self.ranks, self.guide is not None)  # as the row has it
+        return done < self.epoch
+
+    def parts(self) -> list[str]:
+        optional = [name for name in ("ema", "harvest") if getattr(self, name) is not None]
+        return ["net", "optimizer", "scaler", *optional]

@@ -64,16 +64,16 @@ class Log:
         In TensorBoard what is nested gets names with a slash; a list is a histogram. None, and what
         is no finite number, is left out there.
         """
-        row = _finite({**row, **_so_far([*self.rows, row])})
-        self.rows.append(row)
+        full = _finite({**row, **_so_far([*self.rows, row])})
+        self.rows.append(full)
         with open(self._path, "a") as file:
-            file.write(_line(row))
-        for name, value in _flat(row):
+            file.write(_line(full))
+        for name, value in _flat(full):
             if isinstance(value, list):
                 known = np.array([one for one in value if one is not None])
-                self._board.add_histogram(name, known, row["epoch"], bins=20)
+                self._board.add_histogram(name, known, full["epoch"], bins=20)
             elif value is not None:
-                self._board.add_scalar(name, value, row["epoch"])
+                self._board.add_scalar(name, value, full["epoch"])
         self._board.flush()
 
     def text(self) -> str:
@@ -123,6 +123,7 @@ def _check(ok: bool, message: str) -> None:
 
 def _parse(text: bytes, path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
+    wrong: str | None
     lines = [pair for pair in enumerate(text.split(b"\n"), 1) if pair[1].strip()]
     for number, line in lines:
         try:

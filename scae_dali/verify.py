@@ -170,7 +170,7 @@ def of_validation(explained: str) -> str:
 
 
 def look(index: ImageIndex, seconds: float) -> None:
-    """Raise ValueError that names the broken files of validation which `seconds` suffice to find."""
+    """Raise ValueError that names the broken files of validation found within `seconds`."""
     broken = list(faults(index, seconds))
     if not broken:
         return

@@ -42,6 +42,7 @@ RANKS = [
     {f"pipelines.{name}" for name in ("train", "val", "saliency", "arrays", "resume")},
     {"pipelines.loaders"},
     {"pipelines.guide"},
+    {"pipelines.state"},
     {"pipelines"},
     {"train"},
 ]

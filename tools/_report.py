@@ -49,7 +49,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         figures = {
             column: _runs.spread(values)
             for column, name in COLUMNS.items()
-            if None not in (values := [row.get(name) for _, row, _ in members.values()])
+            if (values := _runs.every([row for _, row, _ in members.values()], name))
         }
         gain = None if cell.name == "none" else _runs.gain(top1(members), top1(baseline))
         rows.append({

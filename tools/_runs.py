@@ -27,6 +27,7 @@ __all__ = [
     "differing",
     "environment",
     "epochs_done",
+    "every",
     "gain",
     "last_lines",
     "pace",
@@ -97,6 +98,12 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     """Mean and standard deviation, of a sample; one value has none. And the values."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.mean(values), "std": deviation, "values": [*values]}
+
+
+def every(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """The figure of each row; [] where one lacks it: those of some seeds would pass for all's."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return values if len(values) == len(rows) else []
 
 
 def gain(own: Mapping[int, float], baseline: Mapping[int, float]) -> dict[str, Any] | None:

@@ -42,8 +42,7 @@ def table(paths: list[Path]) -> list[dict[str, Any]]:
     for name, members in groups.items():
         figures = {}
         for column, key in _runs.FIGURES.items():
-            values = [row.get(key) for _, row in members]
-            if None not in values:  # figures over some of the seeds would pass for those of all
+            if values := _runs.every([row for _, row in members], key):
                 figures[column] = _runs.spread(values)
         first = members[0][0]
         out.append(
