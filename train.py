@@ -187,7 +187,7 @@ def begin(config: Config, ranks: Ranks, resume: bool) -> Run:
         training.restore(state)
     for note in notes if ranks.first else ():
         tqdm.write(f"note: {note}", file=sys.stderr)
-    if training.open_log("" if state is None else state.get("log", "")):
+    if training.open_log(None if state is None else state.get("log", "")):
         training.finish_epoch()
     return training
 

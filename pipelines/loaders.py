@@ -11,19 +11,27 @@ from pipelines.data import Data
 from scae_dali.iterator import ImageError, Loader
 from scae_dali.ops import Stage
 from scae_dali.order import Order, Sampling
-from scae_dali.verify import of_validation
+from scae_dali.verify import of_training, of_validation
 
 T = TypeVar("T")
 
 
-class ValLoader(Loader):
-    """A Loader whose errors tell how files of validation are left out."""
+class TrainLoader(Loader):
+    """A Loader whose errors tell what to do about files of training."""
+
+    remedy = staticmethod(of_training)
 
     def _run(self, step: Callable[[], T]) -> T:
         try:
             return super()._run(step)
         except ImageError as error:
-            raise ImageError(of_validation(str(error))) from error
+            raise ImageError(self.remedy(str(error))) from error
+
+
+class ValLoader(TrainLoader):
+    """The same for files of validation."""
+
+    remedy = staticmethod(of_validation)
 
 
 class Loaders:
@@ -49,7 +57,7 @@ class Loaders:
             pipeline = arrays.train_pipeline(
                 stage, pixels, order, self._image, run, checkpoint=checkpoint
             )
-        return Loader(
+        return TrainLoader(
             pipeline, train.OUTPUTS, index, drop_last=True, position=position, order=order
         )
 
@@ -72,7 +80,7 @@ class Loaders:
         else:
             order = self._order(index.labels[np.asarray(ids)], run, "in_turn")
             pipeline = arrays.whole_pipeline(pixels, image, run, order, ids, stretch=True)
-        return Loader(pipeline, saliency.OUTPUTS, index, drop_last=False, order=order)
+        return TrainLoader(pipeline, saliency.OUTPUTS, index, drop_last=False, order=order)
 
     def _order(self, labels: np.ndarray, run: ExecConfig, sampling: Sampling) -> Order:
         return Order(

@@ -74,7 +74,9 @@ class OptimConfig:
         check(0 < self.momentum < 1, f"optim.momentum must be in (0, 1), got {self.momentum}")
         for name in ("weight_decay", "factor", "lr_min", "warmup_epochs"):
             value = getattr(self, name)
-            check(0 <= value < math.inf, f"optim.{name} must be at least 0 and finite, got {value}")
+            check(
+                0 <= value < math.inf, f"optim.{name} must be at least 0, got {value}, and finite"
+            )
         check_choice("optim.schedule", self.schedule, ("step", "cosine"))
         check(0 <= self.ema < 1, f"optim.ema must be in [0, 1), got {self.ema}; 0 switches it off")
 

@@ -163,18 +163,24 @@ class State:
                 f"make ({reason}); resume with those in its config.json"
             ) from error
 
-    def open_log(self, saved: str = "") -> bool:
+    def open_log(self, saved: str | None) -> bool:
         """Begin the log and config.json, or go on with them; whether the last epoch that was
         trained has no row there yet, and is to be validated.
 
-        saved: the log as the checkpoint has it.
+        saved: the log as the checkpoint has it; None where there is no checkpoint.
         """
         trained = bool(self.epoch and not self.step and self.meter.sums["images"])
 
         def begin():
-            known = len(known_rows(self.out / "metrics.jsonl", saved))
+            path = self.out / "metrics.jsonl"
+            known = len(known_rows(path, saved or ""))
+            check(
+                saved is not None or not known,
+                f"{str(path)!r} has {known} epochs, and there is no checkpoint.pt beside it: "
+                "restore it from a copy, or start in a new folder",
+            )
             lacks = trained and known < self.epoch
-            self.log = Log(self.out, self.epoch - lacks, saved)
+            self.log = Log(self.out, self.epoch - lacks, saved or "")
             resume.write_config(self.out, self.config, self.epoch)
 
         self.ranks.by_first(begin)

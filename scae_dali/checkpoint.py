@@ -53,7 +53,7 @@ def load_run(path: Path) -> dict[str, Any]:
     state = load(path)
     if not isinstance(state, dict) or not isinstance(state.get("of"), dict):
         raise ValueError(
-            f"{str(path)!r} is no checkpoint of a training run; move it away, or start in a new "
-            "folder"
+            f"{str(path)!r} is no checkpoint of a training run; move it away and restore the run's "
+            "own from a copy, or start in a new folder"
         )
     return state

@@ -39,8 +39,8 @@ def check_finite(ranks: Ranks, loss: float, kept: bool, where: str) -> None:
         raise ValueError(
             f"the run has diverged: the {what}{of} {where}. Nothing of these steps is kept, and "
             "what was saved before them is. Settings cannot change within a run: start anew in "
-            "another --out with a lower --optim.lr, a longer --optim.warmup_epochs, or, where amp is fp16, "
-            "--amp bf16 or none"
+            "another --out with a lower --optim.lr, a longer --optim.warmup_epochs, or, where amp "
+            "is fp16, --amp bf16 or none"
         )
 
 

@@ -21,11 +21,12 @@ from scae_dali.methods import Status
 from scae_dali.methods.base import Triple
 from scae_dali.ranks import Ranks
 
-# What `closing` reads of every row.
-_NEEDED = ("val_top1", "val_top5", "img_per_s", "overhead_percent", "seconds")
+_SECONDS = ("train", "data", "step", "saliency", "val")
+_FIGURES = ("val_top1", "val_top5", "img_per_s", "overhead_percent")
+_NEEDED = (*_FIGURES, *(f"seconds.{name}" for name in _SECONDS))  # what `closing` reads
 # Of the fields that readers of runs take: may be null, and absent where they are not needed.
-_NUMBERS = {*_NEEDED[:-1], "best_top1", "median10_top1", "val_many", "val_medium", "val_few",
-            "val_ece"}  # fmt: skip
+_NUMBERS = {*_FIGURES, "best_top1", "median10_top1"}
+_NUMBERS |= {f"val_{name}" for name in ("many", "medium", "few", "ece")}
 _OBJECTS = {"seconds", "share"}  # of numbers
 _NEVER_NULL = {"val_top1", "img_per_s", "overhead_percent"}
 
@@ -54,6 +55,7 @@ class Log:
             "file from a copy, or start in a new folder",
         )
         partial = self._path.with_suffix(".partial")
+        self._lines = [_line(row) for row in self.rows]
         partial.write_text(self.text())
         os.replace(partial, self._path)
         self._board = SummaryWriter(str(out), purge_step=first_epoch)
@@ -68,6 +70,7 @@ class Log:
         self.rows.append(full)
         with open(self._path, "a") as file:
             file.write(_line(full))
+        self._lines.append(_line(full))
         for name, value in _flat(full):
             if isinstance(value, list):
                 known = np.array([one for one in value if one is not None])
@@ -78,7 +81,7 @@ class Log:
 
     def text(self) -> str:
         """All rows as metrics.jsonl has them."""
-        return "".join(map(_line, self.rows))
+        return "".join(self._lines)
 
     def close(self) -> list[dict[str, Any]]:
         """Returns every epoch's row, of the whole run."""
@@ -89,7 +92,8 @@ class Log:
 def read_rows(path: Path, needed: Sequence[str] = ("val_top1",)) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, of the epochs 0, 1, …; [] where there is no file.
 
-    The last line is left out where a kill has cut it off. needed: fields that no row may lack.
+    The last line is left out where a kill has cut it off. needed: fields that no row may lack,
+    "seconds.train" for one of the seconds.
     Raises LogError for any other damage, with the line and what to do.
     """
     return _parse(path.read_bytes(), path, needed) if path.exists() else []
@@ -147,7 +151,9 @@ def _fault(row: Any, epoch: int, needed: Sequence[str]) -> str | None:
         return (
             f"must be of epoch {epoch}, as epochs follow each other, got {row.get('epoch')!r:.40}"
         )
-    if lacking := [name for name in needed if name not in row]:
+    seconds = row.get("seconds")
+    have = {*row, *(f"seconds.{name}" for name in seconds)} if isinstance(seconds, dict) else {*row}
+    if lacking := [name for name in needed if name not in have]:
         return f"lacks {', '.join(lacking)}"
     for name in sorted(_NUMBERS & row.keys()):
         if not (_is_number(row[name]) or (row[name] is None and name not in _NEVER_NULL)):
@@ -198,7 +204,7 @@ def summary(row: Mapping[str, Any]) -> str:
 
 def closing(rows: list[dict[str, Any]]) -> str:
     """The run in a few figures; those without an epoch are the last one's or the whole run's."""
-    seconds = {key: sum(row["seconds"][key] for row in rows) for key in rows[0]["seconds"]}
+    seconds = {key: sum(row["seconds"][key] for row in rows) for key in _SECONDS}
     images = sum(row["img_per_s"] * row["seconds"]["train"] for row in rows)
     last, run = rows[-1], _so_far(rows)
     return (

@@ -169,6 +169,14 @@ def of_validation(explained: str) -> str:
     return explained.replace(_OPTION, _OPTION.replace("exclude", "val_exclude"))
 
 
+def of_training(explained: str) -> str:
+    """What `explain` says of a file, with what is left to a run that has begun."""
+    return (
+        f"{explained}\nA run that has begun goes on with the same images alone: put a sound one in "
+        "the place of each, or start in a new folder."
+    )
+
+
 def look(index: ImageIndex, seconds: float) -> None:
     """Raise ValueError that names the broken files of validation found within `seconds`."""
     broken = list(faults(index, seconds))

@@ -650,6 +650,10 @@ def test_a_checkpoint_of_other_settings(monkeypatch, place, finished, changes, m
 
 
 def test_a_checkpoint_of_another_pipeline(monkeypatch, place, copied):
+    """As of another device, whose pipeline may be another: of all else the settings tell."""
+    state = torch.load(copied / "checkpoint.pt", weights_only=True)
+    state["of"]["image.decode"] = "full"
+    torch.save(state, copied / "checkpoint.pt")
     with pytest.raises(SystemExit, match=r"is of another pipeline .*\(.+\).* in its config.json"):
         run_train(monkeypatch, place, copied, "--resume", epochs=2, image__decode="full")
 

@@ -24,6 +24,7 @@ from scae_dali.metrics import read_rows
 __all__ = [
     "FIGURES",
     "LOG",
+    "PACE",
     "differing",
     "environment",
     "epochs_done",
@@ -51,6 +52,7 @@ FIGURES = {
     "few": "val_few",
     "ECE": "val_ece",
 }
+PACE = ("img_per_s", "seconds.train", "seconds.saliency", "seconds.val")  # what `pace` reads
 # Where things lie and what computes them: no result depends on it.
 PLACES = {
     "data.root",
