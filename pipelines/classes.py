@@ -19,12 +19,12 @@ def check_list_and_folders(listed: str, index: ImageIndex, folders: ImageIndex) 
     listed: the list's file. folders: an index of class folders, whatever split it is of.
     """
     places = {name: label for label, name in enumerate(folders.classes)}
-    pairs = []
-    for i, path in enumerate(index.files):
-        names = places.keys() & path.split("/")[:-1]
+    named = []
+    for parts, label, i in _folders(index):
+        names = places.keys() & parts
         if len(names) == 1:  # of several it is unclear which is the class folder
-            pairs.append((names.pop(), i))
-    found = _labels_of(pairs, index)
+            named.append((names.pop(), label, i))
+    found = _labels_of(named)
     whole = _class_folders(index)
     if whole.keys() & places.keys():  # then a folder that the other split lacks is a class too
         alone = {name: whole[name] for name in _only_names(whole).values()}
@@ -76,12 +76,21 @@ def check_lists(one: str, first: ImageIndex, other: str, second: ImageIndex) -> 
             )
 
 
-def _labels_of(pairs: Iterable[tuple[str, int]], index: ImageIndex) -> dict[str, tuple[int, int]]:
-    """Names -> label and a sample, of (name, sample); a name of several labels is no class."""
+def _folders(index: ImageIndex) -> list[tuple[list[str], int, int]]:
+    """The folders of a path, its label and a sample, of every folder and label that there are."""
+    first: dict[tuple[str, int], int] = {}
+    for i, (path, label) in enumerate(zip(index.files, index.labels.tolist(), strict=True)):
+        first.setdefault((path.rpartition("/")[0], label), i)
+    return [(folder.split("/"), label, i) for (folder, label), i in first.items()]
+
+
+def _labels_of(named: Iterable[tuple[str, int, int]]) -> dict[str, tuple[int, int]]:
+    """Names -> label and a sample, of (name, label, sample); a name of several labels is no
+    class."""
     labels: dict[str, set[int]] = defaultdict(set)
     sample: dict[str, int] = {}
-    for name, i in pairs:
-        labels[name].add(int(index.labels[i]))
+    for name, label, i in named:
+        labels[name].add(label)
         sample.setdefault(name, i)
     return {name: (some.pop(), sample[name]) for name, some in labels.items() if len(some) == 1}
 
@@ -92,11 +101,10 @@ def _class_folders(index: ImageIndex) -> dict[str, tuple[int, int]]:
     They are the first folders from the left of which each has one label, and of which there are
     several.
     """
-    folders = [path.split("/")[:-1] for path in index.files]
-    for place in range(min(map(len, folders))):
-        names = [parts[place] for parts in folders]
-        found = _labels_of(zip(names, range(len(names)), strict=True), index)
-        if 1 < len(found) == len(set(names)):
+    folders = _folders(index)
+    for place in range(min(len(parts) for parts, *_ in folders)):
+        found = _labels_of((parts[place], label, i) for parts, label, i in folders)
+        if 1 < len(found) == len({parts[place] for parts, *_ in folders}):
             return found
     return {}
 
