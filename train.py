@@ -63,8 +63,6 @@ class Run(State):
         else:
             self.model.train()
         steps = len(self.loader)
-        bar = tqdm(total=steps, initial=self.step, desc=f"epoch {self.epoch}", unit="step",
-                   leave=False, disable=not self.ranks.first)  # fmt: skip
         sums = self.meter.sums
         score = torch.zeros(2, device=self.device)  # loss and hits, summed over images
         planned, mark, first = self.stage.seconds, time.perf_counter(), self.step
@@ -83,32 +81,34 @@ class Run(State):
             sums["train"] += time.perf_counter() - mark
             planned, mark, first = self.stage.seconds, time.perf_counter(), self.step
 
-        batches = iter(self.loader)
-        while True:
-            wait = time.perf_counter()
-            batch = next(batches, None)
-            sums["data"] += time.perf_counter() - wait
-            if batch is None:
-                break
-            if self.step == 0 and self.ranks.first:
-                save_picture(
-                    self.out / "erased.png", batch.images, config.image.mean, config.image.std
-                )
-            for group in self.optimizer.param_groups:
-                done = self.epoch * steps + self.step
-                lr = config.optim.lr_at(done, steps, config.epochs)
-                group["lr"] = lr * group["lr_factor"]
-            self.train_step(batch, score)
-            self.meter.add_batch(batch.status)
-            self.step += 1
-            bar.update()
-            every = config.checkpoint_every
-            if every and self.step % every == 0 and self.step < steps:
-                settle()
-                self.save()
-                mark = time.perf_counter()
-        settle()
-        bar.close()
+        bar = tqdm(total=steps, initial=self.step, desc=f"epoch {self.epoch}", unit="step",
+                   leave=False, disable=not self.ranks.first)  # fmt: skip
+        with bar:
+            batches = iter(self.loader)
+            while True:
+                wait = time.perf_counter()
+                batch = next(batches, None)
+                sums["data"] += time.perf_counter() - wait
+                if batch is None:
+                    break
+                if self.step == 0 and self.ranks.first:
+                    save_picture(
+                        self.out / "erased.png", batch.images, config.image.mean, config.image.std
+                    )
+                for group in self.optimizer.param_groups:
+                    done = self.epoch * steps + self.step
+                    lr = config.optim.lr_at(done, steps, config.epochs)
+                    group["lr"] = lr * group["lr_factor"]
+                self.train_step(batch, score)
+                self.meter.add_batch(batch.status)
+                self.step += 1
+                bar.update()
+                every = config.checkpoint_every
+                if every and self.step % every == 0 and self.step < steps:
+                    settle()
+                    self.save()
+                    mark = time.perf_counter()
+            settle()
         self.epoch, self.step = self.epoch + 1, 0
         self.save()
 

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from tiny_run import arguments, rows, start
 from scae_dali import lock, ranks
 from scae_dali.ranks import Ranks
 
-images, tiny = tiny_run.images, tiny_run.tiny  # fixtures
+images, tiny, whole = tiny_run.images, tiny_run.tiny, tiny_run.whole  # fixtures
 ROOT = Path(__file__).parents[2]
 # Forks, since importing takes longer than all else: two runs in one folder, then a launcher with a
 # process of torchrun's that is killed once that has saved something. Prints how they ended.
@@ -110,9 +111,8 @@ def test_a_process_whose_torchrun_is_killed_ends_and_its_run_goes_on(ended, imag
     assert [row["epoch"] for row in rows(out / "orphan")] == [0, 1]
 
 
-def test_a_run_that_holds_the_folder_is_left_as_it_is(images, tmp_path):
-    out = tmp_path / "run"
-    start(*arguments(images, out, epochs=1))
+def test_a_run_that_holds_the_folder_is_left_as_it_is(images, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     with lock.hold(out, Ranks("cpu")):
         for flags in ((), ("--resume",)):

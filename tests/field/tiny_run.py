@@ -1,5 +1,6 @@
 """A run of train.py that takes a moment: 8 px images, a network of one convolution."""
 
+import gc
 import json
 import sys
 
@@ -12,6 +13,7 @@ import pipelines.state
 import train
 from scae_dali import lock
 
+gc.freeze()  # what has been imported: a collection then takes a moment
 COUNTS = {"a": 8, "b": 5, "c": 3}
 
 
@@ -58,10 +60,31 @@ def arguments(images, out, **more):
 
 
 def start(*arguments):
-    """train.py with these arguments, in this process."""
+    """train.py with these arguments, in this process.
+
+    Its pipelines are gone when it returns or raises: left to the garbage collector, which may come
+    in a thread of another one, they would break that.
+    """
+    failed = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        train.main()
+        try:
+            train.main()
+        except BaseException as error:
+            failed = type(error)(*error.args)  # without its frames, which hold the pipelines
+    gc.collect()
+    if failed is not None:
+        raise failed
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """A run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.__wrapped__(patch)
+        start(*arguments(images, out))
+    return out
 
 
 def rows(out):
