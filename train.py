@@ -4,111 +4,38 @@
     torchrun --nproc-per-node 8 train.py --config … --data.root … --out …
     python train.py --help
 
-An epoch is: the saliency pass if one is due, training, validation, metrics, checkpoint. Killed at
+An epoch is: the saliency pass if one is due, training, checkpoint, validation, metrics. Killed at
 any time, a run goes on with --resume from its last checkpoint, within an epoch or a pass.
 """
 
 import dataclasses
 import gc
-import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import jsonargparse
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from pipelines.config import ExecConfig
-from pipelines.guide import Guide
-from pipelines.loaders import Loaders
-from pipelines.recipe import Config, autocast, make_network
-from scae_dali import checkpoint, schedule
+from pipelines import resume as resuming
+from pipelines.recipe import Config, autocast
+from pipelines.state import State
+from scae_dali import checkpoint, lock, schedule
 from scae_dali.config import check
-from scae_dali.ema import EMA
+from scae_dali.divergence import check_finite, sound
 from scae_dali.evaluation import Evaluation
-from scae_dali.iterator import Batch, ImageError, Loader
-from scae_dali.losses import Loss
-from scae_dali.metrics import Log, Meter, closing, save_picture, summary
-from scae_dali.ops import Stage
+from scae_dali.iterator import Batch, ImageError
+from scae_dali.metrics import closing, save_picture, summary
 from scae_dali.ranks import Ranks
-from scae_dali.rng import derive
-from scae_dali.second_stage import prepare, set_train_mode
+from scae_dali.second_stage import set_train_mode
+from scae_dali.verify import look
+
+LOOK_S = 5.0  # at the files of validation, before an epoch is trained in vain
 
 
-class Run:
-    """All that a training run holds: network, optimiser, pipelines, cache, counters."""
-
-    def __init__(self, config: Config, ranks: Ranks) -> None:
-        self.config, self.ranks, self.device = config, ranks, ranks.device
-        self.out = Path(config.out)
-        self.data = config.data.open(config.threads)
-        self.index = self.data.train
-        self.loaders = Loaders(self.data, config.image, sampling=config.sampling, seed=config.seed)
-        self.identity = config.fixed() | {"data": self.index.fingerprint}
-        torch.manual_seed(derive(config.seed, "model"))
-        self.net = make_network(config.model, self.index.num_classes)
-        trained = [{"params": list(self.net.parameters()), "lr_factor": 1.0}]
-        if config.second_stage.classifier:
-            classes = self.index.num_classes
-            trained = prepare(self.net, config.second_stage, classes, seed=config.seed)
-        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.net.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
-        self.guided = config.guide()
-        self.ema = None
-        if config.optim.ema:
-            self.ema = EMA(self.net, config.optim.ema)
-        self.guide, self.harvest = None, None
-        if self.guided is not None:
-            stage, source = self.make_stage(), config.saliency.source
-            if self.guided.guided or stage.mixes:
-                check(
-                    source == "pass" or not stage.moves_pixels,
-                    f"saliency.source must be pass with {config.method}, which moves pixels, got "
-                    f"{source}",
-                )
-                self.guide = Guide(config, self.guided, self.net, self.index, self.loaders, ranks)
-                self.harvest = self.guide.harvest
-        self.model = self.net
-        if config.compile != "none":
-            self.model = torch.compile(self.model, mode=config.compile)  # type: ignore[assignment]
-        if ranks.world > 1:
-            self.model = DistributedDataParallel(self.model)
-        self.optimizer = config.optim.optimizer(trained)
-        self.loss = Loss(config.loss, self.index.class_counts, self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        self.epoch = self.step = 0  # the next ones; step counts within the epoch
-        self.meter = Meter()
-        self.pipeline_state: bytes | None = None
-        self.loader: Loader | None = None
-        self.val_loader = self.loaders.val(self.exec_config().for_inference(config.image.size))
-
-    def exec_config(self, *, sharded: bool = True) -> ExecConfig:
-        return ExecConfig(
-            batch_size=self.config.batch_size,
-            device_id=self.device.index,
-            threads=self.config.threads,
-            hw_decoder_load=self.config.hw_decoder_load,
-            shard=self.ranks.rank if sharded else 0,
-            num_shards=self.ranks.world if sharded else 1,
-        )
-
-    def make_stage(self) -> Stage:
-        return self.config.stage(
-            self.data,
-            None if self.guide is None else self.guide.cache,
-            device=str(self.device),
-            num_shards=self.ranks.world,
-        )
-
-    def build_loader(self) -> Loader:
-        """Start the training pipeline where its state says."""
-        self.stage = self.make_stage()
-        return self.loaders.train(
-            self.stage, self.exec_config(), checkpoint=self.pipeline_state, position=self.step
-        )
+class Run(State):
+    """A run, epoch by epoch."""
 
     def saliency_pass(self) -> None:
         """Refresh the cache if a pass is due by this epoch and has not been made."""
@@ -128,7 +55,7 @@ class Run:
         self.meter.sums["saliency"] += time.perf_counter() - start
 
     def train_epoch(self) -> None:
-        """What is left of the epoch, with checkpoints in between."""
+        """What is left of the epoch, with checkpoints in between and at its end."""
         config = self.config
         self.loader = self.loader or self.build_loader()
         if config.second_stage.classifier:
@@ -136,47 +63,54 @@ class Run:
         else:
             self.model.train()
         steps = len(self.loader)
-        bar = tqdm(total=steps, initial=self.step, desc=f"epoch {self.epoch}", unit="step",
-                   leave=False, disable=not self.ranks.first)  # fmt: skip
         sums = self.meter.sums
         score = torch.zeros(2, device=self.device)  # loss and hits, summed over images
-        planned, mark = self.stage.seconds, time.perf_counter()
+        planned, mark, first = self.stage.seconds, time.perf_counter(), self.step
 
         def settle():
-            """Bring the sums up to date; waits for the device."""
-            nonlocal planned, mark
-            for key, value in zip(("loss", "hits"), score.tolist(), strict=True):
-                sums[key] += value
+            """Bring the sums up to date, and see that they are finite; waits for the device."""
+            nonlocal planned, mark, first
+            loss, hits, kept = torch.cat([score.double(), self.sound()]).tolist()
+            lr = self.optimizer.param_groups[0]["lr"]
+            steps_of = f"in steps {first} to {self.step} of epoch {self.epoch}, with lr {lr:g}"
+            check_finite(self.ranks, loss, bool(kept), steps_of)
+            sums["loss"] += loss
+            sums["hits"] += hits
             score.zero_()
             sums["plan"] += self.stage.seconds - planned
             sums["train"] += time.perf_counter() - mark
-            planned, mark = self.stage.seconds, time.perf_counter()
+            planned, mark, first = self.stage.seconds, time.perf_counter(), self.step
 
-        batches = iter(self.loader)
-        while True:
-            wait = time.perf_counter()
-            batch = next(batches, None)
-            sums["data"] += time.perf_counter() - wait
-            if batch is None:
-                break
-            if self.step == 0 and self.ranks.first:
-                save_picture(
-                    self.out / "erased.png", batch.images, config.image.mean, config.image.std
-                )
-            for group in self.optimizer.param_groups:
-                done = self.epoch * steps + self.step
-                lr = config.optim.lr_at(done, steps, config.epochs)
-                group["lr"] = lr * group["lr_factor"]
-            self.train_step(batch, score)
-            self.meter.add_batch(batch.status)
-            self.step += 1
-            bar.update()
-            if config.checkpoint_every and self.step % config.checkpoint_every == 0:
-                settle()
-                self.save()
-                mark = time.perf_counter()
-        settle()
-        bar.close()
+        bar = tqdm(total=steps, initial=self.step, desc=f"epoch {self.epoch}", unit="step",
+                   leave=False, disable=not self.ranks.first)  # fmt: skip
+        with bar:
+            batches = iter(self.loader)
+            while True:
+                wait = time.perf_counter()
+                batch = next(batches, None)
+                sums["data"] += time.perf_counter() - wait
+                if batch is None:
+                    break
+                if self.step == 0 and self.ranks.first:
+                    save_picture(
+                        self.out / "erased.png", batch.images, config.image.mean, config.image.std
+                    )
+                for group in self.optimizer.param_groups:
+                    done = self.epoch * steps + self.step
+                    lr = config.optim.lr_at(done, steps, config.epochs)
+                    group["lr"] = lr * group["lr_factor"]
+                self.train_step(batch, score)
+                self.meter.add_batch(batch.status)
+                self.step += 1
+                bar.update()
+                every = config.checkpoint_every
+                if every and self.step % every == 0 and self.step < steps:
+                    settle()
+                    self.save()
+                    mark = time.perf_counter()
+            settle()
+        self.epoch, self.step = self.epoch + 1, 0
+        self.save()
 
     def train_step(self, batch: Batch, score: torch.Tensor) -> None:
         images = batch.images.contiguous(memory_format=self.layout)
@@ -194,9 +128,14 @@ class Run:
         hits = (logits.argmax(1) == batch.labels).sum()
         score += torch.stack([loss.detach() * len(images), hits])
 
+    def sound(self) -> torch.Tensor:
+        nets = [self.net] if self.ema is None else [self.net, self.ema]
+        return sound(nets, self.optimizer)
+
     @torch.inference_mode()
-    def finish_epoch(self) -> dict[str, Any]:
-        """Validate, on the images of all ranks, and close the epoch: its row of metrics.jsonl."""
+    def finish_epoch(self) -> None:
+        """Validate, on the images of all ranks, and close the epoch that was trained last: its row
+        of metrics.jsonl."""
         start = time.perf_counter()
         model = self.net if self.ema is None else self.ema
         for shared in dict.fromkeys((self.net, model)):  # in the same order on all ranks
@@ -210,116 +149,66 @@ class Run:
         figures = evaluation.compute(self.ranks)
         self.meter.sums["val"] += time.perf_counter() - start
         lam_max = getattr(self.guided, "lam_max", 0.0)
-        return {
-            "epoch": self.epoch,
+        epoch = self.epoch - 1
+        row = {
+            "epoch": epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "lam": float(schedule.lam(self.epoch, self.config.epochs, lam_max)),
+            "lam": float(schedule.lam(epoch, self.config.epochs, lam_max)),
             **figures,
             **self.meter.close_epoch(self.ranks, self.guide is not None),
         }
-
-    def save(self) -> None:
-        """Write the checkpoint: wholly, or not at all."""
-        assert self.loader is not None
-        self.pipeline_state = self.loader.state()
-        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
-        mine = {
-            "pipeline": self.pipeline_state,
-            "sums": self.meter.sums,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": cuda,
-        }
-        ranks = self.ranks.gather(mine)
-        if self.harvest is not None:
-            self.harvest.merge()
-            self.harvest.keep_on(self.ranks.first)
-        if self.ranks.first:
-            state = {name: getattr(self, name).state_dict() for name in self.parts()}
-            state |= {
-                "of": self.identity,
-                "epoch": self.epoch,
-                "step": self.step,
-                "totals": self.meter.totals,
-                "saliency_pass": None if self.guide is None else self.guide.made,
-                "ranks": ranks,
-            }
-            checkpoint.save(self.out / "checkpoint.pt", state)
-
-    def restore(self) -> None:
-        """Go on from the checkpoint."""
-        state = checkpoint.load_run(self.out / "checkpoint.pt", self.identity)
-        check(
-            len(state["ranks"]) == self.ranks.world,
-            f"the run in {str(self.out)!r} was made by {len(state['ranks'])} processes, now there "
-            f"are {self.ranks.world}: resume it with as many",
-        )
-        for name in self.parts():
-            getattr(self, name).load_state_dict(state[name])
-        if self.guide is not None:
-            self.guide.made = state["saliency_pass"]
-        if self.harvest is not None:
-            self.harvest.keep_on(self.ranks.first)
-        self.epoch, self.step, self.meter.totals = state["epoch"], state["step"], state["totals"]
-        mine = state["ranks"][self.ranks.rank]
-        self.pipeline_state, self.meter.sums = mine["pipeline"], mine["sums"]
-        torch.set_rng_state(mine["rng"])
-        if mine["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(mine["cuda_rng"])
-        try:
-            self.loader = self.build_loader()
-        except ImageError:
-            raise
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(
-                f"the checkpoint in {str(self.out)!r} is of another pipeline than these settings "
-                f"make ({reason}); resume with those in its config.json"
-            ) from error
-
-    def parts(self) -> list[str]:
-        optional = [name for name in ("ema", "harvest") if getattr(self, name) is not None]
-        return ["net", "optimizer", "scaler", *optional]
+        if self.log is not None:
+            self.log.write(row)
+            tqdm.write(summary(row))
 
 
-def run(config: Config, resume: bool) -> None:
-    """Train to the last epoch. Nothing is written where `out` holds a run, unless resumed."""
-    ranks = Ranks(config.device)
-    torch.backends.cudnn.benchmark = True  # images are of one size
+def begin(config: Config, ranks: Ranks, resume: bool) -> Run:
+    """A run that is ready to train, where its checkpoint says. Whatever is refused, is refused
+    before anything of an older run in `out` is changed."""
     out = Path(config.out)
-    check(not out.is_file(), f"out must be a folder, got the file {config.out!r}")
-    if not resume and (out / "config.json").exists():
-        raise ValueError(f"out must be a new folder, got {config.out!r}: give another, or --resume")
-    ranks.gather(None)  # nobody writes before all have looked
-    out.mkdir(parents=True, exist_ok=True)
-    training = Run(config, ranks)
+    if not resume:
+        ranks.by_first(lambda: resuming.check_new(out))
+    data = config.data.open(config.threads)
+    if data.val_pixels is None:
+        ranks.by_first(lambda: look(data.val, LOOK_S))
     found = ranks.gather((out / "checkpoint.pt").exists())
     check(
         len(set(found)) == 1,
         f"checkpoint.pt must be in {config.out!r} on every node or on none: put out on a disk that "
         "they share, or copy the file",
     )
-    if found[0]:
-        training.restore()
-    else:
+    state = checkpoint.load_run(out / "checkpoint.pt") if found[0] else None
+    identity = resuming.identity(config, data)
+    notes = resuming.check_same(ranks, out, identity, state, data.val)
+    training = Run(config, ranks, data, identity)
+    if state is None:
         training.loader = training.build_loader()  # before anything is written: it may object
-    log = None
-    if ranks.first:
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
-        log = Log(out, training.epoch)
-    while training.epoch < config.epochs:
-        training.saliency_pass()
-        training.train_epoch()
-        row = training.finish_epoch()
-        if log is not None:
-            log.write(row)
-            tqdm.write(summary(row))
-        training.epoch, training.step = training.epoch + 1, 0
-        training.save()
-    if log is not None:
-        tqdm.write(closing(log.close()))
-        weights = training.net if training.ema is None else training.ema.module
-        checkpoint.save(out / "weights.pt", weights.state_dict())
-    ranks.close()
+    else:
+        training.restore(state)
+    for note in notes if ranks.first else ():
+        tqdm.write(f"note: {note}", file=sys.stderr)
+    if training.open_log(None if state is None else state.get("log", "")):
+        training.finish_epoch()
+    return training
+
+
+def run(config: Config, resume: bool) -> None:
+    """Train to the last epoch. Nothing is written where `out` holds a run, unless resumed."""
+    ranks = Ranks(config.device)
+    torch.backends.cudnn.benchmark = True  # images are of one size
+    resuming.agree(ranks, resuming.flat(config) | {"resume": resume})
+    out = Path(config.out)
+    with lock.hold(out, ranks):
+        training = begin(config, ranks, resume)
+        while training.epoch < config.epochs:
+            training.saliency_pass()
+            training.train_epoch()
+            training.finish_epoch()
+        if training.log is not None:
+            tqdm.write(closing(training.log.close()))
+            weights = training.net if training.ema is None else training.ema.module
+            checkpoint.save(out / "weights.pt", weights.state_dict())
+        ranks.close()
 
 
 def make_parser() -> jsonargparse.ArgumentParser:

@@ -8,13 +8,16 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.classes import check_list_and_folders, check_lists
 from scae_dali.arrays import ArrayImages
 from scae_dali.config import check, check_choice
 from scae_dali.dataset import DatasetError, ImageIndex
 from scae_dali.longtail import choose, imbalanced
+from scae_dali.verify import of_validation
 
 Ids = npt.NDArray[np.int64]
-OF_FILES = {"train_dir", "val_dir", "train_list", "val_list", "exclude", "index_cache"}
+OF_FILES = {"train_dir", "val_dir", "train_list", "val_list", "exclude", "val_exclude"}
+OF_FILES |= {"index_cache"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +47,7 @@ class DataConfig:
         train_list: file of `path label` lines, relative to root, instead of train_dir.
         val_list: the same instead of val_dir.
         exclude: file of training paths, one a line, to leave out.
+        val_exclude: the same of validation, or of what is held out for it.
         index_cache: folder that keeps the indices between runs.
         in_memory: decode all images once, which must have one size; CIFAR's own always are.
         imbalance: train on a long-tailed subset, the largest class so many times the smallest.
@@ -59,6 +63,7 @@ class DataConfig:
     train_list: str | None = None
     val_list: str | None = None
     exclude: str | None = None
+    val_exclude: str | None = None
     index_cache: str | None = None
     in_memory: bool = False
     imbalance: float | None = None
@@ -116,12 +121,25 @@ class DataConfig:
         kept, held = self._split(files)
         first = files if kept is None else files.subset(kept)
         second = self._val_files(files) if held is None else files.subset(held)
+        if self.val_exclude is not None:
+            second = self._without(second, self.val_exclude)
         if not self.in_memory:
             return Data(first, second)
-        pixels = [
-            ArrayImages.from_index(index, threads=threads).pixels for index in (first, second)
-        ]
-        return Data(first, second, *pixels)
+        pixels = ArrayImages.from_index(first, threads=threads).pixels
+        try:
+            val_pixels = ArrayImages.from_index(second, threads=threads).pixels
+        except DatasetError as error:
+            raise DatasetError(of_validation(str(error))) from error
+        return Data(first, second, pixels, val_pixels)
+
+    @staticmethod
+    def _without(index: ImageIndex, exclude: str) -> ImageIndex:
+        try:
+            return ImageIndex.from_arrays(
+                index.files, index.labels, index.root, classes=index.classes, exclude=exclude
+            )
+        except DatasetError as error:
+            raise DatasetError(f"data.val_exclude={exclude!r}, of validation: {error}") from error
 
     def _split(self, index: ImageIndex) -> tuple[Ids | None, Ids | None]:
         """Ids to train on, None for all of them, and ids held out, None without a holdout."""
@@ -158,6 +176,10 @@ class DataConfig:
                     f"{second.labels[i]}, but training has the classes 0 … "
                     f"{first.num_classes - 1}; give lists of the same classes"
                 )
+            if self.train_list is None:
+                check_list_and_folders(self.val_list, second, first)
+            else:
+                check_lists(self.train_list, first, self.val_list, second)
             return ImageIndex.from_arrays(
                 second.files, second.labels, second.root, classes=first.classes
             )
@@ -168,7 +190,9 @@ class DataConfig:
                 f"{second.root!r} {second.num_classes} class folders; the folders, sorted by name, "
                 f"must be the list's classes: give data.val_list if they are others"
             )
-        if self.train_list is None and first.classes != second.classes:
+        if self.train_list is not None:
+            check_list_and_folders(self.train_list, first, second)
+        elif first.classes != second.classes:
             odd = sorted(set(first.classes) ^ set(second.classes))[:3]
             raise DatasetError(
                 f"{first.root!r} and {second.root!r} must have the same class folders; they differ "

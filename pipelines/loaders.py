@@ -1,15 +1,37 @@
 """The batches of a run: which pipeline serves which data, from files or from memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from pipelines import arrays, saliency, train, val
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data
-from scae_dali.iterator import Loader
+from scae_dali.iterator import ImageError, Loader
 from scae_dali.ops import Stage
 from scae_dali.order import Order, Sampling
+from scae_dali.verify import of_training, of_validation
+
+T = TypeVar("T")
+
+
+class TrainLoader(Loader):
+    """A Loader whose errors tell what to do about files of training."""
+
+    remedy = staticmethod(of_training)
+
+    def _run(self, step: Callable[[], T]) -> T:
+        try:
+            return super()._run(step)
+        except ImageError as error:
+            raise ImageError(self.remedy(str(error))) from error
+
+
+class ValLoader(TrainLoader):
+    """The same for files of validation."""
+
+    remedy = staticmethod(of_validation)
 
 
 class Loaders:
@@ -35,7 +57,7 @@ class Loaders:
             pipeline = arrays.train_pipeline(
                 stage, pixels, order, self._image, run, checkpoint=checkpoint
             )
-        return Loader(
+        return TrainLoader(
             pipeline, train.OUTPUTS, index, drop_last=True, position=position, order=order
         )
 
@@ -47,7 +69,7 @@ class Loaders:
         else:
             order = self._order(index.labels, run, "in_turn")
             pipeline = arrays.whole_pipeline(pixels, self._image, run, order, stretch=False)
-        return Loader(pipeline, val.OUTPUTS, index, drop_last=False, order=order)
+        return ValLoader(pipeline, val.OUTPUTS, index, drop_last=False, order=order)
 
     def saliency(self, image: ImageConfig, run: ExecConfig, ids: Sequence[int]) -> Loader:
         """These samples of the training set, in this order, as whole images."""
@@ -58,7 +80,7 @@ class Loaders:
         else:
             order = self._order(index.labels[np.asarray(ids)], run, "in_turn")
             pipeline = arrays.whole_pipeline(pixels, image, run, order, ids, stretch=True)
-        return Loader(pipeline, saliency.OUTPUTS, index, drop_last=False, order=order)
+        return TrainLoader(pipeline, saliency.OUTPUTS, index, drop_last=False, order=order)
 
     def _order(self, labels: np.ndarray, run: ExecConfig, sampling: Sampling) -> Order:
         return Order(

@@ -70,11 +70,13 @@ class OptimConfig:
     ema: float = 0.0
 
     def __post_init__(self) -> None:
-        check(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        check(0 < self.lr < math.inf, f"optim.lr must be positive and finite, got {self.lr}")
         check(0 < self.momentum < 1, f"optim.momentum must be in (0, 1), got {self.momentum}")
         for name in ("weight_decay", "factor", "lr_min", "warmup_epochs"):
             value = getattr(self, name)
-            check(value >= 0, f"optim.{name} must be at least 0, got {value}")
+            check(
+                0 <= value < math.inf, f"optim.{name} must be at least 0, got {value}, and finite"
+            )
         check_choice("optim.schedule", self.schedule, ("step", "cosine"))
         check(0 <= self.ema < 1, f"optim.ema must be in [0, 1), got {self.ema}; 0 switches it off")
 
@@ -108,7 +110,7 @@ class SaliencyConfig:
             training's own forward passes, for networks that end in a pooling and one linear layer.
             `both`: a pass over `share`, and what was harvested of the rest.
         share: of the samples, seen by a pass; the stalest first.
-        cache: LMDB cache; None: `saliency.lmdb` in the run's folder.
+        cache: LMDB cache; None: `saliency.lmdb` in the run's folder, one a node.
         layer: module whose features Grad-CAM weighs; None: the family's default.
         batch_size: of the pass, a rank; None: the training's, or more on a GPU where images are
             small.
@@ -257,23 +259,6 @@ class Config:
             self.checkpoint_every >= 0,
             f"checkpoint_every must be >= 0, got {self.checkpoint_every}",
         )
-
-    def fixed(self) -> dict[str, Any]:
-        """Settings that a resumed run may not change: its checkpoint depends on them."""
-        return {
-            "model": self.model,
-            "method": self.method,
-            "data.in_memory": self.data.in_memory,
-            "image.crop.kind": self.image.crop.kind,
-            "amp": self.amp,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "optim.ema": self.optim.ema,
-            "optim.decay_norms": self.optim.decay_norms,
-            "sampling": self.sampling,
-            "second_stage.classifier": self.second_stage.classifier,
-            "saliency.source": self.saliency.source,
-        }
 
     def method_configs(self) -> dict[str, Any]:
         """The Config of every method in use, by its name."""

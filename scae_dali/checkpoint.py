@@ -2,7 +2,6 @@
 
 import os
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +47,13 @@ def load(path: Path) -> Any:
         ) from error
 
 
-def load_run(path: Path, of: Mapping[str, Any]) -> dict[str, Any]:
-    """`load`, of a run of these settings: those that it was saved with, as its entry `of`.
-
-    Raises ValueError where they differ.
-    """
+def load_run(path: Path) -> dict[str, Any]:
+    """`load`, of a run: a dict whose entry `of` is a dict of what it was made with. Raises
+    ValueError for anything else."""
     state = load(path)
     if not isinstance(state, dict) or not isinstance(state.get("of"), dict):
         raise ValueError(
-            f"{str(path)!r} is no checkpoint of a training run; move it away, or start in a new "
-            "folder"
+            f"{str(path)!r} is no checkpoint of a training run; move it away and restore the run's "
+            "own from a copy, or start in a new folder"
         )
-    for name, value in of.items():
-        if (was := state["of"].get(name)) != value:
-            raise ValueError(
-                f"checkpoint {str(path)!r} was made with {name}={was!r}, not {value!r}: resume it "
-                "with the same settings (config.json beside it), or start in a new folder"
-            )
     return state

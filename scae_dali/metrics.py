@@ -1,9 +1,11 @@
 """The log of a run: metrics.jsonl, TensorBoard, and a line an epoch for the reader.
 
-metrics.jsonl holds one object an epoch; a resumed run drops the epochs that it does again.
+metrics.jsonl holds one object an epoch, from 0 on; a resumed run drops the epochs that it does
+again. What is no finite number is null there.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,54 +21,165 @@ from scae_dali.methods import Status
 from scae_dali.methods.base import Triple
 from scae_dali.ranks import Ranks
 
+_SECONDS = ("train", "data", "step", "saliency", "val")
+_FIGURES = ("val_top1", "val_top5", "img_per_s", "overhead_percent")
+_NEEDED = (*_FIGURES, *(f"seconds.{name}" for name in _SECONDS))  # what `closing` reads
+# Of the fields that readers of runs take: may be null, and absent where they are not needed.
+_NUMBERS = {*_FIGURES, "best_top1", "median10_top1"}
+_NUMBERS |= {f"val_{name}" for name in ("many", "medium", "few", "ece")}
+_OBJECTS = {"seconds", "share"}  # of numbers
+_NEVER_NULL = {"val_top1", "img_per_s", "overhead_percent"}
+
+
+class LogError(ValueError):
+    """A metrics.jsonl that is damaged; the message names the line and the remedy."""
+
 
 class Log:
-    """Writes rows; use it in one process of a run."""
+    """Writes rows; use it in one process of a run. rows: those written, from epoch 0 on.
 
-    def __init__(self, out: Path, first_epoch: int) -> None:
+    first_epoch: the rows from there on are dropped. saved: what `text` gave when the run's
+    checkpoint was written: it brings back rows that metrics.jsonl lacks. Raises LogError where
+    metrics.jsonl is damaged, and where an epoch before `first_epoch` is in neither.
+    """
+
+    def __init__(self, out: Path, first_epoch: int, saved: str = "") -> None:
         from torch.utils.tensorboard import SummaryWriter  # of the extra `train`
 
         self._path = out / "metrics.jsonl"
-        self._rows = [row for row in read_rows(self._path) if row["epoch"] < first_epoch]
+        self.rows = known_rows(self._path, saved)[:first_epoch]
+        _check(
+            len(self.rows) == first_epoch,
+            f"{str(self._path)!r} must have the epochs before {first_epoch}, which are done, and "
+            f"ends before {len(self.rows)}; the checkpoint does not have them either: restore the "
+            "file from a copy, or start in a new folder",
+        )
         partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        self._lines = [_line(row) for row in self.rows]
+        partial.write_text(self.text())
         os.replace(partial, self._path)
         self._board = SummaryWriter(str(out), purge_step=first_epoch)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one epoch's row and the figures of the run so far.
 
-        In TensorBoard what is nested gets names with a slash; a list is a histogram, without None.
+        In TensorBoard what is nested gets names with a slash; a list is a histogram. None, and what
+        is no finite number, is left out there.
         """
-        row = {**row, **_so_far([*self._rows, row])}
-        self._rows.append(row)
+        full = _finite({**row, **_so_far([*self.rows, row])})
+        self.rows.append(full)
         with open(self._path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in _flat(row):
+            file.write(_line(full))
+        self._lines.append(_line(full))
+        for name, value in _flat(full):
             if isinstance(value, list):
                 known = np.array([one for one in value if one is not None])
-                self._board.add_histogram(name, known, row["epoch"], bins=20)
-            else:
-                self._board.add_scalar(name, value, row["epoch"])
+                self._board.add_histogram(name, known, full["epoch"], bins=20)
+            elif value is not None:
+                self._board.add_scalar(name, value, full["epoch"])
         self._board.flush()
+
+    def text(self) -> str:
+        """All rows as metrics.jsonl has them."""
+        return "".join(self._lines)
 
     def close(self) -> list[dict[str, Any]]:
         """Returns every epoch's row, of the whole run."""
         self._board.close()
-        return self._rows
+        return self.rows
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; [] where there is none. A line cut off by a kill is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
+def read_rows(path: Path, needed: Sequence[str] = ("val_top1",)) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, of the epochs 0, 1, …; [] where there is no file.
+
+    The last line is left out where a kill has cut it off. needed: fields that no row may lack,
+    "seconds.train" for one of the seconds.
+    Raises LogError for any other damage, with the line and what to do.
+    """
+    return _parse(path.read_bytes(), path, needed) if path.exists() else []
+
+
+def known_rows(path: Path, saved: str) -> list[dict[str, Any]]:
+    """Those of metrics.jsonl, or of the checkpoint where it has more (`saved`, see Log).
+
+    Raises LogError where metrics.jsonl is damaged, or has other rows than the checkpoint.
+    """
+    written, kept = read_rows(path, _NEEDED), _parse(saved.encode(), path, ())
+    for one, other in zip(written, kept, strict=False):
+        _check(
+            one == other,
+            f"{str(path)!r}: epoch {one['epoch']} has other figures than in the checkpoint beside "
+            f"it; {_REMEDY}",
+        )
+    return max(written, kept, key=len)
+
+
+_REMEDY = (
+    "restore the file from a copy, or move it away and resume the run (train.py --resume), which "
+    "writes it again from its checkpoint"
+)
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise LogError(message)
+
+
+def _parse(text: bytes, path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    wrong: str | None
+    lines = [pair for pair in enumerate(text.split(b"\n"), 1) if pair[1].strip()]
+    for number, line in lines:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+            row = json.loads(line, parse_constant=lambda name: None)  # NaN of older versions
+        except ValueError:
+            if number == lines[-1][0]:
+                break  # cut off
+            wrong = "is no JSON"
+        else:
+            wrong = _fault(row, len(rows), needed)
+        _check(wrong is None, f"{str(path)!r}, line {number} {wrong}; {_REMEDY}")
+        rows.append(row)
     return rows
+
+
+def _fault(row: Any, epoch: int, needed: Sequence[str]) -> str | None:
+    """What is wrong with the row of this epoch."""
+    if not isinstance(row, dict):
+        return f"is no JSON object, got {row!r:.40}"
+    if type(row.get("epoch")) is not int or row["epoch"] != epoch:
+        return (
+            f"must be of epoch {epoch}, as epochs follow each other, got {row.get('epoch')!r:.40}"
+        )
+    seconds = row.get("seconds")
+    have = {*row, *(f"seconds.{name}" for name in seconds)} if isinstance(seconds, dict) else {*row}
+    if lacking := [name for name in needed if name not in have]:
+        return f"lacks {', '.join(lacking)}"
+    for name in sorted(_NUMBERS & row.keys()):
+        if not (_is_number(row[name]) or (row[name] is None and name not in _NEVER_NULL)):
+            return f"must have a number as {name}, got {row[name]!r:.40}"
+    for name in sorted(_OBJECTS & row.keys()):
+        values = row[name].values() if isinstance(row[name], dict) else [None]
+        if not all(map(_is_number, values)):
+            return f"must have an object of numbers as {name}, got {row[name]!r:.40}"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """value with None for every number that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary(row: Mapping[str, Any]) -> str:
@@ -91,7 +204,7 @@ def summary(row: Mapping[str, Any]) -> str:
 
 def closing(rows: list[dict[str, Any]]) -> str:
     """The run in a few figures; those without an epoch are the last one's or the whole run's."""
-    seconds = {key: sum(row["seconds"][key] for row in rows) for key in rows[0]["seconds"]}
+    seconds = {key: sum(row["seconds"][key] for row in rows) for key in _SECONDS}
     images = sum(row["img_per_s"] * row["seconds"]["train"] for row in rows)
     last, run = rows[-1], _so_far(rows)
     return (
@@ -116,7 +229,8 @@ def save_picture(path: Path, images: Tensor, mean: Triple, std: Triple) -> None:
 
 def _present(row: Mapping[str, Any], *names: str) -> str:
     """` many 65.1 few 9.1`: those of val_<name> that the row has; rows of older runs lack all."""
-    return "".join(f" {name} {row[f'val_{name}']:.1f}" for name in names if f"val_{name}" in row)
+    known = [(name, row.get(f"val_{name}")) for name in names]
+    return "".join(f" {name} {value:.1f}" for name, value in known if value is not None)
 
 
 def _so_far(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

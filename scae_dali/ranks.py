@@ -1,10 +1,16 @@
 """This process among those that torchrun started; alone without it."""
 
 import os
+import sys
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import distributed, nn
+
+_POLL_S = 0.5
 
 
 def pick_device(name: str, number: int = 0) -> torch.device:
@@ -20,7 +26,8 @@ class Ranks:
     node: which of the nodes this is.
 
     device: see pick_device. Joins the process group that the environment of torchrun names: by NCCL
-    where tensors are on GPUs, by gloo where they are on the CPU.
+    where tensors are on GPUs, by gloo where they are on the CPU. Under torchrun the process ends
+    when torchrun does: killed, that leaves its processes behind, and they would train on.
     """
 
     def __init__(self, device: str = "auto") -> None:
@@ -29,6 +36,8 @@ class Ranks:
         self.local = int(os.environ.get("LOCAL_RANK", 0))
         a_node = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
         self.node = int(os.environ.get("GROUP_RANK", self.rank // a_node))
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_parent()
         self.device = pick_device(device, self.local)
         cuda = self.device.type == "cuda"
         if cuda:
@@ -48,6 +57,19 @@ class Ranks:
             distributed.all_gather_object(values, value)
         return values
 
+    def by_first(self, step: Callable[[], object]) -> None:
+        """Take a step in rank 0 alone; where it raises ValueError or OSError, every rank raises
+        ValueError."""
+        failed: Exception | None = None
+        if self.first:
+            try:
+                step()
+            except (ValueError, OSError) as error:
+                failed = error
+        said = self.gather(None if failed is None else str(failed))[0]
+        if said is not None:
+            raise ValueError(said) from failed
+
     def sum(self, values: dict[str, float]) -> dict[str, float]:
         """Sum over the ranks, key by key."""
         every = self.gather(values)
@@ -63,3 +85,23 @@ class Ranks:
         if self.world > 1:
             distributed.barrier()  # gloo of older torch hangs now and then without it
             distributed.destroy_process_group()
+
+
+def end_with_parent() -> None:
+    """End this process, from a thread and at once, when the process that started it is gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_POLL_S)
+        try:
+            print(
+                f"error: process {parent}, which started this one, is gone: it ends too; train.py "
+                "--resume goes on from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+        finally:  # where nobody reads what it says any more, too
+            os._exit(1)
+
+    threading.Thread(target=watch, name="end with parent", daemon=True).start()

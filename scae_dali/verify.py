@@ -2,7 +2,7 @@
 
 It finds files that are missing, empty, no image, damaged in the header, or cut off. What a decoder
 makes of the rest is the decoder's business; `explain` turns what it says into an error for the
-user.
+user, whose remedy is that of training files unless `of_validation` changes it.
 """
 
 import os
@@ -30,8 +30,10 @@ _SOS, _BARE = 0xDA, {0x01, *range(0xD0, 0xD9)}  # scan data begins; markers with
 _SOF = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # frame headers, of every kind of JPEG
 _THREADS, _SHARE = 16, 64  # files are opened side by side: storage may be far away
 _BLOCK = _THREADS * _SHARE
+_NAMED_AT_ONCE = 20  # files in an error
 _SECONDS = 30.0  # that an error may wait for its explanation
 
+_OPTION = "(train.py: --data.exclude)"
 _UNDECODABLE = "does not decode"  # though its bytes look sound
 _OPERATOR = re.compile(r"operator `([^`]+)`")
 _READS = re.compile(r"readers|decoders|peek_image_shape|io\.file")
@@ -152,7 +154,7 @@ def explain(message: str, index: ImageIndex) -> str:
     them = "them" if len(broken) > 1 else "it"
     deep = "" if any(wrong != _UNDECODABLE for _, wrong in broken) else " --decode"
     lines.append(
-        f"Mend or remove {them}, or leave {them} out with exclude= (train.py: --data.exclude); "
+        f"Mend or remove {them}, or leave {them} out with exclude= {_OPTION}; "
         f"tools/check_images.py{deep} finds every such file and writes the list."
     )
     operator = _OPERATOR.search(message)
@@ -160,6 +162,39 @@ def explain(message: str, index: ImageIndex) -> str:
     said = message.rpartition("encountered:")[2].splitlines()  # after the definition's traceback
     lines.append(f"DALI{where}: {' '.join(s.strip() for s in said if not _NOISE.match(s))}")
     return "\n".join(lines)
+
+
+def of_validation(explained: str) -> str:
+    """What `explain` says of a file, with train.py's option that leaves out files of validation."""
+    return explained.replace(_OPTION, _OPTION.replace("exclude", "val_exclude"))
+
+
+def of_training(explained: str) -> str:
+    """What `explain` says of a file, with what is left to a run that has begun."""
+    return (
+        f"{explained}\nA run that has begun goes on with the same images alone: put a sound one in "
+        "the place of each, or start in a new folder."
+    )
+
+
+def look(index: ImageIndex, seconds: float) -> None:
+    """Raise ValueError that names the broken files of validation found within `seconds`."""
+    broken = list(faults(index, seconds))
+    if not broken:
+        return
+    lines = [
+        f"{os.path.join(index.root, name)!r} {wrong}" for name, wrong in broken[:_NAMED_AT_ONCE]
+    ]
+    if len(broken) > len(lines):
+        lines.append(f"and {len(broken) - len(lines)} more")
+    raise ValueError(
+        f"{len(broken)} of the {len(index)} validation images are broken, as far as a look of "
+        f"{seconds:g} s can tell:\n"
+        + "\n".join(lines)
+        + "\nMend or remove them, or leave them out "
+        "with --data.val_exclude and a file of their paths, one a line; tools/check_images.py "
+        "writes it"
+    )
 
 
 def _relative(name: str, root: str) -> str:

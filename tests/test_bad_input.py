@@ -301,13 +301,10 @@ def batches(index: ImageIndex, size: int = 7, batch_size: int = 64):
     return loader_for
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0], ids=["nan", "inf", "< 0"])
-def test_maps_without_a_positive_finite_value_mean_no_guidance_and_are_counted(
-    index, tmp_path, weight
-):
+def test_maps_without_a_positive_value_mean_no_guidance_and_are_counted(index, tmp_path):
     cache = SaliencyCache.create(tmp_path / "maps", index, grid=(7, 7))
     with pytest.warns(RuntimeWarning, match="50 of 50 saliency maps of layer 'features' are flat"):
-        report = refresh_cache(Net(weight), cache, index, batches(index), epoch=1, layer="features")
+        report = refresh_cache(Net(-1.0), cache, index, batches(index), epoch=1, layer="features")
     assert report.images == report.flat == len(index)
     maps, found = cache.read(np.arange(len(index)))
     assert found.all()
@@ -316,6 +313,15 @@ def test_maps_without_a_positive_finite_value_mean_no_guidance_and_are_counted(
     assert (plan[:, 0] == Status.ERASED | Status.FLAT_MAP).all()
     np.testing.assert_array_equal(plan[:, 1:], decide(index, cache, lam_max=0.0)[:, 1:])
     assert cache.meta.epoch == 1
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_network_that_has_diverged_makes_no_maps_and_takes_none_away(index, tmp_path, weight):
+    cache = fill_cache(tmp_path / "maps", index)
+    before = cache.read(np.arange(len(index)))[0]
+    with pytest.raises(ValueError, match=r"'head.weight' of Net holds values that are not finite"):
+        refresh_cache(Net(weight), cache, index, batches(index), epoch=2, layer="features")
+    np.testing.assert_array_equal(cache.read(np.arange(len(index)))[0], before)
 
 
 def test_an_unknown_layer_is_named_with_those_there_are(index, tmp_path):
@@ -651,6 +657,10 @@ def test_a_checkpoint_of_other_settings(monkeypatch, place, finished, changes, m
 
 
 def test_a_checkpoint_of_another_pipeline(monkeypatch, place, copied):
+    """As of another device, whose pipeline may be another: of all else the settings tell."""
+    state = torch.load(copied / "checkpoint.pt", weights_only=True)
+    state["of"]["image.decode"] = "full"
+    torch.save(state, copied / "checkpoint.pt")
     with pytest.raises(SystemExit, match=r"is of another pipeline .*\(.+\).* in its config.json"):
         run_train(monkeypatch, place, copied, "--resume", epochs=2, image__decode="full")
 

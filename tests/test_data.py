@@ -149,12 +149,12 @@ def test_a_validation_list_of_other_classes_is_refused(root, tmp_path):
         r"0 … 1; give lists of the same classes",
     ):
         DataConfig(root=str(root), train_list=train, val_list=val).open()
-    fits = write(tmp_path / "fits.txt", "test/a/0.png 1")
+    fits = write(tmp_path / "fits.txt", "test/b/0.png 1")
     assert DataConfig(root=str(root), val_list=fits).open().val.classes == ("a", "b", "c")
 
 
 def test_a_training_list_and_a_folder_must_have_as_many_classes(root, tmp_path):
-    train = write(tmp_path / "train.txt", "train/a/00.png 0", "train/b/00.png 2")
+    train = write(tmp_path / "train.txt", "train/a/00.png 0", "train/c/00.png 2")
     assert opened(root, train_list=train).train.num_classes == 3
     train = write(tmp_path / "short.txt", "train/a/00.png 0", "train/b/00.png 1")
     with pytest.raises(

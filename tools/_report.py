@@ -14,6 +14,7 @@ import _runs
 from _tables import TABLES, Cell, Section
 
 import _bench
+from scae_dali.metrics import LogError
 
 __all__ = ["collect", "draw", "show"]
 
@@ -30,6 +31,8 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         try:
             runs.setdefault(key, {})[seed] = (*_runs.read_run(path), path)
             cells[key] = (section, cell)
+        except LogError:
+            raise
         except ValueError:
             unfinished.append(path.name)
     runs = {key: members for key, members in runs.items() if members}
@@ -46,7 +49,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         figures = {
             column: _runs.spread(values)
             for column, name in COLUMNS.items()
-            if (values := [row[name] for _, row, _ in members.values() if name in row])
+            if (values := _runs.every([row for _, row, _ in members.values()], name))
         }
         gain = None if cell.name == "none" else _runs.gain(top1(members), top1(baseline))
         rows.append({

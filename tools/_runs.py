@@ -24,9 +24,11 @@ from scae_dali.metrics import read_rows
 __all__ = [
     "FIGURES",
     "LOG",
+    "PACE",
     "differing",
     "environment",
     "epochs_done",
+    "every",
     "gain",
     "last_lines",
     "pace",
@@ -50,6 +52,7 @@ FIGURES = {
     "few": "val_few",
     "ECE": "val_ece",
 }
+PACE = ("img_per_s", "seconds.train", "seconds.saliency", "seconds.val")  # what `pace` reads
 # Where things lie and what computes them: no result depends on it.
 PLACES = {
     "data.root",
@@ -97,6 +100,12 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     """Mean and standard deviation, of a sample; one value has none. And the values."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.mean(values), "std": deviation, "values": [*values]}
+
+
+def every(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """The figure of each row; [] where one lacks it: those of some seeds would pass for all's."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return values if len(values) == len(rows) else []
 
 
 def gain(own: Mapping[int, float], baseline: Mapping[int, float]) -> dict[str, Any] | None:

@@ -1,7 +1,12 @@
-"""Find the broken images of a data set before training does, and list them for --data.exclude.
+"""Find the broken images of a data set before training does, and list them for train.py.
 
     python tools/check_images.py --data /data/imagenet/train --out broken.txt
-    python train.py --data.root /data/imagenet --data.exclude broken.txt …
+    python tools/check_images.py --data /data/imagenet/val --out broken-val.txt
+    python train.py --data.root /data/imagenet --data.exclude broken.txt \\
+        --data.val_exclude broken-val.txt …
+
+--data.exclude leaves out training files alone, --data.val_exclude validation files: paths may be
+the same in both folders, so a list is for the folder that it was made of.
 
 Looks at the first and last bytes of every file; with --decode it decodes them all too, on the CPU,
 as training does. A JPEG that the decoder mends with a warning is not broken: it trains as it is.

@@ -42,8 +42,7 @@ def table(paths: list[Path]) -> list[dict[str, Any]]:
     for name, members in groups.items():
         figures = {}
         for column, key in _runs.FIGURES.items():
-            values = [row[key] for _, row in members if key in row]
-            if values:
+            if values := _runs.every([row for _, row in members], key):
                 figures[column] = _runs.spread(values)
         first = members[0][0]
         out.append(

@@ -1,0 +1,238 @@
+"""Whether a run goes on as it began: every setting is compared with the saved one.
+
+A short list of settings may change, which is said; every other difference is refused, and so are
+processes of one run that were given different settings. How a run's state is saved and loaded is
+decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.data import Data, DataConfig
+from pipelines.recipe import Config
+from scae_dali.config import check
+from scae_dali.dataset import ImageIndex, path_key
+from scae_dali.ranks import Ranks
+
+# Where things lie and what computes them. Which images and weights these are is compared by itself.
+_PLACES = {"data.root", "data.index_cache", "threads", "hw_decoder_load"}
+_FILES = {"data.train_list", "data.val_list", "data.exclude", "second_stage.weights"}
+_FREE = _PLACES | {"out", "checkpoint_every", "compile", "device", "data.val_exclude"}
+_FREE |= {"saliency.batch_size", "saliency.cache"}
+_CONTENTS = ("data", "val", "weights")  # fingerprints of the images, and of the first stage
+_OF_A_RUN = ("config.json", "checkpoint.pt", "metrics.jsonl", "weights.pt")
+_ABSENT = "no such setting"
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted names -> values as JSON has them, of a Config or of a config.json's content."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = json.loads(json.dumps(dataclasses.asdict(config)))
+    settings: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict) and name != "method_args":  # whose names are the user's own
+            settings |= flat(value, f"{prefix}{name}.")
+        else:
+            settings[prefix + name] = value
+    return settings
+
+
+def identity(config: Config, data: Data) -> dict[str, Any]:
+    """What a checkpoint says that it is of: all settings, and the images and weights they name."""
+    first = config.second_stage.weights
+    known = first is not None and os.path.isfile(first)
+    return flat(config) | {
+        "data": data.train.fingerprint,
+        "val": data.val.fingerprint,
+        "weights": _digest(first) if known and first is not None else None,
+    }
+
+
+def file_keys(index: ImageIndex) -> Tensor:
+    """int64 [M], sorted: a key of the path and label of every sample, each once."""
+    pairs = zip(index.labels.tolist(), index.files, strict=True)
+    keys = {path_key(f"{label} {name}") - (1 << 63) for label, name in pairs}
+    return torch.tensor(sorted(keys), dtype=torch.int64)
+
+
+def agree(ranks: Ranks, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError in every rank where one has other settings; files may lie elsewhere."""
+    every = ranks.gather(dict(settings))
+    odd = []
+    for name in sorted({name for one in every for name in one} - _PLACES - _FILES):
+        values = [one.get(name) for one in every]
+        if not all(_same(value, values[0]) for value in values):
+            given = [f"{value!r} in rank {rank}" for rank, value in enumerate(values)]
+            odd.append(f"{name} is {', '.join(given)}")
+    check(
+        not odd,
+        f"all processes of a run must have the same settings, but {'; '.join(odd)}: start them "
+        "with the same command and the same files",
+    )
+
+
+def check_new(out: Path) -> None:
+    """Raise ValueError where `out` holds a run, or what is left of one."""
+    left = [name for name in _OF_A_RUN if (out / name).exists()]
+    check(
+        not left,
+        f"out must be a new folder, got {str(out)!r}: give another, or --resume (it has "
+        f"{', '.join(left)})",
+    )
+
+
+def check_same(
+    ranks: Ranks,
+    out: Path,
+    now: Mapping[str, Any],
+    state: Mapping[str, Any] | None,
+    val: ImageIndex,
+) -> list[str]:
+    """Raise ValueError where the run in `out` was made with other settings, or ranks have other
+    files. Returns notes on what has changed and may.
+
+    now: the `identity` of this run. state: of the checkpoint in `out`, if there is one.
+    """
+    agree(ranks, {name: now[name] for name in _CONTENTS})
+    was = saved_settings(out, state)
+    if was is None:
+        return []
+    path = out / ("config.json" if state is None else "checkpoint.pt")
+    before = None if state is None else state.get("val_files")
+    done = 0 if state is None else state["epoch"]
+    kind = "run" if state is None else "checkpoint"
+    return compare(f"{kind} {str(path)!r}", was, now, done, lambda: left_out(before, val))
+
+
+def saved_settings(out: Path, state: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The settings that the run in `out` was saved with; None where there is no run yet.
+
+    Checkpoints of older versions hold some settings, and config.json the others. What neither has
+    is at its default. Raises ValueError where config.json is needed and cannot be read.
+    """
+    settings = {} if state is None else dict(state["of"])
+    path = out / "config.json"
+    if "epochs" not in settings and path.exists():
+        try:
+            settings = flat(json.loads(path.read_text())) | settings
+        except (ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{str(path)!r} cannot be read ({error}); restore it from a copy, or start in a "
+                "new folder"
+            ) from error
+    if "epochs" not in settings:
+        return settings or None
+    return flat(Config(data=DataConfig(root=""), out="")) | settings
+
+
+def compare(
+    source: str,
+    was: Mapping[str, Any],
+    now: Mapping[str, Any],
+    done: int,
+    fewer: Callable[[], int | None],
+) -> list[str]:
+    """Notes on the settings that have changed and may; ValueError names all that may not.
+
+    source: what `was` was read from. done: epochs. fewer: how many validation images are left out
+    now, None where there are others than before.
+    """
+    notes, odd, flags = [], [], []
+    for name in was:
+        before, after = was[name], now.get(name, _ABSENT)
+        if _same(before, after):
+            continue
+        text = f"{name}={before!r}, not {after!r}"
+        if name == "val":
+            if not _same(was["data"], now["data"]):
+                continue  # other data altogether
+            if (gone := fewer()) is not None:
+                notes.append(f"{gone} validation images are left out from here on")
+                continue
+        elif name == "epochs":
+            if after > before:
+                notes.append(
+                    f"epochs was {before}, now {after}: the schedules of learning rate and λ go by "
+                    "the new number from here on"
+                )
+                continue
+            text += f" ({done} are done)"
+        elif name in _FREE or (name in _FILES and before is not None and after is not None):
+            notes.append(f"{name} was {before!r}, now {after!r}")
+            continue
+        odd.append(text)
+        if name in now and name not in _CONTENTS:
+            value = before if isinstance(before, str) else json.dumps(before)
+            flags.append(shlex.quote(f"--{name}={value}"))
+    check(
+        not odd,
+        f"{source} was made with {'; '.join(odd)}: resume it with the same settings (config.json "
+        f"beside it{'; ' + ' '.join(flags) if flags else ''}), or start in a new folder",
+    )
+    return notes
+
+
+def left_out(before: Tensor | None, index: ImageIndex) -> int | None:
+    """How many files that were validated on are not in `index`; None where it has others.
+
+    before: `file_keys` of the index that was."""
+    if before is None:
+        return None
+    old, new = set(before.tolist()), set(file_keys(index).tolist())
+    return len(old - new) if new < old else None
+
+
+def write_config(out: Path, config: Config, epoch: int) -> None:
+    """config.json as it is now; what it was is kept beside it where something has changed.
+
+    epoch: the first that is trained with these settings.
+    """
+    path, settings = out / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
+    if path.exists():
+        try:
+            if _same(json.loads(path.read_text()), settings):
+                return
+        except ValueError:
+            pass  # damaged: kept too
+        names = (f"config.until-epoch-{epoch}{more}.json" for more in _numbers())
+        shutil.copy2(path, next(out / name for name in names if not (out / name).exists()))
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(settings, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def _numbers():
+    yield ""
+    yield from (f".{number}" for number in itertools.count(1))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two JSON values are equal; 1 and 1.0 are, and so are two NaN."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    return one == other or (one != one and other != other)
+
+
+def _digest(path: str) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

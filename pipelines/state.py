@@ -1,0 +1,202 @@
+"""All that a training run holds, how it is built from a config, and how it is saved and restored.
+
+What is done with it, epoch by epoch, is train.py's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelines import resume
+from pipelines.config import ExecConfig
+from pipelines.data import Data
+from pipelines.guide import Guide
+from pipelines.loaders import Loaders
+from pipelines.recipe import Config, make_network
+from scae_dali import checkpoint
+from scae_dali.config import check
+from scae_dali.ema import EMA
+from scae_dali.iterator import ImageError, Loader
+from scae_dali.losses import Loss
+from scae_dali.metrics import Log, Meter, known_rows
+from scae_dali.ops import Stage
+from scae_dali.ranks import Ranks
+from scae_dali.rng import derive
+from scae_dali.second_stage import prepare
+
+
+class State:
+    """Network, optimiser, pipelines, cache, counters.
+
+    identity: what the run is of, see resume.identity.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, data: Data, identity: dict[str, Any]) -> None:
+        self.config, self.ranks, self.device = config, ranks, ranks.device
+        self.out, self.data, self.identity = Path(config.out), data, identity
+        self.val_files = resume.file_keys(data.val)
+        self.index = data.train
+        self.loaders = Loaders(self.data, config.image, sampling=config.sampling, seed=config.seed)
+        torch.manual_seed(derive(config.seed, "model"))
+        self.net = make_network(config.model, self.index.num_classes)
+        trained = [{"params": list(self.net.parameters()), "lr_factor": 1.0}]
+        if config.second_stage.classifier:
+            classes = self.index.num_classes
+            trained = prepare(self.net, config.second_stage, classes, seed=config.seed)
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.net.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        self.guided = config.guide()
+        self.ema = None
+        if config.optim.ema:
+            self.ema = EMA(self.net, config.optim.ema)
+        self.guide, self.harvest = None, None
+        if self.guided is not None:
+            stage, source = self.make_stage(), config.saliency.source
+            if self.guided.guided or stage.mixes:
+                check(
+                    source == "pass" or not stage.moves_pixels,
+                    f"saliency.source must be pass with {config.method}, which moves pixels, got "
+                    f"{source}",
+                )
+                self.guide = Guide(
+                    config,
+                    self.guided,
+                    self.net,
+                    self.index,
+                    self.loaders,
+                    ranks,
+                    mixes=stage.mixes,
+                )
+                self.harvest = self.guide.harvest
+        self.model = self.net
+        if config.compile != "none":
+            self.model = torch.compile(self.model, mode=config.compile)  # type: ignore[assignment]
+        if ranks.world > 1:
+            self.model = DistributedDataParallel(self.model)
+        self.optimizer = config.optim.optimizer(trained)
+        self.loss = Loss(config.loss, self.index.class_counts, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.epoch = self.step = 0  # the next ones; step counts within the epoch
+        self.meter = Meter()
+        self.log: Log | None = None  # of the first rank
+        self.pipeline_state: bytes | None = None
+        self.loader: Loader | None = None
+        self.val_loader = self.loaders.val(self.exec_config().for_inference(config.image.size))
+
+    def exec_config(self, *, sharded: bool = True) -> ExecConfig:
+        return ExecConfig(
+            batch_size=self.config.batch_size,
+            device_id=self.device.index,
+            threads=self.config.threads,
+            hw_decoder_load=self.config.hw_decoder_load,
+            shard=self.ranks.rank if sharded else 0,
+            num_shards=self.ranks.world if sharded else 1,
+        )
+
+    def make_stage(self) -> Stage:
+        return self.config.stage(
+            self.data,
+            None if self.guide is None else self.guide.cache,
+            device=str(self.device),
+            num_shards=self.ranks.world,
+        )
+
+    def build_loader(self) -> Loader:
+        """Start the training pipeline where its state says."""
+        self.stage = self.make_stage()
+        return self.loaders.train(
+            self.stage, self.exec_config(), checkpoint=self.pipeline_state, position=self.step
+        )
+
+    def save(self) -> None:
+        """Write the checkpoint: wholly, or not at all."""
+        assert self.loader is not None
+        self.pipeline_state = self.loader.state()
+        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        mine = {
+            "pipeline": self.pipeline_state,
+            "sums": self.meter.sums,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": cuda,
+        }
+        ranks = self.ranks.gather(mine)
+        if self.harvest is not None:
+            self.harvest.merge()
+            self.harvest.keep_on(self.ranks.first)
+        if self.ranks.first:
+            state = {name: getattr(self, name).state_dict() for name in self.parts()}
+            state |= {
+                "of": self.identity,
+                "val_files": self.val_files,
+                "log": "" if self.log is None else self.log.text(),
+                "epoch": self.epoch,
+                "step": self.step,
+                "totals": self.meter.totals,
+                "saliency_pass": None if self.guide is None else self.guide.made,
+                "ranks": ranks,
+            }
+            checkpoint.save(self.out / "checkpoint.pt", state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint of these settings."""
+        check(
+            len(state["ranks"]) == self.ranks.world,
+            f"the run in {str(self.out)!r} was made by {len(state['ranks'])} processes, now there "
+            f"are {self.ranks.world}: resume it with as many",
+        )
+        for name in self.parts():
+            getattr(self, name).load_state_dict(state[name])
+        if self.guide is not None:
+            self.guide.made = state["saliency_pass"]
+        if self.harvest is not None:
+            self.harvest.keep_on(self.ranks.first)
+        self.epoch, self.step, self.meter.totals = state["epoch"], state["step"], state["totals"]
+        mine = state["ranks"][self.ranks.rank]
+        self.pipeline_state, self.meter.sums = mine["pipeline"], mine["sums"]
+        torch.set_rng_state(mine["rng"])
+        if mine["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(mine["cuda_rng"])
+        try:
+            self.loader = self.build_loader()
+        except ImageError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"the checkpoint in {str(self.out)!r} is of another pipeline than these settings "
+                f"make ({reason}); resume with those in its config.json"
+            ) from error
+
+    def open_log(self, saved: str | None) -> bool:
+        """Begin the log and config.json, or go on with them; whether the last epoch that was
+        trained has no row there yet, and is to be validated.
+
+        saved: the log as the checkpoint has it; None where there is no checkpoint.
+        """
+        trained = bool(self.epoch and not self.step and self.meter.sums["images"])
+
+        def begin():
+            path = self.out / "metrics.jsonl"
+            known = len(known_rows(path, saved or ""))
+            check(
+                saved is not None or not known,
+                f"{str(path)!r} has {known} epochs, and there is no checkpoint.pt beside it: "
+                "restore it from a copy, or start in a new folder",
+            )
+            lacks = trained and known < self.epoch
+            self.log = Log(self.out, self.epoch - lacks, saved or "")
+            resume.write_config(self.out, self.config, self.epoch)
+
+        self.ranks.by_first(begin)
+        done = self.ranks.gather(0 if self.log is None else len(self.log.rows))[0]
+        if trained and done == self.epoch:
+            self.meter.close_epoch(self.ranks, self.guide is not None)  # as the row has it
+        return done < self.epoch
+
+    def parts(self) -> list[str]:
+        optional = [name for name in ("ema", "harvest") if getattr(self, name) is not None]
+        return ["net", "optimizer", "scaler", *optional]
