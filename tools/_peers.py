@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image
@@ -118,10 +119,18 @@ def torchvision(
         num_workers=workers,
         prefetch_factor=AHEAD,
         pin_memory=device != "cpu",
-        multiprocessing_context="spawn",  # DALI's threads would not survive a fork
+        multiprocessing_context=_workers(),
     )
     for images, _ in loader:
         yield images.to(device, memory_format=memory_format(image), non_blocking=True)
+
+
+def _workers() -> Any:
+    """How workers start: from a process without DALI's threads, which no fork survives, that has
+    imported all they need, for which each would take seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench_pipeline", *(["timm.data"] if has_timm() else [])])
+    return context
 
 
 # By method: timm's probability of erasing.
@@ -164,8 +173,8 @@ def timm(
     """
     from timm.data import ImageDataset, create_loader
 
-    # timm's loader has no option for it; see `torchvision`.
-    torch.multiprocessing.set_start_method("spawn", force=True)
+    _workers()
+    torch.multiprocessing.set_start_method("forkserver", force=True)  # its loader has no option
     dtype = torch.float32 if image.dtype == "fp32" else torch.float16
     loader = create_loader(
         ImageDataset("", reader=Reader(index)),

@@ -187,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
             epochs=1,
             start_epoch=args.epoch,
             batch_size=len(ids),
+            epoch_size=len(ids),  # the others are not read
             seed=args.seed,
             lam_max=lam,
             p_min=1.0,
