@@ -26,9 +26,9 @@ from scae_dali.config import check
 from scae_dali.dataset import ImageIndex
 from scae_dali.gradcam import GradCAM
 from scae_dali.harvest import Harvest
+from scae_dali.limits import check_last_pass, check_neighbors
 from scae_dali.ranks import Ranks
-from scae_dali.records import EPOCHS
-from scae_dali.refresh import PassReport, check_neighbors, refresh_cache
+from scae_dali.refresh import PassReport, refresh_cache
 
 
 class Guide:
@@ -193,19 +193,6 @@ class Guide:
     def _note(self, text: str) -> None:
         if self._ranks.first:
             tqdm.write(f"note: {text}", file=sys.stderr)
-
-
-def check_last_pass(epochs: int, refresh_every: int) -> None:
-    """Raises ValueError where a pass would come at an epoch that no map can carry."""
-    last = schedule.pass_epoch(epochs - 1, refresh_every)
-    if last is None or last < EPOCHS:
-        return
-    most = ((EPOCHS - 1) // refresh_every + 1) * refresh_every
-    raise ValueError(
-        f"epochs must be at most {most} with refresh_every={refresh_every}, got {epochs}: the last "
-        f"saliency pass would come at epoch {last}, and maps carry epochs up to {EPOCHS - 1}; "
-        "lower epochs, or set refresh_every=0 and name a cache that was built offline"
-    )
 
 
 def together(ranks: Ranks, work: Callable[[], None] | None = None) -> None:

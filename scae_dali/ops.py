@@ -8,6 +8,7 @@ What is planned is for `planner` and the methods.
 import math
 import os
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +18,7 @@ import numpy as np
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.pipeline import do_not_convert
 
-from scae_dali import second, wiring
+from scae_dali import limits, second, wiring
 from scae_dali.cache import SaliencyCache
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD, CropConfig
 from scae_dali.dataset import ImageIndex
@@ -139,6 +140,7 @@ class Stage:
             raise ValueError(f"start_epoch must be at least 0, got {start_epoch}")
         if backend not in ("numpy", "torch"):
             raise ValueError(f"backend must be numpy or torch, got {backend!r}")
+        named = cache
         if cache is not None and not isinstance(cache, SaliencyCache):
             cache = SaliencyCache(cache, index=index)
         self.index = index
@@ -163,6 +165,13 @@ class Stage:
         )
         self._method = compose.make(method, settings, self._run)
         self.mixes = mixes(self._method)
+        if cache is not None:
+            for config in compose.guides(self._method):
+                neighbors = getattr(config, "neighbors", 0) if self.mixes else 0
+                limits.check_neighbors(neighbors, index.num_classes)
+                limits.check_last_pass(epochs, config.refresh_every)
+                if cache is not named:  # whoever opened it has looked
+                    _look_at(cache, len(index), config.refresh_every)
         self.moves_pixels = "policy" in getattr(self._method, "kinds", ())
         self.conditional = self.mixes or getattr(self._method, "conditional", False)
 
@@ -446,6 +455,24 @@ def _batch(samples: list[np.ndarray]) -> np.ndarray:
     """Arrays of one size -> [B, size]; np.stack takes three times as long."""
     flat = samples if samples[0].ndim == 1 else [one.reshape(-1) for one in samples]
     return np.concatenate(flat).reshape(len(samples), -1)
+
+
+def _look_at(cache: SaliencyCache, samples: int, refresh_every: int) -> None:
+    """Warn of a cache that lacks maps of some samples. Raises ValueError where it has none, and
+    gets none."""
+    found = cache.coverage().found
+    if not found and not refresh_every:
+        raise ValueError(
+            f"saliency cache {cache.path!r} has no maps, and gets none with refresh_every=0: build "
+            "it by tools/build_cache.py or refresh_cache, or leave refresh_every out"
+        )
+    if 0 < found < samples:
+        warnings.warn(
+            f"saliency cache {cache.path!r} has maps of {found:,} of {samples:,} samples; the "
+            "others are erased uniformly until a pass makes theirs",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _saliency_source(

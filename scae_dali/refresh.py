@@ -27,8 +27,9 @@ from scae_dali.dataset import ImageIndex
 from scae_dali.gradcam import GradCAM
 from scae_dali.harvest import Harvest
 from scae_dali.iterator import Batch
+from scae_dali.limits import check_neighbors
 from scae_dali.models import classifier_of
-from scae_dali.records import CLASSES, checked_epoch, flat
+from scae_dali.records import checked_epoch, flat
 from scae_dali.scorecam import ScoreCAM
 
 # (model, layer) -> what maps images and labels; layer None: by the network's family.
@@ -177,16 +178,6 @@ def refresh_cache(
         flat=blanks,
         seconds=time.perf_counter() - start,
         agreement=float(np.nanmean(known)) if np.isfinite(known).any() else None,
-    )
-
-
-def check_neighbors(neighbors: int, num_classes: int) -> None:
-    """Raises ValueError where the cache cannot hold neighbours of so many classes."""
-    check(
-        not neighbors or num_classes <= CLASSES,
-        f"neighbors must be 0 where there are more than {CLASSES:,} classes (a cache keeps the "
-        f"neighbours of a class in 16 bits), got neighbors={neighbors} and {num_classes:,} "
-        "classes; with 0, tail classes are mixed with themselves alone",
     )
 
 

@@ -11,7 +11,7 @@ RANKS = [
     {"scae_dali.scan", "scae_dali.cache_meta", "scae_dali.records", "scae_dali.longtail"},
     {"scae_dali.names", "scae_dali.reach"},
     {"scae_dali.dataset", "scae_dali.schedule", "scae_dali.store", "scae_dali.layers"},
-    {"scae_dali.resident", "scae_dali.chunk_writer", "scae_dali.cam"},
+    {f"scae_dali.{name}" for name in ("resident", "chunk_writer", "cam", "limits")},
     {f"scae_dali.{n}" for n in ("region", "crop", "mixing", "order", "gradcam", "cache", "verify")},
     {"scae_dali.scorecam"},
     {

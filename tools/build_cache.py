@@ -29,11 +29,12 @@ from scae_dali.cam import CAM
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
 from scae_dali.dataset import ImageIndex
 from scae_dali.iterator import ImageError
+from scae_dali.limits import check_neighbors
 from scae_dali.longtail import imbalanced
 from scae_dali.models import classifier_of
 from scae_dali.ranks import pick_device
 from scae_dali.records import EPOCHS
-from scae_dali.refresh import METHODS, check_neighbors, flat_note, refresh_cache, weights_digest
+from scae_dali.refresh import METHODS, flat_note, refresh_cache, weights_digest
 from scae_dali.scorecam import ScoreCAM
 
 

@@ -8,6 +8,7 @@ that. Saliency is that of the crop before the policy.
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from scae_dali.config import GuidedConfig
 from scae_dali.methods.base import DataNode, Kind, Method, Run, Samples, load, make_config
 from scae_dali.rng import Array
 
@@ -59,6 +60,13 @@ def make(names: str, settings: Mapping[str, Any], run: Run) -> Method:
     return Composition(sorted(made.values(), key=lambda one: order.index(one.kinds[0])))
 
 
+def guides(method: Method) -> list[GuidedConfig]:
+    """The Config of every part of a method that looks at saliency maps."""
+    parts = method.methods if isinstance(method, Composition) else [method]
+    configs = (getattr(part, "config", None) for part in parts)
+    return [config for config in configs if isinstance(config, GuidedConfig) and config.guided]
+
+
 def _check(methods: Mapping[str, Method]) -> None:
     """Raise ValueError where methods do not combine."""
     of: dict[str, str] = {}  # kind -> the method that has it
@@ -86,19 +94,19 @@ class Composition:
     """Methods one after the other, in this order."""
 
     def __init__(self, methods: list[Method]) -> None:
-        self._methods = methods
+        self.methods = methods
         self.kinds = tuple(kind for method in methods for kind in method.kinds)
         self.conditional = any(getattr(method, "conditional", False) for method in methods)
         self.fields = {name: width for method in methods for name, width in method.fields.items()}
 
     def plan(self, samples: Samples) -> dict[str, Array]:
-        plans = [method.plan(samples) for method in self._methods]
+        plans = [method.plan(samples) for method in self.methods]
         status = plans[0]["status"]
         for plan in plans[1:]:
             status = status | plan["status"]
         return {name: value for plan in plans for name, value in plan.items()} | {"status": status}
 
     def apply(self, images: DataNode, plan: Any) -> DataNode:
-        for method in self._methods:
+        for method in self.methods:
             images = method.apply(images, plan)
         return images

@@ -16,12 +16,13 @@ from test_cache import FakeIndex
 from test_refresh import Net, fresh  # noqa: F401 - a fixture
 
 from pipelines.data import DataConfig
-from pipelines.guide import Guide, check_last_pass
+from pipelines.guide import Guide
 from pipelines.recipe import Config
 from scae_dali import schedule
 from scae_dali.cache import SaliencyCache
 from scae_dali.dataset import ImageIndex
-from scae_dali.refresh import check_neighbors, nearest_classes, refresh_cache
+from scae_dali.limits import check_last_pass, check_neighbors
+from scae_dali.refresh import nearest_classes, refresh_cache
 
 MANY = r"neighbors must be 0 where there are more than 65,536 classes .*neighbors=2 and 70,001"
 
