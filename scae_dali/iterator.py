@@ -97,8 +97,8 @@ class Loader:
                 "last_batch_policy": LastBatchPolicy.PARTIAL,
             }
             self._valid = None
-            if "id" in outputs and epoch_size == len(index):
-                self._once = EachOnce(len(index))
+            if "id" in outputs and epoch_size <= len(index):
+                self._once = EachOnce(index)
         else:
             shards, epoch_size = order.num_shards, order.epoch_size
             length = {"size": order.batches * order.batch_size}
@@ -147,6 +147,7 @@ class Loader:
             last = self._position == self._batches
             batch = self._batch(out) if len(out["images"]) else None
             if last:  # before it is given: whoever counts batches asks for no more
+                self._once = None
                 self._finish_epoch()
             if batch is not None:
                 yield batch
@@ -206,8 +207,6 @@ class Loader:
             )
         if self._once is not None:
             self._once.look(ids.numpy())
-            if self._position == self._batches:  # that was the last one
-                self._once = None
 
     def _run(self, step: Callable[[], T]) -> T:
         try:

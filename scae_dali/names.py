@@ -31,7 +31,7 @@ class Names:
     ) -> None:
         self._files, self._root, self._find = files, root, find
         self._prefixes: dict[str, str] = {}  # of archives: what `files` has before their members
-        self._by_archive: bool | None = None  # whether it has that for any; None: not looked yet
+        self._folders: set[str] | None = None  # of `files`; None: not looked yet
         self._numbers: dict[str, int] = {}  # archives, from 1
         self._places: Int64 | None = None  # [N, 2], number of the archive and offset; 0: unseen
 
@@ -45,41 +45,42 @@ class Names:
             relative = [self._relative(names[b]) for b in unknown.tolist()]
             members = [_WEBDATASET.fullmatch(name) for name in relative]
             short = [
-                name if member is None else self._prefix(member[1], member[3]) + member[3]
+                name if member is None else self._prefix(member[1]) + _member(member)
                 for name, member in zip(relative, members, strict=True)
             ]
             found = self._find(short)
             if (left := np.flatnonzero(found < 0)).size:  # of an archive that is named for some
-                alone = [member[3] if (member := members[k]) else short[k] for k in left.tolist()]
+                alone = [_member(m) if (m := members[k]) else short[k] for k in left.tolist()]
                 found[left] = self._find(alone)
             ids[unknown] = found
             inside = [(i, m) for i, m in zip(found.tolist(), members, strict=True) if m and i >= 0]
             if inside:
                 self._watch(np.array([i for i, _ in inside]), [member for _, member in inside])
         if (unknown := np.flatnonzero(ids < 0)).size:
+            name = names[unknown[0]]
             raise DatasetError(
-                f"no sample is named {names[unknown[0]]!r}; names here look like "
-                f"{self._files[0]!r}, with or without root={self._root!r} in front"
+                f"no sample is named {name[:200]!r}; names here look like {self._files[0]!r}, with "
+                f"or without root={self._root!r} in front"
             )
         return ids
 
     def _relative(self, name: str) -> str:
         prefix = os.path.join(self._root, "")
-        return name[len(prefix) :] if self._root and name.startswith(prefix) else name
+        name = name[len(prefix) :] if self._root and name.startswith(prefix) else name
+        return name.removeprefix("./")  # as readers name files of their file_root
 
-    def _prefix(self, archive: str, member: str) -> str:
+    def _prefix(self, archive: str) -> str:
         """What `files` has before the members of an archive: the longest that is known, or ""."""
-        if self._by_archive is None:
-            self._by_archive = any(".tar/" in name for name in self._files)
-        if not self._by_archive:
-            return ""
+        if self._folders is None:
+            self._folders = set()
+            for folder in {name.rpartition("/")[0] for name in self._files}:
+                parts = folder.split("/")
+                self._folders.update("/".join(parts[:k]) for k in range(1, len(parts) + 1))
         if archive not in self._prefixes:
             parts = archive.split("/")
-            forms = ["/".join(parts[k:]) + "/" for k in range(len(parts))]
-            known = self._find([form + member for form in forms]) >= 0
-            if not known.any():
-                return ""
-            self._prefixes[archive] = forms[int(known.argmax())]
+            forms = ("/".join(parts[k:]) for k in range(len(parts)))
+            known = next((form for form in forms if form in self._folders), None)
+            self._prefixes[archive] = "" if known is None else f"{known}/"
         return self._prefixes[archive]
 
     def _watch(self, ids: Int64, members: Sequence[re.Match[str]]) -> None:
@@ -100,5 +101,18 @@ class Names:
             raise DatasetError(
                 f"sample {self._files[ids[moved[0]]]!r} comes from two places, "
                 f"{f'{archive}:{offset}:{at[3]}'!r} and {at[0]!r}: one label would serve both; "
-                f"list members as archive/member, such as {os.path.basename(at[1])}/{at[3]}"
+                f"list members as archive/member, such as {_apart(at[1], archive)}/{_member(at)}"
             )
+
+
+def _member(match: re.Match[str]) -> str:
+    return match[3].removeprefix("./")  # as `tar cf x.tar .` has it
+
+
+def _apart(archive: str, other: str) -> str:
+    """The shortest end of an archive's path that the other one does not have."""
+    parts, others = archive.split("/"), other.split("/")
+    same = 0
+    while parts[-1 - same :] == others[-1 - same :] and same + 1 < len(parts):
+        same += 1
+    return "/".join(parts[-1 - same :])

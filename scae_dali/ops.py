@@ -198,15 +198,22 @@ class Stage:
         that window or size are not theirs; see `wiring`.
         """
         size = wiring.checked_size(size)
-        plan = self.plan(ids, window=window, size=images.shape() if size is None else size)
-        kinds = getattr(self._method, "kinds", ())
-        wiring.check_images(
+        wiring.check_sources(images, ids, window)
+        if window is not None:
+            _require_frame(window)
+        known = wiring.check_images(
             images,
             window=window,
             size=size,
             run=self._run,
             guided=self._cache is not None,
-            fills=self.mixes or "erase" in kinds,
+            fills=self.mixes or "erase" in getattr(self._method, "kinds", ()),
+        )
+        plan = self.plan(
+            ids,
+            window=window,
+            size=images.shape() if size is None or not known else size,
+            told=size,
         )
         if self.mixes:
             if not self._run.grey_levels:
@@ -228,11 +235,13 @@ class Stage:
         shapes: DataNode | None = None,
         random_crop: CropConfig | None = None,
         keyed: bool = False,
+        told: tuple[int, int] | None = None,
     ) -> PlanNodes:
         """Decide for a batch. With `shapes` (of the upright images) the stage draws crop and flip
         itself by `random_crop`, as purely as all else: then a sample's whole augmentation depends
         on nothing but (seed, epoch, id), and the plan has the parts `start`, `shape` and `flip`.
-        keyed: ids are keys, as of `Order.keys`.
+        keyed: ids are keys, as of `Order.keys`. told: what a size that is a node must turn out to
+        be.
 
         When the pipeline runs, its first batch raises where the reader's epochs are not the
         stage's, and ids that a reader gives twice in an epoch raise: they may be class labels.
@@ -243,6 +252,8 @@ class Stage:
                 f"batch_size of the stage is {self.batch_size}, of the pipeline "
                 f"{pipeline.max_batch_size}; give both the same"
             )
+        if getattr(ids, "device", "cpu") != "cpu":
+            raise ValueError("ids must be on the CPU, got those on the GPU; pass the reader's own")
         if (shapes is None) != (random_crop is None):
             raise ValueError("shapes and random_crop go together; give both or neither")
         if window is not None and shapes is not None:
@@ -250,11 +261,8 @@ class Stage:
                 "window is a crop that was drawn elsewhere, shapes and random_crop have the stage "
                 "draw it; give window, or the other two"
             )
-        if window is not None and len(window) != 3:
-            raise ValueError(
-                f"window must be (start, size, shapes), got {len(window)} entries; shapes is what "
-                "fn.peek_image_shape gives"
-            )
+        if window is not None:
+            _require_frame(window)
         frames = window if window is not None else () if shapes is None else (shapes,)
         sizes = () if isinstance(size, tuple) else (size,)
         operator = Operator(
@@ -263,6 +271,7 @@ class Stage:
             len(frames),
             size if isinstance(size, tuple) else None,
             wiring.check_ids(ids, self.index),
+            told=told,
         )
         inputs = (ids, self._iteration(), *frames, *sizes)
         if self._device is None:
@@ -349,7 +358,7 @@ class Operator:
     """The Python operator: lists of small arrays in, `Planner`, rows in float64 and float32 out.
 
     frames: how many inputs describe the crop. size: of the crops where it is one for all. origin:
-    of the ids, where it is known.
+    of the ids, where it is known. told: what a size that is an input must be.
     """
 
     def __init__(
@@ -359,17 +368,18 @@ class Operator:
         frames: int,
         size: tuple[int, int] | None,
         origin: Origin | None = None,
+        told: tuple[int, int] | None = None,
     ) -> None:
         self.stage, self.planner = stage, planner
-        self._frames, self._size = frames, size
+        self._frames, self._size, self._told = frames, size, told
         self._names = stage.index.names()
         # A function that holds its pipeline would keep it alive for good.
         self._pipeline = weakref.ref(pipeline) if (pipeline := Pipeline.current()) else None
         self._reader = None if origin is None else origin.reader
         self._once: wiring.EachOnce | None = None
         known = origin is None or self._reader is None or origin.kind == "File"
-        if not known and stage.epoch_size == len(stage.index):  # no sample is wanted twice
-            self._once = wiring.EachOnce(len(stage.index))
+        if not known and stage.epoch_size <= len(stage.index):  # no sample is wanted twice
+            self._once = wiring.EachOnce(stage.index)
 
     def numpy(self, *inputs: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         start = time.perf_counter()
@@ -402,12 +412,24 @@ class Operator:
         frames = [_batch(samples) for samples in rest[: self._frames]]
         if self._size is None:
             size_px = _batch(rest[-1])[:, :2].astype(np.int64)
+            if self._told is not None and (wrong := (size_px != self._told).any(axis=1)).any():
+                raise ValueError(
+                    f"size must be (h, w) of the images, got {self._told}, and images of "
+                    f"{tuple(size_px[wrong][0].tolist())}; pass theirs, or leave size out"
+                )
         else:
             size_px = np.full((b, 2), self._size)
         window = None
         if frames:
             frames[-1] = frames[-1][:, :2]  # HWC
+            if any(frame.shape[1] != 2 for frame in frames):
+                raise ValueError(
+                    "window must be (start, size, shapes) of (y, x) and (h, w) each, got "
+                    f"{[frame.shape[1] for frame in frames]} numbers"
+                )
             window = np.concatenate(frames, axis=1).astype(np.float64)
+            if len(frames) > 1:
+                wiring.check_frames(window)
         # The number is that of the batch, and so the same for all.
         return positions, np.full(b, number), size_px, window
 
@@ -422,10 +444,12 @@ class Operator:
             )
         positions = flat.astype(np.int64)
         within = (positions >= 0) & (positions < samples)  # of others the planner tells
-        if (number + 1) % self.stage.batches_per_epoch == 0:  # it may be padded
-            self._once = None
         if self._once is not None:
-            self._once.look(positions[within])
+            stage, step = self.stage, number % self.stage.batches_per_epoch
+            left = stage.epoch_size // stage.num_shards - step * stage.batch_size
+            self._once.look(positions[: max(0, left)][within[: max(0, left)]])  # the rest pads
+            if step + 1 == stage.batches_per_epoch:
+                self._once = None
         return positions
 
     def _check_reader(self) -> None:
@@ -440,6 +464,14 @@ class Operator:
                 num_shards=self.stage.num_shards,
                 batch_size=self.stage.batch_size,
             )
+
+
+def _require_frame(window: Sequence[DataNode]) -> None:
+    if len(window) != 3:
+        raise ValueError(
+            f"window must be (start, size, shapes), got {len(window)} entries; shapes is what "
+            "fn.peek_image_shape gives"
+        )
 
 
 def _decode_crop(encoded, start, shape, images, size):

@@ -15,9 +15,18 @@ from nvidia.dali.pipeline import do_not_convert
 
 from scae_dali import graph
 from scae_dali.dataset import ImageIndex
+from scae_dali.history import History, history
 from scae_dali.methods.base import DataNode, Run
 
-__all__ = ["EachOnce", "check_ids", "check_images", "check_reader", "checked_size"]
+__all__ = [
+    "EachOnce",
+    "check_frames",
+    "check_ids",
+    "check_images",
+    "check_reader",
+    "check_sources",
+    "checked_size",
+]
 
 _READ = "fn.readers.file(files=list(index.files), file_root=index.root, …), without labels="
 _BY_NAME = 'ids=fn.get_property(jpegs, key="source_info")'
@@ -94,15 +103,15 @@ def check_images(
     run: Run,
     guided: bool,
     fills: bool,
-) -> None:
+) -> bool:
     """Raises ValueError where the graph shows that images are not as the stage takes them.
 
     guided: whether maps of the whole upright image are laid over them. fills: whether the
-    method fills regions, or mixes in images, in their values.
+    method fills regions, or mixes in images, in their values. Returns whether their size is known.
     """
-    past = graph.history(images)
+    past = history(images)
     if past is None:
-        return
+        return False
     if past.layout is not None and past.layout != "HWC":
         raise ValueError(
             f"images must be HWC, got {past.layout}; call the stage before the normalisation or "
@@ -117,7 +126,8 @@ def check_images(
     if fills and past.known and not past.scaled and not run.grey_levels:
         raise ValueError(
             f"mean and std must be in grey levels 0 … 255, as these images are, got {run.mean} and "
-            f"{run.std}; multiply both by 255 if they are those of [0, 1]"
+            f"{run.std}; multiply both by 255 if they are those of [0, 1], and for a black fill "
+            'pass fill="zero"'
         )
     if size is not None and past.size is not None and tuple(size) != past.size:
         raise ValueError(
@@ -126,15 +136,18 @@ def check_images(
         )
     if guided:
         _check_frame(past, window)
+    return past.size is not None
 
 
-def _check_frame(past: graph.History, window: Sequence[DataNode] | None) -> None:
+def _check_frame(past: History, window: Sequence[DataNode] | None) -> None:
     """Raises ValueError where the map of the whole image would not lie where the crop is."""
     drawn = "start, size = fn.random_crop_generator(shapes, …) and fn.decoders.image_slice"
-    if past.flipped:
+    if past.flipped or past.turned:
+        how = "be flipped" if past.flipped else "keep the orientation that they are stored with"
         raise ValueError(
-            f"images must not be flipped before the stage, got those of {past.flipped}: the map "
-            "would lie the other way round; call the stage first, or flip without a cache"
+            f"images must not {how} before the stage, got those of {past.flipped or past.turned}: "
+            "the map of the upright image would lie another way round; call the stage first, or do "
+            "without a cache"
         )
     if window is None:
         if past.cropped:
@@ -150,28 +163,60 @@ def _check_frame(past: graph.History, window: Sequence[DataNode] | None) -> None
         raise ValueError(
             "window must be (start, size, shapes), got size and start the other way round"
         )
-    if past.known and not past.cropped:
+    draws = graph.crop_draws(*window[:2])
+    as_drawn = graph.output_of(window[0], "RandomCropGenerator") == 0
+    if not draws or not (past.cropped or past.known):
+        return  # of the caller's own making, or of something unknown
+    if not past.cropped:
         raise ValueError(
             "window must be left out where the whole image is seen, and nothing crops these images;"
             f" crop by {drawn}, or leave it out"
         )
-    if past.crops > 1 and graph.output_of(window[0], "RandomCropGenerator") == 0:
+    if past.crops > 1 and as_drawn:
         raise ValueError(
             f"window must be the crop that is seen, but {past.cropped} crops once more; crop once, "
             "or pass the window of both crops together"
         )
-    generators = graph.crop_generators(*window[:2])
-    if past.fused_seed is not None or "image_random_crop" in (past.cropped or ""):
-        if past.fused_seed is None or past.fused_seed not in generators.values():
-            raise ValueError(
-                f"window must be the crop that is seen, but {past.cropped} draws one of its own; "
-                f"draw it by {drawn}"
-            )
-    elif past.generators and generators and not past.generators & generators.keys():
+    if past.late and as_drawn and graph.output_of(window[2], "PeekImageShape") is not None:
         raise ValueError(
-            f"window must be the crop that is seen, but {past.cropped} cuts that of another "
-            "fn.random_crop_generator; draw one, and use it for both"
+            f"window must be in pixels of the image that is cropped, but {past.cropped} crops one "
+            f"that was resized before; crop first, by {drawn}, or draw the crop for "
+            "images.shape() and pass that as shapes"
         )
+    if past.drawn_by & draws.keys():
+        return
+    if past.fused is not None:
+        same = past.fused.seed is not None and past.fused in draws.values()
+    else:
+        same = not (past.drawn_by or past.known)
+    if not same:
+        raise ValueError(
+            f"window must be the crop that is seen, but {past.cropped} cuts another than this "
+            f"fn.random_crop_generator draws; draw it by {drawn}, and use the same start and size "
+            "for the crop and for the window"
+        )
+
+
+@do_not_convert
+def check_sources(images: DataNode, ids: DataNode, window: Sequence[DataNode] | None) -> None:
+    """Raises ValueError where images, ids and window are of other samples."""
+    (seen, mixed), (named, also_mixed) = graph.sources(images), graph.sources(ids)
+    for what, readers in (("ids", named), ("window", _readers(window))):
+        if seen and readers and not seen & readers:
+            raise ValueError(
+                f"{what} must be of the samples that the images are of, got those of the reader "
+                f"{', '.join(sorted(readers))}, and images of {', '.join(sorted(seen))}; take both "
+                "from one reader"
+            )
+    if mixed != also_mixed:
+        raise ValueError(
+            "ids must be in the order of the images, but fn.permute_batch has changed that of one "
+            "of them alone; permute both by the same indices, or call the stage first"
+        )
+
+
+def _readers(window: Sequence[DataNode] | None) -> frozenset[str]:
+    return frozenset().union(*(graph.sources(node)[0] for node in window or ()))
 
 
 def check_reader(
@@ -204,18 +249,21 @@ def check_reader(
 class EachOnce:
     """Watches the ids that a reader gives in one epoch, where a sample that comes twice is none.
 
-    Class labels that were passed as ids look like places in the index, but for this. samples: of
-    the index.
+    Class labels that were passed as ids look like places in the index, but for this.
     """
 
-    def __init__(self, samples: int) -> None:
-        self._seen = np.zeros(samples, bool)
+    def __init__(self, index: ImageIndex) -> None:
+        self._seen = np.zeros(len(index), bool)
+        self._classes, self._highest = index.num_classes, -1
 
     def look(self, ids: np.ndarray) -> None:
         """ids: int64 [B], within the index, none of them padding. Raises ValueError for an id that
-        came before."""
+        came before, as long as all of them could be labels."""
         again = self._seen[ids]
         self._seen[ids] = True
+        self._highest = max(self._highest, int(ids.max(initial=-1)))
+        if self._highest > self._classes:
+            return  # a sampler may want a sample twice
         if not again.any() and len(np.unique(ids)) < len(ids):
             again = np.bincount(ids)[ids] > 1
         if again.any():
@@ -225,11 +273,27 @@ class EachOnce:
             )
 
 
+def check_frames(window: np.ndarray) -> None:
+    """Raises ValueError for windows that show nothing of their image.
+
+    window: float64 [B, 6], start, size and the shape of the image, in pixels.
+    """
+    start, size, shape = window[:, :2], window[:, 2:4], window[:, 4:]
+    wrong = (size < 1) | (shape < 1) | (start >= shape) | (start + size <= 0)
+    if wrong.any():
+        row = window[int(wrong.any(axis=1).argmax())].tolist()
+        raise ValueError(
+            "window must be (start, size, shapes) in pixels of the upright image, (y, x) and (h, "
+            f"w), got {row[:2]}, {row[2:4]}, {row[4:]}; multiply relative ones by the shape, which "
+            "fn.peek_image_shape gives as HWC"
+        )
+
+
 def checked_size(size: Any) -> tuple[int, int] | None:
     """(h, w) of whole pixels; raises ValueError for anything else but None."""
     if size is None:
         return None
-    pair = isinstance(size, tuple | list) and len(size) == 2
-    if not pair or not all(isinstance(n, int | np.integer) and n >= 1 for n in size):
+    values = list(size) if isinstance(size, tuple | list | np.ndarray) else []
+    if len(values) != 2 or not all(isinstance(n, int | np.integer) and n >= 1 for n in values):
         raise ValueError(f"size must be (h, w) of the images in whole pixels, got {size!r}")
-    return int(size[0]), int(size[1])
+    return int(values[0]), int(values[1])

@@ -33,6 +33,7 @@ RANKS = [
     {"scae_dali.methods.compose"},
     {"scae_dali.methods"},
     {"scae_dali.planner"},
+    {"scae_dali.history"},
     {"scae_dali.wiring"},
     {"scae_dali.second", "scae_dali.iterator", "scae_dali.metrics"},
     {"scae_dali.ops", "scae_dali.harvest"},

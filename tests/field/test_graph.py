@@ -91,7 +91,7 @@ def flipped_later(encoded):
 )
 def test_a_crop_without_its_window_is_refused(index, cache, body):
     with pytest.raises(ValueError, match=r"window must be given where images are cropped, here by "
-                       r"fn\.\S+: .* pass window=\(start, size, shapes\)"):  # fmt: skip
+                       r".+: .* pass window=\(start, size, shapes\)"):  # fmt: skip
         define(index, body, cache=cache)
     define(index, body).run()  # there is no map to lie wrongly
 
@@ -120,6 +120,29 @@ def fused_and_window(encoded):
     return fused(encoded)[0], {"window": drawn(encoded, seed=1)}
 
 
+def by_resized_crop(encoded):
+    images = fn.random_resized_crop(fn.decoders.image(encoded), size=S, seed=3)
+    return images, {"window": drawn(encoded, seed=1)}
+
+
+def by_other_area(encoded):
+    """The same seed, and another law."""
+    images = fn.decoders.image_random_crop(encoded, seed=3, random_area=[0.1, 0.3])
+    return resized(images), {"window": drawn(encoded, seed=3)}
+
+
+def by_centre(encoded):
+    return fn.crop(fn.decoders.image(encoded), crop=S), {"window": drawn(encoded)}
+
+
+def after_resize(encoded):
+    start, size, shapes = drawn(encoded)
+    images = fn.resize(fn.decoders.image(encoded), resize_shorter=60)
+    return resized(fn.slice(images, start, size, axis_names="HW")), {
+        "window": (start, size, shapes)
+    }
+
+
 def twice(encoded):
     frame = drawn(encoded)
     return fn.crop(sliced(encoded, frame), crop=(20, 20)), {"window": frame}
@@ -132,9 +155,13 @@ def whole(encoded):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (other_generator, "but fn.decoders.image_slice cuts that of another fn.random_crop_gen"),
+        (other_generator, "but fn.decoders.image_slice cuts another than this fn.random_crop_gen"),
         (swapped, r"window must be \(start, size, shapes\), got size and start the other way"),
-        (fused_and_window, "but fn.decoders.image_random_crop draws one of its own; draw it by"),
+        (fused_and_window, "but fn.decoders.image_random_crop cuts another than this fn.random"),
+        (by_resized_crop, "but fn.random_resized_crop cuts another than this fn.random_crop_gen"),
+        (by_other_area, "but fn.decoders.image_random_crop cuts another than this fn.random_crop"),
+        (by_centre, "but fn.crop cuts another than this fn.random_crop_generator draws"),
+        (after_resize, "but fn.slice crops one that was resized before; crop first, by start"),
         (twice, "window must be the crop that is seen, but fn.crop crops once more; crop once"),
         (whole, "window must be left out .* nothing crops these images"),
     ],
@@ -153,6 +180,49 @@ def right(encoded):
 def equal_seed(encoded):
     """The generator draws what the decoder draws."""
     return fused(encoded)[0], {"window": drawn(encoded, seed=3)}
+
+
+def equal_seed_after_decoding(encoded):
+    images = fn.random_resized_crop(fn.decoders.image(encoded), size=S, seed=3)
+    return images, {"window": drawn(encoded, seed=3), "size": S}
+
+
+def drawn_for_what_is_resized(encoded):
+    images = fn.resize(fn.decoders.image(encoded), resize_shorter=60)
+    shapes = images.shape()
+    start, size = fn.random_crop_generator(shapes, seed=1)
+    images = resized(fn.slice(images, start, size, axis_names="HW"))
+    return images, {"window": (start, size, shapes), "size": S}
+
+
+def whole_as_window(encoded):
+    """As code that training and validation share may have it."""
+    shapes = fn.peek_image_shape(encoded)
+    start = fn.constant(idata=[0, 0], shape=[2])
+    return resized(fn.decoders.image(encoded)), {"window": (start, shapes[:2], shapes), "size": S}
+
+
+def by_positions(encoded):
+    """A crop whose place is drawn otherwise, with the frame that goes with it."""
+    images = fn.resize(fn.decoders.image(encoded), size=(30, 30))
+    y, x = (fn.random.uniform(range=[0, 1], seed=seed) for seed in (1, 2))
+    images = fn.crop_mirror_normalize(
+        images, crop=S, crop_pos_y=y, crop_pos_x=x, output_layout="HWC", dtype=types.UINT8
+    )
+    start = fn.stack(y, x) * 6.0
+    frame = fn.constant(fdata=S, shape=[2]), fn.constant(fdata=(30, 30, 3), shape=[3])
+    return images, {"window": (start, *frame), "size": S}
+
+
+def all_of_it(encoded):
+    """A crop that cuts nothing off."""
+    return fn.crop(resized(fn.decoders.image(encoded)), crop=S), {"size": S}
+
+
+def of_a_mix(encoded):
+    """Another image, which was flipped, mixed in."""
+    images = resized(fn.decoders.image(encoded))
+    return fn.cast_like(images * 0.7 + fn.flip(images) * 0.3, images), {"size": S}
 
 
 def converted(encoded):
@@ -202,7 +272,11 @@ def cropped_by_cmn(encoded):
 
 @pytest.mark.parametrize(
     "body",
-    [right, equal_seed, converted, rotated, unknown, back_to_hwc, of_channels, cropped_by_cmn],
+    [
+        *(right, equal_seed, equal_seed_after_decoding, drawn_for_what_is_resized),
+        *(whole_as_window, by_positions, all_of_it, of_a_mix, converted, rotated, unknown),
+        *(back_to_hwc, of_channels, cropped_by_cmn),
+    ],
     ids=lambda one: one.__name__,
 )
 def test_what_is_right_or_unknown_runs(index, cache, body):
@@ -237,6 +311,32 @@ def by_constants(encoded):
     return (images - types.Constant(np.float32(MEAN))) / types.Constant(np.float32(STD)), {}
 
 
+def shifted(encoded):
+    return fn.cast(resized(fn.decoders.image(encoded)), dtype=types.FLOAT) - 128.0, {}
+
+
+def by_decoder(encoded):
+    return resized(fn.decoders.image(encoded, dtype=types.FLOAT)), {}
+
+
+def by_small_constants(encoded):
+    images = resized(fn.decoders.image(encoded))
+    return images * types.Constant(np.float32([1 / 58, 1 / 57, 1 / 57])), {}
+
+
+def by_brightness(encoded):
+    images = resized(fn.decoders.image(encoded))
+    return fn.brightness(images, brightness=1 / 255, dtype=types.FLOAT), {}
+
+
+def behind_a_function(encoded):
+    images = fn.python_function(
+        resized(fn.decoders.image(encoded)),
+        function=lambda one: one, batch_processing=False, output_layouts="HWC",
+    )  # fmt: skip
+    return fn.crop_mirror_normalize(images, mean=MEAN, std=STD, output_layout="HWC"), {}
+
+
 def by_operator(encoded):
     return fn.normalize(resized(fn.decoders.image(encoded))), {}
 
@@ -250,7 +350,10 @@ def test_images_with_channels_first_are_refused(index, body, method):
 
 @pytest.mark.parametrize(
     "body",
-    [hwc, in_unit_range, multiplied, by_constants, by_operator],
+    [
+        *(hwc, in_unit_range, multiplied, by_constants, by_operator, shifted, by_decoder),
+        *(by_small_constants, by_brightness, behind_a_function),
+    ],
     ids=lambda one: one.__name__,
 )
 def test_images_that_are_no_grey_levels_any_more_are_refused(index, body):
@@ -276,6 +379,87 @@ def test_normalised_images_are_filled_with_what_their_mean_is(index):
     (images,) = pipeline.run()
     for image in images:
         assert (np.asarray(image) == 0).all(axis=2).mean() > 0.01
+
+
+def to_and_fro(encoded):
+    return fn.cast(resized(fn.decoders.image(encoded)) / 255.0 * 255.0, dtype=types.UINT8), {}
+
+
+def halves(encoded):
+    images = resized(fn.decoders.image(encoded))
+    return fn.cast(images / 2 + images / 2, dtype=types.UINT8), {}
+
+
+def inverted(encoded):
+    return fn.cast(255 - resized(fn.decoders.image(encoded)), dtype=types.UINT8), {}
+
+
+@pytest.mark.parametrize("body", [to_and_fro, halves, inverted], ids=lambda one: one.__name__)
+def test_grey_levels_that_stay_grey_levels_are_taken(index, body):
+    define(index, body, method="random_erasing").run()
+
+
+def test_what_follows_something_unknown_is_looked_at(index, cache):
+    def behind(encoded):
+        images, _ = unknown(encoded)
+        return fn.crop(images, crop=(20, 20)), {}
+
+    with pytest.raises(
+        ValueError, match="window must be given where images are cropped, here by f"
+    ):
+        define(index, behind, cache=cache)
+
+
+@pytest.mark.parametrize("size", [(12, 12), (24, 23)])
+def test_a_size_that_the_graph_cannot_tell_is_compared_with_the_images(index, size):
+    def body(encoded):
+        return unknown(encoded)[0], {"size": size}
+
+    with pytest.raises(
+        RuntimeError, match=r"size must be \(h, w\) of the images, got .*\(24, 24\)"
+    ):
+        define(index, body, method="cutout").run()
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        lambda start, size, shapes: (start / shapes[:2], size / shapes[:2], shapes),
+        lambda start, size, shapes: (start, size * 0, shapes),
+        lambda start, size, shapes: (start - 1000, size, shapes),
+        lambda start, size, shapes: (start, size, fn.stack(*(shapes[k] for k in (2, 0, 1)))),
+    ],
+    ids=["relative", "empty", "outside", "CHW"],
+)
+def test_a_window_that_shows_nothing_of_the_image_is_refused(index, cache, frame):
+    def body(encoded):
+        start, size, shapes = drawn(encoded)
+        return sliced(encoded, (start, size)), {"window": frame(start, size, shapes), "size": S}
+
+    with pytest.raises(
+        RuntimeError, match=r"window must be \(start, size, shapes\) in pixels of th"
+    ):
+        define(index, body, cache=cache).run()
+
+
+def turned(encoded):
+    return resized(fn.decoders.image(encoded, adjust_orientation=False)), {}
+
+
+def backwards(encoded):
+    return fn.resize(fn.decoders.image(encoded), size=[24, -24]), {}
+
+
+def upside_down(encoded):
+    return fn.rotate(resized(fn.decoders.image(encoded)), angle=180.0), {"size": S}
+
+
+@pytest.mark.parametrize("body", [turned, backwards, upside_down], ids=lambda one: one.__name__)
+def test_images_that_do_not_lie_as_their_map_are_refused(index, cache, body):
+    with pytest.raises(
+        ValueError, match="the map of the upright image would lie another way round"
+    ):
+        define(index, body, cache=cache)
 
 
 def flipped(encoded):

@@ -134,9 +134,9 @@ def examples(path, labels):
 
 @pytest.mark.parametrize("unique", [True, False])
 def test_numbers_of_another_reader_must_come_once_an_epoch(index, tmp_path, unique):
-    """The same graph with places in the index, and with classes of which four come twice each."""
-    numbers = np.random.default_rng(1).permutation(50) if unique else np.arange(50) // 2 * 2
-    examples(tmp_path / "r.tfrecord", np.random.default_rng(2).permutation(numbers).tolist())
+    """The same graph with places in the index, and with class labels."""
+    numbers = np.random.default_rng(1).permutation(50) if unique else index.labels
+    examples(tmp_path / "r.tfrecord", numbers.tolist())
 
     def ids_of():
         return fn.readers.tfrecord(
@@ -155,14 +155,33 @@ def test_numbers_of_another_reader_must_come_once_an_epoch(index, tmp_path, uniq
             epoch(pipeline, 50)
 
 
-def test_an_id_that_comes_twice_is_told():
-    watch = EachOnce(12)
+def test_a_label_that_comes_twice_is_told():
+    index = ImageIndex.from_arrays([f"{i}.jpg" for i in range(12)], np.arange(12) % 9)
+    watch = EachOnce(index)
     watch.look(np.arange(5))
-    watch.look(np.arange(5, 10))
+    watch.look(np.arange(5, 8))
     with pytest.raises(ValueError, match="but 7 came twice"):
-        watch.look(np.array([10, 7]))
+        watch.look(np.array([8, 7]))
     with pytest.raises(ValueError, match="but 7 came twice"):
-        EachOnce(12).look(np.array([3, 7, 7]))
+        EachOnce(index).look(np.array([3, 7, 7]))
+    EachOnce(index).look(np.array([3, 7, 11, 7]))  # a sampler's: 11 is no label
+
+
+@pytest.mark.parametrize("epoch_size", [50, 40])
+def test_labels_by_way_of_arithmetic_are_found_when_they_repeat(index, epoch_size):
+    """Whatever part of the index is read, and in batches as large as an epoch."""
+    files = list(index.files)[:epoch_size]
+    labels = index.labels[:epoch_size].tolist()
+    disguised = reader(file_root=index.root, files=files, labels=labels)
+    for batch in (BATCH, epoch_size):
+        one = Stage(index, "none", epochs=2, batch_size=batch, seed=1, epoch_size=epoch_size)
+
+        @pipeline_def(batch_size=batch, num_threads=1, device_id=None)
+        def define(one=one):
+            return one.plan(disguised() + 0, size=(24, 24)).id
+
+        with pytest.raises(RuntimeError, match=r"came twice: are they class labels\?"):
+            define().run()
 
 
 @pytest.mark.parametrize("labels", ["classes", "places"])
@@ -245,6 +264,37 @@ def test_the_planner_refuses_ids_outside_the_index(index, number):
     ids = np.array([3, number])
     with pytest.raises(IndexError, match=rf"ids must be in \[0, 50\), .* got {number}; let the"):
         planner(ids, np.zeros(2, np.int64), np.full((2, 2), 24))
+
+
+def test_archives_need_no_ending_and_readers_may_begin_with_a_dot():
+    files = ["shard-0/0.jpg", "shard-1/0.jpg", "Bd/s.tar.wds/1.jpg", "2.npy"]
+    index = ImageIndex.from_arrays(files, np.zeros(4, int))
+    asked = ["/x/shard-0:512:0.jpg", "shard-1:0:./0.jpg", "/d/Bd/s.tar.wds:0:1.jpg", "./2.npy"]
+    assert index.ids_of(asked).tolist() == [0, 1, 2, 3]
+    with pytest.raises(DatasetError, match=r"list members as archive/member, such as b/shard-0/0"):
+        index.ids_of(["a/shard-0:0:0.jpg", "b/shard-0:0:0.jpg"])
+
+
+def test_images_and_ids_of_two_readers_are_refused(index):
+    one = Stage(index, "cutout", epochs=2, batch_size=BATCH, seed=1)
+
+    @pipeline_def(batch_size=BATCH, num_threads=1, device_id=None)
+    def define(permuted):
+        keywords = {"file_root": index.root, "files": list(index.files), "pad_last_batch": True}
+        encoded, ids = fn.readers.file(**keywords, name="A")
+        images = fn.resize(fn.decoders.image(encoded), size=(24, 24))
+        if permuted:
+            indices = fn.batch_permutation(seed=1)
+            images = fn.permute_batch(images, indices=indices)
+            ids = fn.permute_batch(ids, indices=indices) if permuted == "both" else ids
+        else:
+            _, ids = fn.readers.file(**keywords, name="B")
+        return one(images, ids, size=(24, 24))
+
+    with pytest.raises(ValueError, match="ids must be of the samples that the images are of, g"):
+        define(None)
+    with pytest.raises(ValueError, match=r"ids must be in the order of the images, but fn.perm"):
+        define("images")
 
 
 def test_no_pipeline_is_kept_alive_by_its_stage(index):
