@@ -22,15 +22,16 @@ IMAGE = ImageConfig(size=16, val_resize=16)
 EPOCHS = 4
 
 
-def own(index, *, drop_last, state=None, position=0, shuffle=True, batch_size=8):
+def own(index, *, drop_last, state=None, position=0, shuffle=True, batch_size=8, **shard):
     """A loader over somebody's own pipeline."""
-    stage = Stage(index, "none", epochs=EPOCHS, batch_size=batch_size, seed=1)
+    shards = shard.get("num_shards", 1)
+    stage = Stage(index, "none", epochs=EPOCHS, batch_size=batch_size, seed=1, num_shards=shards)
 
     @pipeline_def(batch_size=batch_size, num_threads=1, device_id=None, enable_checkpointing=True)
     def define():
         encoded, ids = fn.readers.file(
             files=list(index.files), file_root=index.root, name="Reader",
-            shuffle_after_epoch=shuffle, pad_last_batch=True,
+            shuffle_after_epoch=shuffle, pad_last_batch=True, **shard,
         )  # fmt: skip
         images = fn.resize(fn.decoders.image(encoded), size=(16, 16))
         images, _ = stage(images, ids, size=(16, 16))
@@ -66,6 +67,17 @@ def test_a_generator_that_is_asked_late_ends_and_takes_nothing(index):
     assert next(old, None) is None
     reference = own(index, drop_last=True)
     assert [first, begun + ids_of(new)] == [ids_of(reference) for _ in range(2)]
+
+
+def test_shards_of_which_one_has_fewer_batches_go_on_for_epochs(index):
+    """16, 17 and 17 samples, whose last batch of 8 is empty in the first shard."""
+    loaders = [
+        own(index, drop_last=False, shuffle=False, num_shards=3, shard_id=k, stick_to_shard=True)
+        for k in range(3)
+    ]
+    for _ in range(EPOCHS):
+        epoch = [[len(ids) for ids in ids_of(loader)] for loader in loaders]
+        assert epoch == [[8, 8], [8, 8, 1], [8, 8, 1]]
 
 
 def test_a_validation_loader_of_images_in_memory_too(tailed):
