@@ -21,6 +21,7 @@ __all__ = [
     "kind_of",
     "origin",
     "output_of",
+    "readable",
     "schema_of",
     "sources",
 ]
@@ -56,9 +57,9 @@ class Draw(NamedTuple):
 @do_not_convert
 def origin(node: DataNode) -> Origin | None:
     """The operator whose output reaches `node` unchanged but for type and shape; None: unknown."""
-    while (source := getattr(node, "source", None)) is not None and kind_of(node) in _VALUES_STAY:
-        node = source.inputs[0]
-    if source is None:
+    while readable(node) and kind_of(node) in _VALUES_STAY:
+        node = node.source.inputs[0]
+    if not readable(node):
         return None
     reader = next((one.source.name for one in _ancestors(node) if is_reader(one)), None)
     return Origin(kind_of(node), node.index or 0, arguments_of(node), reader)
@@ -82,7 +83,7 @@ def crop_draws(*nodes: DataNode) -> dict[str, Draw]:
 @do_not_convert
 def output_of(node: DataNode, operator: str) -> int | None:
     """Which output of an operator of this kind a node is; None where it is another's."""
-    return node.index or 0 if getattr(node, "source", None) and kind_of(node) == operator else None
+    return node.index or 0 if readable(node) and kind_of(node) == operator else None
 
 
 def draw_of(node: DataNode) -> Draw:
@@ -101,11 +102,16 @@ def _ancestors(node: DataNode) -> Iterator[DataNode]:
     todo, seen = [node], set()
     while todo:
         one = todo.pop(0)
-        if getattr(one, "source", None) is None or one.name in seen:
+        if not readable(one) or one.name in seen:
             continue
         seen.add(one.name)
         yield one
         todo += one.source.inputs
+
+
+def readable(node: DataNode) -> bool:
+    """Whether the operator of a node is known; DALI's debug mode has none."""
+    return hasattr(getattr(getattr(node, "source", None), "_op", None), "_init_args")
 
 
 def schema_of(node: DataNode) -> str:

@@ -21,6 +21,7 @@ from scae_dali.graph import (
     draw_of,
     is_reader,
     kind_of,
+    readable,
     schema_of,
 )
 
@@ -79,7 +80,7 @@ def history(node: DataNode) -> History | None:
 
 
 def _history(node: DataNode, seen: dict[str, History | None]) -> History | None:
-    if getattr(node, "source", None) is None:
+    if not readable(node):
         return _UNKNOWN
     if node.name not in seen:
         seen[node.name] = _step(node, seen)
@@ -144,7 +145,7 @@ def _after(node: DataNode, kind: str, arguments: dict[str, Any], before: History
     name = display_name(node)
     # Arguments that are nodes have lost their names. A region of interest takes two of them, a
     # position of a crop two, and a mirror one.
-    given = len(node.source.inputs) - node.source.spec.NumRegularInput()
+    given = len(node.source.inputs) - 1
     if kind == "Resize":
         return _resized(node, arguments, before, given)
     if kind == "CropMirrorNormalize":
