@@ -63,6 +63,18 @@ def test_file_reader(folder, index, cache):
     check(names, index, cache)
 
 
+def test_the_loop_reads_whole_epochs(folder, index, cache):
+    changes = {"/data/imagenet/train": str(folder), "imagenet.lmdb": cache.path}
+    names = run("file", changes | {"images, *targets": "images, ids, *targets"})
+    torch.manual_seed(0)
+    names["model"], seen = Net(), []
+    names["model"].register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    exec(BLOCKS["loop"].replace("range(100)", "range(2)"), names)
+    assert sum(seen) == 2 * len(index)
+    assert names["loss"].isfinite()
+    assert names["batch"].labels.tolist() == index.labels[names["batch"].ids].tolist()
+
+
 def test_composition(index, cache):
     names = {"scae_dali": scae_dali, "index": index}
     exec(BLOCKS["compose"].replace("imagenet.lmdb", cache.path), names)
