@@ -157,7 +157,7 @@ def test_what_another_process_has_claimed_is_left_alone(path):
         ):
             with pytest.raises(
                 CacheError, match=r"another process is writing to saliency cache '.*maps\.lmdb'; "
-                "wait until it has ended, or take a cache of your own"
+                r"wait until it has ended, or call close\(\) on the cache there, or take a cache of your own"
             ):  # fmt: skip
                 call()
         assert cache.meta == before
