@@ -101,7 +101,9 @@ def same_pass(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) ->
         return one is other
     told = [{**fields, "settings": None} for fields in (one, other)]
     known, others = settings_of(one), settings_of(other)
-    return told[0] == told[1] and all(known[name] == others[name] for name in known if name in others)
+    return told[0] == told[1] and all(
+        known[name] == others[name] for name in known.keys() & others.keys()
+    )
 
 
 def describe_pass(fields: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> str:
@@ -115,10 +117,11 @@ def describe_pass(fields: Mapping[str, Any], beside: Mapping[str, Any] | None = 
         if fields[name] != beside[name]
     ]
     if (fields["part"], fields["which"]) != (beside["part"], beside["which"]):
-        chosen = f" ({fields['which'][:8]})" if fields["part"] == beside["part"] else ""
-        more.append("all samples" if fields["part"] is None else f"{fields['part']} samples{chosen}")
+        some = f"{fields['part']} samples ({(fields['which'] or '')[:8]})"
+        more.append("all samples" if fields["part"] is None else some)
     known, others = settings_of(fields), settings_of(beside)
-    more += [f"{name} {known[name]}" for name in known if known[name] != others.get(name)]
+    both = [name for name in known if name in others]
+    more += [f"{name} {known[name]}" for name in both if known[name] != others[name]]
     return ", ".join([text, *more])
 
 
@@ -167,7 +170,7 @@ def _plain(value: Any) -> Any:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 1
 
 
 def to_json(meta: CacheMeta) -> bytes:

@@ -40,11 +40,10 @@ class ChunkWriter:
             for ids, maps in saliency_of(writer.pending):
                 writer.write(ids, maps)
 
-    pending: i64[P], the ids still to do in key order, known once entered. Until it is left, its
-    cache object begins no other pass: CacheError. Chunks are committed in a
-    thread, one at a time: a commit that fails raises when the next one is due, or at the end. If
-    the body fails, what it wrote is committed and the pass stays under way, to be resumed by the
-    same lines.
+    pending: i64[P], the ids still to do in key order, known once entered. Until the context is
+    left, its cache object begins no other pass (CacheError). Chunks are committed in a thread, one
+    at a time: a commit that fails raises when the next one is due, or at the end. If the body
+    fails, what it wrote is committed and the pass stays under way, to be resumed by the same lines.
     """
 
     def __init__(
