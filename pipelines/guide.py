@@ -22,13 +22,15 @@ from pipelines.loaders import Loaders
 from pipelines.recipe import Config, autocast
 from scae_dali import schedule
 from scae_dali.cache import SaliencyCache
+from scae_dali.cache_meta import describe_pass, pass_token
 from scae_dali.config import check
 from scae_dali.dataset import ImageIndex
 from scae_dali.gradcam import GradCAM
 from scae_dali.harvest import Harvest
+from scae_dali.layers import unwrap
 from scae_dali.limits import check_last_pass, check_neighbors
 from scae_dali.ranks import Ranks
-from scae_dali.refresh import PassReport, refresh_cache
+from scae_dali.refresh import PassReport, refresh_cache, weights_digest
 
 
 class Guide:
@@ -39,7 +41,7 @@ class Guide:
     the Config of the method that looks at them, or at nothing but neighbouring classes: then a pass
     makes no maps. mixes: whether the method asks for neighbouring classes. made: the token of the
     last pass of this run, see `CacheMeta.token` (of several nodes whose passes differ, all of
-    them); anything else is taken for no pass.
+    them); None where it made none. Of an older version's checkpoint it is the epoch of that pass.
 
     Raises ValueError where the run could not keep its maps: too many epochs or classes, a cache
     that another process writes to, that several nodes share, or that has no maps and gets none.
@@ -81,7 +83,8 @@ class Guide:
             if guided.guided:
                 self._look_at_offline_maps()
         self.harvest = None
-        self.made: str | None = None
+        self.made: str | int | None = None
+        self._lost = False  # whether the maps of the last pass are gone, or another's
         self._trained = False  # whether an epoch has begun
         if settings.source != "pass" and guided.guided:
             self.harvest = Harvest(
@@ -105,8 +108,22 @@ class Guide:
         self._trained = True
         # A cache that others have filled, or that was lost, is not this run's.
         tokens, epochs = self._last_passes()
-        made = tokens is not None and tokens == self.made and epochs == {due}
-        return None if made else due
+        if isinstance(self.made, int) and epochs == {self.made} and not self._shared():
+            self.made = tokens or self.made
+        if tokens is not None and tokens == self.made and epochs == {due}:
+            return None
+        self._lost = self.made is not None and self._guided.guided and not self._is_ours(due)
+        if self._lost:
+            meta = self.cache.meta
+            last = meta.under_way or meta.last_pass
+            found = "no pass" if last["epoch"] is None else f"one of {describe_pass(last)}"
+            advice = "; give each run a saliency.cache of its own" if self._shared() else ""
+            self._note(
+                f"saliency cache {self.cache.path!r} no longer has the maps that this run made "
+                f"before its checkpoint (its last pass is {found}): all maps are made anew, with "
+                f"the weights of now, for epoch {due}{advice}"
+            )
+        return due
 
     def refresh(self, due: int, run: ExecConfig, *, mixes: bool) -> PassReport:
         """Bring the cache to this epoch; every rank calls it. run: as in training, the whole data
@@ -116,9 +133,8 @@ class Guide:
             run = run.for_inference(self._image.size)
         else:
             run = replace(run, batch_size=config.saliency.batch_size)
-        share = config.saliency.share
-        if config.saliency.source == "harvest" or not self._guided.guided:
-            share = 0.0
+        # With less than all, maps of another run would go on to guide this one.
+        share = 1.0 if self._lost else self._share()
         bar = tqdm(desc=f"saliency {due}", unit="img", disable=not self._ranks.first)
 
         def loader_for(ids):
@@ -136,12 +152,18 @@ class Guide:
             layer=config.saliency.layer,
             name=config.model,
             input_size=self._image.size,
+            settings={
+                "mean": config.image.mean,
+                "std": config.image.std,
+                "amp": config.amp,
+            },
             neighbors=getattr(self._guided, "neighbors", 0) if mixes else 0,
             autocast=partial(autocast, config.amp, self._ranks.device),
             progress=bar.update,
         )
         bar.close()
         self.made, _ = self._last_passes()
+        self._lost = False
         if self.harvest is not None:
             self.harvest.clear()
         return report
@@ -154,6 +176,35 @@ class Guide:
         tokens = list(dict.fromkeys(token for token, _ in found))
         return None if None in tokens else "+".join(tokens), {epoch for _, epoch in found}
 
+    def _shared(self) -> bool:
+        """Whether another run may have been given this cache."""
+        return bool(self._config.saliency.cache)
+
+    def _share(self) -> float:
+        """Of the samples, that a pass sees."""
+        settings = self._config.saliency
+        return 0.0 if settings.source == "harvest" or not self._guided.guided else settings.share
+
+    def _is_ours(self, due: int) -> bool:
+        """Whether the cache has no passes beside those of this run; every rank calls it.
+
+        The last complete one must be that of `made`. It, or the one under way, may also be the one
+        that is due now, if the run ended before it was in a checkpoint.
+        """
+        meta = self.cache.meta
+        if isinstance(self.made, int):
+            ours = meta.epoch == self.made and not self._shared()
+        else:
+            ours = pass_token(meta.last_pass) in (self.made or "").split("+")
+        if self._ranks.local == 0 and (not ours or meta.under_way is not None):
+            now = (due, weights_digest(unwrap(self._net)))
+            ours = ours or (meta.epoch, meta.weights) == now
+            if (begun := meta.under_way) is not None:
+                # One of all samples was begun because the maps of this run were lost.
+                remade = begun["part"] is None and self._share() < 1
+                ours = ours and (begun["epoch"], begun["weights"]) == now and not remade
+        return all(self._ranks.gather(ours or self._ranks.local > 0))
+
     def _look_at_older_maps(self) -> None:
         """Tell whose maps guide the run until its first pass."""
         if self.made is not None or not self._guided.guided or not self._ranks.first:
@@ -161,9 +212,12 @@ class Guide:
         found, _ = self.cache.coverage()
         if found:
             every = self._guided.refresh_every
+            settings = self._config.saliency
+            some = settings.source != "pass" or settings.share < 1
+            until = "its passes have replaced them, the first" if some else "its first pass,"
             self._note(
                 f"saliency cache {self.cache.path!r} has maps of {found:,} samples that this run "
-                f"did not make; they guide its erasing until its first pass, at epoch {every}: "
+                f"did not make; they guide its erasing until {until} at epoch {every}: "
                 "name another saliency.cache, or none, for maps of its own alone"
             )
 

@@ -19,7 +19,8 @@ LMDB wants a local file system.
 
 One process writes at a time. It claims the cache (see `store`) when it begins its first pass or
 asks for it, and keeps it. A map belongs to the pass that made it: once another pass has been begun
-in the cache, whoever goes on with the former is told so, and nothing of it is written.
+in the cache, whoever goes on with the former is told so, and nothing of it is written. Nor is
+anything written to a cache that was deleted or replaced since it was opened.
 """
 
 from __future__ import annotations
@@ -43,11 +44,15 @@ from scae_dali.cache_meta import (
     PROVENANCE,
     CacheError,
     CacheMeta,
+    checked_provenance,
+    checked_settings,
     describe_pass,
     from_json,
+    same_pass,
+    settings_of,
     to_json,
 )
-from scae_dali.chunk_writer import ChunkWriter
+from scae_dali.chunk_writer import ChunkWriter, require_no_writer
 from scae_dali.records import (
     CHUNK,
     CLASSES,
@@ -169,7 +174,7 @@ class SaliencyCache:
         method: str | None = "gradcam",
         model: str | None = None,
         layer: str | None = None,
-        input_size: int | None = None,
+        input_size: int | tuple[int, int] | None = None,
     ) -> SaliencyCache:
         """An empty cache for `index`; with exist_ok, the one that is there, checked.
 
@@ -184,6 +189,8 @@ class SaliencyCache:
         if len(grid) != 2 or not all(isinstance(n, int | np.integer) and n >= 1 for n in grid):
             raise ValueError(f"grid must be (h, w) of positive integers, got {grid!r}")
         record_type((int(grid[0]), int(grid[1])))  # before anything is made
+        given = {"method": method, "model": model, "layer": layer, "input_size": input_size}
+        made_by = checked_provenance(given)
         store.make_directory(path, exist_ok=exist_ok)
         meta = CacheMeta(
             FORMAT_VERSION,
@@ -191,7 +198,7 @@ class SaliencyCache:
             len(index),
             index.fingerprint,
             naming or "index",
-            *(method, model, layer, input_size),
+            **made_by,
         )
 
         def initialise(txn: lmdb.Transaction) -> None:
@@ -292,23 +299,32 @@ class SaliencyCache:
         method: str | None = None,
         model: str | None = None,
         layer: str | None = None,
-        input_size: int | None = None,
+        input_size: int | tuple[int, int] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> NDArray[np.int64]:
         """Begins or resumes the pass of `epoch` (0..65535) -> i64[P], ids to do in key order.
 
         ids: int[B], the samples of the pass, each once; None: all. Maps of other epochs stay as
         they are. weights: hex digest of the model's weights; "" where unknown, which trusts any
-        other unknown one. The provenance is the last pass's unless given. Maps that carry this
-        epoch are done if the pass under way, or the last complete one, has the same epoch, weights,
-        samples and provenance. If not they are stale: they are withdrawn (emptied) first, and the
-        pass begins only then. A pass of no samples makes no maps, and withdraws none.
+        other unknown one. The provenance is the last pass's unless given. settings: what else the
+        maps depend on, such as the mean of the normalisation, as JSON can hold it; what one of two
+        passes does not name counts as the same. Maps that carry this epoch are done if the pass
+        under way, or the last complete one, has the same epoch, weights, samples, provenance and
+        settings. If not they are stale: they are withdrawn (emptied) first, and the pass begins
+        only then. A pass of no samples makes no maps, and withdraws none.
 
         Claims the cache for this process if there is anything to do. Raises CacheError where
         another process has claimed it, unless that one makes the same pass with the same weights:
-        then both make what is missing, and both end.
+        then both make what is missing, and both end. CacheError as well while this object has a
+        pass under way in a ChunkWriter.
         """
+        require_no_writer(self)
         epoch = checked_epoch(epoch)
         given = {"method": method, "model": model, "layer": layer, "input_size": input_size}
+        given = checked_provenance(given)
+        asked = checked_settings(settings)
+        if not isinstance(weights, str):
+            raise ValueError(f'weights must be a hex digest or "", got {weights!r}')
         ours = np.full(self._samples, ids is None)
         part, which = None, None
         if ids is not None:
@@ -320,11 +336,16 @@ class SaliencyCache:
         while True:  # until nobody has changed the cache between the look and the change
             meta = self.meta
             kept = {name: getattr(meta, name) for name in PROVENANCE if given[name] is None}
-            wanted = fixed | given | kept
-            goes_on = (meta.under_way or meta.last_pass) == wanted
+            wanted = fixed | given | kept | ({} if asked is None else {"settings": asked})
+            recorded = meta.under_way or meta.last_pass
+            goes_on = same_pass(recorded, wanted)
+            if goes_on and (known := settings_of(recorded) | settings_of(wanted)):
+                wanted["settings"] = known
             if not goes_on and not self._claimed(meta, patience):
                 continue
-            trusted = part == 0 or wanted in (meta.under_way, meta.last_pass)
+            trusted = part == 0 or any(
+                same_pass(done, wanted) for done in (meta.under_way, meta.last_pass)
+            )
             stamps = self.stamps()
             pending = self._in_key_order(ours & (stamps != epoch) if trusted else ours)
             if goes_on and not pending.size:
@@ -414,7 +435,7 @@ class SaliencyCache:
                     f"end_pass({epoch}): no such pass is under way in {self.path!r}; call "
                     "begin_pass"
                 )
-            if meta.under_way is None and meta.last_pass == self._pass:
+            if meta.under_way is None and same_pass(meta.last_pass, self._pass):
                 return
             self._still_under_way(meta, f"end_pass({epoch})")
             assert meta.under_way is not None
@@ -427,7 +448,8 @@ class SaliencyCache:
                     f"end_pass({epoch}): {missing} of {wanted} maps are missing{first}; write "
                     "them, begin_pass with the same arguments lists them all"
                 )
-            done = replace(meta, **meta.under_way, under_way=None, passes=meta.passes + 1)
+            made = {"settings": None} | meta.under_way
+            done = replace(meta, **made, under_way=None, passes=meta.passes + 1)
             txn.put(_META, to_json(done))
 
         self._update(finish)
@@ -514,7 +536,11 @@ class SaliencyCache:
 
     def _update(self, change: Callable[[lmdb.Transaction], None]) -> None:
         full = expected_bytes(self._samples, self._kind.itemsize)
-        self._environment().update(change, needs=max(full - self.size_bytes, 1 << 20))
+        try:
+            lacking = full - self.size_bytes
+        except FileNotFoundError:  # `update` tells it
+            lacking = full
+        self._environment().update(change, needs=max(lacking, 1 << 20))
 
     def _claimed(self, meta: CacheMeta, patience: _Patience, *, joins: bool = False) -> bool:
         """Whether this process may change a cache that says `meta`; if not, look at it again.
@@ -538,7 +564,7 @@ class SaliencyCache:
             busy = "" if meta.under_way is None else f" ({describe_pass(meta.under_way)})"
             raise CacheError(
                 f"another process is writing to saliency cache {self.path!r}{busy}; wait until it "
-                f"has ended, or {_ADVICE}"
+                f"has ended, or call close() on the cache there, or {_ADVICE}"
             )
         return False
 
@@ -546,15 +572,17 @@ class SaliencyCache:
         """Whether the pass of this object is; False if it is complete already. Raises CacheError
         where another one was begun since."""
         assert self._pass is not None
-        if meta.under_way == self._pass:
+        if same_pass(meta.under_way, self._pass):
             return True
-        if meta.under_way is None and meta.last_pass == self._pass and self._pass["weights"]:
+        complete = meta.under_way is None and same_pass(meta.last_pass, self._pass)
+        if complete and self._pass["weights"]:
             return False
-        other: Mapping[str, Any] = meta.under_way or meta.last_pass
+        mine, other = self._pass, meta.under_way or meta.last_pass
+        # Its epoch is None where the other one has withdrawn the maps and not yet begun.
+        which = "" if other["epoch"] is None else f" ({describe_pass(other, mine)})"
         raise CacheError(
-            f"{call}: another pass ({describe_pass(other)}) has been begun in saliency cache "
-            f"{self.path!r} since this one ({describe_pass(self._pass)}), of which nothing more "
-            f"was written; {_ADVICE}"
+            f"{call}: another pass{which} has been begun in saliency cache {self.path!r} since "
+            f"this one ({describe_pass(mine, other)}), of which nothing more was written; {_ADVICE}"
         )
 
     def _replace_meta(self, old: CacheMeta, new: CacheMeta) -> bool:

@@ -6,9 +6,11 @@ disk. What begins, resumes and ends a pass is decided in `cache`.
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from scae_dali.cache_meta import CacheError
 from scae_dali.records import CHUNK, Maps
 
-__all__ = ["ChunkWriter"]
+__all__ = ["ChunkWriter", "require_no_writer"]
 
 
 class Target(Protocol):
@@ -38,10 +40,10 @@ class ChunkWriter:
             for ids, maps in saliency_of(writer.pending):
                 writer.write(ids, maps)
 
-    pending: i64[P], the ids still to do in key order, known once entered. Chunks are committed in a
-    thread, one at a time: a commit that fails raises when the next one is due, or at the end. If
-    the body fails, what it wrote is committed and the pass stays under way, to be resumed by the
-    same lines.
+    pending: i64[P], the ids still to do in key order, known once entered. Until the context is
+    left, its cache object begins no other pass (CacheError). Chunks are committed in a thread, one
+    at a time: a commit that fails raises when the next one is due, or at the end. If the body
+    fails, what it wrote is committed and the pass stays under way, to be resumed by the same lines.
     """
 
     def __init__(
@@ -50,16 +52,25 @@ class ChunkWriter:
         """begin: weights and provenance, as of `SaliencyCache.begin_pass`."""
         if commit_every < 1:
             raise ValueError(f"commit_every must be at least 1 record, got {commit_every}")
-        self._cache, self._epoch, self._every, self._begin = cache, epoch, commit_every, begin
+        self._cache, self._every, self._begin = cache, commit_every, begin
         self._ids: list[NDArray[np.int64]] = []
         self._maps: list[Maps] = []
         self._held = 0
         self._thread = ThreadPoolExecutor(1, "commit")
         self._commit: tuple[NDArray[np.int64], Maps, Future[None]] | None = None
         self.pending = np.empty(0, np.int64)
+        self.epoch, self.begun = epoch, False
 
     def __enter__(self) -> ChunkWriter:
-        self.pending = self._cache.begin_pass(self._epoch, **self._begin)
+        with _turn:
+            require_no_writer(self._cache, or_who_begins=True)
+            _writers[self._cache] = ref(self)
+        try:
+            self.pending = self._cache.begin_pass(self.epoch, **self._begin)
+        except BaseException:
+            _writers.pop(self._cache, None)
+            raise
+        self.begun = True
         return self
 
     def write(self, ids: ArrayLike, maps: ArrayLike) -> None:
@@ -78,13 +89,16 @@ class ChunkWriter:
             self._settle()
 
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
-        with self._thread:
-            if kind is None:
-                self.flush()
-                self._cache.end_pass(self._epoch)
-            else:
-                with suppress(OSError, CacheError):  # the body's own error is the one to report
+        try:
+            with self._thread:
+                if kind is None:
                     self.flush()
+                    self._cache.end_pass(self.epoch)
+                else:
+                    with suppress(OSError, CacheError):  # the body's own error is the one to report
+                        self.flush()
+        finally:
+            _writers.pop(self._cache, None)
 
     def _hold(self, ids: NDArray[np.int64], maps: Maps) -> None:
         self._ids.append(ids)
@@ -94,7 +108,7 @@ class ChunkWriter:
     def _submit(self) -> None:
         ids, maps = np.concatenate(self._ids), np.concatenate(self._maps)
         self._ids, self._maps, self._held = [], [], 0
-        commit = self._thread.submit(self._cache.write, ids, maps, epoch=self._epoch)
+        commit = self._thread.submit(self._cache.write, ids, maps, epoch=self.epoch)
         self._commit = ids, maps, commit
 
     def _settle(self) -> None:
@@ -108,3 +122,21 @@ class ChunkWriter:
         except BaseException:
             self._hold(ids, maps)
             raise
+
+
+_writers: WeakKeyDictionary[Target, ref[ChunkWriter]] = WeakKeyDictionary()  # entered, not left
+_turn = threading.Lock()  # of whoever enters
+
+
+def require_no_writer(cache: Target, *, or_who_begins: bool = False) -> None:
+    """Raises CacheError where a pass of this very object is under way in a ChunkWriter.
+
+    or_who_begins: also where one is about to begin its pass.
+    """
+    known = _writers.get(cache)
+    writer = None if known is None else known()
+    if writer is not None and (writer.begun or or_who_begins):
+        raise CacheError(
+            f"this SaliencyCache object has a pass of epoch {writer.epoch} under way in a "
+            "ChunkWriter; begin another one once that has ended"
+        )

@@ -104,7 +104,8 @@ def split(blob: bytes, size: int) -> list[bytes]:
 
 
 def checked_epoch(epoch: int) -> int:
-    if not isinstance(epoch, int | np.integer) or not 0 <= epoch < EPOCHS:
+    whole = isinstance(epoch, int | np.integer) and not isinstance(epoch, bool)
+    if not whole or not 0 <= epoch < EPOCHS:
         raise ValueError(
             f"epoch must be an integer in 0..65535 (it is stored in 16 bits), got {epoch!r}"
         )

@@ -7,10 +7,11 @@ method; maps that training has gathered by itself (`harvest`) are written along.
 """
 
 import hashlib
+import io
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,8 @@ def refresh_cache(
     method: str | MethodFactory = "gradcam",
     layer: str | None = None,
     name: str | None = None,
-    input_size: int | None = None,
+    input_size: int | tuple[int, int] | None = None,
+    settings: Mapping[str, Any] | None = None,
     neighbors: int = 0,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     progress: Callable[[int], object] = lambda images: None,
@@ -82,9 +84,11 @@ def refresh_cache(
     training has gathered, for the rest; it is merged over the ranks, and not cleared.
     method: a name of `METHODS`, or what makes one, such as partial(ScoreCAM, chunk=256); maps of
     this epoch by another method, as by other weights, are withdrawn and made anew. layer: see CAM.
-    name, input_size: of the model, for the cache's meta. progress: called with the number of images
-    done since its last call. neighbors: how many neighbouring classes of each the cache shall hold,
-    by the weights of the model's classifier (see nearest_classes).
+    name, input_size: of the model, for the cache's meta. settings: what else the maps depend on,
+    such as {"mean": ..., "std": ..., "amp": ...}; maps of this epoch by others are made anew, see
+    `SaliencyCache.begin_pass`. progress: called with the number of images done since its last call.
+    neighbors: how many neighbouring classes of each the cache shall hold, by the weights of the
+    model's classifier (see nearest_classes).
     Warns (RuntimeWarning) where more than half of the maps are flat.
     Raises what the cache raises; whatever was committed stays, and the next call goes on from
     there. ValueError for an unknown method, where neighbours are wanted of a model without a
@@ -128,6 +132,7 @@ def refresh_cache(
             model=name or type(cam.model).__name__,
             layer=cam.layer,
             input_size=input_size,
+            settings=settings,
             **part,
         )
     compared: list[np.ndarray] = []
@@ -301,12 +306,45 @@ def nearest_classes(weight: Tensor, class_counts: np.ndarray, m: int) -> np.ndar
 
 
 def weights_digest(model: nn.Module) -> str:
-    """BLAKE2b-128 of every parameter and buffer, hex: tells one state of the model from another."""
+    """BLAKE2b-128 of every parameter, buffer and extra state, hex: tells one state of the model
+    from another."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for part in _stable_bytes(value):
+            digest.update(part)
     return digest.hexdigest()
+
+
+_PLAIN = (str, bytes, int, float, complex, type(None), np.generic, torch.dtype, torch.device)
+
+
+def _stable_bytes(value: Any) -> Iterator[Any]:
+    """Buffers that tell a value of a state_dict, the same in every process.
+
+    Pickle's would not be: they depend on which objects are shared, and on the order of a set. Of an
+    object of an unknown class only the class is told.
+    """
+    if isinstance(value, Tensor):
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        yield f"{value.dtype.str}{value.shape}".encode()
+        yield value.tobytes()
+    elif isinstance(value, io.BytesIO):
+        yield value.getvalue()
+    elif isinstance(value, Mapping | list | tuple | set | frozenset):
+        yield f"{type(value).__name__}{len(value)}".encode()
+        entries: Iterable[Any] = value.items() if isinstance(value, Mapping) else value
+        parts = [b"".join(map(bytes, _stable_bytes(entry))) for entry in entries]
+        if not isinstance(value, list | tuple):
+            parts.sort()
+        for part in parts:
+            yield f"{len(part)}:".encode()
+            yield part
+    elif isinstance(value, _PLAIN):
+        yield repr(value).encode()
+    else:
+        yield type(value).__qualname__.encode()
 
 
 def _gather(ids: Tensor, maps: Tensor, world: int) -> tuple[Tensor, Tensor]:

@@ -75,12 +75,16 @@ class Environment:
     def update(self, change: Callable[[lmdb.Transaction], None], *, needs: int) -> None:
         """change(transaction), then commit; repeated from its start when the map has to grow.
 
-        needs: bytes for the message of the OSError that a full disk raises.
+        needs: bytes for the message of the OSError that a full disk raises. Raises CacheError where
+        the data file is no longer the one that was opened: LMDB would write to a file without a
+        name, and all would be lost when it is closed.
         """
         with self._writing:
             while True:
                 try:
                     with self._shared() as handle:
+                        if self._identity != _identity(self.path):
+                            raise self._gone()
                         return _transact(handle, change, write=True)
                 except lmdb.MapFullError:
                     self._resize(2)
@@ -104,13 +108,17 @@ class Environment:
                     ) from error
 
     def claim(self) -> Claim:
-        """Makes this process the one that writes, until `close` or its end, unless another is."""
+        """Makes this process the one that writes, until `close` or its end, unless another is.
+        Raises CacheError where there is no directory any more."""
         with self._state:
-            if self._lock is not None:
-                if os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
-                    return Claim.OURS
-                self.disclaim()  # the directory was made anew
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                if self._lock is not None:
+                    if os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
+                        return Claim.OURS
+                    self.disclaim()  # the directory was made anew
+                descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise self._gone() from error
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -175,6 +183,13 @@ class Environment:
         with self._alone():
             if self._handle is not None:
                 self._handle.set_mapsize(factor * self._handle.info()["map_size"])
+
+    def _gone(self) -> CacheError:
+        return CacheError(
+            f"saliency cache {self.path!r} was deleted, moved or replaced since it was opened "
+            "here; nothing more was written to it: run again, or open it again with "
+            "SaliencyCache(...)"
+        )
 
     def _close(self) -> None:
         if self._handle is not None:

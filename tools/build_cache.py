@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from _options import count
@@ -25,6 +26,7 @@ from pipelines.loaders import Loaders
 from pipelines.recipe import autocast, make_network
 from scae_dali.arrays import ArrayImages
 from scae_dali.cache import SaliencyCache
+from scae_dali.cache_meta import settings_of
 from scae_dali.cam import CAM
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
 from scae_dali.dataset import ImageIndex
@@ -112,6 +114,16 @@ def open_data(arguments: argparse.Namespace) -> Data:
     return Data(index, index)
 
 
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the maps depend on beside the network. Not on --channels-last, nor on the device: those
+    only round in another order."""
+    return {
+        "mean": list(arguments.mean),
+        "std": list(arguments.std),
+        "amp": arguments.amp,
+    }
+
+
 def open_cache(
     arguments: argparse.Namespace, index: ImageIndex, cam: CAM, size: int
 ) -> SaliencyCache:
@@ -133,6 +145,9 @@ def open_cache(
     wanted = {"model": arguments.model, "layer": cam.layer, "input_size": size}
     wanted |= {"method": arguments.method, "weights": weights_digest(cam.model)}
     differing = {name: value for name, value in wanted.items() if made[name] != value}
+    known = settings_of(made)
+    asked = settings(arguments).items()
+    differing |= {name: value for name, value in asked if known.get(name, value) != value}
     if not differing:
         return cache
     if meta.under_way is not None:
@@ -142,8 +157,10 @@ def open_cache(
             f"saliency cache {path!r} has maps by {made['method']!r}, not {arguments.method!r}; "
             "pass the --method that it was built with, or build a new cache at another --out"
         )
+    made = made | known
     told = "; ".join(
-        f"{name} {made[name] or 'unknown'}, not {differing[name]}" for name in differing
+        f"--{name} {made[name] or 'unknown'}, not {value}".replace("--input_size", "--size")
+        for name, value in differing.items()
     )
     ended = (
         "" if meta.under_way is None else ", delete it if it is of no use (its pass never ended)"
@@ -205,6 +222,7 @@ def build(arguments: argparse.Namespace) -> None:
             layer=arguments.layer,
             name=arguments.model,
             input_size=image.size,
+            settings=settings(arguments),
             neighbors=neighbors,
             autocast=partial(autocast, arguments.amp, device),
             progress=bar.update,

@@ -3,16 +3,23 @@
 Two offline builds with other weights on one path, or two training runs on one cache, were told
 apart by the epoch alone: the cache ended with maps of both, and said that it was complete. The kind
 is that of https://github.com/emfdavid/insitubatch/pull/51, where two processes with one cache
-folder read each other's chunks as their own data.
+folder read each other's chunks as their own data. What else the maps depend on was not told apart
+either, as in https://github.com/brain-score/vision/issues/2503 (activations of another input size
+were reused), and a cache that was deleted under its writer took the rest of its maps with it, as in
+https://github.com/vorot93/libmdbx-rs/issues/36. Extra state of a module was not expected among its
+weights, as in https://github.com/huggingface/accelerate/issues/1246.
 """
 
 import errno
 import fcntl
+import io
 import os
+import shutil
 import signal
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +37,9 @@ from pipelines.guide import Guide, path_of_node
 from pipelines.recipe import Config, SaliencyConfig, make_network
 from scae_dali import cache as cache_module
 from scae_dali.cache import CacheError, ChunkWriter, SaliencyCache
+from scae_dali.cache_meta import to_json
 from scae_dali.dataset import ImageIndex
+from scae_dali.refresh import weights_digest
 
 ALL = np.arange(100)
 
@@ -157,7 +166,7 @@ def test_what_another_process_has_claimed_is_left_alone(path):
         ):
             with pytest.raises(
                 CacheError, match=r"another process is writing to saliency cache '.*maps\.lmdb'; "
-                "wait until it has ended, or take a cache of your own"
+                r"wait until it has ended, or call close\(\) on the cache there, or take a cache"
             ):  # fmt: skip
                 call()
         assert cache.meta == before
@@ -314,6 +323,12 @@ def test_an_offline_cache_is_not_replaced_by_one_of_other_weights(build, tmp_pat
         ({"epoch": 7}, "weights [0-9a-f]{32}, not"),
         ({"weights": tmp_path / "w.pt", "layer": "layer2"}, "grid"),
         ({"weights": tmp_path / "w.pt", "layer": "layer3.2"}, "layer layer3, not layer3.2"),
+        (
+            {"weights": tmp_path / "w.pt", "mean": (1, 2, 3)},
+            r"by --mean \[.*, not \[1.0, 2.0, 3.0]:",
+        ),
+        ({"weights": tmp_path / "w.pt", "std": (9, 9, 9)}, r"by --std \[.*, not \[9.0, 9.0, 9.0]:"),
+        ({"weights": tmp_path / "w.pt", "amp": "bf16"}, "by --amp none, not bf16:"),
     ):
         with pytest.raises(SystemExit, match=rf"{told}.* a new cache at another (path|--out)"):
             build(**options | more)
@@ -363,10 +378,14 @@ def guided(tmp_path, monkeypatch):
     write_pngs(tmp_path / "data", {"a": 3, "b": 2}, (8, 8))
     index = ImageIndex(tmp_path / "data")
 
+    monkeypatch.setattr(guide_module, "weights_digest", lambda net: "aa")
+
     def pass_of(weights):
-        def refresh(net, cache, *_, epoch, **__):
-            with ChunkWriter(cache, epoch, weights=weights) as writer:
-                writer.write(writer.pending, np.ones((len(writer.pending), 8, 8)))
+        def refresh(net, cache, *_, epoch, share, settings, **__):
+            part = {"ids": cache.stalest(3, epoch=epoch)} if share < 1 else {}
+            level = {"aa": 0.25, "bb": 1.0}[weights]
+            with ChunkWriter(cache, epoch, weights=weights, settings=settings, **part) as writer:
+                writer.write(writer.pending, np.full((len(writer.pending), 8, 8), level))
             return SimpleNamespace(images=5)
 
         monkeypatch.setattr(guide_module, "refresh_cache", refresh)
@@ -401,7 +420,7 @@ def test_a_run_trusts_no_pass_but_its_own(guided):
     assert guide.made == token
     assert guide.due(3) is None
     # Resumed, from checkpoints of this run, of a version that kept the epoch, and of no pass.
-    for made, due in ((token, None), (2, 2), (None, 2)):
+    for made, due in ((token, None), (2, None), (None, 2)):
         again = guided()
         again.made = made
         assert again.due(3) == due
@@ -487,3 +506,235 @@ def test_the_token_is_of_all_that_tells_a_pass(path):
         fill(cache, 3, weights="aa", layer="l", model="m")
         assert cache.meta.token == seen[0]
         assert {len(token) for token in seen} == {32}
+
+
+MEAN, AMP = {"mean": (0.5, 1.0)}, {"amp": "none"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        (MEAN, MEAN, True),
+        (MEAN, {"mean": np.array([0.5, 1.0], np.float32)}, True),
+        (MEAN, {"mean": [0.5, 2.0]}, False),
+        (MEAN | AMP, MEAN | {"amp": "bf16"}, False),
+        (None, MEAN, True),  # unknown, as in a cache of an older version
+        (MEAN, None, True),
+        (MEAN, AMP, True),
+    ],
+)
+def test_a_pass_of_other_settings_is_another_pass(path, first, second, same):
+    with SaliencyCache(path, index=FakeIndex()) as cache:
+        cache.begin_pass(3, weights="aa", settings=first)
+        cache.write(ALL[:40], maps_of(ALL[:40], 1), epoch=3)
+        left = cache.begin_pass(3, weights="aa", settings=second)
+        assert len(left) == (60 if same else 100)
+        cache.write(left, maps_of(left, 2), epoch=3)
+        cache.end_pass(3)
+        known = {name: list(value) for name, value in (second or first).items() if name == "mean"}
+        assert (cache.meta.settings or {}).items() >= known.items()
+        # Complete already, for those alone that may be the same.
+        third = {"mean": (7.0, 7.0), "amp": "fp16"}
+        assert len(cache.begin_pass(3, weights="aa", settings=third)) == 100
+
+
+def test_what_was_unknown_is_known_once_a_pass_goes_on(path):
+    with SaliencyCache(path, index=FakeIndex()) as cache:
+        cache.begin_pass(3, weights="aa")
+        assert b"settings" not in to_json(cache.meta)  # so that older versions read it
+        cache.write(ALL[:40], maps_of(ALL[:40]), epoch=3)
+        assert len(cache.begin_pass(3, weights="aa", settings=MEAN)) == 60
+        assert len(cache.begin_pass(3, weights="aa", settings=AMP)) == 60
+        assert cache.meta.under_way["settings"] == {"mean": [0.5, 1.0], "amp": "none"}
+        assert len(cache.begin_pass(3, weights="aa", settings={"mean": 0})) == 100
+        fill(cache, 4, weights="aa", settings=MEAN)
+        token = cache.meta.token
+        fill(cache, 5, weights="aa")
+        assert cache.meta.settings is None
+        fill(cache, 4, weights="aa", settings={"mean": 0})
+        assert cache.meta.token != token
+        with pytest.raises(ValueError, match=r"settings must be a dict .* got \{'a': "):
+            cache.begin_pass(6, settings={"a": {1}})
+
+
+@pytest.mark.parametrize("size", [np.int64(224), (224, 448), [np.uint16(224), 448]])
+def test_what_json_gives_back_otherwise_is_one_pass(tmp_path, size):
+    with SaliencyCache.create(tmp_path / "m", FakeIndex(), grid=GRID, input_size=size) as cache:
+        fill(cache, 3, weights="aa")
+        assert len(cache.begin_pass(3, weights="aa", input_size=size)) == 0
+        assert cache.meta.input_size == np.asarray(size).tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("input_size", size) for size in (224.0, (3, 224, 224), True, 0)],
+        *[("model", Path("x")), ("layer", 4), ("method", b"x"), ("weights", b"ab")],
+        ("epoch", True),
+    ],
+)
+def test_what_no_meta_record_holds_is_refused_by_name(path, name, value):
+    with SaliencyCache(path, index=FakeIndex()) as cache:
+        with pytest.raises(ValueError, match=rf"^{name} must be .* got .*"):
+            cache.begin_pass(**{"epoch": 3} | {name: value})
+        assert cache.meta.under_way is None
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_cache_that_was_replaced_is_not_written_to(path, anew):
+    cache = SaliencyCache(path, index=FakeIndex())
+
+    def make():
+        with ChunkWriter(cache, 3, weights="aa", commit_every=10) as writer:
+            writer.write(ALL[:10], maps_of(ALL[:10]))
+            writer.flush()
+            os.rename(path, path + ".old")
+            if anew:
+                shutil.copytree(path + ".old", path)
+            writer.write(ALL[10:], maps_of(ALL[10:]))
+
+    with pytest.raises(CacheError, match=r"was deleted, moved or replaced .*: run again"):
+        make()
+    for call in (lambda: cache.claim(), lambda: cache.end_pass(3), lambda: cache.begin_pass(4)):
+        with pytest.raises(CacheError, match="was deleted, moved or replaced"):
+            call()
+    if anew:
+        with SaliencyCache(path, index=FakeIndex()) as again:
+            assert again.census() == ({3: 10}, 0)
+            fill(again, 3, weights="aa")
+    cache.close()
+
+
+def test_an_object_has_one_pass_at_a_time(path):
+    cache = SaliencyCache(path, index=FakeIndex())
+    refused = "this SaliencyCache object has a pass of epoch 3 under way in a ChunkWriter"
+    ended = []
+
+    def make(weights):
+        try:
+            fill(cache, 3, weights=weights)
+            ended.append(weights)
+        except CacheError as error:
+            ended.append(str(error))
+
+    with ChunkWriter(cache, 3, weights="aa", commit_every=10) as writer:
+        writer.write(ALL[:60], maps_of(ALL[:60], 1))
+        thread = threading.Thread(target=make, args=["bb"])
+        thread.start()
+        thread.join()
+        assert refused in ended.pop()
+        with pytest.raises(CacheError, match=refused):
+            cache.begin_pass(4)
+        writer.write(ALL[60:], maps_of(ALL[60:], 1))
+    np.testing.assert_array_equal(cache.read(ALL)[0], maps_of(ALL, 1))
+    # One that failed, or that nobody has any more, keeps none from it.
+    with pytest.raises(KeyError), ChunkWriter(cache, 4, weights="aa"):
+        raise KeyError
+    ChunkWriter(cache, 4, weights="aa").__enter__()
+    with pytest.raises(ValueError, match="epoch must be"), ChunkWriter(cache, -1):
+        pass
+    make("bb")
+    assert ended == ["bb"]
+    cache.close()
+
+
+def test_passes_that_look_alike_are_told_by_what_differs(pair):
+    one, other = pair
+    alike = {"weights": "aa", "model": "m", "layer": "l", "method": "gradcam"}
+    for more, mine, others in (
+        ({"layer": "x"}, "layer l", "layer x"),
+        ({"method": "scorecam"}, "method gradcam", "method scorecam"),
+        ({"ids": [1, 2]}, "all samples", r"2 samples \([0-9a-f]{8}\)"),
+        ({"settings": {"amp": "bf16"}}, "amp none", "amp bf16"),
+    ):
+        one.begin_pass(3, settings=AMP, **alike)
+        other.begin_pass(3, **alike | more)
+        base = "epoch 3, model m, weights aa, "
+        with pytest.raises(CacheError, match=rf"\({base}{others}\).*\({base}{mine}\)"):
+            one.end_pass(3)
+    assert other.meta.epoch is None  # once its maps are withdrawn there is no pass to name
+    other._replace_meta(other.meta, replace(other.meta, under_way=None))
+    with pytest.raises(CacheError, match="another pass has been begun in saliency cache"):
+        one.end_pass(3)
+
+
+def test_maps_of_another_run_guide_no_run_that_is_resumed(guided, tmp_path, capsys):
+    def resumed(made):
+        again = guided(out, **saliency)
+        again.made = made
+        capsys.readouterr()
+        return again
+
+    gone = "no longer has the maps that this run made before its checkpoint"
+    for out, saliency in (
+        ("first", {"cache": str(tmp_path / "shared.lmdb"), "share": 0.5}),
+        ("second", {"share": 0.5}),
+    ):
+        first = guided(out, **saliency)
+        refresh(first, 2)
+        token = first.made
+        # Killed in its next pass, or after it.
+        again = resumed(token)
+        again.cache.begin_pass(4, weights="aa", ids=again.cache.stalest(3, epoch=4))
+        assert again.due(4) == 4
+        refresh(again, 4)
+        again = resumed(token)
+        assert again.due(4) == 4
+        refresh(again, 4)
+        assert again.cache.meta.part == 3
+        assert capsys.readouterr().err.count("note") == 0
+        # Another run has made a pass, or begun one.
+        for ends in (True, False):
+            again = resumed(token)
+            guided.pass_of("bb")
+            refresh(again, 4)
+            if not ends:
+                again.cache.begin_pass(6, weights="bb")
+            for made in (token, 2, *([4] if ends and "cache" in saliency else [])):
+                again = resumed(made)
+                assert again.due(4) == 4
+                said = capsys.readouterr().err
+                assert gone in said
+                assert ("saliency.cache of its own" in said) == ("cache" in saliency)
+        again.cache.begin_pass(4, weights="aa")  # killed
+        again = resumed(token)
+        refresh(again, again.due(4))
+        levels = again.cache.read(np.arange(5))[0]
+        assert (levels == levels[0, 0, 0]).all()
+        assert again.cache.meta.part is None
+        assert again.due(4) is None
+        # To an older version's run its epoch is enough where no other run comes.
+        older = resumed(4)
+        assert older.due(4) == (4 if "cache" in saliency else None)
+        assert capsys.readouterr().err.count("note") == 0
+        again.cache.close()
+
+
+class Extra(torch.nn.Linear):
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+def test_extra_state_tells_models_apart_and_is_stable():
+    def digest(extra):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(Extra(2, 2))
+        net[0].extra = extra
+        return weights_digest(net)
+
+    letters = "abcdefghij"
+    pairs = [
+        ({"scale": 1.0, "on": True}, {"on": True, "scale": 1.0}, {"scale": 2.0, "on": True}),
+        (set(letters), {*"jihgfedcba"}, set(letters[1:])),
+        ({"t": torch.ones(2)}, {"t": torch.ones(2)}, {"t": torch.zeros(2)}),
+        ([["a"], "b"], [["a"], "b"], [["a", "b"]]),
+        (np.arange(3), np.arange(3), np.arange(4)),
+        (io.BytesIO(b"x"), io.BytesIO(b"x"), io.BytesIO(b"y")),
+        (SimpleNamespace(a=1), SimpleNamespace(a=1), None),
+    ]
+    for one, same, other in pairs:
+        assert digest(one) == digest(same) != digest(other)
+    assert digest(set(letters)) == "a509ef69f710801ffd158310527e046d"
