@@ -201,7 +201,7 @@ def _asked(batches: Iterable[Batch], ids: Sequence[int]) -> Iterator[Batch]:
     """The batches, as long as they are of these samples in this order, and of all of them."""
     remedy = "read the ids that loader_for is given, all of them and in their order"
     check(batches is not None, f"loader_for returned None for {len(ids)} samples; {remedy}")
-    wanted = torch.tensor(ids)
+    wanted, whole = torch.tensor(ids), torch.tensor([0.0, 0.0, 1.0, 1.0])
     done = 0
     for batch in batches:
         given = batch.ids.long()
@@ -213,6 +213,13 @@ def _asked(batches: Iterable[Batch], ids: Sequence[int]) -> Iterator[Batch]:
             raise ValueError(
                 f"loader_for gave sample {int(given[place])} where sample {int(asked[place])} was "
                 f"asked for, as number {done + place + 1} of {len(ids)}; {remedy}"
+            )
+        altered = (batch.windows.float() != whole).any(1) | batch.flips | (batch.status != 0)
+        if altered.any():
+            raise ValueError(
+                f"loader_for gave sample {int(given[altered][0])} cropped, flipped, erased or "
+                "mixed, and maps are of whole images as they are: read them by a pipeline of "
+                "their own, which stretches them to the network's size"
             )
         if len(given) > same:
             raise ValueError(

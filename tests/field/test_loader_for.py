@@ -5,6 +5,8 @@ rank made all maps. The kind is that of https://github.com/NVIDIA/DALI/issues/25
 several GPUs went over the same samples instead of its part.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -94,3 +96,26 @@ def test_a_loader_that_was_read_already_is_told_at_the_next_pass(fresh, index, s
     with pytest.raises(ValueError, match="loader_for returned None for 50 samples"):
         make(fresh, index, lambda ids: None, epoch=4)
     assert (fresh.stamps() == 3).all()
+
+
+@pytest.mark.parametrize(
+    "altered",
+    [
+        {"windows": torch.tensor([[0.2, 0.2, 0.5, 0.5]])},
+        {"flips": torch.tensor([True])},
+        {"status": torch.tensor([1])},
+    ],
+    ids=["cropped", "flipped", "erased"],
+)
+def test_a_training_loader_is_told(fresh, index, sound, altered):  # noqa: F811
+    """Its crops would lie in the cache as maps of the whole."""
+
+    def training(ids):
+        for batch in sound(ids):
+            n = len(batch.ids)
+            yield replace(batch, **{name: value.repeat(n, *[1] * (value.ndim - 1))
+                                    for name, value in altered.items()})  # fmt: skip
+
+    with pytest.raises(ValueError, match="gave sample 0 cropped, flipped, erased or mixed, and ma"):
+        make(fresh, index, training)
+    assert (fresh.stamps() < 3).all()
