@@ -138,8 +138,8 @@ def _suggestions(model: nn.Module) -> str:
     if parameter is not None and parameter.device.type != "meta":
         for size in _sizes(model):
             with isolated(model, parameter.device.type):
-                channels = image_channels(model, parameter.new_zeros(1, 3, *size))
-                images = probe_images(parameter.new_empty(1, channels, *size))
+                colours = image_channels(model, parameter.new_zeros(1, 3, *size))
+                images = probe_images(parameter.new_empty(1, colours, *size))
                 name = serving_layer(model, images, channels)
             if name:
                 return name

@@ -8,7 +8,6 @@ which axes go with their sides. Tokens are those of the patches' convolution, af
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
@@ -62,16 +61,18 @@ def layout_of(
     found = readings(shape, size, leading, seen.convolved)
     if len(shape) == 4:
         found = _of_maps(found, shape, images, model, module, seen)
-    elif any(layout.axes == "[B,C,N]" for layout in found):
+    elif any(layout.axes == "[B,C,N]" for layout in found) and not _reorders(model):
         # Too rare to be taken for granted.
         found = _of_places(found, shape, images, model, module)
     given = f"layer {name!r} gives {list(shape)} for images {list(images.shape)}"
-    if len(found) == 1:
-        if _reorders(model) and not _local(found, images, model, module):
+    if found and _reorders(model):
+        found = _local(found, images, model, module)
+        if not found:
             raise ValueError(
                 f"{given}, whose tokens are not in the order of the image's rows; pass a layer "
                 "behind which they are, such as one of the last stage"
             )
+    if len(found) == 1:
         return found[0]
     if found:
         raise ValueError(
@@ -272,11 +273,17 @@ def _local(
     some places."""
     local = []
     for layout in found:
-        cells = math.prod(layout.grid)
+        cells, columns = math.prod(layout.grid), layout.grid[1]
+        slack = 1 if min(layout.grid) >= 8 else 0  # patches that overlap
         tried = sorted({(2 * k + 1) * cells // 16 for k in range(8)})
         changed = changes(model, module, images, layout.grid, tried)
         peaks = layout.maps(changed).sum(1).flatten(1).argmax(1).tolist()
-        if 2 * sum(map(operator.eq, peaks, tried)) > len(tried):
+        near = [
+            abs(peak // columns - cell // columns) <= slack
+            and abs(peak % columns - cell % columns) <= slack
+            for peak, cell in zip(peaks, tried, strict=True)
+        ]
+        if 2 * sum(near) > len(tried):
             local.append(layout)
     return local
 

@@ -64,7 +64,8 @@ def up_to(model: nn.Module, module: nn.Module, images: Tensor) -> Seen:
         raise _Reached
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4:
+        # Some convolve every patch by itself, as one of a larger batch.
+        if isinstance(output, Tensor) and output.ndim == 4 and len(output) == len(images):
             first.add(tuple(output.shape[1:]))
             if isinstance(module, nn.Conv2d):
                 convolved.append((output.shape[2], output.shape[3]))

@@ -150,6 +150,8 @@ def serving(model: nn.Module, images: Tensor) -> dict[str, int]:
             runs[name] += 1
             if not isinstance(output, Tensor) or output.ndim not in (3, 4):
                 return
+            if len(output) != len(images):
+                return
             if isinstance(module, nn.Conv2d) and output.ndim == 4:
                 convolved.append((output.shape[2], output.shape[3]))
             size = (images.shape[2], images.shape[3])
@@ -160,7 +162,7 @@ def serving(model: nn.Module, images: Tensor) -> dict[str, int]:
                 if layout.axes != "[B,C,N]"
                 and not (output.ndim == 4 and of_tokens(layout, size, leading, convolved))
             ]
-            if layouts and len(output) == len(images) and output.requires_grad:
+            if layouts and output.requires_grad:
                 found.append((name, output, layouts[0]))
 
         return hook
