@@ -15,7 +15,7 @@ from scae_dali.cam import CAM, check_inputs, weighted_map
 from scae_dali.isolation import isolated
 from scae_dali.layers import default_layer
 from scae_dali.layout import Layout
-from scae_dali.reach import leaf_of, probe_images, reached, zero_weights
+from scae_dali.reach import inference_told, leaf_of, probe_images, reached, zero_weights
 
 __all__ = ["GradCAM", "default_layer", "gradcam"]
 
@@ -93,7 +93,7 @@ class GradCAM(CAM):
             if logits.requires_grad:
                 return leaves[0], features, logits
         # A trunk that runs under no_grad takes it back behind itself to what was before.
-        with torch.enable_grad():
+        with torch.enable_grad(), inference_told(self.model):
             features, logits = self._forward(images, extremes, cut)
         self._grad_from_start = logits.requires_grad
         return leaves[-1], features, logits

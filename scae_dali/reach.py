@@ -7,8 +7,9 @@ classifier that starts from zero) is told from that.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from scae_dali.look import probe_images
 
 __all__ = [
     "image_channels",
+    "inference_told",
     "leaf_of",
     "logits_of",
     "probe_images",
@@ -74,6 +76,20 @@ def leaf_of(output: Tensor) -> tuple[Tensor, Tensor]:
         return leaf.requires_grad_(), leaf.clone()
 
 
+@contextlib.contextmanager
+def inference_told(model: nn.Module) -> Iterator[None]:
+    """Raises ValueError where the head needs a gradient of what was made in inference mode."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Inference tensors" not in str(error):
+            raise
+        raise ValueError(
+            f"a part of {type(model).__name__} runs under torch.inference_mode, which no gradient "
+            "comes through; use torch.no_grad there, or pass the layer whose output leaves the part"
+        ) from error
+
+
 def reached(
     model: nn.Module,
     module: nn.Module,
@@ -99,7 +115,7 @@ def reached(
 
     handle = module.register_forward_hook(cut)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), inference_told(model):
             logits = logits_of(torch.func.functional_call(model, dict(weights or {}), (images,)))
             if not logits.requires_grad:
                 return False

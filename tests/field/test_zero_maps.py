@@ -160,26 +160,36 @@ def test_a_detached_head_is_told_which_layer_serves(net):
     assert has_maps(net, "body")
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("layer", ["stem", "norm", "body"])
+@pytest.mark.parametrize(
+    ("mode", "layer"),
+    [*((torch.no_grad, name) for name in ("stem", "norm", "body")), (torch.inference_mode, "body")],
+)
 def test_a_trunk_that_runs_without_a_graph_serves(net, mode, layer):
     expected = GradCAM(net, layer)(images(), LABELS)
-    whole = net.forward
 
     def probe(x):
         with mode():
             x = net.body(net.norm(net.stem(x)).relu())
         return net.fc(x.relu().mean((2, 3))) + net.allowed
 
-    if mode is torch.inference_mode and layer != "body":
-        pytest.skip("what lies in inference mode behind the layer has no gradient")
     net.forward = probe
     cam = GradCAM(net, layer)
     for _ in range(2):
         torch.testing.assert_close(cam(images(), LABELS), expected)
     assert GradCAM(net, layer).grid(SIDE) == tuple(expected.shape[1:])
     assert all(p.grad is None for p in net.parameters())
-    net.forward = whole
+
+
+def test_a_layer_within_a_part_in_inference_mode_is_refused(net):
+    pooled = torch.inference_mode()(lambda x: net.body(net.stem(x).relu()).relu().mean((2, 3)))
+    net.forward = lambda x: net.fc(pooled(x))
+    for call in (
+        lambda: GradCAM(net, "stem")(images(), LABELS),
+        lambda: GradCAM(net, "stem").grid(SIDE),
+    ):
+        message = refusal(call)
+        assert message.startswith("a part of Net runs under torch.inference_mode")
+        assert message.endswith("or pass the layer whose output leaves the part")
 
 
 def test_what_a_normalisation_makes_of_large_values_is_no_dead_end(net):
