@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from scae_dali.isolation import isolated
 from scae_dali.layers import find_layer, serving_layer, unwrap
 from scae_dali.layout import Layout, layout_of
-from scae_dali.reach import logits_of, probe_images, require_finite
+from scae_dali.reach import image_channels, logits_of, probe_images, require_finite
 
 __all__ = ["CAM", "ROUNDING", "SaliencyMethod", "check_inputs", "weighted_map"]
 
@@ -81,8 +81,9 @@ class CAM(ABC):
         """
         height, width = (size, size) if isinstance(size, int) else size
         parameter = next(self.model.parameters())
-        images = probe_images(parameter.new_empty(1, 3, height, width), batch=1)
-        with isolated(self.model, images.device.type):
+        with isolated(self.model, parameter.device.type):
+            channels = image_channels(self.model, parameter.new_zeros(1, 3, height, width))
+            images = probe_images(parameter.new_empty(1, channels, height, width), batch=1)
             output, logits = self._forward(images, (0, 0), lambda output: output)
             layout = self._layout(output, images)
             if not (output.isfinite().all() and logits.isfinite().all()):
@@ -152,16 +153,22 @@ class CAM(ABC):
         labels: Tensor,
         logits: Tensor,
         require_content: Callable[[], None],
+        content: Tensor | None = None,
     ) -> None:
         """Raises ValueError where all maps of the first batch are zero, or all its logits not
         finite, and the fault is not the images'. require_content looks at what the method made the
-        maps of."""
+        maps of. content: bool[], whether the maps say anything of the classes; None: where any is
+        not zero."""
         # The weights are the same in a later batch, and the host would wait for it.
         if self._sound or not len(images):
             return
         finite = logits.isfinite()
         mapped, any_finite, scored = torch.stack(
-            [maps.any(), finite.all(1).any(), finite.gather(1, labels[:, None]).any()]
+            [
+                maps.any() if content is None else content,
+                finite.all(1).any(),
+                finite.gather(1, labels[:, None]).any(),
+            ]
         ).tolist()
         if not any_finite:
             # Minus infinity keeps a class out in some networks.
@@ -199,6 +206,13 @@ class CAM(ABC):
                 f"so every map would be zero; {self._remedy(probe)}, or take other weights"
             )
 
+    def _untrained(self, name: str) -> ValueError:
+        """Of a network whose weights called `name` are zero throughout."""
+        return ValueError(
+            f"{name!r} of {type(self.model).__name__} is zero throughout, so no map says anything: "
+            "the network is not trained; load its weights, or train it first"
+        )
+
     def _remedy(self, images: Tensor) -> str:
         """Which layer to pass instead, found out by trying; images: float[B,3,H,W]."""
         name = serving_layer(self.model, images, self._channels, unlike=self.layer)
@@ -211,7 +225,8 @@ class CAM(ABC):
             what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
                 f"the model must give logits [{batch},classes], or an object with such .logits; "
-                f"{type(self.model).__name__} gave {what}"
+                f"{type(self.model).__name__} gave {what}; wrap it in a module whose forward "
+                "returns the logits alone"
             )
         classes = logits.shape[1]
         for label in extremes:

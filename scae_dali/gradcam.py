@@ -15,7 +15,7 @@ from scae_dali.cam import CAM, check_inputs, weighted_map
 from scae_dali.isolation import isolated
 from scae_dali.layers import default_layer
 from scae_dali.layout import Layout
-from scae_dali.reach import probe_images, reached, zero_weights
+from scae_dali.reach import inference_told, leaf_of, probe_images, reached, zero_weights
 
 __all__ = ["GradCAM", "default_layer", "gradcam"]
 
@@ -50,24 +50,17 @@ class GradCAM(CAM):
     """
 
     method = "gradcam"
+    _grad_from_start = False  # whether the trunk itself decides that it runs without a graph
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         labels, extremes = check_inputs(images, labels)
-        leaves: list[Tensor] = []
-
-        def cut(output: Tensor) -> Tensor:
-            leaves.append(output.detach().requires_grad_())
-            torch.set_grad_enabled(True)  # for the head; isolated puts it back
-            # The head gets a copy: a leaf can't be changed in place, and some heads do.
-            return leaves[0].clone()
-
         with isolated(self.model, images.device.type):
-            features, logits = self._forward(images, extremes, cut)
+            leaf, features, logits = self._differentiable(images, extremes)
             # One-hot rows: the gradient of S^y of every image, in one sweep.
             rows = torch.zeros_like(logits).scatter_(1, labels[:, None], _SCORE_SCALE)
             gradients = None
             if logits.requires_grad:
-                (gradients,) = torch.autograd.grad(logits, leaves, rows, allow_unused=True)
+                (gradients,) = torch.autograd.grad(logits, [leaf], rows, allow_unused=True)
             layout = self._layout(features, images)
             if gradients is None:
                 raise self._unreached(layout, images)
@@ -81,6 +74,29 @@ class GradCAM(CAM):
                 lambda: self._require_slopes(features, slopes, layout, images),
             )
             return maps
+
+    def _differentiable(
+        self, images: Tensor, extremes: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's output as a leaf, its copy as the head read it, and the logits; call it in
+        `isolated`."""
+        leaves: list[Tensor] = []
+
+        def cut(output: Tensor) -> Tensor:
+            leaf, copy = leaf_of(output)
+            leaves.append(leaf)
+            torch.set_grad_enabled(True)  # for the head; isolated puts it back
+            return copy
+
+        if not self._grad_from_start:
+            features, logits = self._forward(images, extremes, cut)
+            if logits.requires_grad:
+                return leaves[0], features, logits
+        # A trunk that runs under no_grad takes it back behind itself to what was before.
+        with torch.enable_grad(), inference_told(self.model):
+            features, logits = self._forward(images, extremes, cut)
+        self._grad_from_start = logits.requires_grad
+        return leaves[-1], features, logits
 
     def _require_slopes(
         self, features: Tensor, slopes: Tensor, layout: Layout, images: Tensor
@@ -97,10 +113,7 @@ class GradCAM(CAM):
         self._require_use(layout, probe)
         zero = {name: value for name, value in zero_weights(self.model).items() if value.ndim > 1}
         if zero and reached(self.model, self._module, layout, probe, weights=zero):
-            raise ValueError(
-                f"{list(zero)[-1]!r} of {type(self.model).__name__} is zero throughout, so every "
-                "map would be: the network is not trained; load its weights, or train it first"
-            )
+            raise self._untrained(list(zero)[-1])
         raise ValueError(
             f"no gradient of the logits comes back to layer {self.layer!r}, whatever the images, "
             f"so every map would be zero: the units behind it are dead; {self._remedy(probe)}, or "
@@ -108,10 +121,13 @@ class GradCAM(CAM):
         )
 
     def _require_use(self, layout: Layout, images: Tensor) -> None:
-        # Noise in the place of the layer's output, and of weights that are zero: what is left is
-        # how the network is made.
+        # Noise in the place of weights that are zero, and of the layer's output where that lies in
+        # a dead part of what follows: what is left is how the network is made.
         weights = zero_weights(self.model)
-        if not reached(self.model, self._module, layout, images, weights=weights, features=False):
+        if not any(
+            reached(self.model, self._module, layout, images, weights=weights, features=features)
+            for features in (True, False)
+        ):
             raise self._unreached(layout, images)
 
     def _unreached(self, layout: Layout, images: Tensor) -> ValueError:

@@ -24,7 +24,7 @@ from scae_dali.layers import find_layer, unwrap
 from scae_dali.layout import Layout, layout_of
 from scae_dali.methods import Status
 from scae_dali.models import classifier_of
-from scae_dali.reach import logits_of, probe_images, require_finite, zero_weights
+from scae_dali.reach import image_channels, logits_of, probe_images, require_finite, zero_weights
 from scae_dali.records import Maps
 
 __all__ = ["Harvest", "crop_to_frame"]
@@ -197,7 +197,9 @@ class Harvest:
         """How the layer's output is read; raises ValueError unless the logits are classifier(mean
         of the features)."""
         weight = self._classifier.weight
-        images = probe_images(weight.new_empty(1, 3, size, size))
+        with isolated(model, weight.device.type):
+            channels = image_channels(model, weight.new_zeros(1, 3, size, size))
+        images = probe_images(weight.new_empty(1, channels, size, size))
         kept: list[Any] = []
         layout: Layout | None = None
         wanted: Tensor | None = None

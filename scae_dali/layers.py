@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from scae_dali.isolation import isolated
-from scae_dali.reach import probe_images, serving
+from scae_dali.reach import image_channels, probe_images, serving
 
 __all__ = ["default_layer", "find_layer", "serving_layer", "unwrap"]
 
@@ -137,8 +137,9 @@ def _suggestions(model: nn.Module) -> str:
     channels = linear[-1].in_features if linear else 0
     if parameter is not None and parameter.device.type != "meta":
         for size in _sizes(model):
-            images = probe_images(parameter.new_empty(1, 3, *size))
             with isolated(model, parameter.device.type):
+                colours = image_channels(model, parameter.new_zeros(1, 3, *size))
+                images = probe_images(parameter.new_empty(1, colours, *size))
                 name = serving_layer(model, images, channels)
             if name:
                 return name

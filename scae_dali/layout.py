@@ -1,20 +1,24 @@
 """How the output of a layer is read as maps: [B,C,h,w], [B,h,w,C], tokens [B,N,C] or [B,C,N].
 
 Shapes alone tell most outputs apart: a map has the images' aspect, and its channels rarely make one
-that has it too. Where two readings are left, the network is run once more, and shows which axes go
-with the image's sides. Tokens are those of the patches' convolution, after leading ones.
+that has it too. Where there is a doubt, the network is run on wider and taller images, and shows
+which axes go with their sides. Tokens are those of the patches' convolution, after leading ones.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-__all__ = ["Layout", "layout_of", "leading_tokens", "readings"]
+from scae_dali.look import CHANNELS_FIRST, Seen, changes, moved, up_to
+
+__all__ = ["Layout", "layout_of", "leading_tokens", "of_tokens", "readings"]
+
+# By so many cells rounding, and then borders without padding, may change a map's aspect.
+_CELLS = (2, 6)
 
 
 class Layout(NamedTuple):
@@ -46,23 +50,30 @@ def layout_of(
 ) -> Layout:
     """The layout of `module`, a layer of `model` called `name`, that gave `shape` for these images.
 
-    images: float[B,C,H,W]. Runs the model up to the layer where the shape does not settle it, so
-    call it within `isolated`. Raises ValueError where there is no reading, or more than one.
+    images: float[B,C,H,W]. Runs the model up to the layer, on one image or a few, so call it within
+    `isolated`. Raises ValueError where there is no reading, or more than one.
     """
     shape, size = tuple(shape), (images.shape[2], images.shape[3])
-    convolved: list[tuple[int, int]] = []
-    if len(shape) == 3:
-        _, convolved = _up_to(model, module, images[:1])
-    found = readings(shape, size, leading_tokens(model), convolved)
-    if len(found) > 1 and len(shape) == 4:
-        found = _moving(found, shape, images, model, module) or found
-    if any(layout.axes == "[B,C,N]" for layout in found):
+    leading = leading_tokens(model)
+    if len(shape) == 4 and _plain(shape, size, leading):
+        return Layout("[B,C,h,w]", (shape[2], shape[3]))
+    seen = up_to(model, module, images[:1])
+    found = readings(shape, size, leading, seen.convolved)
+    if len(shape) == 4:
+        found = _of_maps(found, shape, images, model, module, seen)
+    elif any(layout.axes == "[B,C,N]" for layout in found) and not _reorders(model):
         # Too rare to be taken for granted.
-        moving = _moving(found, shape, images, model, module)
-        found = moving or (found if len(found) > 1 else [])
+        found = _of_places(found, shape, images, model, module)
+    given = f"layer {name!r} gives {list(shape)} for images {list(images.shape)}"
+    if found and _reorders(model):
+        found = _local(found, images, model, module)
+        if not found:
+            raise ValueError(
+                f"{given}, whose tokens are not in the order of the image's rows; pass a layer "
+                "behind which they are, such as one of the last stage"
+            )
     if len(found) == 1:
         return found[0]
-    given = f"layer {name!r} gives {list(shape)} for images {list(images.shape)}"
     if found:
         raise ValueError(
             f"{given}, which may be {' or '.join(map(str, found))}; pass another layer, or images "
@@ -91,7 +102,7 @@ def readings(
     if len(shape) == 4:
         _, a, b, c = shape
         both = (Layout("[B,C,h,w]", (b, c)), Layout("[B,h,w,C]", (a, b)))
-        for cells in (2, 6):  # that rounding, and borders without padding, may make a difference of
+        for cells in _CELLS:
             found = [layout for layout in both if _of_aspect(layout.grid, size, cells)]
             if found:
                 return found
@@ -106,16 +117,43 @@ def readings(
         for number in leading
         if shape[1] - number == math.prod(grid)
     ]
-    if made:
-        return made
-    # No convolution made the patches: they were cut out, or merged from those of one.
-    most = max(map(math.prod, grids), default=shape[1])
+    most = max(map(math.prod, grids), default=max(shape))
+    if not made:  # No convolution made the patches: they were cut out, or merged from those of one.
+        made = [
+            Layout("[B,N,C]", grid, number)
+            for number in leading
+            if shape[1] - number <= most and (grid := _grid_of(shape[1] - number, size))
+        ]
     flat = [Layout("[B,C,N]", grid) for grid in grids if shape[2] == math.prod(grid)]
-    return flat + [
-        Layout("[B,N,C]", grid, number)
-        for number in leading
-        if shape[1] - number <= most and (grid := _grid_of(shape[1] - number, size))
-    ]
+    if not flat and shape[2] <= most and (grid := _grid_of(shape[2], size)):
+        flat = [Layout("[B,C,N]", grid)]  # pooled
+    return flat + made
+
+
+def of_tokens(
+    layout: Layout,
+    size: tuple[int, int],
+    leading: Iterable[int],
+    convolved: Iterable[tuple[int, int]],
+) -> bool:
+    """Whether a side of the map is as long as there are tokens, and no convolution gave such a map:
+    then it may be an attention matrix, or one head's part of the tokens."""
+    leading = list(leading)
+    known: dict[tuple[int, int], None] = {}
+
+    def suspect(grid: tuple[int, int], grids: Iterable[tuple[int, int]]) -> bool:
+        counts = {math.prod(one) + n for one in grids for n in leading if math.prod(one) > 1}
+        return grid not in known and not counts.isdisjoint(grid)
+
+    patches: dict[tuple[int, int], None] = {}
+    for grid in convolved:
+        if not suspect(grid, patches):  # a convolution may run over attention matrices
+            patches[grid] = None
+            known.update(dict.fromkeys(_halved(grid)))
+    h, w = layout.grid
+    # Of patches that were cut out.
+    matrix = h == w and any(number and _grid_of(h - number, size) for number in leading)
+    return layout.grid not in known and (matrix or suspect(layout.grid, known))
 
 
 def leading_tokens(model: nn.Module) -> list[int]:
@@ -149,56 +187,107 @@ def _grid_of(patches: int, size: tuple[int, int]) -> tuple[int, int] | None:
     return (h * times, w * times) if h * w * times**2 == patches else None
 
 
-def _moving(
+def _plain(shape: tuple[int, ...], size: tuple[int, int], leading: Iterable[int]) -> bool:
+    """Whether a 4-D shape is [B,C,h,w] of a square image, and neither side a number of tokens."""
+    if size[0] != size[1] or shape[1] == shape[2] or shape[2] != shape[3]:
+        return False
+    return not any(_grid_of(shape[2] - number, size) for number in leading)
+
+
+def _halved(grid: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """A grid, and those that merging or pooling by 2 makes of it, rounded either way."""
+    grids = {grid}
+    while grids:
+        yield from grids
+        grids = {
+            half
+            for h, w in grids
+            if max(h, w) > 1
+            for half in ((-(-h // 2), -(-w // 2)), (max(h // 2, 1), max(w // 2, 1)))
+        }
+
+
+def _of_maps(
+    found: list[Layout],
+    shape: tuple[int, ...],
+    images: Tensor,
+    model: nn.Module,
+    module: nn.Module,
+    seen: Seen,
+) -> list[Layout]:
+    """What is left of the readings of a 4-D shape, or is added to them, by how it was made and by
+    what moves where the images become wider or taller."""
+    _, a, b, c = shape
+    first, last = Layout("[B,C,h,w]", (b, c)), Layout("[B,h,w,C]", (a, b))
+    size, leading = (images.shape[2], images.shape[3]), leading_tokens(model)
+    as_tokens = [one for one in (first, last) if of_tokens(one, size, leading, seen.convolved)]
+    if found == [first] and first not in as_tokens and _of_aspect(first.grid, size, _CELLS[0]):
+        return found
+    looks = {along: moved(model, module, shape, images, along) for along in (3, 2)}
+    told = {along: axes for along, axes in looks.items() if axes is not None}
+    if any(told.values()):
+        grows = {first: {3: [3], 2: [2]}, last: {3: [2], 2: [1]}}
+        backed = [one for one in found if one not in as_tokens]
+        if (a, b, c) in seen.first and first not in as_tokens:
+            backed.append(first)
+        # What neither the aspect nor a convolution speaks for must have moved in both directions.
+        return [
+            one
+            for one in (first, last)
+            if (one in backed or len(told) == 2)
+            and all(
+                axes == grows[one][along] or (not axes and one in backed)
+                for along, axes in told.items()
+            )
+        ]
+    # The network takes no other size, or the map has the same size whatever the images'.
+    found = [one for one in found if told or one not in as_tokens]
+    if first in as_tokens and not told:
+        return found
+    by_class = isinstance(module, CHANNELS_FIRST)
+    if by_class or ((a, b, c) in seen.first and (c, a, b) not in seen.first):
+        return [first]
+    return found
+
+
+def _of_places(
     found: list[Layout],
     shape: tuple[int, ...],
     images: Tensor,
     model: nn.Module,
     module: nn.Module,
 ) -> list[Layout]:
-    """The reading in which the one axis that grows where the images become wider is that of the
-    columns or places; none where the network does not take such images."""
-    wide = torch.cat([images[:1], images[:1]], 3)
-    try:
-        other, _ = _up_to(model, module, wide)
-    except Exception:  # whatever a network says to a size that it was not made for
-        return []
-    if other is None or len(other) != len(shape):
-        return []
-    moved = [axis for axis in range(1, len(shape)) if other[axis] != shape[axis]]
-    grows = {"[B,C,h,w]": 3, "[B,h,w,C]": 2, "[B,N,C]": 1, "[B,C,N]": 2}
-    return [layout for layout in found if moved == [grows[layout.axes]]]
+    """What is left of the readings of [B,N,C] or [B,C,N]: those whose axis of places grows where
+    the images do, or else those that change where the images do; all where neither tells."""
+    axes = moved(model, module, shape, images, 3)
+    if axes:
+        places = {"[B,N,C]": [1], "[B,C,N]": [2]}
+        return [layout for layout in found if axes == places[layout.axes]]
+    return _local(found, images, model, module) or (found if len(found) > 1 else [])
 
 
-class _Reached(Exception):  # noqa: N818 - no error: the layer has run
-    pass
+def _local(
+    found: list[Layout], images: Tensor, model: nn.Module, module: nn.Module
+) -> list[Layout]:
+    """The readings by which the layer changes most at that place where the image does, for most of
+    some places."""
+    local = []
+    for layout in found:
+        cells, columns = math.prod(layout.grid), layout.grid[1]
+        slack = 1 if min(layout.grid) >= 8 else 0  # patches that overlap
+        tried = sorted({(2 * k + 1) * cells // 16 for k in range(8)})
+        changed = changes(model, module, images, layout.grid, tried)
+        peaks = layout.maps(changed).sum(1).flatten(1).argmax(1).tolist()
+        near = [
+            abs(peak // columns - cell // columns) <= slack
+            and abs(peak % columns - cell % columns) <= slack
+            for peak, cell in zip(peaks, tried, strict=True)
+        ]
+        if 2 * sum(near) > len(tried):
+            local.append(layout)
+    return local
 
 
-def _up_to(
-    model: nn.Module, module: nn.Module, images: Tensor
-) -> tuple[tuple[int, ...] | None, list[tuple[int, int]]]:
-    """The shape that `module` gives, and (h, w) of the convolutions that ran before it."""
-    shapes: list[tuple[int, ...]] = []
-    convolved: list[tuple[int, int]] = []
-
-    def stop(module: nn.Module, args: Any, output: Any) -> None:
-        shapes.append(tuple(output.shape))
-        raise _Reached
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        if output.ndim == 4:
-            convolved.append((output.shape[2], output.shape[3]))
-
-    hooks: list[tuple[nn.Module, Callable[..., None]]] = [
-        (convolution, note) for convolution in model.modules() if isinstance(convolution, nn.Conv2d)
-    ]
-    handles = [one.register_forward_hook(hook) for one, hook in [*hooks, (module, stop)]]
-    try:
-        with torch.no_grad():
-            model(images)
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return (shapes[0] if shapes else None), convolved
+def _reorders(model: nn.Module) -> bool:
+    """Whether the network brings its tokens into an order of its own, as Hiera's mask units are."""
+    return any(type(module).__name__ in ("Unroll", "Reroll") for module in model.modules())

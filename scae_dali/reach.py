@@ -7,30 +7,87 @@ classifier that starts from zero) is told from that.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
-from scae_dali.layout import Layout, leading_tokens, readings
+from scae_dali.layout import Layout, leading_tokens, of_tokens, readings
+from scae_dali.look import probe_images
 
-__all__ = ["logits_of", "probe_images", "reached", "require_finite", "serving", "zero_weights"]
+__all__ = [
+    "image_channels",
+    "inference_told",
+    "leaf_of",
+    "logits_of",
+    "probe_images",
+    "reached",
+    "require_finite",
+    "serving",
+    "zero_weights",
+]
 
 # Keeps fp16 gradients out of the subnormal range, as in `gradcam`.
 _SCALE = 1024.0
 
 
-def probe_images(like: Tensor, batch: int = 2) -> Tensor:
-    """float[batch, ...]: of the size, type and device of `like`, float[B,C,H,W]; in turn normal
-    noise of every pixel, and smooth."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, *like.shape[1:], generator=generator)
-    coarse = torch.randn(batch, like.shape[1], 4, 4, generator=generator)
-    images[1::2] = interpolate(coarse[1::2], like.shape[2:], mode="bicubic")
-    return images.to(like.device, like.dtype)
+def image_channels(model: nn.Module, like: Tensor) -> int:
+    """Channels of the images that the first convolution to run takes; 3 where none says so.
+
+    like: float[B,3,H,W], of the images' size. Call it in `isolated`.
+    """
+    first = next((one for one in model.modules() if isinstance(one, nn.Conv2d)), None)
+    if first is None or first.in_channels == 3:
+        return 3
+    channels: list[int] = []
+
+    def told(module: nn.Module, args: Any) -> None:
+        if not channels and args and args[0].shape[1:2] == like.shape[1:2]:
+            channels.append(getattr(module, "in_channels", 3))
+        raise _Told
+
+    handles = [
+        module.register_forward_pre_hook(told)
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    try:
+        model(like[:1])
+    except Exception:  # the question is only what the first convolution takes
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return channels[0] if channels else 3
+
+
+class _Told(Exception):  # noqa: N818 - no error: the first convolution is about to run
+    pass
+
+
+def leaf_of(output: Tensor) -> tuple[Tensor, Tensor]:
+    """A leaf of the layer's values, and the copy of it that the head gets: a leaf can't be changed
+    in place, and some heads do. Both take part in a graph, also where the network forbids one."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = output.clone() if output.is_inference() else output.detach()
+        return leaf.requires_grad_(), leaf.clone()
+
+
+@contextlib.contextmanager
+def inference_told(model: nn.Module) -> Iterator[None]:
+    """Raises ValueError where the head needs a gradient of what was made in inference mode."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Inference tensors" not in str(error):
+            raise
+        raise ValueError(
+            f"a part of {type(model).__name__} runs under torch.inference_mode, which no gradient "
+            "comes through; use torch.no_grad there, or pass the layer whose output leaves the part"
+        ) from error
 
 
 def reached(
@@ -50,13 +107,15 @@ def reached(
     leaves: list[Tensor] = []
 
     def cut(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        value = output.detach() if features else _noise(tuple(output.shape), output)
-        leaves.append(value.requires_grad_())
-        return leaves[-1].clone()
+        value = output if features else _noise(tuple(output.shape), output)
+        leaf, copy = leaf_of(value)
+        leaves.append(leaf)
+        torch.set_grad_enabled(True)  # for what follows, also in a part that forbids a graph
+        return copy
 
     handle = module.register_forward_hook(cut)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), inference_told(model):
             logits = logits_of(torch.func.functional_call(model, dict(weights or {}), (images,)))
             if not logits.requires_grad:
                 return False
@@ -107,13 +166,19 @@ def serving(model: nn.Module, images: Tensor) -> dict[str, int]:
             runs[name] += 1
             if not isinstance(output, Tensor) or output.ndim not in (3, 4):
                 return
+            if len(output) != len(images):
+                return
             if isinstance(module, nn.Conv2d) and output.ndim == 4:
                 convolved.append((output.shape[2], output.shape[3]))
             size = (images.shape[2], images.shape[3])
-            layouts = readings(tuple(output.shape), size, leading, convolved)
-            if not layouts or layouts[0].axes == "[B,C,N]":  # which the shape does not tell
-                return
-            if len(output) == len(images) and output.requires_grad:
+            # The shape does not tell [B,C,N], nor a map from an attention matrix.
+            layouts = [
+                layout
+                for layout in readings(tuple(output.shape), size, leading, convolved)
+                if layout.axes != "[B,C,N]"
+                and not (output.ndim == 4 and of_tokens(layout, size, leading, convolved))
+            ]
+            if layouts and output.requires_grad:
                 found.append((name, output, layouts[0]))
 
         return hook

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import interpolate
 
 from scae_dali.cam import CAM, ROUNDING, check_inputs, weighted_map
 from scae_dali.isolation import isolated
+from scae_dali.reach import logits_of, probe_images, zero_weights
 
 __all__ = ["ScoreCAM"]
 
@@ -43,11 +45,32 @@ class ScoreCAM(CAM):
         with isolated(self.model, images.device.type):
             output, logits = self._forward(images, extremes, lambda output: output)
             features = self._layout(output, images).maps(output)
-            maps = weighted_map(self._weights(images, labels, features), features)
+            alpha = self._weights(images, labels, features)
+            maps = weighted_map(alpha, features)
+            # Channels that weigh the same say nothing of the class.
+            lightest = torch.where(alpha > 0, alpha, torch.inf).amin(1)
+            content = maps.any() & (alpha.amax(1) > lightest).any()
             self._require_maps(
-                maps, images, labels, logits, lambda: self._require_variation(features, images)
+                *(maps, images, labels, logits),
+                lambda: self._require_response(features, images),
+                content,
             )
             return maps
+
+    def _require_response(self, features: Tensor, images: Tensor) -> None:
+        """Raises ValueError where the layer is the same at every place, or the logits are the same,
+        whatever the images. features: float[B,C,h,w], of these images."""
+        self._require_variation(features, images)
+        probe = probe_images(images)
+        if _differ(logits_of(self.model(probe))):
+            return
+        zero = {name: value for name, value in zero_weights(self.model).items() if value.ndim > 1}
+        if zero and _differ(logits_of(functional_call(self.model, zero, (probe,)))):
+            raise self._untrained(list(zero)[-1])
+        raise ValueError(
+            f"the logits of {type(self.model).__name__} are the same whatever the images, so no "
+            "map says anything: its units are dead; take other weights"
+        )
 
     def _weights(self, images: Tensor, labels: Tensor, features: Tensor) -> Tensor:
         """alpha f32[B,C], which sums to 1; NaN, of which no map comes, where no channel varies."""
@@ -64,6 +87,11 @@ class ScoreCAM(CAM):
             scores[b, k] = logits.gather(1, labels[b, None])[:, 0].float()
         # S^y(X_b) is one number an image: the softmax does not see it.
         return scores.softmax(1)
+
+
+def _differ(logits: Tensor) -> bool:
+    """Whether those of the first image are not those of the second."""
+    return not torch.equal(logits[0], logits[1])
 
 
 def _masks(channels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RANKS = [
-    {"scae_dali.config", "scae_dali.rng", "scae_dali.isolation", "scae_dali.layout"},
-    {"scae_dali.scan", "scae_dali.cache_meta", "scae_dali.records", "scae_dali.longtail"},
+    {"scae_dali.config", "scae_dali.rng", "scae_dali.isolation", "scae_dali.look"},
+    {f"scae_dali.{name}" for name in ("scan", "cache_meta", "records", "longtail", "layout")},
     {"scae_dali.names", "scae_dali.reach"},
     {"scae_dali.dataset", "scae_dali.schedule", "scae_dali.store", "scae_dali.layers"},
     {f"scae_dali.{name}" for name in ("resident", "chunk_writer", "cam", "limits")},

@@ -3,7 +3,9 @@
 Swin gives [B,h,w,C], and a vision transformer tokens: people reshape them by hand, for one grid and
 one class token, and get the wrong axes or an error for another shape of image
 (https://github.com/jacobgil/pytorch-grad-cam/issues/452, /84 and /426). Here [1,7,14,768] of a
-224x448 image was read as 768 columns, and 8x18 patches as a square of 12.
+224x448 image was read as 768 columns, and 8x18 patches as a square of 12. What has the shape of a
+map need not be one: attention matrices, and tokens in the order of Hiera's mask units
+(https://github.com/facebookresearch/hiera/issues/43), were taken for maps; found by trying.
 """
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 import torchvision.models as tv
 from conftest import batch_of
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.hiera import Hiera
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -264,6 +267,195 @@ class Flat(nn.Module):
 def test_places_in_the_last_axis(size):
     grid = (size[0] // 8, size[1] // 8)
     assert_by_hand(Flat(), "body", size, lambda output: output.unflatten(2, grid), grid)
+
+
+class Pooled(nn.Module):
+    """Convolutions, and then a map of `channels` with its places in one axis; `only`: no other size
+    of images."""
+
+    def __init__(self, channels, strides, pool=1, only=None):
+        super().__init__()
+        torch.manual_seed(0)
+        inputs = [3, *[8] * (len(strides) - 1)]
+        outputs = [*inputs[1:], channels]
+        self.convolutions = nn.Sequential(
+            *(nn.Conv2d(a, b, 3, s, 1) for a, b, s in zip(inputs, outputs, strides, strict=True))
+        )
+        self.norm = nn.BatchNorm1d(channels)
+        self.fc = nn.Linear(channels, CLASSES)
+        self.pool, self.only = pool, only
+
+    def forward(self, x):
+        assert self.only is None or x.shape[2:] == self.only
+        x = nn.functional.avg_pool2d(self.convolutions(x), self.pool)
+        return self.fc(self.norm(x.flatten(2)).relu().mean(2))
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "size", "strides", "pool"),
+    [
+        (256, (64, 64), [2, 2, 2], 1),  # a convolution before gave 16x16 cells
+        (128, (32, 64), [2, 2, 2], 1),  # 8x16
+        (64, (64, 64), [2, 2, 2], 1),  # as many channels as places
+        (72, (24, 48), [2, 2], 1),  # 6x12, the same
+        (64, (32, 32), [2, 2], 2),  # pooled without a module
+    ],
+)
+def test_places_in_the_last_axis_of_channels_that_would_make_a_map(
+    channels, size, strides, pool, fixed
+):
+    model = Pooled(channels, strides, pool, size if fixed else None).eval()
+    h, w = (side // 2 ** len(strides) // pool for side in size)
+    assert_by_hand(model, "norm", size, lambda output: output.unflatten(2, (h, w)), (h, w))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_as_many_tokens_as_channels(dynamic):
+    model = timm_vit(size=(32, 32), class_token=False, global_pool="avg", dynamic_img_size=dynamic)
+    for layer in ("blocks.0", "blocks.1.norm1"):
+        assert_by_hand(model, layer, (32, 32), tokens_to((4, 4), 0), (4, 4))
+
+
+class Blind(nn.Module):
+    """[B,64,64] of which every place sees the mean of the image alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution = nn.Conv2d(3, 64, 8, 8)
+        self.body = nn.Flatten(2)
+        self.fc = nn.Linear(64, CLASSES)
+
+    def forward(self, x):
+        assert x.shape[2:] == (64, 64)
+        return self.fc(self.body(self.convolution(x.mean((2, 3), True).expand_as(x))).mean(2))
+
+
+def test_places_and_channels_that_nothing_tells_apart_are_both_named():
+    cam = GradCAM(Blind(), "body")
+    with pytest.raises(
+        ValueError, match=r"may be \[B,C,N\] with maps of 8x8 or \[B,N,C\] with maps of 8x8"
+    ):
+        cam(*pictures((64, 64)))
+
+
+# ---- strides and poolings that change the aspect
+
+
+class Squeezed(nn.Module):
+    """A convolution that makes rows fewer than columns, or the other way round."""
+
+    def __init__(self, channels, stride, last=False, only=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution = nn.Conv2d(3, channels, 3, stride, 1)
+        self.body = nn.Identity()
+        self.fc = nn.Linear(channels, CLASSES)
+        self.last, self.only = last, only
+
+    def forward(self, x):
+        assert self.only is None or x.shape[2:] == self.only
+        x = self.convolution(x)
+        x = self.body(x.permute(0, 2, 3, 1) if self.last else x).relu()
+        return self.fc(x.mean((1, 2) if self.last else (2, 3)))
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "stride", "size"),
+    [
+        (8, (2, 1), (32, 128)),  # [B,8,16,128] has the aspect, but for some cells, as 8x16
+        (4, (2, 1), (32, 128)),  # exactly
+        (8, (4, 1), (32, 128)),
+        (8, (4, 1), (64, 64)),
+        (16, (2, 1), (64, 256)),
+        (8, (1, 2), (128, 32)),
+    ],
+)
+def test_strides_that_change_the_aspect(channels, stride, size, last):
+    grid = (size[0] // stride[0], size[1] // stride[1])
+    to_map = (lambda output: output.permute(0, 3, 1, 2)) if last else (lambda output: output)
+    assert_by_hand(Squeezed(channels, stride, last), "body", size, to_map, grid)
+    if not last:
+        assert_by_hand(Squeezed(channels, stride), "convolution", size, to_map, grid)
+        fixed = Squeezed(channels, stride, only=size)
+        assert_by_hand(fixed, "body", size, to_map, grid)
+
+
+@pytest.mark.parametrize("grid", [(4, 8), (3, 5), (5, 5)])
+@pytest.mark.parametrize("size", [(64, 64), (32, 64)])
+def test_poolings_to_any_size(grid, size):
+    torch.manual_seed(0)
+    pool = nn.AdaptiveAvgPool2d(grid)
+    head = nn.Linear(8 * grid[0] * grid[1], CLASSES)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), pool, nn.Flatten(), head).eval()
+    assert_by_hand(model, "2", size, lambda output: output, grid)
+
+
+# ---- what has a map's shape and is none
+
+
+@pytest.mark.parametrize(
+    ("layer", "more"),
+    [
+        ("blocks.0.attn.attn_drop", {}),  # [B,heads,17,17]
+        ("blocks.0.attn.attn_drop", {"class_token": False, "global_pool": "avg"}),
+        ("blocks.0.attn.k_norm", {"embed_dim": 34}),  # [B,2,17,17]
+        ("blocks.0.attn.k_norm", {"embed_dim": 32, "class_token": False, "global_pool": "avg"}),
+        ("blocks.0.attn.k_norm", {"embed_dim": 64, "num_heads": 16}),  # [B,16,17,4]
+        ("blocks.0.attn.attn_drop", {"dynamic_img_size": True}),
+        ("blocks.0.attn.k_norm", {"embed_dim": 34, "dynamic_img_size": True}),
+    ],
+)
+def test_attention_matrices_and_the_heads_parts_of_tokens_are_refused(layer, more):
+    torch.manual_seed(0)
+    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    model = VisionTransformer(**{**settings, **more}, num_classes=CLASSES, qk_norm=True).eval()
+    model.blocks[0].attn.fused_attn = False
+    with pytest.raises(ValueError, match=f"'{layer}' gives .* which is no feature map"):
+        GradCAM(model, layer)(*pictures((32, 32)))
+
+
+class Matrix(nn.Module):
+    """A class token that attends to patches, which no convolution made; softmax is a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = Cut(1)
+        self.query = nn.Linear(16, 16)
+        self.softmax = nn.Softmax(-1)
+
+    def forward(self, x):
+        x = self.tokens.patches(nn.functional.unfold(x, 8, stride=8).transpose(1, 2))
+        x = torch.cat([self.tokens.tokens.expand(len(x), -1, -1), x], 1)
+        matrix = (self.query(x) @ x.transpose(1, 2))[:, None].expand(-1, 2, -1, -1)
+        return self.tokens.fc((self.softmax(matrix).mean(1) @ x)[:, 0])
+
+
+def test_an_attention_matrix_is_not_suggested():
+    with pytest.raises(ValueError, match="no default layer is known") as caught:
+        GradCAM(Matrix())
+    assert str(caught.value).endswith("such as tokens.patches")
+
+
+def test_tokens_in_an_order_of_their_own_are_refused():
+    torch.manual_seed(0)
+    model = Hiera(
+        img_size=(64, 64),
+        num_classes=CLASSES,
+        embed_dim=16,
+        num_heads=1,
+        stages=(1, 1, 1),
+        q_pool=2,
+        mask_unit_size=(4, 4),
+        mask_unit_attn=(True, True, False),
+    ).eval()
+    nn.init.normal_(model.head.fc.weight)
+    with pytest.raises(ValueError, match=r"'blocks.0' .* not in the order of the image's rows"):
+        GradCAM(model, "blocks.0")(*pictures((64, 64)))
+    assert_by_hand(model, "blocks.2", (64, 64), tokens_to((4, 4), 0), (4, 4))
+    assert_by_hand(model, "patch_embed", (64, 64), tokens_to((16, 16), 0), (16, 16))
 
 
 # ---- what is gathered in training

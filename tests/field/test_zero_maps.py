@@ -3,7 +3,8 @@
 Behind a transformer's last attention only the class token goes on to the head, so the patches'
 gradient is exactly zero: people who chose the last block got empty heat maps and no error
 (https://github.com/jacobgil/pytorch-grad-cam/issues/363 and /513). Weights of NaN, a classifier
-that starts from zero and dead layers do the same; these were found by trying.
+that starts from zero and dead layers do the same; these were found by trying. A trunk that runs
+under no_grad is suspected in https://github.com/jacobgil/pytorch-grad-cam/issues/511.
 """
 
 import re
@@ -159,6 +160,67 @@ def test_a_detached_head_is_told_which_layer_serves(net):
     assert has_maps(net, "body")
 
 
+@pytest.mark.parametrize(
+    ("mode", "layer"),
+    [*((torch.no_grad, name) for name in ("stem", "norm", "body")), (torch.inference_mode, "body")],
+)
+def test_a_trunk_that_runs_without_a_graph_serves(net, mode, layer):
+    expected = GradCAM(net, layer)(images(), LABELS)
+
+    def probe(x):
+        with mode():
+            x = net.body(net.norm(net.stem(x)).relu())
+        return net.fc(x.relu().mean((2, 3))) + net.allowed
+
+    net.forward = probe
+    cam = GradCAM(net, layer)
+    for _ in range(2):
+        torch.testing.assert_close(cam(images(), LABELS), expected)
+    assert GradCAM(net, layer).grid(SIDE) == tuple(expected.shape[1:])
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_layer_within_a_part_in_inference_mode_is_refused(net):
+    pooled = torch.inference_mode()(lambda x: net.body(net.stem(x).relu()).relu().mean((2, 3)))
+    net.forward = lambda x: net.fc(pooled(x))
+    for call in (
+        lambda: GradCAM(net, "stem")(images(), LABELS),
+        lambda: GradCAM(net, "stem").grid(SIDE),
+    ):
+        message = refusal(call)
+        assert message.startswith("a part of Net runs under torch.inference_mode")
+        assert message.endswith("or pass the layer whose output leaves the part")
+
+
+def test_what_a_normalisation_makes_of_large_values_is_no_dead_end(net):
+    net.forward = lambda x: net.fc(net.norm(net.stem(x)).relu().mean((2, 3)))
+    with torch.no_grad():
+        net.stem.bias.fill_(30)
+        net.norm.running_mean.fill_(30)
+    assert has_maps(net, "stem")
+    assert GradCAM(net, "stem").grid(SIDE) == (16, 16)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 13])
+def test_images_of_other_channels(net, channels):
+    net.stem = nn.Conv2d(channels, 8, 3, 2, 1)
+    for make in (GradCAM, ScoreCAM):
+        assert make(net, "body").grid((SIDE, 2 * SIDE)) == (8, 16)
+    assert refusal(lambda: default_layer(net)).endswith("such as body")
+
+
+@pytest.mark.parametrize("wrap", [lambda x: (x, x), lambda x: {"logits": x}])
+def test_a_network_that_gives_more_than_logits_is_told_what_to_do(net, wrap):
+    whole = net.forward
+    net.forward = lambda x: wrap(whole(x))
+    for call in (
+        lambda: GradCAM(net, "body")(images(), LABELS),
+        lambda: GradCAM(net, "body").grid(SIDE),
+    ):
+        message = refusal(call)
+        assert message.endswith("wrap it in a module whose forward returns the logits alone")
+
+
 # ---- weights that are zero, and units that are dead
 
 
@@ -173,6 +235,21 @@ def test_a_network_whose_head_starts_from_zero_is_told_from_a_wrong_layer():
     )
     nn.init.normal_(model.heads.head.weight)
     assert has_maps(model, None)
+
+
+@pytest.mark.parametrize("make", [GradCAM, ScoreCAM])
+def test_a_head_of_zero_is_refused_by_its_name(net, make):
+    nn.init.zeros_(net.fc.weight)
+    assert make(net, "body").grid(SIDE) == (8, 8)
+    message = refusal(lambda: make(net, "body")(images(), LABELS))
+    assert message.startswith("'fc.weight' of Net is zero throughout")
+
+
+def test_logits_that_are_the_same_whatever_the_images_are_refused_without_gradients(net):
+    with torch.no_grad():
+        net.body.bias.fill_(-1e4)
+    message = refusal(lambda: ScoreCAM(net, "body")(images(), LABELS))
+    assert "the logits of Net are the same whatever the images" in message
 
 
 def test_images_and_classes_without_a_map_are_no_fault(net):
