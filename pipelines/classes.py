@@ -70,13 +70,15 @@ def check_list_and_folders(listed: str, index: ImageIndex, folders: ImageIndex) 
     if whole.keys() & places.keys():  # then a folder that the other split lacks is a class too
         found = {name: whole[name] for name in _only_names(whole).values()} | found
     same = sum(one.label == places.get(name) for name, one in found.items())
-    all_once = found.keys() == places.keys() == {key(folders.classes[one.label]) for one in
-                                                 found.values() if one.label is not None}  # fmt: skip
+    labels = {one.label for one in found.values()}
+    all_once = found.keys() == places.keys() and len(labels) == len(places)
     if all_once or _are_classes(found, same):
         for name, one in sorted(found.items(), key=lambda pair: (pair[1].label, pair[1].sample)):
             if one.label == places.get(name):
                 continue
-            own = f"{one.shown!r} is {places[name]}" if name in places else f"it has no {one.shown!r}"
+            own = (
+                f"{one.shown!r} is {places[name]}" if name in places else f"it has no {one.shown!r}"
+            )
             raise DatasetError(
                 f"label {one.label} is {one.shown!r} in {listed!r} ({index.files[one.sample]!r}), "
                 f"but folder {folders.classes[one.label or 0]!r} in {folders.root!r}, whose "
@@ -84,15 +86,15 @@ def check_list_and_folders(listed: str, index: ImageIndex, folders: ImageIndex) 
                 f"({own}), or give a list for both splits"
             )
         return
-    for label, (folder, name) in enumerate(
-        zip(folders.classes, _by_number(folders.classes), strict=True)
-    ):
+    by_number = zip(folders.classes, _by_number(folders.classes), strict=True)
+    for label, (folder, name) in enumerate(by_number):
         if name != folder:
+            padded = _padded(name, folders.classes)
             raise DatasetError(
                 f"label {label} of {listed!r} would be folder {folder!r} in {folders.root!r}, "
                 f"and by number it is {name!r}: folders are numbered by name in the order of "
                 f"strings, {', '.join(map(repr, folders.classes[:4]))}, …; give a list for both "
-                f"splits, or name the folders with leading zeros, {_padded(name, folders.classes)!r}"
+                f"splits, or name the folders with leading zeros, {padded!r}"
             )
 
 

@@ -161,6 +161,7 @@ def compare(
     now, None where there are others than before.
     """
     notes, odd, flags = [], [], []
+    besides: dict[str, str] = {}
     for name in was:
         before, after = was[name], now.get(name, _ABSENT)
         if _same(before, after):
@@ -183,9 +184,9 @@ def compare(
         elif name in _FREE or (name in _FILES and before is not None and after is not None):
             notes.append(f"{name} was {before!r}, now {after!r}")
             continue
-        if name in _CONTENTS and (changed := _changed(name, was, now)):
-            told = [f"{one} was {was[one]!r}, now {now[one]!r}" for one in changed]
-            text += f" ({', '.join(told)})"
+        if name in _CONTENTS:  # then it helps to know what says which they are
+            changed = _changed(name, was, now)
+            besides |= {one: f"{one} was {was[one]!r}, now {now[one]!r}" for one in changed}
             flags += [_flag(one, was[one]) for one in changed if one == "data.val_exclude"]
         odd.append(text)
         if name in now and name not in _CONTENTS:
@@ -193,7 +194,8 @@ def compare(
     check(
         not odd,
         f"{source} was made with {'; '.join(odd)}: resume it with the same settings (config.json "
-        f"beside it{'; ' + ' '.join(flags) if flags else ''}), or start in a new folder",
+        f"beside it{'; ' + ' '.join(flags) if flags else ''}), or start in a new folder"
+        + (f"; {'; '.join(besides.values())}" if besides else ""),
     )
     return notes
 
@@ -202,7 +204,9 @@ def _changed(content: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> li
     """The settings that say where `content` is, and have changed."""
     group = "second_stage." if content == "weights" else "data."
     return [
-        name for name in was if name.startswith(group) and not _same(was[name], now.get(name, was[name]))
+        name
+        for name in was
+        if name.startswith(group) and not _same(was[name], now.get(name, was[name]))
     ]
 
 

@@ -68,8 +68,10 @@ def load_run(path: Path) -> dict[str, Any]:
             if state.get(name) is not None and not isinstance(state[name], kind)
         ]
         for rank, mine in enumerate(state["ranks"]):
-            odd = _faults(mine, _OF_A_RANK) if isinstance(mine, dict) else ["it is no dict"]
-            odd += [f"it lacks {name}" for name in ("pipeline", "cuda_rng") if name not in mine]
+            odd = ["it is no dict"]
+            if isinstance(mine, dict):
+                odd = _faults(mine, _OF_A_RANK)
+                odd += [f"it lacks {name}" for name in ("pipeline", "cuda_rng") if name not in mine]
             faults += [f"of process {rank}, {fault}" for fault in odd]
     if faults:
         raise ValueError(

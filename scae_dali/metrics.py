@@ -103,9 +103,7 @@ def read_rows(path: Path, needed: Sequence[str] = ("val_top1",)) -> list[dict[st
     return _parse(path.read_bytes(), path, needed) if path.exists() else []
 
 
-def known_rows(
-    path: Path, saved: str, needed: Sequence[str] = _NEEDED
-) -> list[dict[str, Any]]:
+def known_rows(path: Path, saved: str, needed: Sequence[str] = _NEEDED) -> list[dict[str, Any]]:
     """Those of metrics.jsonl, or of the checkpoint where it has more (`saved`, see Log).
 
     Raises LogError where metrics.jsonl is damaged, or has other rows than the checkpoint.

@@ -13,7 +13,9 @@ from torch import distributed, nn
 
 _POLL_S = 0.5
 # As an argument: /usr/bin/torchrun, -m torch.distributed.run, …/torch/distributed/run.py
-_TORCHRUN = re.compile(r"(^|/)torchrun$|^torch\.distributed\.(run|launch)$|torch/distributed/run\.py$")
+_TORCHRUN = re.compile(
+    r"(^|/)torchrun$|^torch\.distributed\.(run|launch)$|torch/distributed/run\.py$"
+)
 
 
 def pick_device(name: str, number: int = 0) -> torch.device:
@@ -96,8 +98,14 @@ def end_with_parent() -> None:
     parent, agent = os.getppid(), _torchrun()
     number = parent if agent is None else agent[0]
 
+    def lives() -> bool:
+        if os.getppid() != parent or agent is None:
+            return os.getppid() == parent
+        process = _process(agent[0])
+        return process is not None and process[1] == agent[1]  # not another one of its number
+
     def watch() -> None:
-        while os.getppid() == parent and (agent is None or _process(agent[0])[1:] == agent):
+        while lives():
             time.sleep(_POLL_S)
         try:
             print(
@@ -116,24 +124,22 @@ def _torchrun() -> tuple[int, str] | None:
     """The nearest process above this one that is torchrun: its number and when it started; None
     where /proc shows none."""
     number = os.getppid()
-    while number > 1:
-        above, *own = _process(number)
-        if not own:
-            return None
+    while number > 1 and (process := _process(number)) is not None:
         if any(map(_TORCHRUN.search, _command(number)[:6])):  # behind come the script's own
-            return number, own[1]
-        number = above
+            return number, process[1]
+        number = process[0]
     return None
 
 
-def _process(number: int) -> tuple[int, int, str] | tuple[int]:
-    """The process above, this number, and when it started; (0,) where it is gone."""
+def _process(number: int) -> tuple[int, str] | None:
+    """The number of the process above this one, and when this one started; None where it has
+    ended."""
     try:
         with open(f"/proc/{number}/stat") as file:
             fields = file.read().rpartition(")")[2].split()  # its name may hold anything
     except OSError:
-        return (0,)
-    return (0,) if fields[0] in "ZX" else (int(fields[1]), number, fields[19])
+        return None
+    return None if fields[0] in "ZX" else (int(fields[1]), fields[19])
 
 
 def _command(number: int) -> list[str]:

@@ -202,9 +202,7 @@ def decodes(path: str) -> bool:
     return True
 
 
-def confirmed(
-    index: ImageIndex, suspects: Iterable[tuple[str, str]]
-) -> Iterator[tuple[str, str]]:
+def confirmed(index: ImageIndex, suspects: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     """Those of `faults` that the decoder cannot mend."""
     return (pair for pair in suspects if not decodes(os.path.join(index.root, pair[0])))
 

@@ -9,8 +9,9 @@
 the same in both folders, so a list is for the folder that it was made of.
 
 Looks at the first and last bytes of every file, and decodes what looks broken; with --decode it
-decodes them all, on the CPU, as training does. A JPEG that the decoder mends with a warning is not broken: it trains as it is.
-Ends with status 1 where there are broken ones, 2 where it could not look.
+decodes them all, on the CPU, as training does. A JPEG that the decoder mends with a warning is not
+broken: it trains as it is. Ends with status 1 where there are broken ones, 2 where it could not
+look.
 """
 
 import argparse

@@ -13,7 +13,6 @@ what it is stays.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shlex
