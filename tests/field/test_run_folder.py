@@ -1,7 +1,8 @@
 """Two runs begun together in one folder both trained, and wrote each other's epochs; a process that
 a killed torchrun had left behind trained on beside its successor. Processes race for a run's folder
-elsewhere too: https://github.com/Physical-Intelligence/openpi/issues/868. A lock is one on a file, not on its name:
-who removes the folder lets a second run in, https://github.com/unarbos/arbos/pull/655
+elsewhere too: https://github.com/Physical-Intelligence/openpi/issues/868. A lock is on a
+file, not on its name, so that a removed folder let a second run in:
+https://github.com/unarbos/arbos/pull/655
 """
 
 import errno
