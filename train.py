@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonargparse
@@ -92,6 +93,7 @@ class Run(State):
                 if batch is None:
                     break
                 if self.step == 0 and self.ranks.first:
+                    self.held()
                     save_picture(
                         self.out / "erased.png", batch.images, config.image.mean, config.image.std
                     )
@@ -158,16 +160,16 @@ class Run(State):
             **self.meter.close_epoch(self.ranks, self.guide is not None),
         }
         if self.log is not None:
+            self.held()
             self.log.write(row)
             tqdm.write(summary(row))
 
 
-def begin(config: Config, ranks: Ranks, resume: bool) -> Run:
+def begin(config: Config, ranks: Ranks, resume: bool, held: Callable[[], None]) -> Run:
     """A run that is ready to train, where its checkpoint says. Whatever is refused, is refused
-    before anything of an older run in `out` is changed."""
+    before anything of an older run in `out` is changed. held: see lock.hold."""
     out = Path(config.out)
-    if not resume:
-        ranks.by_first(lambda: resuming.check_new(out))
+    ranks.by_first(lambda: resuming.check_files(out) if resume else resuming.check_new(out))
     data = config.data.open(config.threads)
     if data.val_pixels is None:
         ranks.by_first(lambda: look(data.val, LOOK_S))
@@ -180,7 +182,7 @@ def begin(config: Config, ranks: Ranks, resume: bool) -> Run:
     state = checkpoint.load_run(out / "checkpoint.pt") if found[0] else None
     identity = resuming.identity(config, data)
     notes = resuming.check_same(ranks, out, identity, state, data.val)
-    training = Run(config, ranks, data, identity)
+    training = Run(config, ranks, data, identity, held)
     if state is None:
         training.loader = training.build_loader()  # before anything is written: it may object
     else:
@@ -198,8 +200,8 @@ def run(config: Config, resume: bool) -> None:
     torch.backends.cudnn.benchmark = True  # images are of one size
     resuming.agree(ranks, resuming.flat(config) | {"resume": resume})
     out = Path(config.out)
-    with lock.hold(out, ranks):
-        training = begin(config, ranks, resume)
+    with lock.hold(out, ranks) as held:
+        training = begin(config, ranks, resume, held)
         while training.epoch < config.epochs:
             training.saliency_pass()
             training.train_epoch()
@@ -207,6 +209,7 @@ def run(config: Config, resume: bool) -> None:
         if training.log is not None:
             tqdm.write(closing(training.log.close()))
             weights = training.net if training.ema is None else training.ema.module
+            held()
             checkpoint.save(out / "weights.pt", weights.state_dict())
         ranks.close()
 

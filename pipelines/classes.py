@@ -2,15 +2,51 @@
 
 Folders number their classes by the order of their names, as strings; a list numbers them as it
 likes. Where the list's paths have a class folder, that is compared; where they have none, numbers
-as folder names are. A list that tells nothing about its classes is believed.
+in folder names are. A list that tells nothing about its classes is believed.
+
+A folder in a path is taken for a class by the label that most of its images have, so that a few
+wrong labels hide nothing. A difference is refused where there is evidence that it is one of
+classes: folders may be named by shards, cameras or people, too.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+import posixpath
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import NamedTuple
 
 from scae_dali.dataset import DatasetError, ImageIndex
+
+_NUMBER = re.compile(r"(\d+)")
+
+
+class Folder(NamedTuple):
+    """So many images of one label in one folder, of which `sample` is the first."""
+
+    parts: list[str]
+    label: int
+    images: int
+    sample: int
+
+
+class Name(NamedTuple):
+    """What the images below folders of one name have in common.
+
+    label: of more than half of them; None where there is none. images: with their commonest label.
+    sample: the first of those.
+    """
+
+    shown: str
+    label: int | None
+    images: int
+    total: int
+    sample: int
+
+
+Names = Mapping[str, Name]
 
 
 def check_list_and_folders(listed: str, index: ImageIndex, folders: ImageIndex) -> None:
@@ -18,37 +54,47 @@ def check_list_and_folders(listed: str, index: ImageIndex, folders: ImageIndex) 
 
     listed: the list's file. folders: an index of class folders, whatever split it is of.
     """
-    places = {name: label for label, name in enumerate(folders.classes)}
+    rows = _folders(index)
+    key = _key(folders.classes)
+    places = {key(name): label for label, name in enumerate(folders.classes)}
+    containers = _containers(rows, key)
     named = []
-    for parts, label, i in _folders(index):
-        names = places.keys() & parts
+    for row in rows:
+        names = [part for part in dict.fromkeys(row.parts) if key(part) in places]
+        names = [part for part in names if key(part) not in containers]
         if len(names) == 1:  # of several it is unclear which is the class folder
-            named.append((names.pop(), label, i))
-    found = _labels_of(named)
-    whole = _class_folders(index)
+            named.append((key(names[0]), names[0], row))
+    seen = _tally(named)
+    found = {**_told(seen)} if _is_pure(seen) else {}
+    whole = _class_folders(rows, key)
     if whole.keys() & places.keys():  # then a folder that the other split lacks is a class too
-        alone = {name: whole[name] for name in _only_names(whole).values()}
-        found = {**alone, **found}
-    for name, (label, i) in sorted(found.items(), key=lambda one: one[1]):
-        if label != places.get(name):
-            own = f"{name!r} is {places[name]}" if name in places else f"it has no {name!r}"
-            raise DatasetError(
-                f"label {label} is {name!r} in {listed!r} ({index.files[i]!r}), but folder "
-                f"{folders.classes[label]!r} in {folders.root!r}, whose folders are numbered by "
-                f"name in the order of strings; number the list so ({own}), or give a list for "
-                "both splits"
+        found = {name: whole[name] for name in _only_names(whole).values()} | found
+    same = sum(one.label == places.get(name) for name, one in found.items())
+    labels = {one.label for one in found.values()}
+    all_once = found.keys() == places.keys() and len(labels) == len(places)
+    if all_once or _are_classes(found, same):
+        for name, one in sorted(found.items(), key=lambda pair: (pair[1].label, pair[1].sample)):
+            if one.label == places.get(name):
+                continue
+            own = (
+                f"{one.shown!r} is {places[name]}" if name in places else f"it has no {one.shown!r}"
             )
-    if found or not all(name.isdecimal() for name in folders.classes):
+            raise DatasetError(
+                f"label {one.label} is {one.shown!r} in {listed!r} ({index.files[one.sample]!r}), "
+                f"but folder {folders.classes[one.label or 0]!r} in {folders.root!r}, whose "
+                "folders are numbered by name in the order of strings; number the list so "
+                f"({own}), or give a list for both splits"
+            )
         return
-    for label, name in enumerate(sorted(folders.classes, key=int)):
-        folder = folders.classes[label]
+    by_number = zip(folders.classes, _by_number(folders.classes), strict=True)
+    for label, (folder, name) in enumerate(by_number):
         if name != folder:
-            width = max(map(len, folders.classes))
+            padded = _padded(name, folders.classes)
             raise DatasetError(
                 f"label {label} of {listed!r} would be folder {folder!r} in {folders.root!r}, "
                 f"and by number it is {name!r}: folders are numbered by name in the order of "
                 f"strings, {', '.join(map(repr, folders.classes[:4]))}, …; give a list for both "
-                f"splits, or name the folders with leading zeros, {name.zfill(width)!r}"
+                f"splits, or name the folders with leading zeros, {padded!r}"
             )
 
 
@@ -57,61 +103,196 @@ def check_lists(one: str, first: ImageIndex, other: str, second: ImageIndex) -> 
 
     one, other: their files. Several folders may make a class.
     """
-    mine, yours = _class_folders(first), _class_folders(second)
-    for name in sorted(mine.keys() & yours.keys()):
-        if mine[name][0] != yours[name][0]:
-            raise DatasetError(
-                f"{name!r} has the label {mine[name][0]} in {one!r} "
-                f"({first.files[mine[name][1]]!r}) and {yours[name][0]} in {other!r} "
-                f"({second.files[yours[name][1]]!r}); number the classes of both lists alike"
-            )
-    if not mine.keys() & yours.keys():
-        return  # other names for the same classes, as far as can be told
-    names, theirs = _only_names(mine), _only_names(yours)
-    for label in sorted(names.keys() & theirs.keys()):
-        if names[label] != theirs[label]:
-            raise DatasetError(
-                f"label {label} is {names[label]!r} in {one!r} and {theirs[label]!r} in {other!r}; "
-                "number the classes of both lists alike"
-            )
+    rows, others = _folders(first), _folders(second)
+    key = _key({part for row in (*rows, *others) for part in row.parts})
+    mine, yours = _class_folders(rows, key), _class_folders(others, key)
+    # Of a list of one class, no folder stands out: then those of the other list are looked for.
+    compared = [
+        (mine, yours or _named(others, mine, key)),
+        (mine or _named(rows, yours, key), yours),
+        _endings(rows, others, key),
+    ]
+    for ours, theirs in compared:
+        shared = sorted(ours.keys() & theirs.keys())
+        same = sum(ours[name].label == theirs[name].label for name in shared)
+        if not any(
+            _are_classes({name: names[name] for name in shared}, same) for names in (ours, theirs)
+        ):
+            continue
+        for name in shared:
+            a, b = ours[name], theirs[name]
+            if a.label != b.label:
+                raise DatasetError(
+                    f"{a.shown!r} has the label {a.label} in {one!r} ({first.files[a.sample]!r}) "
+                    f"and {b.label} in {other!r} ({second.files[b.sample]!r}); number the classes "
+                    "of both lists alike"
+                )
+        if ours is not mine or theirs is not yours:
+            continue
+        names, others_ = _only_names(mine), _only_names(yours)
+        for label in sorted(names.keys() & others_.keys()):
+            if names[label] != others_[label]:
+                raise DatasetError(
+                    f"label {label} is {mine[names[label]].shown!r} in {one!r} and "
+                    f"{yours[others_[label]].shown!r} in {other!r}; number the classes of both "
+                    "lists alike"
+                )
 
 
-def _folders(index: ImageIndex) -> list[tuple[list[str], int, int]]:
-    """The folders of a path, its label and a sample, of every folder and label that there are."""
+def _folders(index: ImageIndex) -> list[Folder]:
+    """Every folder and label that there are, in the order of the list."""
+    images: Counter[tuple[str, int]] = Counter()
     first: dict[tuple[str, int], int] = {}
     for i, (path, label) in enumerate(zip(index.files, index.labels.tolist(), strict=True)):
-        first.setdefault((path.rpartition("/")[0], label), i)
-    return [(folder.split("/"), label, i) for (folder, label), i in first.items()]
+        pair = (path.replace("\\", "/").rpartition("/")[0], label)  # of lists made on Windows too
+        images[pair] += 1
+        first.setdefault(pair, i)
+    return [
+        Folder(
+            [part for part in posixpath.normpath(folder).split("/") if part not in ("", ".")],
+            label,
+            images[folder, label],
+            i,
+        )
+        for (folder, label), i in first.items()
+    ]
 
 
-def _labels_of(named: Iterable[tuple[str, int, int]]) -> dict[str, tuple[int, int]]:
-    """Names -> label and a sample, of (name, label, sample); a name of several labels is no
-    class."""
-    labels: dict[str, set[int]] = defaultdict(set)
-    sample: dict[str, int] = {}
-    for name, label, i in named:
-        labels[name].add(label)
-        sample.setdefault(name, i)
-    return {name: (some.pop(), sample[name]) for name, some in labels.items() if len(some) == 1}
+def _key(names: Collection[str]) -> Callable[[str], str]:
+    """What names are compared by: without regard to case where that tells these apart."""
+
+    def folded(name: str) -> str:
+        return unicodedata.normalize("NFC", name).casefold()
+
+    return folded if len({*map(folded, names)}) == len({*names}) else str
 
 
-def _class_folders(index: ImageIndex) -> dict[str, tuple[int, int]]:
-    """The class folders in a list's paths -> label and a sample; {} where there are none.
+def _tally(named: Iterable[tuple[str, str, Folder]]) -> dict[str, Name]:
+    """Keys -> what is known of the name, of (key, name, folder)."""
+    images: dict[str, Counter[int]] = defaultdict(Counter)
+    sample: dict[tuple[str, int], int] = {}
+    shown: dict[str, str] = {}
+    for key, name, row in named:
+        images[key][row.label] += row.images
+        sample.setdefault((key, row.label), row.sample)
+        shown.setdefault(key, name)
+    names = {}
+    for key, counts in images.items():
+        (label, most), total = counts.most_common(1)[0], counts.total()
+        clear = label if 2 * most > total else None
+        names[key] = Name(shown[key], clear, most, total, sample[key, label])
+    return names
 
-    They are the first folders from the left of which each has one label, and of which there are
-    several.
+
+def _told(names: Names) -> dict[str, Name]:
+    return {key: one for key, one in names.items() if one.label is not None}
+
+
+def _is_pure(names: Names) -> bool:
+    """Whether folders and labels belong together: two thirds of the images have their folder's."""
+    return 3 * sum(n.images for n in names.values()) >= 2 * sum(n.total for n in names.values())
+
+
+def _are_classes(names: Names, same: int) -> bool:
+    """Whether there is evidence that names are those of classes, of which `same` agree.
+
+    Several agree; or images beyond a folder's first mostly have its label, which those of a shard
+    or a person need not; or a name is a word, which those of shards are not.
     """
-    folders = _folders(index)
-    for place in range(min(len(parts) for parts, *_ in folders)):
-        found = _labels_of((parts[place], label, i) for parts, label, i in folders)
-        if 1 < len(found) == len({parts[place] for parts, *_ in folders}):
-            return found
+    more = sum(one.total - 1 for one in names.values())
+    alike = sum(one.images - 1 for one in names.values())
+    words = any(len(one.shown) > 2 and not _NUMBER.search(one.shown) for one in names.values())
+    return (same > 1 and 2 * same >= len(names)) or (0 < more <= 2 * alike) or words
+
+
+def _containers(rows: list[Folder], key: Callable[[str], str]) -> set[str]:
+    """Names that hold the whole list, and so are no class. Where it is of one class, that is the
+    outermost folder alone."""
+    parts = {*map(key, rows[0].parts[:1])}
+    if len({row.label for row in rows}) > 1:
+        parts = {*map(key, rows[0].parts)}
+    return parts.intersection(*({*map(key, row.parts)} for row in rows))
+
+
+def _class_folders(rows: list[Folder], key: Callable[[str], str]) -> dict[str, Name]:
+    """The class folders in a list's paths; {} where there are none.
+
+    They are the first folders from the left of which there are several, that go with labels, and
+    that have most of the labels among them.
+    """
+    labels = {row.label for row in rows}
+    for place in range(min(len(row.parts) for row in rows)):
+        names = _tally((key(row.parts[place]), row.parts[place], row) for row in rows)
+        told = _told(names)
+        known = {one.label for one in told.values()}
+        if len(names) > 1 and _is_pure(names) and 2 * len(known) > len(labels):
+            return told
     return {}
 
 
-def _only_names(folders: Mapping[str, tuple[int, int]]) -> dict[int, str]:
-    """Labels -> the folder, for those that have one alone."""
-    names: dict[int, list[str]] = defaultdict(list)
-    for name, (label, _) in folders.items():
-        names[label].append(name)
-    return {label: some[0] for label, some in names.items() if len(some) == 1}
+def _named(rows: list[Folder], names: Names, key: Callable[[str], str]) -> dict[str, Name]:
+    """Those of `names` that are folders in paths, wherever in them."""
+    containers = _containers(rows, key)
+    found = []
+    for row in rows:
+        parts = [part for part in dict.fromkeys(row.parts) if key(part) in names]
+        parts = [part for part in parts if key(part) not in containers]
+        if len(parts) == 1:
+            found.append((key(parts[0]), parts[0], row))
+    seen = _tally(found)
+    return _told(seen) if _is_pure(seen) else {}
+
+
+def _endings(
+    rows: list[Folder], others: list[Folder], key: Callable[[str], str]
+) -> tuple[dict[str, Name], dict[str, Name]]:
+    """The longest endings of folders that two lists share, `kitchen/in`, in either list."""
+
+    def of(row: Folder) -> list[tuple[str, str]]:
+        ends = ["/".join(row.parts[place:]) for place in range(len(row.parts))]
+        return [("/".join(map(key, end.split("/"))), end) for end in ends]
+
+    mine = _tally((name, shown, row) for row in rows for name, shown in of(row))
+    longest = []
+    for row in others:
+        if pair := next((pair for pair in of(row) if pair[0] in mine), None):
+            longest.append((*pair, row))
+    yours = _tally(longest)
+    mine = {name: mine[name] for name in yours}
+    whole = []
+    for side, names in ((rows, mine), (others, yours)):
+        several = len({row.label for row in side}) > 1
+        total = sum(row.images for row in side)
+        whole += [name for name, one in names.items() if several and one.total == total]
+    for name in {*whole}:
+        del mine[name], yours[name]
+    if not (_is_pure(mine) and _is_pure(yours)):
+        return {}, {}
+    return _told(mine), _told(yours)
+
+
+def _only_names(names: Names) -> dict[int, str]:
+    """Labels -> the key of the name, for those that have one alone."""
+    keys: dict[int, list[str]] = defaultdict(list)
+    for key, one in names.items():
+        if one.label is not None:
+            keys[one.label].append(key)
+    return {label: some[0] for label, some in keys.items() if len(some) == 1}
+
+
+def _by_number(classes: Collection[str]) -> list[str]:
+    """Class names in the order of the numbers in them: class_2 before class_10. As they are where
+    they have no numbers, or differ in more than those."""
+    parts = [_NUMBER.split(name) for name in classes]
+    numbers = [[int(number) for number in one[1::2]] for one in parts]
+    if len({tuple(one[::2]) for one in parts}) > 1 or not numbers[0]:
+        first = [int(one[1]) if len(one) > 1 and not one[0] else -1 for one in parts]
+        if sorted(first) not in ([*range(len(first))], [*range(1, len(first) + 1)]):
+            return [*classes]
+        numbers = [[number] for number in first]  # 0_tench, 1_goldfish, …: each number once
+    return [name for _, name in sorted(zip(numbers, classes, strict=True))]
+
+
+def _padded(name: str, classes: Collection[str]) -> str:
+    width = max(len(number) for one in classes for number in _NUMBER.findall(one))
+    return _NUMBER.sub(lambda match: match[0].zfill(width), name)

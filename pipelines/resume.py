@@ -94,6 +94,16 @@ def check_new(out: Path) -> None:
     )
 
 
+def check_files(out: Path) -> None:
+    """Raise ValueError where a folder has the place of a run's file."""
+    for name in _OF_A_RUN:
+        check(
+            not (out / name).is_dir(),
+            f"{str(out / name)!r} must be a file of the run, and is a folder: move it away, and "
+            "restore the file from a copy if there was one",
+        )
+
+
 def check_same(
     ranks: Ranks,
     out: Path,
@@ -151,6 +161,7 @@ def compare(
     now, None where there are others than before.
     """
     notes, odd, flags = [], [], []
+    besides: dict[str, str] = {}
     for name in was:
         before, after = was[name], now.get(name, _ABSENT)
         if _same(before, after):
@@ -163,7 +174,7 @@ def compare(
                 notes.append(f"{gone} validation images are left out from here on")
                 continue
         elif name == "epochs":
-            if after > before:
+            if isinstance(before, int) and isinstance(after, int) and after > before:
                 notes.append(
                     f"epochs was {before}, now {after}: the schedules of learning rate and λ go by "
                     "the new number from here on"
@@ -173,16 +184,34 @@ def compare(
         elif name in _FREE or (name in _FILES and before is not None and after is not None):
             notes.append(f"{name} was {before!r}, now {after!r}")
             continue
+        if name in _CONTENTS:  # then it helps to know what says which they are
+            changed = _changed(name, was, now)
+            besides |= {one: f"{one} was {was[one]!r}, now {now[one]!r}" for one in changed}
+            flags += [_flag(one, was[one]) for one in changed if one == "data.val_exclude"]
         odd.append(text)
         if name in now and name not in _CONTENTS:
-            value = before if isinstance(before, str) else json.dumps(before)
-            flags.append(shlex.quote(f"--{name}={value}"))
+            flags.append(_flag(name, before))
     check(
         not odd,
         f"{source} was made with {'; '.join(odd)}: resume it with the same settings (config.json "
-        f"beside it{'; ' + ' '.join(flags) if flags else ''}), or start in a new folder",
+        f"beside it{'; ' + ' '.join(flags) if flags else ''}), or start in a new folder"
+        + (f"; {'; '.join(besides.values())}" if besides else ""),
     )
     return notes
+
+
+def _changed(content: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that say where `content` is, and have changed."""
+    group = "second_stage." if content == "weights" else "data."
+    return [
+        name
+        for name in was
+        if name.startswith(group) and not _same(was[name], now.get(name, was[name]))
+    ]
+
+
+def _flag(name: str, value: Any) -> str:
+    return shlex.quote(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
 
 
 def left_out(before: Tensor | None, index: ImageIndex) -> int | None:
@@ -207,16 +236,23 @@ def write_config(out: Path, config: Config, epoch: int) -> None:
                 return
         except ValueError:
             pass  # damaged: kept too
-        names = (f"config.until-epoch-{epoch}{more}.json" for more in _numbers())
-        shutil.copy2(path, next(out / name for name in names if not (out / name).exists()))
+        shutil.copy2(path, _until(path, epoch))
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(settings, indent=1) + "\n")
     os.replace(partial, path)
 
 
-def _numbers():
-    yield ""
-    yield from (f".{number}" for number in itertools.count(1))
+def set_aside(path: Path, epoch: int) -> None:
+    """Rename a file that a run which goes on from `epoch` has outlived, if there is one."""
+    if path.exists():
+        path.rename(_until(path, epoch))
+
+
+def _until(path: Path, epoch: int) -> Path:
+    """A new name beside path: config.until-epoch-9.json of config.json."""
+    more = itertools.chain([""], (f".{number}" for number in itertools.count(1)))
+    names = (f"{path.stem}.until-epoch-{epoch}{one}{path.suffix}" for one in more)
+    return next(one for one in map(path.with_name, names) if not one.exists())
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -5,6 +5,7 @@ What is done with it, epoch by epoch, is train.py's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,19 @@ from scae_dali.second_stage import prepare
 class State:
     """Network, optimiser, pipelines, cache, counters.
 
-    identity: what the run is of, see resume.identity.
+    identity: what the run is of, see resume.identity. held: raises where the folder is another's,
+    see lock.hold; the first rank calls it before it writes.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, data: Data, identity: dict[str, Any]) -> None:
-        self.config, self.ranks, self.device = config, ranks, ranks.device
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        data: Data,
+        identity: dict[str, Any],
+        held: Callable[[], None],
+    ) -> None:
+        self.config, self.ranks, self.device, self.held = config, ranks, ranks.device, held
         self.out, self.data, self.identity = Path(config.out), data, identity
         self.val_files = resume.file_keys(data.val)
         self.index = data.train
@@ -128,6 +137,7 @@ class State:
             self.harvest.merge()
             self.harvest.keep_on(self.ranks.first)
         if self.ranks.first:
+            self.held()
             state = {name: getattr(self, name).state_dict() for name in self.parts()}
             state |= {
                 "of": self.identity,
@@ -148,10 +158,16 @@ class State:
             f"the run in {str(self.out)!r} was made by {len(state['ranks'])} processes, now there "
             f"are {self.ranks.world}: resume it with as many",
         )
+        lacking = [name for name in self.parts() if name not in state]
+        check(
+            not lacking,
+            f"the checkpoint in {str(self.out)!r} lacks {', '.join(lacking)}, which these settings "
+            "need; restore it from a copy, or start in a new folder",
+        )
         for name in self.parts():
             getattr(self, name).load_state_dict(state[name])
         if self.guide is not None:
-            self.guide.made = state["saliency_pass"]
+            self.guide.made = state.get("saliency_pass")
         if self.harvest is not None:
             self.harvest.keep_on(self.ranks.first)
         self.epoch, self.step, self.meter.totals = state["epoch"], state["step"], state["totals"]
@@ -187,9 +203,17 @@ class State:
                 f"{str(path)!r} has {known} epochs, and there is no checkpoint.pt beside it: "
                 "restore it from a copy, or start in a new folder",
             )
+            check(
+                saved is not None or not (self.out / "weights.pt").exists(),
+                f"{str(self.out)!r} has the weights.pt of a run that has ended, and no "
+                "checkpoint.pt to go on from: restore that from a copy, or start in a new folder",
+            )
+            self.held()
             lacks = trained and known < self.epoch
             self.log = Log(self.out, self.epoch - lacks, saved or "")
             resume.write_config(self.out, self.config, self.epoch)
+            if self.epoch < self.config.epochs:  # until the new end there are no final weights
+                resume.set_aside(self.out / "weights.pt", self.epoch)
 
         self.ranks.by_first(begin)
         done = self.ranks.gather(0 if self.log is None else len(self.log.rows))[0]

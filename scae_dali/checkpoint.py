@@ -24,9 +24,11 @@ def save(path: Path, state: Any) -> None:
         partial.unlink(missing_ok=True)
         # Of a full disk torch says only how many bytes it missed.
         reason = error if isinstance(error, OSError) else error.__context__ or "is the disk full?"
+        gone = isinstance(error, FileNotFoundError)
+        remedy = "its folder was moved or removed" if gone else "make room and resume"
         raise OSError(
-            f"{str(path)!r} cannot be written ({reason}); make room and resume: what was saved "
-            "before is kept"
+            f"{str(path)!r} cannot be written ({reason}); {remedy}: what was saved before is kept"
+            + (" where the folder is now" if gone else "")
         ) from error
 
 
@@ -47,13 +49,53 @@ def load(path: Path) -> Any:
         ) from error
 
 
+# Entries of a run's checkpoint, and of what each process has in it. Older versions lack others.
+_ENTRIES = {"of": dict, "epoch": int, "step": int, "totals": dict, "ranks": list}
+_ENTRIES |= dict.fromkeys(("net", "optimizer", "scaler"), dict)
+_OF_A_RANK = {"sums": dict, "rng": torch.Tensor}
+_OPTIONAL = {"log": str, "val_files": torch.Tensor}
+
+
 def load_run(path: Path) -> dict[str, Any]:
     """`load`, of a run: a dict whose entry `of` is a dict of what it was made with. Raises
     ValueError for anything else."""
     state = load(path)
-    if not isinstance(state, dict) or not isinstance(state.get("of"), dict):
+    faults = _faults(state, _ENTRIES) if isinstance(state, dict) else ["it is no dict"]
+    if not faults:
+        faults = [
+            f"{name} is no {kind.__name__}"
+            for name, kind in _OPTIONAL.items()
+            if state.get(name) is not None and not isinstance(state[name], kind)
+        ]
+        for rank, mine in enumerate(state["ranks"]):
+            odd = ["it is no dict"]
+            if isinstance(mine, dict):
+                odd = _faults(mine, _OF_A_RANK)
+                odd += [f"it lacks {name}" for name in ("pipeline", "cuda_rng") if name not in mine]
+            faults += [f"of process {rank}, {fault}" for fault in odd]
+    if faults:
         raise ValueError(
-            f"{str(path)!r} is no checkpoint of a training run; move it away and restore the run's "
-            "own from a copy, or start in a new folder"
+            f"{str(path)!r} is no checkpoint of a training run ({'; '.join(faults[:2])}); move it "
+            "away and restore the run's own from a copy, or start in a new folder"
         )
     return state
+
+
+def saved_log(path: Path) -> str:
+    """The log that a run's checkpoint has, "" where there is none to read. The weights stay on the
+    disk."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        log = state.get("log", "")
+    except Exception:  # whether a checkpoint is sound is for who resumes from it
+        return ""
+    return log if isinstance(log, str) else ""
+
+
+def _faults(state: dict[str, Any], entries: dict[str, type]) -> list[str]:
+    lacking = [f"it lacks {name}" for name in entries if name not in state]
+    return lacking + [
+        f"{name} is no {kind.__name__}"
+        for name, kind in entries.items()
+        if name in state and (not isinstance(state[name], kind) or isinstance(state[name], bool))
+    ]

@@ -4,6 +4,8 @@ Sums stay on the device until the end of a validation. Which images are seen, an
 go, others decide.
 """
 
+import sys
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
@@ -33,6 +35,7 @@ class Evaluation:
         self._bounds = torch.linspace(0, 1, BINS + 1, device=device)[1:-1]
         # Rows: samples, those right at once, those right among the best.
         self._sums = torch.zeros(3, len(counts), dtype=torch.float64, device=device)
+        self._infinite = torch.zeros((), dtype=torch.float64, device=device)  # samples
         # Hits less confidence: |accuracy - mean confidence| of a bin, times its samples.
         self._gaps = torch.zeros(BINS, dtype=torch.float64, device=device)
 
@@ -49,6 +52,7 @@ class Evaluation:
                 f"{list(labels.shape)}; class_counts must be that of the network's classes"
             )
         logits = logits.float()
+        self._infinite += (~logits.isfinite()).any(1).sum()
         place = self._place(logits, labels)
         first, best = (place < 1).double(), (place < min(5, classes)).double()
         self._sums.index_add_(1, labels, torch.stack([torch.ones_like(first), first, best]))
@@ -62,12 +66,21 @@ class Evaluation:
         val_top1; val_top5, of the min(5, K) best; val_many, val_medium, val_few, top-1 over the
         samples of classes with > 100, 20 to 100 and < 20 training images, absent where there are
         none; val_ece, expected calibration error, L1; val_per_class, top-1 of each class, None
-        where it has no sample. Raises ValueError where no rank had a sample.
+        where it has no sample. Raises ValueError where no rank had a sample. Notes on stderr where
+        the network gave no finite logits at all: the figures then say nothing.
         """
         seen, first, best = sum(ranks.gather(self._sums.cpu().numpy()))
         gaps = sum(ranks.gather(self._gaps.cpu().numpy()))
+        infinite = sum(ranks.gather(self._infinite.item()))
         if not seen.any():
             raise ValueError("update() must see a sample on some rank before compute(), got none")
+        if infinite == seen.sum() and ranks.first:
+            print(
+                f"note: the network's outputs are not finite for any of the {infinite:.0f} "
+                "validation images, so its figures say nothing: its weights or BatchNorm's "
+                "averages are out of bounds, or amp's type is too small for its activations",
+                file=sys.stderr,
+            )
         figures = {"val_top1": first.sum() / seen.sum(), "val_top5": best.sum() / seen.sum()}
         for name, group in self._groups.items():
             if seen[group].any():

@@ -29,10 +29,14 @@ _NUMBERS = {*_FIGURES, "best_top1", "median10_top1"}
 _NUMBERS |= {f"val_{name}" for name in ("many", "medium", "few", "ece")}
 _OBJECTS = {"seconds", "share"}  # of numbers
 _NEVER_NULL = {"val_top1", "img_per_s", "overhead_percent"}
+_PERCENT = _NUMBERS - {"img_per_s", "overhead_percent"}
+_DEPTH = 8  # of what is nested in a row
+_DIGITS = 300  # of a whole number that a float can hold
 
 
 class LogError(ValueError):
-    """A metrics.jsonl that is damaged; the message names the line and the remedy."""
+    """A file of a run that is damaged: its metrics.jsonl, or the config.json beside it. The message
+    names the file, the line and the remedy."""
 
 
 class Log:
@@ -99,12 +103,12 @@ def read_rows(path: Path, needed: Sequence[str] = ("val_top1",)) -> list[dict[st
     return _parse(path.read_bytes(), path, needed) if path.exists() else []
 
 
-def known_rows(path: Path, saved: str) -> list[dict[str, Any]]:
+def known_rows(path: Path, saved: str, needed: Sequence[str] = _NEEDED) -> list[dict[str, Any]]:
     """Those of metrics.jsonl, or of the checkpoint where it has more (`saved`, see Log).
 
     Raises LogError where metrics.jsonl is damaged, or has other rows than the checkpoint.
     """
-    written, kept = read_rows(path, _NEEDED), _parse(saved.encode(), path, ())
+    written, kept = read_rows(path, needed), _parse(saved.encode(), path, ())
     for one, other in zip(written, kept, strict=False):
         _check(
             one == other,
@@ -130,17 +134,52 @@ def _parse(text: bytes, path: Path, needed: Sequence[str]) -> list[dict[str, Any
     wrong: str | None
     lines = [pair for pair in enumerate(text.split(b"\n"), 1) if pair[1].strip()]
     for number, line in lines:
+        twice: list[str] = []
         try:
-            row = json.loads(line, parse_constant=lambda name: None)  # NaN of older versions
+            row = _loads(line, twice)
+            wrong = f"has {twice[0]!r} twice" if twice else _fault(row, len(rows), needed)
+        except RecursionError:
+            wrong = "is nested too deeply"
         except ValueError:
             if number == lines[-1][0]:
                 break  # cut off
             wrong = "is no JSON"
-        else:
-            wrong = _fault(row, len(rows), needed)
+        wrong = wrong or _odd_figures(rows, row)
         _check(wrong is None, f"{str(path)!r}, line {number} {wrong}; {_REMEDY}")
         rows.append(row)
     return rows
+
+
+def _loads(line: bytes, twice: list[str]) -> Any:
+    """JSON, with None for NaN, which older versions wrote, and infinity for what is too large.
+    Names that an object has twice are added to `twice`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                twice.append(name)
+            found[name] = value
+        return found
+
+    return json.loads(
+        line,
+        parse_constant=lambda name: None,
+        parse_int=lambda text: int(text) if len(text) <= _DIGITS else math.inf,
+        object_pairs_hook=unique,
+    )
+
+
+def _odd_figures(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> str | None:
+    """What a row says of the run so far, and is not so by its own and the earlier rows."""
+    known = _so_far([*rows, row]) if "val_top1" in row else {}
+    for name, value in known.items():
+        if name in row and not math.isclose(row[name] or 0, value, abs_tol=1e-6):
+            return f"has {name} {row[name]!r:.40}, but by val_top1 of the epochs it is {value!r}"
+    top1, top5 = row.get("val_top1"), row.get("val_top5")
+    if top1 is not None and top5 is not None and top5 < top1 - 1e-6:
+        return f"has val_top5 {top5!r}, below its val_top1 {top1!r}"
+    return None
 
 
 def _fault(row: Any, epoch: int, needed: Sequence[str]) -> str | None:
@@ -158,10 +197,29 @@ def _fault(row: Any, epoch: int, needed: Sequence[str]) -> str | None:
     for name in sorted(_NUMBERS & row.keys()):
         if not (_is_number(row[name]) or (row[name] is None and name not in _NEVER_NULL)):
             return f"must have a number as {name}, got {row[name]!r:.40}"
+    if odd := [
+        name for name in sorted(_PERCENT & row.keys()) if not 0 <= (row[name] or 0) <= 100 + 1e-6
+    ]:
+        return f"must have percent, from 0 to 100, as {odd[0]}, got {row[odd[0]]!r:.40}"
     for name in sorted(_OBJECTS & row.keys()):
         values = row[name].values() if isinstance(row[name], dict) else [None]
         if not all(map(_is_number, values)):
             return f"must have an object of numbers as {name}, got {row[name]!r:.40}"
+    for name, value in row.items():
+        if (fault := _beyond(value, _DEPTH)) is not None:
+            return f"{fault} as {name}"
+    return None
+
+
+def _beyond(value: Any, depth: int) -> str | None:
+    """Whether a value is nested deeper than that, or holds a number that is not finite."""
+    if isinstance(value, dict | list):
+        if not depth:
+            return "is nested too deeply"
+        inner = value.values() if isinstance(value, dict) else value
+        return next((fault for one in inner if (fault := _beyond(one, depth - 1))), None)
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must have finite numbers, got one beyond them"
     return None
 
 

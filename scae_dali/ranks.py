@@ -1,6 +1,7 @@
 """This process among those that torchrun started; alone without it."""
 
 import os
+import re
 import sys
 import threading
 import time
@@ -11,6 +12,10 @@ import torch
 from torch import distributed, nn
 
 _POLL_S = 0.5
+# As an argument: /usr/bin/torchrun, -m torch.distributed.run, …/torch/distributed/run.py
+_TORCHRUN = re.compile(
+    r"(^|/)torchrun$|^torch\.distributed\.(run|launch)$|torch/distributed/run\.py$"
+)
 
 
 def pick_device(name: str, number: int = 0) -> torch.device:
@@ -88,15 +93,23 @@ class Ranks:
 
 
 def end_with_parent() -> None:
-    """End this process, from a thread and at once, when the process that started it is gone."""
-    parent = os.getppid()
+    """End this process, from a thread and at once, when the process that started it is gone, or the
+    torchrun above that: a script in between may outlive it."""
+    parent, agent = os.getppid(), _torchrun()
+    number = parent if agent is None else agent[0]
+
+    def lives() -> bool:
+        if os.getppid() != parent or agent is None:
+            return os.getppid() == parent
+        process = _process(agent[0])
+        return process is not None and process[1] == agent[1]  # not another one of its number
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while lives():
             time.sleep(_POLL_S)
         try:
             print(
-                f"error: process {parent}, which started this one, is gone: it ends too; train.py "
+                f"error: process {number}, which started this one, is gone: it ends too; train.py "
                 "--resume goes on from the last checkpoint",
                 file=sys.stderr,
                 flush=True,
@@ -105,3 +118,33 @@ def end_with_parent() -> None:
             os._exit(1)
 
     threading.Thread(target=watch, name="end with parent", daemon=True).start()
+
+
+def _torchrun() -> tuple[int, str] | None:
+    """The nearest process above this one that is torchrun: its number and when it started; None
+    where /proc shows none."""
+    number = os.getppid()
+    while number > 1 and (process := _process(number)) is not None:
+        if any(map(_TORCHRUN.search, _command(number)[:6])):  # behind come the script's own
+            return number, process[1]
+        number = process[0]
+    return None
+
+
+def _process(number: int) -> tuple[int, str] | None:
+    """The number of the process above this one, and when this one started; None where it has
+    ended."""
+    try:
+        with open(f"/proc/{number}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()  # its name may hold anything
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else (int(fields[1]), fields[19])
+
+
+def _command(number: int) -> list[str]:
+    try:
+        with open(f"/proc/{number}/cmdline", "rb") as file:
+            return file.read().decode(errors="replace").split("\0")
+    except OSError:
+        return []

@@ -157,6 +157,14 @@ def _load(net: nn.Module, name: str, linear: nn.Linear, weights: str | None) -> 
         f"{where} is of another network ({len(odd)} differences: {'; '.join(odd[:2])}); set model "
         "to that of the first stage",
     )
+    kept = {key for key, _ in net.named_parameters()}  # other buffers may hold -inf, as masks do
+    kept |= {key for key in own if key.endswith(("running_mean", "running_var"))}
+    infinite = [key for key in own if key in kept and not state[key].isfinite().all()]
+    check(
+        not infinite,
+        f"{where} has values that are not finite ({', '.join(infinite[:3])}): its first stage has "
+        "diverged; name the weights of one that has not",
+    )
     net.load_state_dict(state)
 
 

@@ -1,16 +1,20 @@
 """Which image files are broken: a quick look at their first and last bytes, without decoding.
 
-It finds files that are missing, empty, no image, damaged in the header, or cut off. What a decoder
-makes of the rest is the decoder's business; `explain` turns what it says into an error for the
-user, whose remedy is that of training files unless `of_validation` changes it.
+It finds files that are missing, empty, no image, damaged in the header, or cut off. A decoder may
+mend some of them: `decodes` asks it, of one file. What a decoder makes of the rest is its own
+business; `explain` turns what it says into an error for the user, whose remedy is that of training
+files unless `of_validation` changes it.
 """
 
+import itertools
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
+
+from nvidia.dali import fn, pipeline_def
 
 from scae_dali.dataset import ImageIndex
 
@@ -22,6 +26,8 @@ _SIGNATURES = (
     b"RIFF",  # WebP
     b"II*\x00",  # TIFF
     b"MM\x00*",
+    b"II+\x00",  # BigTIFF
+    b"MM\x00+",
     b"P3",
     b"P6",
 )
@@ -177,19 +183,46 @@ def of_training(explained: str) -> str:
     )
 
 
+def decodes(path: str) -> bool:
+    """Whether DALI decodes an image file on the CPU, mended or as it is."""
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def define():
+        encoded, _ = fn.readers.file(files=[os.path.abspath(path)])
+        return fn.peek_image_shape(encoded), fn.decoders.image(encoded).shape()
+
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return False  # the reader would pass over it
+    try:
+        define().run()
+    except RuntimeError as error:
+        if not concerns_images(str(error)):
+            raise
+        return False
+    return True
+
+
+def confirmed(index: ImageIndex, suspects: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Those of `faults` that the decoder cannot mend."""
+    return (pair for pair in suspects if not decodes(os.path.join(index.root, pair[0])))
+
+
 def look(index: ImageIndex, seconds: float) -> None:
     """Raise ValueError that names the broken files of validation found within `seconds`."""
-    broken = list(faults(index, seconds))
+    suspects = confirmed(index, faults(index, seconds))
+    broken = list(itertools.islice(suspects, _NAMED_AT_ONCE + 1))
     if not broken:
         return
     lines = [
         f"{os.path.join(index.root, name)!r} {wrong}" for name, wrong in broken[:_NAMED_AT_ONCE]
     ]
+    least = ""
     if len(broken) > len(lines):
-        lines.append(f"and {len(broken) - len(lines)} more")
+        least = "at least "
+        lines.append("and more")
     raise ValueError(
-        f"{len(broken)} of the {len(index)} validation images are broken, as far as a look of "
-        f"{seconds:g} s can tell:\n"
+        f"{least}{len(broken)} of the {len(index)} validation images are broken, as far as a look "
+        f"of {seconds:g} s can tell:\n"
         + "\n".join(lines)
         + "\nMend or remove them, or leave them out "
         "with --data.val_exclude and a file of their paths, one a line; tools/check_images.py "

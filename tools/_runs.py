@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 import _path  # noqa: F401
+from scae_dali import checkpoint
 from scae_dali.methods import BUILT_IN
-from scae_dali.metrics import read_rows
+from scae_dali.metrics import LogError, known_rows, read_rows
 
 __all__ = [
     "FIGURES",
@@ -32,6 +33,7 @@ __all__ = [
     "gain",
     "last_lines",
     "pace",
+    "read_config",
     "read_run",
     "settings",
     "spread",
@@ -64,17 +66,43 @@ PLACES = {
 
 
 def read_run(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A finished run's settings and its last row; ValueError where there is none."""
-    rows = read_rows(path / "metrics.jsonl")
+    """A finished run's settings and its last row; ValueError where there is none.
+
+    LogError where its files are damaged, or metrics.jsonl and the checkpoint differ.
+    """
+    saved = checkpoint.saved_log(path / "checkpoint.pt")
+    rows = known_rows(path / "metrics.jsonl", saved, ("val_top1",))
     if not rows or not (path / "config.json").exists():
         raise ValueError(f"{str(path)!r} must be the folder of a run with a finished epoch")
-    config = json.loads((path / "config.json").read_text())
+    config = read_config(path / "config.json")
     done = rows[-1]["epoch"] + 1
     if done < config["epochs"]:
         raise ValueError(
             f"{str(path)!r} has {done} of {config['epochs']} epochs: let it end (--resume) first"
         )
     return config, rows[-1]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's settings, as train.py wrote them; LogError for anything else."""
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        raise _damaged(path, f"cannot be read ({error})") from error
+    if not isinstance(config, dict):
+        raise _damaged(path, f"must hold an object, got {config!r:.40}")
+    for name, kind in {"method": str, "seed": int, "epochs": int}.items():
+        if type(config.get(name)) is not kind:
+            said = f"got {config[name]!r:.40}" if name in config else "it has none"
+            raise _damaged(path, f"must have {name} as {kind.__name__}, {said}")
+    return config
+
+
+def _damaged(path: Path, what: str) -> LogError:
+    return LogError(
+        f"{str(path)!r} {what}; restore the file from a copy, or resume the run (train.py "
+        "--resume), which writes it again"
+    )
 
 
 def epochs_done(path: Path) -> int:

@@ -8,9 +8,10 @@
 --data.exclude leaves out training files alone, --data.val_exclude validation files: paths may be
 the same in both folders, so a list is for the folder that it was made of.
 
-Looks at the first and last bytes of every file; with --decode it decodes them all too, on the CPU,
-as training does. A JPEG that the decoder mends with a warning is not broken: it trains as it is.
-Ends with status 1 where there are broken ones, 2 where it could not look.
+Looks at the first and last bytes of every file, and decodes what looks broken; with --decode it
+decodes them all, on the CPU, as training does. A JPEG that the decoder mends with a warning is not
+broken: it trains as it is. Ends with status 1 where there are broken ones, 2 where it could not
+look.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import _path  # noqa: F401
 from pipelines.config import ExecConfig
 from pipelines.images import decode, read
 from scae_dali.dataset import DatasetError, ImageIndex
-from scae_dali.verify import concerns_images, faults
+from scae_dali.verify import concerns_images, confirmed, faults
 
 BATCH = 32
 CHUNK = 128 * BATCH  # images a pipeline: a failure costs it, and DALI copies its list of files
@@ -82,7 +83,7 @@ def check(index: ImageIndex, *, deep: bool, threads: int) -> list[str]:
         tqdm.write(f"{name} {wrong}", file=sys.stdout)
 
     with tqdm(total=len(index), unit="img", desc="bytes") as bar:
-        for name, wrong in faults(index, progress=bar.update):
+        for name, wrong in confirmed(index, faults(index, progress=bar.update)):
             report(name, wrong)
     if deep:
         ids = [i for i, name in enumerate(index.files) if name not in broken]

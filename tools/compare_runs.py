@@ -33,6 +33,13 @@ def name_of(config: dict[str, Any], others: list[dict[str, Any]]) -> str:
 
 def table(paths: list[Path]) -> list[dict[str, Any]]:
     """A row for each set of settings: figures over its seeds, in percent."""
+    given: dict[Path, Path] = {}
+    for path in paths:
+        if (other := given.setdefault(path.resolve(), path)) is not path:
+            raise ValueError(
+                f"{str(path)!r} and {str(other)!r} are one run, which would count twice: name it "
+                "once"
+            )
     runs = [_runs.read_run(path) for path in paths]
     configs = [config for config, _ in runs]
     groups: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}

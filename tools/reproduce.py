@@ -13,7 +13,6 @@ what it is stays.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shlex
@@ -200,7 +199,7 @@ def estimate(args: argparse.Namespace, jobs: Sequence[Job], probe: bool = False)
     start = f"left: {len(jobs)} runs, {sum(job.epochs_left for job in jobs):,} epochs"
     paces: dict[tuple[str, ...], list[float]] = {}
     for file in args.out.glob("table*/*/config.json"):
-        config = json.loads(file.read_text())
+        config = _runs.read_config(file)
         rows = _runs.read_rows(file.parent / "metrics.jsonl", _runs.PACE)
         if (measured := _runs.pace(rows)) is not None:
             model, stage = config["model"], config.get("second_stage", {}).get("classifier") or ""

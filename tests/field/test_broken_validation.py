@@ -7,14 +7,17 @@ https://github.com/open-mmlab/mmengine/issues/1394
 
 import shutil
 
+import numpy as np
 import pytest
 import tiny_run
 import torch
+from PIL import Image
 from tiny_run import arguments, assert_same_run, rows, start
 
 import train
 from pipelines.data import DataConfig
-from scae_dali import metrics
+from scae_dali import metrics, verify
+from scae_dali.dataset import ImageIndex
 
 images, tiny, whole = tiny_run.images, tiny_run.tiny, tiny_run.whole  # fixtures
 
@@ -149,3 +152,22 @@ def test_a_broken_image_of_training_tells_what_a_run_under_way_can_do(copy, tmp_
     spoil(copy / "train" / "b" / "01.png")
     with pytest.raises(SystemExit, match=r"--data.exclude(?s:.*)put a sound one in the place"):
         start(*arguments(copy, tmp_path / "run"))
+
+
+def test_what_looks_broken_and_decodes_is_sound(tmp_path, monkeypatch):
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (24, 24, 3), np.uint8))
+    (tmp_path / "a").mkdir()
+    image.save(tmp_path / "a" / "0.tiff", big_tiff=True)
+    image.save(tmp_path / "a" / "1.jpg")
+    whole = (tmp_path / "a" / "1.jpg").read_bytes()
+    (tmp_path / "a" / "1.jpg").write_bytes(whole[:-2] + bytes(16))  # no end marker
+    index = ImageIndex(tmp_path)
+    assert [name for name, _ in verify.faults(index)] == ["a/1.jpg"]
+    verify.look(index, 5.0)
+    for number in range(3):
+        (tmp_path / "a" / f"{number + 2}.jpg").write_bytes(whole[: 100 + number])
+    monkeypatch.setattr(verify, "_NAMED_AT_ONCE", 2)
+    with pytest.raises(
+        ValueError, match=r"^at least 3 of the 5 .*(?s:.*)a/3.jpg' is cut(?s:.*)and"
+    ):
+        verify.look(ImageIndex(tmp_path), 5.0)

@@ -13,6 +13,7 @@ import train
 from scae_dali.divergence import check_finite, sound
 from scae_dali.evaluation import Evaluation
 from scae_dali.ranks import Ranks
+from scae_dali.second_stage import SecondStageConfig, prepare
 
 images, tiny, whole = tiny_run.images, tiny_run.tiny, tiny_run.whole  # fixtures
 
@@ -152,3 +153,20 @@ def test_figures_that_are_no_number_are_null_in_the_log(
     assert "NaN" not in (out / "metrics.jsonl").read_text()
     assert "ece" not in capsys.readouterr().out
     shutil.rmtree(out)
+
+
+def test_a_first_stage_that_has_diverged_is_named(tmp_path):
+    net = Tiny(3)
+    net.features[1].running_var[0] = NAN
+    torch.save(net.state_dict(), tmp_path / "weights.pt")
+    stage = SecondStageConfig(classifier="reset", weights=str(tmp_path / "weights.pt"))
+    with pytest.raises(ValueError, match=r"not finite \(features.1.running_var\): its first stage"):
+        prepare(Tiny(3), stage, 3, seed=0)
+
+
+def test_outputs_without_a_finite_number_are_said(capsys):
+    for logits, said in ((torch.full((2, 3), NAN), True), (torch.eye(3)[:2], False)):
+        evaluation = Evaluation([9, 9, 9], "cpu")
+        evaluation.update(logits, torch.tensor([0, 1]))
+        evaluation.compute(Ranks("cpu"))
+        assert ("not finite for any of the 2 validation" in capsys.readouterr().err) == said

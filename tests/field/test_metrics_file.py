@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import tiny_run
+import torch
 from tiny_run import arguments, rows, start
 
 from scae_dali.metrics import Log, LogError, read_rows
@@ -40,6 +41,26 @@ DAMAGES = {
     "few as a list": (1, line(1, val_few=[]), r"line 2 must have a number as val_few, got \[\]"),
     "seconds as a number": (1, line(1, seconds=3), "line 2 must have an object of numbers as seco"),
     "no top-1": (1, b'{"epoch": 1}', "line 2 lacks val_top1"),
+    "top-1 above 100": (1, line(1, val_top1=151.0), "line 2 must have percent, .* got 151.0"),
+    "top-5 below 0": (3, line(3, val_top5=-90.0), "line 4 must have percent, .* as val_top5, got"),
+    "top-5 below top-1": (3, line(3, val_top5=9.0), "line 4 has val_top5 9.0, below its val_top1"),
+    "another best": (
+        3,
+        line(3, best_top1=63.0),
+        r"line 4 has best_top1 63.0, but by .* it is 53.0",
+    ),
+    "another best epoch": (2, line(2, best_epoch=1), "line 3 has best_epoch 1, but by"),
+    "another median": (3, line(3, median10_top1=57.5), "line 4 has median10_top1 57.5, .* is 51.5"),
+    "a field twice": (3, line(3)[:-1] + b', "val_top1": 53.0}', "line 4 has 'val_top1' twice"),
+    "deep": (3, b"[" * 9999 + b"]" * 9999, "line 4 is nested too deeply"),
+    "rather deep": (1, line(1, x=[[[[[[[[[[1]]]]]]]]]]), "line 2 is nested too deeply"),
+    "infinite": (3, line(3)[:-1] + b', "x": [1e999]}', "line 4 must have finite numbers"),
+    "digits": (
+        3,
+        line(3)[:-1] + b', "x": ' + b"9" * 5000 + b"}",
+        "line 4 must have finite numbers",
+    ),
+    "digits in top-1": (3, line(3, val_top1=10**400), "line 4 must have percent"),
     "the last of another epoch": (3, line(7), "line 4 must be of epoch 3, .* got 7"),
 }
 
@@ -89,7 +110,7 @@ def test_the_checkpoint_brings_lost_rows_back_and_tells_of_changed_ones(images, 
     path = out / "metrics.jsonl"
     argv = [*arguments(images, out, epochs=3), "--resume"]
     first, last = path.read_text().splitlines(keepends=True)
-    changed = first.replace('"val_top1": ', '"val_top1": 1')
+    changed = first.replace('"train_loss": ', '"train_loss": 1')
     path.write_text(changed + last)
     with pytest.raises(SystemExit, match="epoch 0 has other figures than in the checkpoint"):
         start(*argv)
@@ -128,3 +149,34 @@ def test_tools_say_what_is_damaged(tool, tmp_path):
     (out / "config.json").write_text('{"epochs": 3, "method": "none", "seed": 0}')
     with pytest.raises(SystemExit, match=r"metrics.jsonl', line 2 is no JSON; restore"):
         tool("compare_runs").main([str(out)])
+
+
+def finished(out, *lines):
+    out.mkdir()
+    (out / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    (out / "config.json").write_text('{"epochs": 4, "method": "none", "seed": 0}')
+    return out
+
+
+def test_runs_are_compared_with_their_checkpoints_and_once(tool, tmp_path):
+    compare = tool("compare_runs")
+    run = finished(tmp_path / "run", *WHOLE)
+    log = b"".join(text + b"\n" for text in WHOLE[:3]).decode()
+    torch.save({"log": log, "net": {}}, run / "checkpoint.pt")
+    assert compare.table([run])[0]["seeds"] == [0]
+    (tmp_path / "link").symlink_to(run)
+    with pytest.raises(ValueError, match=r"link' and '.*run' are one run, which would count twice"):
+        compare.table([run, tmp_path / "link"])
+    changed = finished(tmp_path / "changed", line(0, train_loss=9.0), *WHOLE[1:])
+    shutil.copy(run / "checkpoint.pt", changed)
+    with pytest.raises(LogError, match="epoch 0 has other figures than in the checkpoint"):
+        compare.table([changed])
+    for text, said in {
+        "[]": r"must hold an object, got \[\]",
+        "{": "cannot be read",
+        "{}": "must have method as str, it has none",
+        '{"method": "none", "seed": 0, "epochs": "4"}': "must have epochs as int, got '4'",
+    }.items():
+        (run / "config.json").write_text(text)
+        with pytest.raises(LogError, match=rf"run/config.json' {said}.*; restore the file"):
+            compare.table([run])

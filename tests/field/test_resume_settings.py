@@ -7,15 +7,18 @@ https://github.com/NVIDIA/Megatron-LM/pull/7468
 import json
 import shlex
 import shutil
+import sys
 
 import pytest
 import tiny_run
 import torch
 from tiny_run import arguments, rows, start
 
+import train
 from pipelines import resume
 from pipelines.data import DataConfig
 from pipelines.recipe import Config, OptimConfig
+from scae_dali import checkpoint
 from scae_dali.ranks import Ranks
 
 images, tiny, whole = tiny_run.images, tiny_run.tiny, tiny_run.whole  # fixtures
@@ -214,3 +217,61 @@ def test_moved_files_are_the_same_and_others_are_not(tmp_path):
     lost = {"data.val_list": "list.txt", "epochs": 1}
     with pytest.raises(ValueError, match=r"val_list='list.txt', not None: .* --data.val_list=list"):
         resume.compare("run", lost, lost | {"data.val_list": None}, 0, lambda: None)
+
+
+def test_damaged_files_of_a_run_are_named(images, out):
+    argv = [*arguments(images, out, epochs=3), "--resume"]
+    path = out / "checkpoint.pt"
+    whole = torch.load(path, weights_only=True)
+    for change, said in {
+        "optimizer": "it lacks optimizer",
+        "epoch": "it lacks epoch",
+        "step": "step is no int",
+        "log": "log is no str",
+        "rng": "of process 0, it lacks rng",
+        "ranks": "of process 0, it is no dict",
+    }.items():
+        state = dict(whole)
+        if change in ("optimizer", "epoch"):
+            del state[change]
+        elif change == "rng":
+            state["ranks"] = [{k: v for k, v in whole["ranks"][0].items() if k != "rng"}]
+        else:
+            state[change] = {"step": 1.5, "log": 5, "ranks": [5]}[change]
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=rf"is no checkpoint .* \({said}\); move it away"):
+            checkpoint.load_run(path)
+    path.unlink()
+    text = (out / "config.json").read_text()
+    (out / "config.json").write_text(text.replace('"epochs": 2', '"epochs": "2"'))
+    with pytest.raises(SystemExit, match=r"made with epochs='2', not 3 \(0 are done\)"):
+        start(*argv)
+    (out / "config.json").write_text(text)
+    (out / "metrics.jsonl").unlink()
+    with pytest.raises(SystemExit, match=r"weights.pt of a run that has ended, and no checkpoint"):
+        start(*argv)
+    path.mkdir()
+    with pytest.raises(SystemExit, match=r"checkpoint.pt' must be a file of the run, and is a fo"):
+        start(*argv)
+
+
+def test_weights_of_a_shorter_run_do_not_pass_for_the_longer_ones(images, out, monkeypatch):
+    before = (out / "weights.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "train_epoch", lambda run: sys.exit("killed"))
+        with pytest.raises(SystemExit, match="killed"):
+            start(*arguments(images, out, epochs=3), "--resume")
+    assert not (out / "weights.pt").exists()
+    assert (out / "weights.until-epoch-2.pt").read_bytes() == before
+
+
+def test_what_is_left_out_of_the_data_no_more_is_named():
+    was = resume.flat(config()) | {"data": "d", "val": "v", "data.val_exclude": "broken.txt"}
+    now = was | {"val": "w", "data.val_exclude": None}
+    with pytest.raises(
+        ValueError,
+        match=r"val='v', not 'w': resume it .*; --data.val_exclude=broken.txt\), or start in a new "
+        r"folder; data.val_exclude was 'broken.txt', now None$",
+    ):
+        resume.compare("run", was, now, 1, lambda: None)
+    assert len(resume.compare("run", was, now, 1, lambda: 3)) == 2

@@ -1,6 +1,8 @@
 """Two runs begun together in one folder both trained, and wrote each other's epochs; a process that
 a killed torchrun had left behind trained on beside its successor. Processes race for a run's folder
-elsewhere too: https://github.com/Physical-Intelligence/openpi/issues/868
+elsewhere too: https://github.com/Physical-Intelligence/openpi/issues/868. A lock is on a
+file, not on its name, so that a removed folder let a second run in:
+https://github.com/unarbos/arbos/pull/655
 """
 
 import errno
@@ -16,7 +18,8 @@ import pytest
 import tiny_run
 from tiny_run import arguments, rows, start
 
-from scae_dali import lock, ranks
+import train
+from scae_dali import checkpoint, lock, ranks
 from scae_dali.ranks import Ranks
 
 images, tiny, whole = tiny_run.images, tiny_run.tiny, tiny_run.whole  # fixtures
@@ -172,3 +175,84 @@ def test_only_under_torchrun_the_parent_is_watched(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     Ranks("cpu")
     assert watched
+
+
+def remove(out):
+    shutil.rmtree(out)
+
+
+def replace(out):
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / lock.NAME).touch()
+
+
+@pytest.mark.parametrize("change", [remove, replace, lambda out: out.rename(f"{out}-old")])
+def test_who_has_lost_its_folder_writes_nothing_more(images, tmp_path, monkeypatch, change):
+    out = tmp_path / "run"
+    step, calls = train.Run.train_step, []
+
+    def losing(*given):
+        calls.append(None)
+        if len(calls) == 5:
+            change(out)
+        return step(*given)
+
+    monkeypatch.setattr(train.Run, "train_step", losing)
+    with pytest.raises(SystemExit, match=r"run', was moved, removed or taken by another run") as e:
+        start(*arguments(images, out))
+    assert "make room" not in str(e.value)
+    assert not out.exists() or [path.name for path in out.iterdir()] == [lock.NAME]
+
+
+def test_the_lock_is_of_the_file_that_is_there(tmp_path, monkeypatch):
+    """Whoever has waited for a file that is gone meanwhile takes the lock of the new one."""
+    monkeypatch.setattr(lock, "PATIENCE_S", 5.0)
+    with lock.hold(tmp_path, Ranks("cpu")) as held:
+        held()
+        monkeypatch.setattr(lock.time, "sleep", lambda seconds: (tmp_path / lock.NAME).unlink())
+        with lock.hold(tmp_path, Ranks("cpu")) as second:
+            second()
+            with pytest.raises(ValueError, match="nothing more is written"):
+                held()
+            monkeypatch.setattr(lock, "PATIENCE_S", 0.0)
+            with (
+                pytest.raises(ValueError, match="another process is training"),
+                lock.hold(tmp_path, Ranks("cpu")),
+            ):
+                pass
+
+
+def test_a_link_to_nowhere_and_a_file_of_a_removed_folder(tmp_path):
+    (tmp_path / "run").symlink_to("gone")
+    with (
+        pytest.raises(ValueError, match=r"the link '.*run' to 'gone', which does not exist: make"),
+        lock.hold(tmp_path / "run", Ranks("cpu")),
+    ):
+        pass
+    with pytest.raises(OSError, match="its folder was moved or removed") as error:
+        checkpoint.save(tmp_path / "gone" / "checkpoint.pt", {})
+    assert "make room" not in str(error.value)
+
+
+@pytest.mark.parametrize("launcher", [["/bin/torchrun"], ["-u", "-m", "torch.distributed.run"]])
+def test_the_torchrun_above_a_script_is_watched(monkeypatch, launcher):
+    """Its number and its start, whatever stands between."""
+    script = ["bash", "wrap_torchrun.sh", *"abcde", "torchrun"]
+    table = {os.getppid(): (8, script), 8: (9, ["sh"]), 9: (1, ["python", *launcher, "train.py"])}
+    monkeypatch.setattr(ranks, "_process", lambda n: (table[n][0], "77") if n in table else None)
+    monkeypatch.setattr(ranks, "_command", lambda n: table[n][1])
+    assert ranks._torchrun() == (9, "77")
+    del table[9]
+    assert ranks._torchrun() is None  # an older one has ended, or there is no /proc
+
+
+def test_a_process_is_known_by_its_number_and_its_start():
+    child = subprocess.Popen(["sleep", "60"])
+    assert ranks._process(child.pid)[0] == os.getpid()
+    assert ranks._command(child.pid)[:2] == ["sleep", "60"]
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert ranks._process(child.pid) is None  # nobody has waited for it yet
+    child.wait()
+    assert (ranks._process(child.pid), ranks._command(child.pid)) == (None, [])
