@@ -40,6 +40,7 @@ class SyntheticIndex:
 
     samples: int
     fingerprint: str = "0" * 32
+    num_classes: int = CLASSES
 
     def __len__(self) -> int:
         return self.samples

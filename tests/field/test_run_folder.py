@@ -248,11 +248,12 @@ def test_the_torchrun_above_a_script_is_watched(monkeypatch, launcher):
 
 
 def test_a_process_is_known_by_its_number_and_its_start():
-    child = subprocess.Popen(["sleep", "60"])
-    assert ranks._process(child.pid)[0] == os.getpid()
-    assert ranks._command(child.pid)[:2] == ["sleep", "60"]
-    child.kill()
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert ranks._process(child.pid) is None  # nobody has waited for it yet
-    child.wait()
+    with subprocess.Popen(["sleep", "60"]) as child:
+        assert ranks._process(child.pid)[0] == os.getpid()
+        end = time.monotonic() + 10
+        while ranks._command(child.pid)[:2] != ["sleep", "60"]:  # it is being started
+            assert time.monotonic() < end
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert ranks._process(child.pid) is None  # nobody has waited for it yet
     assert (ranks._process(child.pid), ranks._command(child.pid)) == (None, [])
