@@ -181,7 +181,7 @@ def refuse_others(args: argparse.Namespace) -> None:
     """ValueError where --out holds runs of the table that these options would make otherwise."""
     for path, section, model, cell, seed in existing(args):
         job = make_job(args, section, model, cell, seed)
-        found = _runs.differing(json.loads((path / "config.json").read_text()), job.settings)
+        found = _runs.differing(_runs.read_config(path / "config.json"), job.settings)
         if found:
             odd = "; ".join(f"{key}={was!r}, not {now!r}" for key, (was, now) in found.items())
             raise ValueError(
@@ -205,7 +205,7 @@ def twin(args: argparse.Namespace, job: Job) -> Path | None:
     if job.first is not None or job.index is None or os.path.lexists(job.path):
         return None
     for file in sorted(args.out.glob("table*/*/config.json")):
-        path, config = file.parent, json.loads(file.read_text())
+        path, config = file.parent, _runs.read_config(file)
         starts = read_starts(path)
         if (
             path.parent != args.place
