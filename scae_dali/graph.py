@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from nvidia.dali.pipeline import do_not_convert
+from nvidia.dali.types import ScalarConstant
 
 __all__ = [
     "Draw",
@@ -21,6 +22,8 @@ __all__ = [
     "kind_of",
     "origin",
     "output_of",
+    "permutations",
+    "permuted_by",
     "readable",
     "schema_of",
     "sources",
@@ -66,11 +69,22 @@ def origin(node: DataNode) -> Origin | None:
 
 
 @do_not_convert
-def sources(node: DataNode) -> tuple[frozenset[str], frozenset[str]]:
-    """The readers that a node hangs on, and the permutations of its batch, by name."""
-    every = list(_ancestors(node))
-    readers = frozenset(one.source.name for one in every if is_reader(one))
-    return readers, frozenset(one.source.name for one in every if kind_of(one) == "PermuteBatch")
+def sources(node: DataNode) -> frozenset[str]:
+    """The readers that a node hangs on, by name."""
+    return frozenset(one.source.name for one in _ancestors(node) if is_reader(one))
+
+
+@do_not_convert
+def permutations(node: DataNode) -> frozenset[str]:
+    """What ids were permuted by within their batch: the indices of fn.permute_batch, by name."""
+    every = (one for one in _ancestors(node) if kind_of(one) == "PermuteBatch")
+    return frozenset(permuted_by(one) for one in every)
+
+
+def permuted_by(node: DataNode) -> str:
+    """The indices of an fn.permute_batch: the node that they are, or the numbers themselves."""
+    indices = node.source.inputs[1:]
+    return indices[0].name if indices else str(arguments_of(node).get("indices"))
 
 
 @do_not_convert
@@ -142,4 +156,12 @@ def display_name(node: DataNode) -> str:
 
 
 def arguments_of(node: DataNode) -> dict[str, Any]:
-    return dict(getattr(node.source._op, "_init_args", {}))
+    """Those that are constant, as numbers, texts, DALI's enumerations and lists."""
+    given = getattr(node.source._op, "_init_args", {})
+    return {name: _plain(value) for name, value in given.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value.value if isinstance(value, ScalarConstant) else value

@@ -21,6 +21,7 @@ from scae_dali.graph import (
     draw_of,
     is_reader,
     kind_of,
+    permuted_by,
     readable,
     schema_of,
 )
@@ -53,7 +54,7 @@ class History:
     from grey levels to others, such as normalised ones. crops: how many operators cropped, one
     after the other. resized: whether one resized; late: whether that was before a crop. drawn_by:
     the random crop generators that the crop hangs on. fused: how an operator drew it that draws
-    and crops at once.
+    and crops at once. permuted: the indices that changed the order of the batch.
     """
 
     known: bool = True
@@ -68,6 +69,7 @@ class History:
     late: bool = False
     drawn_by: frozenset[str] = frozenset()
     fused: Draw | None = None
+    permuted: frozenset[str] = frozenset()
 
 
 _UNKNOWN = History(known=False, layout=None)
@@ -137,6 +139,7 @@ def _merged(histories: list[History]) -> History | None:
         resized=any(one.resized for one in histories),
         late=any(one.late for one in histories),
         drawn_by=frozenset().union(*(one.drawn_by for one in histories)),
+        permuted=frozenset().union(*(one.permuted for one in histories)),
         **every,
     )
 
@@ -170,8 +173,10 @@ def _after(node: DataNode, kind: str, arguments: dict[str, Any], before: History
         size = before.size if not {"size"} & arguments.keys() and given < 1 else None
         before = replace(before, known=False, size=size)
         return replace(before, flipped=name) if min(matrix[0], matrix[4]) < 0 else before
-    if kind == "_TensorSubscript" or (kind == "Slice" and _of_channels(arguments)):
+    if kind == "_TensorSubscript":
         return _subscripted(node, arguments, before, given)
+    if kind in ("Cat", "Slice") and _of_channels(arguments):
+        return before
     if kind in _CROPS:
         cropped = _crop(node, before, _size_of_crop(arguments))
         return replace(cropped, fused=draw_of(node)) if kind == "RandomResizedCrop" else cropped
@@ -180,6 +185,8 @@ def _after(node: DataNode, kind: str, arguments: dict[str, Any], before: History
     if kind in ("Reshape", "Reinterpret"):
         layout = arguments.get("layout") or before.layout
         return replace(before, known=False, layout=str(layout), size=None)
+    if kind == "PermuteBatch":
+        return replace(before, permuted=before.permuted | {permuted_by(node)})
     if kind == "Normalize":
         grey = arguments.get("dtype") == types.UINT8
         return before if grey else replace(before, scaled=name)
@@ -240,9 +247,10 @@ def _subscripted(node: DataNode, arguments: dict[str, Any], before: History, giv
 
 
 def _of_channels(arguments: dict[str, Any]) -> bool:
-    """Whether a slice cuts channels alone."""
-    axes, names = list(arguments.get("axes", ())), str(arguments.get("axis_names", ""))
-    return names == "C" if names else axes == [2]
+    """Whether a slice, or a concatenation, is along the channels alone."""
+    names = str(arguments.get("axis_names", arguments.get("axis_name", "")))
+    axes = arguments.get("axes", arguments.get("axis", ()))
+    return names == "C" if names else _values(axes) == [2]
 
 
 def _calculated(node: DataNode, before: History) -> History:

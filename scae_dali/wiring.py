@@ -200,23 +200,21 @@ def _check_frame(past: History, window: Sequence[DataNode] | None) -> None:
 @do_not_convert
 def check_sources(images: DataNode, ids: DataNode, window: Sequence[DataNode] | None) -> None:
     """Raises ValueError where images, ids and window are of other samples."""
-    (seen, mixed), (named, also_mixed) = graph.sources(images), graph.sources(ids)
-    for what, readers in (("ids", named), ("window", _readers(window))):
+    seen = graph.sources(images)
+    of_window = frozenset().union(*(graph.sources(node) for node in window or ()))
+    for what, readers in (("ids", graph.sources(ids)), ("window", of_window)):
         if seen and readers and not seen & readers:
             raise ValueError(
                 f"{what} must be of the samples that the images are of, got those of the reader "
                 f"{', '.join(sorted(readers))}, and images of {', '.join(sorted(seen))}; take both "
                 "from one reader"
             )
-    if mixed != also_mixed:
+    past = history(images)
+    if past is not None and past.permuted != graph.permutations(ids):
         raise ValueError(
             "ids must be in the order of the images, but fn.permute_batch has changed that of one "
             "of them alone; permute both by the same indices, or call the stage first"
         )
-
-
-def _readers(window: Sequence[DataNode] | None) -> frozenset[str]:
-    return frozenset().union(*(graph.sources(node)[0] for node in window or ()))
 
 
 def check_reader(

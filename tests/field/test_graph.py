@@ -195,6 +195,26 @@ def drawn_for_what_is_resized(encoded):
     return images, {"window": (start, size, shapes), "size": S}
 
 
+def of_channels_by_operators(encoded):
+    images = resized(fn.decoders.image(encoded))
+    twice_as_deep = fn.cat(images, images, axis=2)
+    return fn.slice(twice_as_deep, 0, 3, axis_names="C", normalized_anchor=False,
+                    normalized_shape=False), {"size": S}  # fmt: skip
+
+
+def by_constants_of_dali(encoded):
+    """Arguments as DALI's own augmentations have them."""
+    images = fn.brightness(resized(fn.decoders.image(encoded)), brightness=types.Constant(1))
+    return fn.rotate(images, angle=types.Constant(3), keep_size=True), {"size": S}
+
+
+def mixed_within_the_batch(encoded):
+    """By another stage: what was permuted is mixed into images that were not."""
+    images = resized(fn.decoders.image(encoded))
+    other = fn.permute_batch(images, indices=fn.batch_permutation(seed=1))
+    return fn.cast_like(images * 0.5 + other * 0.5, images), {"size": S}
+
+
 def whole_as_window(encoded):
     """As code that training and validation share may have it."""
     shapes = fn.peek_image_shape(encoded)
@@ -274,7 +294,18 @@ def cropped_by_cmn(encoded):
     "body",
     [
         *(right, equal_seed, equal_seed_after_decoding, drawn_for_what_is_resized),
-        *(whole_as_window, by_positions, all_of_it, of_a_mix, converted, rotated, unknown),
+        *(
+            of_channels_by_operators,
+            by_constants_of_dali,
+            mixed_within_the_batch,
+            whole_as_window,
+            by_positions,
+            all_of_it,
+            of_a_mix,
+            converted,
+            rotated,
+            unknown,
+        ),
         *(back_to_hwc, of_channels, cropped_by_cmn),
     ],
     ids=lambda one: one.__name__,

@@ -289,12 +289,14 @@ def test_images_and_ids_of_two_readers_are_refused(index):
             ids = fn.permute_batch(ids, indices=indices) if permuted == "both" else ids
         else:
             _, ids = fn.readers.file(**keywords, name="B")
-        return one(images, ids, size=(24, 24))
+        images, targets = one(images, ids, size=(24, 24))
+        return images, *targets
 
     with pytest.raises(ValueError, match="ids must be of the samples that the images are of, g"):
         define(None)
     with pytest.raises(ValueError, match=r"ids must be in the order of the images, but fn.perm"):
         define("images")
+    define("both").run()
 
 
 def test_no_pipeline_is_kept_alive_by_its_stage(index):
