@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from scae_dali.gradcam import GradCAM
 from scae_dali.harvest import Harvest
 from scae_dali.layers import unwrap
 from scae_dali.limits import check_last_pass, check_neighbors
-from scae_dali.ranks import Ranks
+from scae_dali.ranks import Ranks, together
 from scae_dali.refresh import PassReport, refresh_cache, weights_digest
 
 
@@ -69,10 +68,7 @@ class Guide:
             path = path_of_node(path, ranks, chosen=bool(settings.cache))
             grid = GradCAM(net, settings.layer).grid(self._image.size)
             self.cache = SaliencyCache.create(path, index, grid=grid, exist_ok=True)
-            if ranks.local == 0:
-                together(ranks, self.cache.claim)
-            else:
-                together(ranks)
+            together(ranks, self.cache.claim if ranks.local == 0 else None)
             if schedule.pass_epoch(config.epochs - 1, guided.refresh_every) is None:
                 self._note(
                     f"no saliency pass comes within {config.epochs} epochs, the first is due "
@@ -247,22 +243,6 @@ class Guide:
     def _note(self, text: str) -> None:
         if self._ranks.first:
             tqdm.write(f"note: {text}", file=sys.stderr)
-
-
-def together(ranks: Ranks, work: Callable[[], None] | None = None) -> None:
-    """work() where there is any, and its ValueError or OSError on all ranks, so that none waits for
-    one that is gone; every rank calls it."""
-    error: Exception | None = None
-    try:
-        if work is not None:
-            work()
-    except (ValueError, OSError) as raised:
-        error = raised
-    failed = [text for text in ranks.gather(None if error is None else str(error)) if text]
-    if error is not None:
-        raise error
-    if failed:
-        raise ValueError(failed[0])
 
 
 def path_of_node(path: Path, ranks: Ranks, *, chosen: bool) -> Path:

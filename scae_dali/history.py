@@ -170,7 +170,7 @@ def _after(node: DataNode, kind: str, arguments: dict[str, Any], before: History
         return replace(before, flipped=name) if half else before
     if kind == "WarpAffine":
         matrix = list(arguments.get("matrix", (1, 0, 0, 0, 1, 0)))
-        size = before.size if not {"size"} & arguments.keys() and given < 1 else None
+        size = before.size if "size" not in arguments and given < 1 else None
         before = replace(before, known=False, size=size)
         return replace(before, flipped=name) if min(matrix[0], matrix[4]) < 0 else before
     if kind == "_TensorSubscript":
@@ -183,8 +183,8 @@ def _after(node: DataNode, kind: str, arguments: dict[str, Any], before: History
     if kind == "Transpose":
         return replace(before, layout=_transposed(arguments, before.layout), size=None)
     if kind in ("Reshape", "Reinterpret"):
-        layout = arguments.get("layout") or before.layout
-        return replace(before, known=False, layout=str(layout), size=None)
+        layout = arguments.get("layout", before.layout)
+        return replace(before, known=False, layout=layout and str(layout), size=None)
     if kind == "PermuteBatch":
         return replace(before, permuted=before.permuted | {permuted_by(node)})
     if kind == "Normalize":

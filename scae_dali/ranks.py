@@ -63,17 +63,8 @@ class Ranks:
         return values
 
     def by_first(self, step: Callable[[], object]) -> None:
-        """Take a step in rank 0 alone; where it raises ValueError or OSError, every rank raises
-        ValueError."""
-        failed: Exception | None = None
-        if self.first:
-            try:
-                step()
-            except (ValueError, OSError) as error:
-                failed = error
-        said = self.gather(None if failed is None else str(failed))[0]
-        if said is not None:
-            raise ValueError(said) from failed
+        """Take a step in rank 0 alone, see `together`."""
+        together(self, step if self.first else None)
 
     def sum(self, values: dict[str, float]) -> dict[str, float]:
         """Sum over the ranks, key by key."""
@@ -90,6 +81,22 @@ class Ranks:
         if self.world > 1:
             distributed.barrier()  # gloo of older torch hangs now and then without it
             distributed.destroy_process_group()
+
+
+def together(ranks: Ranks, step: Callable[[], object] | None) -> None:
+    """Take a step in the ranks that have one; where it raises ValueError or OSError in any, all
+    raise ValueError, so that none waits for one that is gone. Every rank calls it."""
+    failed: Exception | None = None
+    try:
+        if step is not None:
+            step()
+    except (ValueError, OSError) as error:
+        failed = error
+    said = [text for text in ranks.gather(None if failed is None else str(failed)) if text]
+    if isinstance(failed, ValueError):
+        raise failed
+    if said:
+        raise ValueError(said[0] if failed is None else str(failed)) from failed
 
 
 def end_with_parent() -> None:

@@ -202,6 +202,18 @@ def of_channels_by_operators(encoded):
                     normalized_shape=False), {"size": S}  # fmt: skip
 
 
+def reshaped(encoded):
+    """What a Python function gave without a layout, which comes later."""
+    images = fn.python_function(
+        resized(fn.decoders.image(encoded)), function=lambda one: one, batch_processing=False
+    )
+    return fn.reshape(fn.reshape(images, shape=[24, 24, 3]), layout="HWC"), {"size": S}
+
+
+def reshaped_alone(encoded):
+    return fn.reshape(resized(fn.decoders.image(encoded)), shape=[24, 24, 3]), {"size": S}
+
+
 def by_constants_of_dali(encoded):
     """Arguments as DALI's own augmentations have them."""
     images = fn.brightness(resized(fn.decoders.image(encoded)), brightness=types.Constant(1))
@@ -296,6 +308,8 @@ def cropped_by_cmn(encoded):
         *(right, equal_seed, equal_seed_after_decoding, drawn_for_what_is_resized),
         *(
             of_channels_by_operators,
+            reshaped,
+            reshaped_alone,
             by_constants_of_dali,
             mixed_within_the_batch,
             whole_as_window,
@@ -439,6 +453,17 @@ def test_what_follows_something_unknown_is_looked_at(index, cache):
         ValueError, match="window must be given where images are cropped, here by f"
     ):
         define(index, behind, cache=cache)
+
+
+def test_a_layout_that_nobody_gives_is_unknown(index):
+    """Not one called None."""
+
+    def body(encoded):
+        images = resized(fn.decoders.image(encoded))
+        images = fn.python_function(images, function=lambda one: one, batch_processing=False)
+        return fn.reshape(images, shape=[24, 24, 3]), {"size": S}
+
+    define(index, body, method="none").run()
 
 
 @pytest.mark.parametrize("size", [(12, 12), (24, 23)])
