@@ -11,11 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from scae_dali.cache import SaliencyCache
-from scae_dali.dataset import ImageIndex
-from scae_dali.iterator import Batch
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.data.index import ImageIndex
+from scae_dali.stage.loader import Batch
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ROOT / "tools"
+# Tests share what they need with others, wherever these lie.
+sys.path[:0] = [
+    str(folder) for folder in sorted(Path(__file__).parent.rglob("*")) if folder.is_dir()
+]
 
 
 def run(tool, *arguments, status=0):

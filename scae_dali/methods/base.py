@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any, Literal, Protocol
 
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
-from scae_dali.rng import Array, Stream, array_namespace, uniforms
+from scae_dali.plan.random import Array, Stream, array_namespace, uniforms
 
 DataNode = Any
 Triple = tuple[float, float, float]

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from scae_dali.config import GuidedConfig
 from scae_dali.methods.base import DataNode, Kind, Method, Run, Samples, load, make_config
-from scae_dali.rng import Array
+from scae_dali.plan.random import Array
 
 _WHY_ONE = {
     "policy": "an image is transformed by one policy",

@@ -2,11 +2,11 @@
 
 from typing import Any, ClassVar
 
-from scae_dali import region
 from scae_dali.config import CutmixConfig as Config
 from scae_dali.methods import batch, paste
 from scae_dali.methods.base import DataNode, Kind, Run, Samples, Status
-from scae_dali.rng import Array, array_namespace
+from scae_dali.plan import region
+from scae_dali.plan.random import Array, array_namespace
 
 __all__ = ["Config", "Method"]
 

@@ -1,10 +1,10 @@
 """Cutout (DeVries and Taylor, 2017): a square whose centre is any pixel, clipped at the border."""
 
-from scae_dali import region
 from scae_dali.config import CutoutConfig as Config
 from scae_dali.methods import rectangle
 from scae_dali.methods.base import Samples, Status, zeros
-from scae_dali.rng import Array, Stream, array_namespace
+from scae_dali.plan import region
+from scae_dali.plan.random import Array, Stream, array_namespace
 
 __all__ = ["Config", "Method"]
 

@@ -5,7 +5,7 @@ from typing import Any
 from scae_dali.config import GridMaskConfig as Config
 from scae_dali.methods import grid, rectangle
 from scae_dali.methods.base import DataNode, Run, Samples, Status
-from scae_dali.rng import Array, Stream, array_namespace
+from scae_dali.plan.random import Array, Stream, array_namespace
 
 __all__ = ["Config", "Method"]
 

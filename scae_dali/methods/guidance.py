@@ -1,7 +1,7 @@
 """Shared by the methods that look at saliency maps: fetching them, and what is wrong with them."""
 
 from scae_dali.methods.base import Run, Samples, Status, zeros
-from scae_dali.rng import Array, array_namespace
+from scae_dali.plan.random import Array, array_namespace
 
 
 def maps(samples: Samples, run: Run) -> tuple[Array, Array, Array]:

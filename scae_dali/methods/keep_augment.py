@@ -10,11 +10,11 @@ erases any of the rectangles, as Random Erasing does, and `paste` puts nothing b
 import math
 from typing import Any
 
-from scae_dali import region
 from scae_dali.config import KeepAugmentConfig as Config
 from scae_dali.methods import guidance, paste, rand_augment, rectangle
 from scae_dali.methods.base import DataNode, Kind, Run, Samples, Status, zeros
-from scae_dali.rng import Array, Stream, array_namespace
+from scae_dali.plan import region
+from scae_dali.plan.random import Array, Stream, array_namespace
 
 __all__ = ["Config", "Method", "importance"]
 

@@ -7,7 +7,7 @@ from nvidia.dali import types
 from scae_dali.config import MixupConfig as Config
 from scae_dali.methods import batch
 from scae_dali.methods.base import DataNode, Kind, Run, Samples, Status
-from scae_dali.rng import Array, array_namespace
+from scae_dali.plan.random import Array, array_namespace
 
 __all__ = ["Config", "Method"]
 

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from scae_dali.config import NoneConfig as Config
 from scae_dali.methods.base import Kind, Run
-from scae_dali.rng import array_namespace
+from scae_dali.plan.random import array_namespace
 
 __all__ = ["Config", "Method"]
 

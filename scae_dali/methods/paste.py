@@ -5,7 +5,7 @@ from typing import Any
 from nvidia.dali import fn, types
 
 from scae_dali.methods.base import DataNode
-from scae_dali.rng import Array, array_namespace
+from scae_dali.plan.random import Array, array_namespace
 
 
 def fields(name: str) -> dict[str, int]:

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 from nvidia.dali import types
 from nvidia.dali.auto_aug.core import select, signed_bin
 
-from scae_dali import conditionals
 from scae_dali.config import PolicyConfig
+from scae_dali.methods import conditionals
 from scae_dali.methods.base import DataNode, Kind, Run, Samples
-from scae_dali.rng import Array, Stream, array_namespace
+from scae_dali.plan.random import Array, Stream, array_namespace
 
 Operation = Any  # an Augmentation of nvidia.dali.auto_aug
 

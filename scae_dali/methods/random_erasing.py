@@ -4,11 +4,11 @@ Area and aspect are uniform as in the paper and its code; torchvision and timm d
 log-uniform, and their settings are presets.
 """
 
-from scae_dali import region
 from scae_dali.config import RandomErasingConfig as Config
 from scae_dali.methods import rectangle
 from scae_dali.methods.base import Samples, Status, zeros
-from scae_dali.rng import Array, Stream, array_namespace
+from scae_dali.plan import region
+from scae_dali.plan.random import Array, Stream, array_namespace
 
 __all__ = ["Config", "Method"]
 

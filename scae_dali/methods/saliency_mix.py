@@ -6,11 +6,11 @@ for the whole batch: that is the preset `official`. `paper` takes each image's o
 
 import dataclasses
 
-from scae_dali import region
 from scae_dali.config import SaliencyMixConfig as Config
 from scae_dali.methods import cutmix, guidance
 from scae_dali.methods.base import Run, Samples
-from scae_dali.rng import Array, array_namespace
+from scae_dali.plan import region
+from scae_dali.plan.random import Array, array_namespace
 
 __all__ = ["Config", "Method"]
 

@@ -7,11 +7,11 @@ the whole crop, some offsets would have more pixels than others, and λ = 0 woul
 
 from typing import Any
 
-from scae_dali import region
 from scae_dali.config import SemanticGridMaskConfig as Config
 from scae_dali.methods import grid, rectangle, scae
 from scae_dali.methods.base import DataNode, Run, Samples
-from scae_dali.rng import Array, Stream, array_namespace
+from scae_dali.plan import region
+from scae_dali.plan.random import Array, Stream, array_namespace
 
 __all__ = ["Config", "Method"]
 
