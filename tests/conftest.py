@@ -18,9 +18,7 @@ from scae_dali.stage.loader import Batch
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
 # Tests share what they need with others, wherever these lie.
-sys.path[:0] = [
-    str(folder) for folder in sorted(Path(__file__).parent.rglob("*")) if folder.is_dir()
-]
+sys.path[:0] = sorted({str(path.parent) for path in (ROOT / "tests").rglob("*.py")})
 
 
 def run(tool, *arguments, status=0):
