@@ -14,7 +14,7 @@ from torch import nn
 
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data, DataConfig
-from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache import SaliencyCache
 from scae_dali.config import (
     AutoAugmentConfig,
     CutmixConfig,

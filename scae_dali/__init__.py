@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scae_dali.cache.cache import SaliencyCache
+    from scae_dali.cache import SaliencyCache
     from scae_dali.config import CropConfig
     from scae_dali.data.index import ImageIndex
     from scae_dali.saliency.gradcam import GradCAM
@@ -39,7 +39,7 @@ _HOME = {
     "ImageIndex": "data.index",
     "Loader": "stage.loader",
     "SCAE": "stage.stage",
-    "SaliencyCache": "cache.cache",
+    "SaliencyCache": "cache",
     "ScoreCAM": "saliency.scorecam",
     "Stage": "stage.stage",
     "Targets": "stage.stage",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 from scae_dali.stage.loader import Batch
 

@@ -23,7 +23,7 @@ from nvidia.dali import Pipeline, fn, pipeline_def
 import _path  # noqa: F401
 from pipelines import saliency, train, val
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache import SaliencyCache
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import BUILT_IN

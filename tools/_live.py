@@ -20,7 +20,7 @@ import torch
 import _path  # noqa: F401
 from pipelines import arrays, train
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import Status

@@ -37,7 +37,7 @@ from _options import count, existing_folder, usable_device
 import _bench
 import _path  # noqa: F401
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache import SaliencyCache
 from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.data.longtail import profile

@@ -38,7 +38,7 @@ from _options import count, positive
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 import _bench
-from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache import SaliencyCache
 from scae_dali.config import CropConfig, ScaeConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.plan import region

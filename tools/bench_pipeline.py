@@ -60,7 +60,7 @@ import _path  # noqa: F401
 from pipelines import train
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.images import resolve_decode
-from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import BUILT_IN
 from scae_dali.stage.loader import Loader

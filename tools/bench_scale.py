@@ -42,7 +42,7 @@ from _bench import interleaved, iqr, parse, report, rows, run, settings
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.images import READER
 from pipelines.train import train_pipeline
-from scae_dali.cache.cache import ChunkWriter, SaliencyCache
+from scae_dali.cache import ChunkWriter, SaliencyCache
 from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.plan.order import Order

@@ -39,7 +39,7 @@ from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
 from pipelines.recipe import OptimConfig, autocast, make_network
-from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache import SaliencyCache
 from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.saliency.gradcam import GradCAM

@@ -24,10 +24,8 @@ from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
 from pipelines.recipe import autocast, make_network
-from scae_dali.cache.cache import SaliencyCache
-from scae_dali.cache.limits import check_neighbors
-from scae_dali.cache.meta import settings_of
-from scae_dali.cache.records import EPOCHS
+from scae_dali.cache import SaliencyCache
+from scae_dali.cache.format import EPOCHS, check_neighbors, settings_of
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
 from scae_dali.data.index import ImageIndex
 from scae_dali.data.longtail import imbalanced

@@ -31,7 +31,7 @@ from pipelines.config import ExecConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
 from pipelines.recipe import Config, autocast, make_network
-from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods.keep_augment import importance
 from scae_dali.stage.stage import Stage

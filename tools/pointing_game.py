@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import _bench
-from scae_dali.cache.cache import CacheError, SaliencyCache
+from scae_dali.cache import CacheError, SaliencyCache
 from scae_dali.data.index import DatasetError, ImageIndex
 
 

@@ -2,8 +2,10 @@
 
 One environment a path and process, whatever the threads and forks; errors that a user can mend come
 with the remedy. A process that writes claims the cache by a lock on its directory (flock), which
-the system takes back when the process ends, however it ends. What is read and written in a
-transaction, and who may write beside another, is decided in `cache`.
+the system takes back when the process ends, however it ends.
+
+Every commit is synced (LMDB's default). A killed process or a lost machine never damages what was
+committed. LMDB wants a local file system.
 """
 
 from __future__ import annotations
@@ -19,13 +21,13 @@ from typing import Any, TypeVar
 
 import lmdb
 
-from scae_dali.cache.meta import CacheError
+from scae_dali.cache.format import CacheError
 
 __all__ = [
     "DATA_FILE",
     "Claim",
     "Environment",
-    "environment",
+    "environment_at",
     "make_directory",
     "require_data_file",
 ]
@@ -138,6 +140,7 @@ class Environment:
         return claimed is not None
 
     def close(self) -> None:
+        """Waits for transactions, closes LMDB, and lets go of the claim."""
         with self._alone():
             self._close()
             self.disclaim()
@@ -155,6 +158,7 @@ class Environment:
         self._close()
 
     def release(self) -> None:
+        """After a fork, in the parent: lets others in again."""
         self._state.release()
 
     @contextmanager
@@ -232,7 +236,7 @@ _environments_lock = threading.Lock()
 _parents: dict[str, int] = {}  # whose claim stood when this process was forked, by path
 
 
-def environment(path: str) -> Environment:
+def environment_at(path: str) -> Environment:
     """The one environment of this process at a real path."""
     known = _environments.get(path)
     if known is None:

@@ -5,30 +5,19 @@ When a new copy is due is decided by whoever reads; `stale` tells whether it wou
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from scae_dali.cache.meta import CacheMeta
-from scae_dali.cache.records import Maps, checked_ids
+from scae_dali.cache.format import Maps, checked_ids
+from scae_dali.cache.reader import CacheReader
 
 __all__ = ["ResidentCache"]
-
-
-class Source(Protocol):
-    """What a copy needs of its `SaliencyCache`."""
-
-    @property
-    def meta(self) -> CacheMeta: ...
-
-    def snapshot(self) -> tuple[Maps, NDArray[np.bool_], int]: ...
 
 
 class ResidentCache:
     """A read-only copy in memory: maps u8[N,h,w], found bool[N]; `refresh` takes a new one."""
 
-    def __init__(self, cache: Source) -> None:
+    def __init__(self, cache: CacheReader) -> None:
         self._cache = cache
         self.refresh()
 

@@ -1,36 +1,22 @@
 """A whole pass over a data set as one context: begun, written in chunks, ended, or resumed.
 
-Decides how many maps are committed together, and that whoever makes them does not wait for the
-disk. What begins, resumes and ends a pass is decided in `cache`.
+Maps are committed many at a time, in a thread, so that whoever makes them does not wait for the
+disk. A process that is killed loses at most two chunks.
 """
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, Protocol
-from weakref import WeakKeyDictionary, ref
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from scae_dali.cache.meta import CacheError
-from scae_dali.cache.records import CHUNK, Maps
+from scae_dali.cache.cache import Reservation, SaliencyCache
+from scae_dali.cache.format import CHUNK, CacheError, Maps
 
-__all__ = ["ChunkWriter", "require_no_writer"]
-
-
-class Target(Protocol):
-    """What a pass needs of its `SaliencyCache`."""
-
-    def begin_pass(self, epoch: int, *args: Any, **kwargs: Any) -> NDArray[np.int64]: ...
-
-    def checked(self, ids: ArrayLike, maps: ArrayLike) -> tuple[NDArray[np.int64], Maps]: ...
-
-    def write(self, ids: ArrayLike, maps: ArrayLike, *, epoch: int) -> None: ...
-
-    def end_pass(self, epoch: int) -> None: ...
+__all__ = ["ChunkWriter"]
 
 
 class ChunkWriter:
@@ -47,7 +33,7 @@ class ChunkWriter:
     """
 
     def __init__(
-        self, cache: Target, epoch: int, *, commit_every: int = CHUNK, **begin: Any
+        self, cache: SaliencyCache, epoch: int, *, commit_every: int = CHUNK, **begin: Any
     ) -> None:
         """begin: weights and provenance, as of `SaliencyCache.begin_pass`."""
         if commit_every < 1:
@@ -59,18 +45,17 @@ class ChunkWriter:
         self._thread = ThreadPoolExecutor(1, "commit")
         self._commit: tuple[NDArray[np.int64], Maps, Future[None]] | None = None
         self.pending = np.empty(0, np.int64)
-        self.epoch, self.begun = epoch, False
+        self.epoch = epoch
+        self._reservation: Reservation | None = None
 
     def __enter__(self) -> ChunkWriter:
-        with _turn:
-            require_no_writer(self._cache, or_who_begins=True)
-            _writers[self._cache] = ref(self)
+        self._reservation = self._cache.reserve(self.epoch)
         try:
             self.pending = self._cache.begin_pass(self.epoch, **self._begin)
         except BaseException:
-            _writers.pop(self._cache, None)
+            self._cache.unreserve()
             raise
-        self.begun = True
+        self._reservation.begun = True
         return self
 
     def write(self, ids: ArrayLike, maps: ArrayLike) -> None:
@@ -98,7 +83,7 @@ class ChunkWriter:
                     with suppress(OSError, CacheError):  # the body's own error is the one to report
                         self.flush()
         finally:
-            _writers.pop(self._cache, None)
+            self._cache.unreserve()
 
     def _hold(self, ids: NDArray[np.int64], maps: Maps) -> None:
         self._ids.append(ids)
@@ -122,21 +107,3 @@ class ChunkWriter:
         except BaseException:
             self._hold(ids, maps)
             raise
-
-
-_writers: WeakKeyDictionary[Target, ref[ChunkWriter]] = WeakKeyDictionary()  # entered, not left
-_turn = threading.Lock()  # of whoever enters
-
-
-def require_no_writer(cache: Target, *, or_who_begins: bool = False) -> None:
-    """Raises CacheError where a pass of this very object is under way in a ChunkWriter.
-
-    or_who_begins: also where one is about to begin its pass.
-    """
-    known = _writers.get(cache)
-    writer = None if known is None else known()
-    if writer is not None and (writer.begun or or_who_begins):
-        raise CacheError(
-            f"this SaliencyCache object has a pass of epoch {writer.epoch} under way in a "
-            "ChunkWriter; begin another one once that has ended"
-        )

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 from torch.nn.functional import grid_sample
 
-from scae_dali.cache.records import Maps
+from scae_dali.cache.format import Maps
 from scae_dali.methods import Status
 from scae_dali.saliency.isolation import isolated
 from scae_dali.saliency.layers import classifier_of, find_layer, unwrap

@@ -20,10 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from scae_dali.cache.cache import SaliencyCache
-from scae_dali.cache.limits import check_neighbors
-from scae_dali.cache.records import checked_epoch, flat
-from scae_dali.cache.writer import ChunkWriter
+from scae_dali.cache import ChunkWriter, SaliencyCache
+from scae_dali.cache.format import check_neighbors, checked_epoch, flat
 from scae_dali.config import check, check_choice
 from scae_dali.data.index import ImageIndex
 from scae_dali.saliency.cam import CAM, SaliencyMethod

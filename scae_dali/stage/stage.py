@@ -18,9 +18,8 @@ import numpy as np
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.pipeline import do_not_convert
 
-from scae_dali.cache import limits
-from scae_dali.cache.cache import SaliencyCache
-from scae_dali.cache.resident import ResidentCache
+from scae_dali.cache import ResidentCache, SaliencyCache
+from scae_dali.cache.format import check_last_pass, check_neighbors
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD, CropConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import compose
@@ -169,8 +168,8 @@ class Stage:
         if cache is not None:
             for config in compose.guides(self._method):
                 neighbors = getattr(config, "neighbors", 0) if self.mixes else 0
-                limits.check_neighbors(neighbors, index.num_classes)
-                limits.check_last_pass(epochs, config.refresh_every)
+                check_neighbors(neighbors, index.num_classes)
+                check_last_pass(epochs, config.refresh_every)
                 if cache is not named:  # whoever opened it has looked
                     _look_at(cache, len(index), config.refresh_every)
         self.moves_pixels = "policy" in getattr(self._method, "kinds", ())

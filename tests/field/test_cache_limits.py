@@ -18,8 +18,8 @@ from test_refresh import Net, fresh  # noqa: F401 - a fixture
 from pipelines.data import DataConfig
 from pipelines.guide import Guide
 from pipelines.recipe import Config
-from scae_dali.cache.cache import SaliencyCache
-from scae_dali.cache.limits import check_last_pass, check_neighbors
+from scae_dali.cache import SaliencyCache
+from scae_dali.cache.format import check_last_pass, check_neighbors
 from scae_dali.data.index import ImageIndex
 from scae_dali.plan import schedule
 from scae_dali.saliency.refresh import nearest_classes, refresh_cache

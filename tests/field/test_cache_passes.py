@@ -35,9 +35,9 @@ from pipelines.config import ExecConfig
 from pipelines.data import DataConfig
 from pipelines.guide import Guide, path_of_node
 from pipelines.recipe import Config, SaliencyConfig, make_network
+from scae_dali.cache import CacheError, ChunkWriter, SaliencyCache
 from scae_dali.cache import cache as cache_module
-from scae_dali.cache.cache import CacheError, ChunkWriter, SaliencyCache
-from scae_dali.cache.meta import to_json
+from scae_dali.cache.format import to_json
 from scae_dali.data.index import ImageIndex
 from scae_dali.saliency.refresh import weights_digest
 

@@ -16,7 +16,7 @@ from torchvision.models import shufflenet_v2_x0_5
 
 from pipelines import saliency, train, val
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import Status
 from scae_dali.saliency.gradcam import GradCAM

@@ -15,7 +15,7 @@ from conftest import TWO_PROCESSES, write_images
 
 import train
 from pipelines.recipe import OptimConfig
-from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import torch
 from conftest import TWO_PROCESSES, write_pngs
 from test_train import KILLER, ROOT, rows, run_here, run_there
 
-from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache import SaliencyCache
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from PIL import Image
 from test_pixels import cifar  # noqa: F401
 
 from pipelines.recipe import make_network
-from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.saliency.gradcam import GradCAM

@@ -9,7 +9,7 @@ from conftest import TOOLS, run
 from PIL import Image
 
 from pipelines.recipe import make_network
-from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import BUILT_IN
 

@@ -19,9 +19,7 @@ import lmdb
 import numpy as np
 import pytest
 
-from scae_dali.cache import cache as cache_module
-from scae_dali.cache import environment
-from scae_dali.cache.cache import CacheError, CacheMeta, ChunkWriter, SaliencyCache
+from scae_dali.cache import CacheError, CacheMeta, ChunkWriter, SaliencyCache, environment, reader
 from scae_dali.plan.random import Stream, uniforms
 
 GRID = (7, 7)
@@ -73,7 +71,7 @@ import os, sys, threading, time
 sys.path[:0] = sys.argv[1].split(os.pathsep)
 import numpy as np
 from test_cache import FakeIndex, fill, maps_of, GRID
-from scae_dali.cache.cache import CacheError, ChunkWriter, SaliencyCache
+from scae_dali.cache import CacheError, ChunkWriter, SaliencyCache
 path = sys.argv[2]
 """
 
@@ -302,7 +300,7 @@ def test_the_stalest_are_the_first_by_age_then_by_draw(path, count):
 def test_of_equal_values_the_first_are_the_lowest():
     values = np.array([2.0, 1.0, 2.0, 2.0, 0.0])
     for count, places in enumerate(([], [4], [1, 4], [0, 1, 4], [0, 1, 2, 4], [0, 1, 2, 3, 4])):
-        assert np.flatnonzero(cache_module._lowest(values, count)).tolist() == places
+        assert np.flatnonzero(reader._lowest(values, count)).tolist() == places
 
 
 def test_a_pass_over_a_share_resumes_with_the_same_samples(cache):

@@ -6,7 +6,8 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from scae_dali.cache.writer import ChunkWriter
+from scae_dali.cache import ChunkWriter
+from scae_dali.cache.cache import Reservation
 
 
 class Store:
@@ -16,6 +17,12 @@ class Store:
         self.before = before
         self.chunks = []
         self.ended = False
+
+    def reserve(self, epoch):
+        return Reservation(epoch)
+
+    def unreserve(self):
+        pass
 
     def begin_pass(self, epoch):
         return np.arange(10)

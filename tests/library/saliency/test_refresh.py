@@ -9,7 +9,7 @@ from torch import nn
 
 from pipelines import saliency
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache import SaliencyCache
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.refresh import METHODS, nearest_classes, refresh_cache, weights_digest
 from scae_dali.saliency.scorecam import ScoreCAM

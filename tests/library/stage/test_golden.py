@@ -21,7 +21,7 @@ import lmdb
 import numpy as np
 import pytest
 
-from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache import SaliencyCache
 from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import BUILT_IN, Status

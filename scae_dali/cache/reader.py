@@ -1,0 +1,302 @@
+"""How the maps of an open cache are looked up: which record a sample has, and what the cache holds.
+
+Every look is at one snapshot, the newest: LMDB shows a reader all of a commit or nothing of it.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Self, TypeVar
+
+import lmdb
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from scae_dali.cache.environment import (
+    DATA_FILE,
+    Environment,
+    environment_at,
+    require_data_file,
+)
+from scae_dali.cache.format import (
+    KEY_BYTES,
+    META,
+    NEIGHBORS,
+    CacheError,
+    CacheMeta,
+    Maps,
+    checked_epoch,
+    checked_ids,
+    flat,
+    from_json,
+    neighbors_from_bytes,
+    record_type,
+    rows,
+    split,
+)
+from scae_dali.data.index import ImageIndex
+from scae_dali.plan.random import Stream, uniforms
+
+__all__ = ["CacheReader", "Coverage", "RecordKeys"]
+
+T = TypeVar("T")
+
+
+class Coverage(NamedTuple):
+    """found: samples that have a map. flat: those of them whose map is the same everywhere."""
+
+    found: int
+    flat: int
+
+
+class RecordKeys:
+    """The record keys of a cache's N samples: their ids, or hashes of their paths.
+
+    Of ids nothing is kept: at 10^8 samples a table of keys is a gigabyte.
+    """
+
+    def __init__(self, path: str, meta: CacheMeta, index: ImageIndex | None) -> None:
+        """path: of the cache, for messages. index: None leaves hashes of paths unknown.
+
+        Raises CacheError where two samples have the same key.
+        """
+        self._path, self._samples = path, meta.samples
+        self._are_ids = meta.naming == "index"
+        self._keys: NDArray[np.uint64] | None = None
+        if index is not None and not self._are_ids:
+            self._keys = np.asarray(index.keys(meta.naming), np.uint64)
+            self._order = np.argsort(self._keys, kind="stable")
+            self._sorted = self._keys[self._order]
+            if (twins := np.flatnonzero(self._sorted[1:] == self._sorted[:-1])).size:
+                first, second = self._order[twins[0] : twins[0] + 2]
+                raise CacheError(
+                    f"samples {first} and {second} have the same {meta.naming} key, so one map "
+                    "would serve both; remove one of them or name the samples by their index"
+                )
+
+    @property
+    def known(self) -> bool:
+        """Whether samples can be told by their keys."""
+        return self._are_ids or self._keys is not None
+
+    def require(self) -> None:
+        """Raises CacheError where they are not known."""
+        if not self.known:
+            raise CacheError(
+                f"saliency cache {self._path!r} names its samples by path, so it needs to know "
+                "them; pass index=..."
+            )
+
+    def of(self, ids: NDArray[np.int64]) -> NDArray[np.int64] | NDArray[np.uint64]:
+        """i64[n] -> the keys as numbers, [n]."""
+        self.require()
+        return ids if self._keys is None else self._keys[ids]
+
+    def bytes_of(self, ids: NDArray[np.int64]) -> list[bytes]:
+        """i64[n] -> the n keys as LMDB has them."""
+        return split(self.of(ids).astype(">u8").tobytes(), KEY_BYTES)
+
+    def ids_of(self, keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """u64[n] -> ids i64[n], and bool[n], whether the key is of a sample at all."""
+        self.require()
+        if self._are_ids:
+            return keys.astype(np.int64), keys < self._samples
+        found = np.minimum(np.searchsorted(self._sorted, keys), self._samples - 1)
+        return self._order[found], self._sorted[found] == keys
+
+    def ascending(self, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """bool[N] -> i64, the ids of those that are chosen, in key order."""
+        if self._are_ids:
+            return np.flatnonzero(chosen)
+        self.require()
+        return self._order[chosen[self._order]]
+
+
+_open: weakref.WeakSet[CacheReader] = weakref.WeakSet()  # in this process
+
+
+class CacheReader:
+    """An open cache, as those see it that look maps up in it."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        index: ImageIndex | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        """index: None skips the check of the data set; then only a cache of naming "index" is read.
+
+        Raises CacheError where there is no cache, or one of another data set, grid or format.
+        """
+        self.path = os.fspath(path)
+        self._real = os.path.realpath(self.path)
+        self._closed = False
+        require_data_file(self.path)
+        environment_at(self._real).forget_if_replaced()
+        meta = self.meta
+        self._check(meta, index, grid)
+        self._grid, self._samples = meta.grid, meta.samples
+        self._kind = record_type(meta.grid)
+        self._keys = RecordKeys(self.path, meta, index)
+        _open.add(self)
+
+    @property
+    def meta(self) -> CacheMeta:
+        """Read from LMDB each time: another process may have changed it."""
+        return self._view(self._meta)
+
+    @property
+    def size_bytes(self) -> int:
+        """Length of the data file (st_size); LMDB reuses its pages, it never shrinks the file."""
+        return os.path.getsize(os.path.join(self._real, DATA_FILE))
+
+    def read(self, ids: ArrayLike) -> tuple[Maps, NDArray[np.bool_]]:
+        """ids: int[B], positions in the index -> maps u8[B,h,w] (255 = 1.0), found bool[B].
+
+        All of one snapshot, the newest. A sample without a map has found False and an all-zero map.
+        Raises IndexError for an id outside the index.
+        """
+        ids = checked_ids(ids, self._samples)
+        keys = self._keys.bytes_of(ids)
+        values = self._view(lambda txn: [txn.get(key, b"") for key in keys])
+        found = np.fromiter(map(len, values), np.int64, len(values)) == self._kind.itemsize
+        if not found.all():
+            blank = bytes(self._kind.itemsize)
+            values = [value if ok else blank for value, ok in zip(values, found, strict=True)]
+        return np.frombuffer(b"".join(values), self._kind)["map"].copy(), found
+
+    def snapshot(self) -> tuple[Maps, NDArray[np.bool_], int]:
+        """All maps u8[N,h,w], found bool[N], and the number of passes they are of."""
+
+        def copy(txn: lmdb.Transaction) -> tuple[Maps, NDArray[np.bool_], int]:
+            maps = np.zeros((self._samples, *self._grid), np.uint8)
+            found = np.zeros(self._samples, np.bool_)
+            for ids, records in self._scan(txn):
+                maps[ids] = records["map"]
+                found[ids] = True
+            return maps, found, self._meta(txn).passes
+
+        return self._view(copy)
+
+    def stamps(self) -> NDArray[np.int32]:
+        """Epoch stamp of every sample, i32[N]; -1 where there is no map."""
+        return self._view(self._stamps)
+
+    def census(self) -> tuple[dict[int, int], int]:
+        """Maps of each epoch stamp, ascending, and records of the wrong length; needs no index."""
+
+        def count(txn: lmdb.Transaction) -> tuple[dict[int, int], int]:
+            # Copied: a view would keep the maps too.
+            blocks = [(records["stamp"].copy(), bad) for _, records, bad in rows(txn, self._kind)]
+            stamps = np.concatenate([np.empty(0, np.uint16), *(block for block, _ in blocks)])
+            ages, counts = np.unique(stamps, return_counts=True)
+            by_age = dict(zip(ages.tolist(), counts.tolist(), strict=True))
+            return by_age, sum(bad for _, bad in blocks)
+
+        return self._view(count)
+
+    def coverage(self) -> Coverage:
+        """How many samples have a map, and how many of those maps say nothing: they are flat."""
+
+        def count(txn: lmdb.Transaction) -> Coverage:
+            known = self._keys.known
+            blocks = self._scan(txn) if known else ((k, r) for k, r, _ in rows(txn, self._kind))
+            each = [(len(ids), int(flat(records["map"]).sum())) for ids, records in blocks]
+            return Coverage(sum(found for found, _ in each), sum(same for _, same in each))
+
+        return self._view(count)
+
+    def stalest(self, count: int, *, epoch: int) -> NDArray[np.int64]:
+        """The samples for a pass of `epoch` that makes `count` maps -> i64[count], in key order.
+
+        Those that carry its stamp come first, so that a pass that is resumed keeps to its samples;
+        then those without a map, or with one of an epoch to come, which is another run's; then by
+        age. Ties are broken by an order that changes with the epoch.
+        """
+        epoch = checked_epoch(epoch)
+        if not 0 <= count <= self._samples:
+            raise ValueError(f"count must be in 0..{self._samples}, the samples, got {count}")
+        stamps = self.stamps()
+        # Age, and behind the point what breaks ties: exact, with 17 and 33 bits.
+        rank = uniforms(0, Stream.STALEST, epoch, np.arange(self._samples), 1)[:, 0]
+        rank += np.where(stamps == epoch, -2, np.where(stamps > epoch, -1, stamps))
+        return self._keys.ascending(_lowest(rank, count))
+
+    def read_neighbors(self) -> NDArray[np.uint16] | None:
+        """What `write_neighbors` wrote last, u16[K, m]; None before."""
+
+        def get(txn: lmdb.Transaction) -> tuple[tuple[int, int] | None, bytes]:
+            return self._meta(txn).neighbors, bytes(txn.get(NEIGHBORS, b""))
+
+        shape, blob = self._view(get)
+        return None if shape is None else neighbors_from_bytes(blob, shape, self.path)
+
+    def close(self) -> None:
+        """Closes LMDB too, unless another SaliencyCache of this process has the same path."""
+        self._closed = True
+        _open.discard(self)
+        if not any(cache._real == self._real for cache in _open):
+            environment_at(self._real).close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _view(self, look: Callable[[lmdb.Transaction], T]) -> T:
+        return self._environment().view(look)
+
+    def _environment(self) -> Environment:
+        if self._closed:
+            raise CacheError(
+                f"saliency cache {self.path!r} is closed; open it again with SaliencyCache(...)"
+            )
+        return environment_at(self._real)
+
+    def _meta(self, txn: lmdb.Transaction) -> CacheMeta:
+        return from_json(bytes(txn.get(META, b"")), self.path)
+
+    def _scan(self, txn: lmdb.Transaction) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+        """ids i64[n] and records[n] of the samples that have a map, in key order."""
+        self._keys.require()
+        for keys, records, _ in rows(txn, self._kind):
+            ids, ours = self._keys.ids_of(keys)
+            yield ids[ours], records[ours]
+
+    def _stamps(self, txn: lmdb.Transaction) -> NDArray[np.int32]:
+        stamps = np.full(self._samples, -1, np.int32)
+        for ids, records in self._scan(txn):
+            stamps[ids] = records["stamp"]
+        return stamps
+
+    def _check(
+        self, meta: CacheMeta, index: ImageIndex | None, grid: tuple[int, int] | None
+    ) -> None:
+        remedy = "build a new cache at another path"
+        if index is not None and (meta.fingerprint, meta.samples) != (
+            index.fingerprint,
+            len(index),
+        ):
+            raise CacheError(
+                f"saliency cache {self.path!r} is of another data set: {meta.samples} samples, "
+                f"fingerprint {meta.fingerprint[:16]}; the index has {len(index)} and "
+                f"{index.fingerprint[:16]}. Pass the data it was built from, or {remedy}"
+            )
+        if grid is not None and tuple(grid) != meta.grid:
+            raise CacheError(
+                f"saliency cache {self.path!r} has grid {meta.grid}, not {tuple(grid)}; {remedy}"
+            )
+
+
+def _lowest(values: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
+    """Whether each is one of the `count` lowest; of equal ones the first are."""
+    if count == 0:
+        return np.zeros(len(values), np.bool_)
+    bound = np.partition(values, count - 1)[count - 1]
+    chosen = values < bound
+    chosen[np.flatnonzero(values == bound)[: count - np.count_nonzero(chosen)]] = True
+    return chosen
