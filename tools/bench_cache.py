@@ -86,7 +86,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "iqr": iqr(values)}
 
 
-def cold_reads(path: Path, index: SyntheticIndex, batches: Sequence[Any], rounds: int) -> dict:
+def cold_reads(path: Path, index: Any, batches: Sequence[Any], rounds: int) -> dict:
     """A cache that nobody has open, in turn with its pages dropped and without: see `cold`."""
     found: dict[str, list[float]] = {}
     for number, cold in enumerate([True, False] * rounds):
@@ -242,7 +242,7 @@ def beside_a_writer(path: str, readers: int, args: argparse.Namespace) -> dict[s
 def measure(n: int, args: argparse.Namespace, folder: Path) -> tuple[list[dict], dict[str, Any]]:
     """Rows and all else of a cache of n records."""
     rng = np.random.default_rng(0)
-    index = SyntheticIndex(n)
+    index: Any = SyntheticIndex(n)  # as far as a cache looks, an ImageIndex
     grid = tuple(args.grid)
     env = lmdb.open(str(folder / "plain.lmdb"), map_size=max(4 * n * 128, 1 << 26))
     first_pass = {PLAIN_WRITE: plain_pass(env, n, grid, append=True)}

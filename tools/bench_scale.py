@@ -145,7 +145,7 @@ def at_size(
     _memory.limit(limit)
     steps = Steps(n, known, limit)
     path = os.path.join(folder, "maps.lmdb")
-    index = named(n, steps, path) or SyntheticIndex(n)
+    index: Any = named(n, steps, path) or SyntheticIndex(n)
 
     cache = SaliencyCache.create(path, index, grid=GRID)
     steps.take("first pass", lambda: fill(cache, 1), n)
