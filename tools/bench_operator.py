@@ -223,14 +223,14 @@ def main(argv: list[str] | None = None) -> None:
         ours = operator(index, args, "scae", cache=cache)
         resident = operator(index, args, "scae", cache=cache, resident=True)
         by_torch = operator(index, args, "scae", cache=cache, backend="torch")
-        calls: dict[str, Callable[[], object]] = {"operator": in_turn(ours.numpy, batches)}
+        calls: dict[str, Callable[[], object]] = {"operator": in_turn(ours.python, batches)}
         calls |= pieces(ours, batches, cache)
-        calls["operator, maps in memory"] = in_turn(resident.numpy, batches)
+        calls["operator, maps in memory"] = in_turn(resident.python, batches)
         tensors = [tuple(list(map(torch.from_numpy, one)) for one in part) for part in batches]
         calls["operator, torch"] = in_turn(by_torch.torch, tensors)
         for method in ("none", "random_erasing"):
-            calls[f"operator, {method}"] = in_turn(operator(index, args, method).numpy, batches)
-        width = ours.numpy(*batches[0])[0][0].size
+            calls[f"operator, {method}"] = in_turn(operator(index, args, method).python, batches)
+        width = ours.python(*batches[0])[0][0].size
         calls["graph, scae"] = graph(ours, args, ids).run
         calls["graph, empty function"] = empty_graph(args, (1, 1, 3), width).run
         calls["graph, empty function of one input"] = empty_graph(args, (5,), width).run
