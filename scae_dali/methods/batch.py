@@ -41,7 +41,7 @@ def second(
     batch = np.cumsum(samples.place == 0)
     rows = np.where(mixed, np.argsort(batch + u, stable=True), np.arange(len(u)))
     flip = samples.flip != samples.flip[rows]
-    return rows, {"source": samples.place[rows], "source_flip": flip}
+    return rows, {"source": samples.place[rows], "source_flip": flip.astype(np.float64)}
 
 
 def images(first: DataNode, plan: Any) -> DataNode:
