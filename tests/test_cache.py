@@ -430,6 +430,7 @@ def test_a_resident_reader_sees_what_a_lookup_sees(cache):
     cache.end_pass(2)
     second = same()
     assert second is not first
+    store.environment(os.path.realpath(cache.path)).disclaim()  # so that another process may write
     in_process(
         """
         with SaliencyCache(path, index=FakeIndex()) as cache:

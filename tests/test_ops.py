@@ -105,16 +105,19 @@ def test_both_operators_give_the_same_rows(index, cache, name):
             np.testing.assert_array_equal(np.stack(mine), np.stack(other))
         status = by_python.planner.columns["status"].start
         told |= {row[status] for row in wanted[0]}
-    assert len(told) > 1 or name in ("none", *(n for n in BUILT_IN if n.endswith("_augment")))
+    assert any(told) or name in ("none", "rand_augment", "auto_augment", "trivial_augment")
 
 
 def test_maps_are_kept_in_memory_where_they_are_small(index, cache, monkeypatch):
     def lookups(**how):
         """Samples that are looked up in LMDB."""
         seen = []
-        monkeypatch.setattr(
-            cache, "read", lambda ids: (seen.extend(ids), type(cache).read(cache, ids))[1]
-        )
+
+        def read(ids):
+            seen.extend(ids)
+            return type(cache).read(cache, ids)
+
+        monkeypatch.setattr(cache, "read", read)
         one = stage(index, cache, 50, p_min=1.0, p_max=1.0, **how)
         one.planner()(np.arange(50), np.full(50, 3), np.full((50, 2), 48))
         return len(seen)

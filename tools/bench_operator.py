@@ -5,8 +5,8 @@
 The operator erases as SCAE does where λ is largest, crop and flip drawn by itself, half of the
 images erased, maps of a cache of --samples in LMDB. `ratio` is to this row, `operator`; its pieces
 are `gather` (arrays out of what DALI hands over), `plan`, of which `read` is the maps, and
-`assemble` (what DALI takes). Beside it: with the maps looked up in LMDB, by torch, and of methods that need
-no maps.
+`assemble` (what DALI takes). Beside it: with the maps looked up in LMDB, by torch, and of methods
+that need no maps.
 
 --batches of them take turns, for what a plan costs hangs on what is drawn.
 
