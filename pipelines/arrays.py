@@ -17,9 +17,9 @@ from nvidia.dali.pipeline import do_not_convert
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.images import check_order, cut, feed, normalise
 from scae_dali.methods.base import DataNode, Status, Triple
-from scae_dali.ops import PlanNodes, Stage
-from scae_dali.order import Order
-from scae_dali.rng import compiled
+from scae_dali.plan.order import Order
+from scae_dali.plan.random import compiled
+from scae_dali.stage.stage import PlanNodes, Stage
 
 # A block has at most:
 SAMPLES_AT_ONCE = 2048

@@ -14,8 +14,7 @@ from torch import nn
 
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data, DataConfig
-from scae_dali import models
-from scae_dali.cache import SaliencyCache
+from scae_dali.cache.cache import SaliencyCache
 from scae_dali.config import (
     AutoAugmentConfig,
     CutmixConfig,
@@ -32,13 +31,14 @@ from scae_dali.config import (
     check,
     check_choice,
 )
-from scae_dali.losses import LossConfig
 from scae_dali.methods import BUILT_IN, compose, load, make_config
-from scae_dali.models import MODELS
-from scae_dali.ops import Stage
-from scae_dali.order import epoch_size
-from scae_dali.rng import check_seed
-from scae_dali.second_stage import SecondStageConfig
+from scae_dali.plan.order import epoch_size
+from scae_dali.plan.random import check_seed
+from scae_dali.stage.stage import Stage
+from scae_dali.training import networks
+from scae_dali.training.losses import LossConfig
+from scae_dali.training.networks import MODELS
+from scae_dali.training.second_stage import SecondStageConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ class Config:
     Args:
         data: the images.
         out: folder of the run: checkpoint, metrics, weights, saliency cache.
-        model: a network of torchvision by name, or one for 32 px of scae_dali.models.
+        model: a network of torchvision by name, or one for 32 px of scae_dali.training.networks.
         method: one of scae_dali.methods.BUILT_IN, or the dotted name of a module of yours; several
             are joined by +, rand_augment+scae.
         scae: settings of the method of this name, as are those that follow.
@@ -188,7 +188,7 @@ class Config:
         channels_last: memory format of network and images.
         compile: torch.compile the network in this mode; reduce-overhead captures CUDA graphs, for
             small networks.
-        backend: the operator that runs the plan; see scae_dali.ops.Stage. numpy is python.
+        backend: the operator that runs the plan; see scae_dali.stage.stage.Stage. numpy is python.
         seed: of everything random.
         checkpoint_every: steps between checkpoints within an epoch; 0: only at its end.
     """
@@ -331,7 +331,7 @@ class Config:
 def make_network(name: str, classes: int) -> nn.Module:
     """A classification network with random weights, its logits the only output."""
     if name in MODELS:
-        return models.make(name, classes)
+        return networks.make(name, classes)
     known = torchvision.models.list_models(torchvision.models)
     close = difflib.get_close_matches(name, [*known, *MODELS])
     check(

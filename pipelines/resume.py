@@ -24,8 +24,8 @@ from torch import Tensor
 from pipelines.data import Data, DataConfig
 from pipelines.recipe import Config
 from scae_dali.config import check
-from scae_dali.dataset import ImageIndex, path_key
-from scae_dali.ranks import Ranks
+from scae_dali.data.index import ImageIndex, path_key
+from scae_dali.training.ranks import Ranks
 
 # Where things lie and what computes them. Which images and weights these are is compared by itself.
 _PLACES = {"data.root", "data.index_cache", "threads", "hw_decoder_load"}

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from scae_dali.cache import SaliencyCache
-from scae_dali.dataset import ImageIndex
-from scae_dali.iterator import Batch
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.data.index import ImageIndex
+from scae_dali.stage.loader import Batch
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 

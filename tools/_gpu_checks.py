@@ -23,13 +23,13 @@ from nvidia.dali import Pipeline, fn, pipeline_def
 import _path  # noqa: F401
 from pipelines import saliency, train, val
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.cache import SaliencyCache
+from scae_dali.cache.cache import SaliencyCache
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
-from scae_dali.dataset import ImageIndex
-from scae_dali.gradcam import GradCAM
-from scae_dali.iterator import Batch, Loader
+from scae_dali.data.index import ImageIndex
 from scae_dali.methods import BUILT_IN
-from scae_dali.ops import Stage
+from scae_dali.saliency.gradcam import GradCAM
+from scae_dali.stage.loader import Batch, Loader
+from scae_dali.stage.stage import Stage
 
 SEED = 7
 BATCH = 8

@@ -22,8 +22,8 @@ import _path
 import train
 from pipelines.data import DataConfig
 from pipelines.recipe import Config
-from scae_dali.dataset import ImageIndex
-from scae_dali.order import epoch_size
+from scae_dali.data.index import ImageIndex
+from scae_dali.plan.order import epoch_size
 
 __all__ = [
     "STARTS",

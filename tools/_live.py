@@ -20,13 +20,13 @@ import torch
 import _path  # noqa: F401
 from pipelines import arrays, train
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.arrays import ArrayImages
-from scae_dali.cache import SaliencyCache
-from scae_dali.dataset import ImageIndex
-from scae_dali.iterator import Batch, Loader
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.data.index import ImageIndex
+from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import Status
-from scae_dali.ops import Stage
-from scae_dali.order import Order
+from scae_dali.plan.order import Order
+from scae_dali.stage.loader import Batch, Loader
+from scae_dali.stage.stage import Stage
 
 __all__ = [
     "GUIDED",

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 import _path  # noqa: F401
 from pipelines.recipe import Config, autocast, make_network
-from scae_dali.ranks import pick_device
+from scae_dali.training.ranks import pick_device
 
 __all__ = ["pace"]
 

@@ -14,7 +14,7 @@ import _runs
 from _tables import TABLES, Cell, Section
 
 import _bench
-from scae_dali.metrics import LogError
+from scae_dali.training.log import LogError
 
 __all__ = ["collect", "draw", "show"]
 

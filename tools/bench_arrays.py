@@ -37,12 +37,12 @@ from _options import count, existing_folder, usable_device
 import _bench
 import _path  # noqa: F401
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.arrays import ArrayImages
-from scae_dali.cache import SaliencyCache
+from scae_dali.cache.cache import SaliencyCache
 from scae_dali.config import CropConfig
-from scae_dali.dataset import ImageIndex
-from scae_dali.longtail import profile
-from scae_dali.ops import Stage
+from scae_dali.data.index import ImageIndex
+from scae_dali.data.longtail import profile
+from scae_dali.data.pixels import ArrayImages
+from scae_dali.stage.stage import Stage
 
 CLASSES, IMBALANCE = 100, 100
 

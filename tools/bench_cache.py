@@ -35,9 +35,9 @@ from _memory import drop_pages
 from _options import count, existing_folder, positive, sizes, whole_numbers
 
 from _bench import interleaved, iqr, parse, report, rows, run, settings
-from scae_dali.cache import CHUNK, ChunkWriter, SaliencyCache
-from scae_dali.records import Maps, split
-from scae_dali.store import DATA_FILE
+from scae_dali.cache.cache import CHUNK, ChunkWriter, SaliencyCache
+from scae_dali.cache.environment import DATA_FILE
+from scae_dali.cache.records import Maps, split
 
 PLAIN_READ, PLAIN_WRITE = "LMDB get", "LMDB put, pass"
 READ, WRITE = "cache, {} keys, read", "cache, {} keys, pass"

@@ -23,8 +23,8 @@ from _options import count
 import _bench
 import _path  # noqa: F401
 from pipelines.recipe import autocast
-from scae_dali.gradcam import GradCAM
-from scae_dali.scorecam import ScoreCAM
+from scae_dali.saliency.gradcam import GradCAM
+from scae_dali.saliency.scorecam import ScoreCAM
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -38,10 +38,10 @@ import _path  # noqa: F401
 from pipelines import train
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.config import ScaeConfig
-from scae_dali.dataset import ImageIndex
-from scae_dali.iterator import Loader
-from scae_dali.ops import Stage
-from scae_dali.schedule import frequency
+from scae_dali.data.index import ImageIndex
+from scae_dali.plan.schedule import frequency
+from scae_dali.stage.loader import Loader
+from scae_dali.stage.stage import Stage
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -38,12 +38,12 @@ from _options import count, positive
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 import _bench
-from scae_dali import region
-from scae_dali.cache import SaliencyCache
+from scae_dali.cache.cache import SaliencyCache
 from scae_dali.config import CropConfig, ScaeConfig
-from scae_dali.dataset import ImageIndex
-from scae_dali.ops import Operator, Stage
-from scae_dali.rng import Stream, uniforms
+from scae_dali.data.index import ImageIndex
+from scae_dali.plan import region
+from scae_dali.plan.random import Stream, uniforms
+from scae_dali.stage.stage import Operator, Stage
 
 FULL_PX = (375, 500, 3)  # of ImageNet's most frequent image
 LAMBDAS = (0.0, 2.0, 5.0, 20.0, -20.0)

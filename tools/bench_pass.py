@@ -43,8 +43,8 @@ from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
 from pipelines.recipe import autocast
-from scae_dali.cache import SaliencyCache
-from scae_dali.refresh import agreement
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.saliency.refresh import agreement
 
 Amp = Callable[[], AbstractContextManager]
 

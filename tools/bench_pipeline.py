@@ -60,11 +60,11 @@ import _path  # noqa: F401
 from pipelines import train
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.images import resolve_decode
-from scae_dali.cache import SaliencyCache
-from scae_dali.dataset import ImageIndex
-from scae_dali.iterator import Loader
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.data.index import ImageIndex
 from scae_dali.methods import BUILT_IN
-from scae_dali.ops import Stage
+from scae_dali.stage.loader import Loader
+from scae_dali.stage.stage import Stage
 
 PEERS = ("native", "torchvision", "timm")
 # The options of which every combination is measured, and how names of rows tell their values.

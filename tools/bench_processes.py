@@ -47,11 +47,11 @@ import _bench
 import _path  # noqa: F401
 from pipelines import train
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.cache import SaliencyCache
+from scae_dali.cache.cache import SaliencyCache
 from scae_dali.config import CropConfig
-from scae_dali.dataset import ImageIndex
-from scae_dali.iterator import Loader
-from scae_dali.ops import Stage
+from scae_dali.data.index import ImageIndex
+from scae_dali.stage.loader import Loader
+from scae_dali.stage.stage import Stage
 
 PLANS = {"plan": "scae", "plan without maps": "random_erasing"}  # row, method
 FILES = ("none", "scae")

@@ -42,12 +42,12 @@ from _bench import interleaved, iqr, parse, report, rows, run, settings
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.images import READER
 from pipelines.train import train_pipeline
-from scae_dali.cache import ChunkWriter, SaliencyCache
+from scae_dali.cache.cache import ChunkWriter, SaliencyCache
 from scae_dali.config import CropConfig
-from scae_dali.dataset import ImageIndex
-from scae_dali.ops import Stage
-from scae_dali.order import Order
-from scae_dali.planner import COMMON, columns_of
+from scae_dali.data.index import ImageIndex
+from scae_dali.plan.order import Order
+from scae_dali.stage.stage import Stage
+from scae_dali.stage.table import COMMON, columns_of
 
 GRID = (7, 7)
 SEED = 7

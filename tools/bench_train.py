@@ -39,14 +39,14 @@ from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
 from pipelines.recipe import OptimConfig, autocast, make_network
-from scae_dali.cache import SaliencyCache
+from scae_dali.cache.cache import SaliencyCache
 from scae_dali.config import CropConfig
-from scae_dali.dataset import ImageIndex
-from scae_dali.gradcam import GradCAM
-from scae_dali.harvest import Harvest
-from scae_dali.iterator import Batch, Loader
-from scae_dali.losses import Loss, LossConfig
-from scae_dali.ops import Stage
+from scae_dali.data.index import ImageIndex
+from scae_dali.saliency.gradcam import GradCAM
+from scae_dali.saliency.harvest import Harvest
+from scae_dali.stage.loader import Batch, Loader
+from scae_dali.stage.stage import Stage
+from scae_dali.training.losses import Loss, LossConfig
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

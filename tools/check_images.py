@@ -24,8 +24,8 @@ from tqdm import tqdm
 import _path  # noqa: F401
 from pipelines.config import ExecConfig
 from pipelines.images import decode, read
-from scae_dali.dataset import DatasetError, ImageIndex
-from scae_dali.verify import concerns_images, confirmed, faults
+from scae_dali.data.broken import concerns_images, confirmed, faults
+from scae_dali.data.index import DatasetError, ImageIndex
 
 BATCH = 32
 CHUNK = 128 * BATCH  # images a pipeline: a failure costs it, and DALI copies its list of files

@@ -37,8 +37,8 @@ from PIL import Image
 
 import _bench
 import _path  # noqa: F401
-from scae_dali.cache import SaliencyCache
-from scae_dali.dataset import ImageIndex
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.data.index import ImageIndex
 
 COMPARED = 48  # images of --data that the comparing checks use
 EVERY = 2000  # and that those use which go through `every` image

@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from scae_dali.cache import CacheError, SaliencyCache
+from scae_dali.cache.cache import CacheError, SaliencyCache
 
 
 def summary(cache: SaliencyCache) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 import _path  # noqa: F401
-from scae_dali.dataset import DatasetError, ImageIndex
-from scae_dali.longtail import FEW, MANY, imbalanced, shots
+from scae_dali.data.index import DatasetError, ImageIndex
+from scae_dali.data.longtail import FEW, MANY, imbalanced, shots
 
 ROWS, BAR = 20, 50  # of the histogram: lines, and columns of the longest
 

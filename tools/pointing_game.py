@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 import _bench
-from scae_dali.cache import CacheError, SaliencyCache
-from scae_dali.dataset import DatasetError, ImageIndex
+from scae_dali.cache.cache import CacheError, SaliencyCache
+from scae_dali.data.index import DatasetError, ImageIndex
 
 
 def pointing_game(maps: np.ndarray, boxes: np.ndarray) -> np.ndarray:

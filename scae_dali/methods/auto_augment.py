@@ -7,7 +7,7 @@ from nvidia.dali.auto_aug import auto_augment as policies
 from scae_dali.config import AutoAugmentConfig as Config
 from scae_dali.methods import policy
 from scae_dali.methods.base import Run, Samples
-from scae_dali.rng import Stream
+from scae_dali.plan.random import Stream
 
 __all__ = ["Config", "Method"]
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
-from scae_dali.rng import Stream, uniforms
+from scae_dali.plan.random import Stream, uniforms
 
 DataNode = Any
 Triple = tuple[float, float, float]

@@ -12,8 +12,8 @@ from nvidia.dali import fn, types
 
 from scae_dali.config import BatchMixConfig
 from scae_dali.methods.base import DataNode, Run, Samples
-from scae_dali.mixing import mix_weight
-from scae_dali.rng import Stream, uniforms
+from scae_dali.plan.mixing import mix_weight
+from scae_dali.plan.random import Stream, uniforms
 
 # `source`: the place of the second image; `source_flip`: whether it is turned against the first.
 FIELDS = {"source": 1, "source_flip": 1}

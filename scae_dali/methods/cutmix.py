@@ -4,10 +4,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from scae_dali import region
 from scae_dali.config import CutmixConfig as Config
 from scae_dali.methods import batch, paste
 from scae_dali.methods.base import DataNode, Kind, Run, Samples, Status
+from scae_dali.plan import region
 
 __all__ = ["Config", "Method"]
 

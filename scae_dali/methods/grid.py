@@ -22,7 +22,7 @@ from nvidia.dali import fn, types
 from scae_dali.config import GridConfig
 from scae_dali.methods import rectangle
 from scae_dali.methods.base import DataNode, Run, Samples
-from scae_dali.rng import Stream
+from scae_dali.plan.random import Stream
 
 # d, share of its side that is erased, θ in radians, shift_y, shift_x, and (H, W) of the crop.
 FIELDS = {"grid": 7}

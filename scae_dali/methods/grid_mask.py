@@ -7,7 +7,7 @@ import numpy as np
 from scae_dali.config import GridMaskConfig as Config
 from scae_dali.methods import grid, rectangle
 from scae_dali.methods.base import DataNode, Run, Samples, Status
-from scae_dali.rng import Stream
+from scae_dali.plan.random import Stream
 
 __all__ = ["Config", "Method"]
 

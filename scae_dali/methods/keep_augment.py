@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from scae_dali import region
 from scae_dali.config import KeepAugmentConfig as Config
 from scae_dali.methods import guidance, paste, rand_augment, rectangle
 from scae_dali.methods.base import DataNode, Kind, Run, Samples, Status
-from scae_dali.rng import Stream
+from scae_dali.plan import region
+from scae_dali.plan.random import Stream
 
 __all__ = ["Config", "Method", "importance"]
 

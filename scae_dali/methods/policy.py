@@ -15,10 +15,10 @@ import numpy as np
 from nvidia.dali import types
 from nvidia.dali.auto_aug.core import select, signed_bin
 
-from scae_dali import conditionals
 from scae_dali.config import PolicyConfig
+from scae_dali.methods import conditionals
 from scae_dali.methods.base import DataNode, Kind, Run, Samples
-from scae_dali.rng import Stream
+from scae_dali.plan.random import Stream
 
 Operation = Any  # an Augmentation of nvidia.dali.auto_aug
 

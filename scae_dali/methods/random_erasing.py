@@ -6,11 +6,11 @@ log-uniform, and their settings are presets.
 
 import numpy as np
 
-from scae_dali import region
 from scae_dali.config import RandomErasingConfig as Config
 from scae_dali.methods import rectangle
 from scae_dali.methods.base import Samples, Status
-from scae_dali.rng import Stream
+from scae_dali.plan import region
+from scae_dali.plan.random import Stream
 
 __all__ = ["Config", "Method"]
 

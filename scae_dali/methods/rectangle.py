@@ -5,10 +5,10 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from nvidia.dali import fn, types
 
-from scae_dali import region
 from scae_dali.config import Fill, RectangleConfig
 from scae_dali.methods.base import DataNode, Kind, Run, Samples
-from scae_dali.rng import Stream, derive
+from scae_dali.plan import region
+from scae_dali.plan.random import Stream, derive
 
 _FIRST_TRIES = 3  # nearly always enough; more are drawn for the samples that need them
 

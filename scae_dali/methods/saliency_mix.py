@@ -8,10 +8,10 @@ import dataclasses
 
 import numpy as np
 
-from scae_dali import region
 from scae_dali.config import SaliencyMixConfig as Config
 from scae_dali.methods import cutmix, guidance
 from scae_dali.methods.base import Run, Samples
+from scae_dali.plan import region
 
 __all__ = ["Config", "Method"]
 

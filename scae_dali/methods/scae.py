@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from scae_dali import region, schedule
 from scae_dali.config import ClassAdaptiveConfig
 from scae_dali.config import ScaeConfig as Config
 from scae_dali.methods import guidance, rectangle
 from scae_dali.methods.base import MIX_FIELDS, DataNode, Kind, Run, Samples, Status
-from scae_dali.mixing import Partners, mix_weight
-from scae_dali.rng import Stream
+from scae_dali.plan import region, schedule
+from scae_dali.plan.mixing import Partners, mix_weight
+from scae_dali.plan.random import Stream
 
 __all__ = ["ClassAdaptive", "Config", "Method"]
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from scae_dali import region
 from scae_dali.config import SemanticGridMaskConfig as Config
 from scae_dali.methods import grid, rectangle, scae
 from scae_dali.methods.base import DataNode, Run, Samples
-from scae_dali.rng import Stream
+from scae_dali.plan import region
+from scae_dali.plan.random import Stream
 
 __all__ = ["Config", "Method"]
 

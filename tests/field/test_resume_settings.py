@@ -18,8 +18,8 @@ import train
 from pipelines import resume
 from pipelines.data import DataConfig
 from pipelines.recipe import Config, OptimConfig
-from scae_dali import checkpoint
-from scae_dali.ranks import Ranks
+from scae_dali.training import checkpoint
+from scae_dali.training.ranks import Ranks
 
 images, tiny, whole = tiny_run.images, tiny_run.tiny, tiny_run.whole  # fixtures
 

@@ -1,0 +1,118 @@
+"""The offline cache: of folders as of images in memory, with the neighbouring classes."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_pngs
+from PIL import Image
+from test_pixels import cifar  # noqa: F401
+
+from pipelines.recipe import make_network
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.data.index import ImageIndex
+from scae_dali.data.pixels import ArrayImages
+from scae_dali.saliency.gradcam import GradCAM
+from scae_dali.saliency.refresh import nearest_classes
+from scae_dali.saliency.scorecam import ScoreCAM
+
+ROOT = Path(__file__).parents[2]
+MEAN, STD = (129.0, 124.0, 112.0), (68.0, 65.0, 70.0)
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """build_cache.py with these options."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    module = __import__("build_cache")
+
+    def main(**options):
+        argv = ["build_cache", "--device=cpu", "--size=32"]
+        for name, value in options.items():
+            values = value if isinstance(value, tuple) else (value,)
+            argv += [f"--{name.replace('_', '-')}", *map(str, values)]
+        monkeypatch.setattr(sys, "argv", argv)
+        module.main()
+
+    return main
+
+
+def weights_of(name, classes, path):
+    torch.manual_seed(1)
+    net = make_network(name, classes).eval()
+    torch.save(net.state_dict(), path)
+    return net
+
+
+def test_maps_and_neighbours_of_images_in_memory(build, cifar, tmp_path):  # noqa: F811
+    net = weights_of("cifar_resnet20", 2, tmp_path / "w.pt")
+    out = tmp_path / "maps.lmdb"
+    build(data=cifar, format="cifar10", model="cifar_resnet20", weights=tmp_path / "w.pt",
+          out=out, mean=MEAN, std=STD, neighbors=2)  # fmt: skip
+    images = ArrayImages.from_cifar(cifar, "cifar10", train=True)
+    pixels = torch.tensor(images.pixels).permute(0, 3, 1, 2).float()
+    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
+    wanted = GradCAM(net)((pixels - mean) / std, torch.tensor(images.index.labels))
+    with SaliencyCache(out, index=images.index) as cache:
+        maps, found = cache.read(np.arange(len(images)))
+        assert found.all()
+        assert np.abs(maps / 255 - wanted.numpy()).max() < 0.01
+        near = nearest_classes(net.fc.weight, images.index.class_counts, 2)
+        np.testing.assert_array_equal(cache.read_neighbors(), near)
+
+
+def test_maps_by_score_cam_and_no_others_over_them(build, tmp_path, capsys):
+    write_pngs(tmp_path / "data", {"a": 2, "b": 1}, (32, 32))
+    net = weights_of("cifar_resnet20", 2, tmp_path / "w.pt")
+    out, index = tmp_path / "maps.lmdb", ImageIndex(tmp_path / "data")
+    options = {"data": tmp_path / "data", "model": "cifar_resnet20", "layer": "layer1", "out": out}
+    options |= {"weights": tmp_path / "w.pt", "mean": MEAN, "std": STD, "batch_size": 6}
+    build(**options, method="scorecam")
+    files = [tmp_path / "data" / name for name in index.files]
+    pixels = torch.tensor(np.stack([np.asarray(Image.open(file)) for file in files]))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
+    images = (pixels.permute(0, 3, 1, 2).float() - mean) / std
+    wanted = ScoreCAM(net, "layer1")(images, torch.tensor(index.labels))
+    with SaliencyCache(out, index=index) as cache:
+        meta = cache.meta
+        maps, found = cache.read(np.arange(3))
+    assert (meta.method, meta.layer, meta.epoch, meta.passes) == ("scorecam", "layer1", 0, 1)
+    assert found.all()
+    assert np.abs(maps / 255 - wanted.numpy()).max() < 0.01
+    build(**options, method="scorecam")
+    assert "is complete already: 3 maps" in capsys.readouterr().out
+    with pytest.raises(
+        SystemExit, match=r"maps\.lmdb' has maps by 'scorecam', not 'gradcam'; .* another --out"
+    ):
+        build(**options, epoch=1)
+    with SaliencyCache(out, index=index) as cache:
+        assert cache.meta == meta
+        np.testing.assert_array_equal(cache.read(np.arange(3))[0], maps)
+
+
+def test_a_cache_of_a_pass_under_way_is_not_begun_anew_either(build, tmp_path):
+    write_pngs(tmp_path / "data", {"a": 1, "b": 1}, (32, 32))
+    index, out = ImageIndex(tmp_path / "data"), tmp_path / "maps.lmdb"
+    options = {"data": tmp_path / "data", "model": "cifar_resnet20", "out": out}
+    with SaliencyCache.create(out, index, grid=(8, 8), method=None) as cache:
+        cache.begin_pass(0, method="mine")
+    for method in ("gradcam", "scorecam"):
+        with pytest.raises(SystemExit, match=rf"maps by 'mine', not '{method}'; pass the --method"):
+            build(**options, method=method)
+
+
+def test_a_network_without_a_linear_classifier_gets_no_neighbours(build, tmp_path, capsys):
+    write_pngs(tmp_path / "data", {"a": 2, "b": 2}, (32, 32))
+    out = tmp_path / "maps.lmdb"
+    build(data=tmp_path / "data", model="squeezenet1_0", size=64, out=out)
+    assert "the cache gets no neighbouring classes" in capsys.readouterr().err
+    with SaliencyCache(out, index=ImageIndex(tmp_path / "data")) as cache:
+        assert cache.read_neighbors() is None
+        assert (cache.stamps() == 0).all()
+
+
+def test_a_tail_of_folders_is_made_as_a_list(build, tmp_path):
+    with pytest.raises(SystemExit, match=r"--imbalance is of CIFAR's own files, got 10.0 with"):
+        build(data=tmp_path, model="resnet18", out=tmp_path / "maps.lmdb", imbalance=10)
