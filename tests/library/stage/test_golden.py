@@ -21,13 +21,13 @@ import lmdb
 import numpy as np
 import pytest
 
-from scae_dali.cache import SaliencyCache
+from scae_dali.cache.cache import SaliencyCache
 from scae_dali.config import CropConfig
-from scae_dali.dataset import ImageIndex
+from scae_dali.data.index import ImageIndex
 from scae_dali.methods import BUILT_IN, Status
-from scae_dali.ops import Stage
-from scae_dali.order import ID, Order, Sampling, epoch_size
-from scae_dali.rng import Stream, uniforms
+from scae_dali.plan.order import ID, Order, Sampling, epoch_size
+from scae_dali.plan.random import Stream, uniforms
+from scae_dali.stage.stage import Stage
 
 GOLDEN = Path(__file__).with_name("golden.npz")
 SEED = 11
