@@ -33,10 +33,10 @@ from scae_dali.data.index import ImageIndex
 from scae_dali.data.longtail import imbalanced
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.saliency.cam import CAM
+from scae_dali.saliency.layers import classifier_of
 from scae_dali.saliency.refresh import METHODS, flat_note, refresh_cache, weights_digest
 from scae_dali.saliency.scorecam import ScoreCAM
 from scae_dali.stage.loader import ImageError
-from scae_dali.training.networks import classifier_of
 from scae_dali.training.ranks import pick_device
 
 

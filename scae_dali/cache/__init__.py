@@ -1,1 +1,1 @@
-"""The saliency cache: one LMDB environment that holds a small map for every sample of a data set."""
+"""The saliency cache: an LMDB environment that holds a small map for every sample of a data set."""

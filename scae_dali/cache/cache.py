@@ -210,9 +210,9 @@ class SaliencyCache:
                     f"another process has just created {path!r}; pass exist_ok=True to share it"
                 )
 
-        environment = environment.environment(os.path.realpath(path))
-        environment.forget_if_replaced()
-        environment.update(initialise, needs=1 << 16)
+        env = environment.environment(os.path.realpath(path))
+        env.forget_if_replaced()
+        env.update(initialise, needs=1 << 16)
         cache = cls(path, index=index, grid=meta.grid)
         if naming is not None and (stored := cache.meta.naming) != naming:
             cache.close()

@@ -1,1 +1,1 @@
-"""The index of images: from folders, lists or arrays, whole or long-tailed, and which files are broken."""
+"""The index of images, whole or long-tailed: from folders, lists or arrays; its broken files."""

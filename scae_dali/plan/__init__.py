@@ -1,1 +1,1 @@
-"""Pure draws: random numbers, crops, rectangles, mixing weights, schedules and orders, as functions of arrays."""
+"""Pure draws: random numbers, crops, rectangles, mixing weights, schedules and orders."""

@@ -21,7 +21,7 @@ from torch.nn.functional import grid_sample
 from scae_dali.cache.records import Maps
 from scae_dali.methods import Status
 from scae_dali.saliency.isolation import isolated
-from scae_dali.saliency.layers import find_layer, unwrap
+from scae_dali.saliency.layers import classifier_of, find_layer, unwrap
 from scae_dali.saliency.layout import Layout, layout_of
 from scae_dali.saliency.reach import (
     image_channels,
@@ -31,7 +31,6 @@ from scae_dali.saliency.reach import (
     zero_weights,
 )
 from scae_dali.stage.loader import Batch
-from scae_dali.training.networks import classifier_of
 
 __all__ = ["Harvest", "crop_to_frame"]
 

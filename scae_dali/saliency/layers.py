@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from scae_dali.saliency.isolation import isolated
 from scae_dali.saliency.reach import image_channels, probe_images, serving
 
-__all__ = ["default_layer", "find_layer", "serving_layer", "unwrap"]
+__all__ = ["classifier_of", "default_layer", "find_layer", "serving_layer", "unwrap"]
 
 # By class name, so that subclasses and look-alikes (timm's ResNet) are served too. Of several names
 # the first that the network has; torchvision's and timm's networks share class names. "-1" is the
@@ -163,3 +163,22 @@ def _candidates(model: nn.Module) -> list[str]:
     ]
     convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     return list(dict.fromkeys(filter(None, top[-4:] + convolutions[-1:])))
+
+
+def classifier_of(net: nn.Module, num_classes: int) -> tuple[str, nn.Linear]:
+    """Dotted name and module of the last linear layer with num_classes outputs.
+
+    The last by registration, which is the classifier in torchvision's networks. Names are those
+    inside `net`, so unwrap DistributedDataParallel and the like before. Raises ValueError where
+    there is none.
+    """
+    linear = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.Linear)]
+    for name, module in reversed(linear):
+        if module.out_features == num_classes:
+            return name, module
+    found = ", ".join(f"{name} ({m.out_features})" for name, m in linear[-3:]) or "none"
+    raise ValueError(
+        f"net must have a linear classifier of {num_classes} outputs; the last linear layers of "
+        f"{type(net).__name__}, with their outputs, are: {found}; take a network that ends in one, "
+        "such as resnet50, or make it with that number of classes"
+    )

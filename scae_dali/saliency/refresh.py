@@ -29,9 +29,9 @@ from scae_dali.data.index import ImageIndex
 from scae_dali.saliency.cam import CAM, SaliencyMethod
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.harvest import Harvest
+from scae_dali.saliency.layers import classifier_of
 from scae_dali.saliency.scorecam import ScoreCAM
 from scae_dali.stage.loader import Batch
-from scae_dali.training.networks import classifier_of
 
 # (model, layer) -> what maps images and labels; layer None: by the network's family.
 MethodFactory = Callable[[nn.Module, str | None], SaliencyMethod]

@@ -1,1 +1,1 @@
-"""Into DALI: the plan of a batch as a table, the stage that puts it into a graph, and the loader."""
+"""Into DALI: a batch's plan as a table, the stage that puts it into a graph, and the loader."""

@@ -1,4 +1,4 @@
-"""Networks for images of 32 px, and where any network keeps its classifier.
+"""Networks for images of 32 px.
 
 ResNet-20 to 56 of He et al. (2016, sec. 4.2), of which ResNet-32 is the long-tail field's, and the
 ResNet-18 of ImageNet with a stem for 32 px. How they are trained, and whether in channels-last or
@@ -90,23 +90,4 @@ class _Block(nn.Module):
 def _stage(width_in: int, width: int, blocks: int) -> nn.Sequential:
     return nn.Sequential(
         _Block(width_in, width), *(_Block(width, width) for _ in range(blocks - 1))
-    )
-
-
-def classifier_of(net: nn.Module, num_classes: int) -> tuple[str, nn.Linear]:
-    """Dotted name and module of the last linear layer with num_classes outputs.
-
-    The last by registration, which is the classifier in torchvision's networks. Names are those
-    inside `net`, so unwrap DistributedDataParallel and the like before. Raises ValueError where
-    there is none.
-    """
-    linear = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.Linear)]
-    for name, module in reversed(linear):
-        if module.out_features == num_classes:
-            return name, module
-    found = ", ".join(f"{name} ({m.out_features})" for name, m in linear[-3:]) or "none"
-    raise ValueError(
-        f"net must have a linear classifier of {num_classes} outputs; the last linear layers of "
-        f"{type(net).__name__}, with their outputs, are: {found}; take a network that ends in one, "
-        "such as resnet50, or make it with that number of classes"
     )

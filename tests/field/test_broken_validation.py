@@ -167,7 +167,7 @@ def test_what_looks_broken_and_decodes_is_sound(tmp_path, monkeypatch):
     broken.look(index, 5.0)
     for number in range(3):
         (tmp_path / "a" / f"{number + 2}.jpg").write_bytes(whole[: 100 + number])
-    monkeypatch.setattr(verify, "_NAMED_AT_ONCE", 2)
+    monkeypatch.setattr(broken, "_NAMED_AT_ONCE", 2)
     with pytest.raises(
         ValueError, match=r"^at least 3 of the 5 .*(?s:.*)a/3.jpg' is cut(?s:.*)and"
     ):

@@ -70,7 +70,7 @@ def cache(request, path):
 
 PREAMBLE = """
 import os, sys, threading, time
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 import numpy as np
 from test_cache import FakeIndex, fill, maps_of, GRID
 from scae_dali.cache.cache import CacheError, ChunkWriter, SaliencyCache
@@ -81,7 +81,7 @@ path = sys.argv[2]
 def in_process(code, path, *, check=True):
     """Runs code in another interpreter, warnings being errors there as well."""
     command = [sys.executable, "-W", "error", "-c", PREAMBLE + textwrap.dedent(code)]
-    command += [os.path.dirname(__file__), str(path)]
+    command += [os.pathsep.join(sys.path), str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if check:
         assert done.returncode == 0, done.stderr
@@ -662,7 +662,7 @@ def test_a_restarted_pass_does_not_unpack_the_pages(path):
 
 
 def test_the_map_grows_by_itself(path, monkeypatch):
-    monkeypatch.setattr(store, "INITIAL_MAP_SIZE", 1 << 16)
+    monkeypatch.setattr(environment, "INITIAL_MAP_SIZE", 1 << 16)
     index = FakeIndex(20_000)
     with SaliencyCache.create(path, index, grid=GRID) as cache:
         seen, stop = [], threading.Event()
@@ -684,7 +684,7 @@ def test_the_map_grows_by_itself(path, monkeypatch):
 
 
 def test_another_process_grows_the_map(path, monkeypatch):
-    monkeypatch.setattr(store, "INITIAL_MAP_SIZE", 1 << 16)
+    monkeypatch.setattr(environment, "INITIAL_MAP_SIZE", 1 << 16)
     with SaliencyCache.create(path, FakeIndex(20_000), grid=GRID) as cache:
         assert not cache.read([7])[1].any()
         in_process("fill(SaliencyCache(path, index=FakeIndex(20_000)), 4)", path)

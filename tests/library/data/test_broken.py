@@ -113,7 +113,7 @@ def test_faults_are_found_in_order_and_within_a_budget(index):
 
 
 def test_the_file_that_dali_names_leads_and_no_other_is_looked_at(index, monkeypatch):
-    monkeypatch.setattr(verify, "faults", lambda *arguments, **keywords: pytest.fail("looked"))
+    monkeypatch.setattr(broken, "faults", lambda *arguments, **keywords: pytest.fail("looked"))
     root = index.root
     said = explain(DECODE.format("Failed to decode sample #3 : 0010.jpg"), index)
     assert said.splitlines() == [

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import weakref
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -507,8 +506,7 @@ distributed.destroy_process_group()
 
 def test_two_ranks_bring_together_what_each_has_seen(net, tmp_path):
     script = tmp_path / "script.py"
-    places = [str(path) for path in Path(__file__).parents[:2]]  # tests, and pipelines' folder
-    script.write_text(MERGED.format(places=places, out=str(tmp_path)))
+    script.write_text(MERGED.format(places=sys.path, out=str(tmp_path)))
     subprocess.run([sys.executable, *TWO_PROCESSES, str(script)], check=True, timeout=120)
     images, labels = pictures(20)
     whole = harvest_of(net)

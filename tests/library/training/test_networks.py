@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn.functional import batch_norm, conv2d
 
 from scae_dali.saliency.gradcam import GradCAM
-from scae_dali.training.networks import MODELS, CifarResNet, classifier_of, make
+from scae_dali.saliency.layers import classifier_of
+from scae_dali.training.networks import MODELS, CifarResNet, make
 from scae_dali.training.second_stage import ScaledLinear
 
 
