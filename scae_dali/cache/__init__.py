@@ -2,7 +2,7 @@
 
 from scae_dali.cache.cache import SaliencyCache
 from scae_dali.cache.format import CacheError, CacheMeta
-from scae_dali.cache.resident import ResidentCache
+from scae_dali.cache.reader import ResidentCache
 from scae_dali.cache.writer import ChunkWriter
 
 __all__ = ["CacheError", "CacheMeta", "ChunkWriter", "ResidentCache", "SaliencyCache"]

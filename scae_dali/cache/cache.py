@@ -51,7 +51,6 @@ from scae_dali.cache.format import (
     to_json,
 )
 from scae_dali.cache.reader import CacheReader
-from scae_dali.cache.resident import ResidentCache
 from scae_dali.data.index import ImageIndex
 
 __all__ = ["SaliencyCache"]
@@ -286,10 +285,6 @@ class SaliencyCache(CacheReader):
             txn.put(META, to_json(replace(meta, neighbors=table.shape)))
 
         self._update(put)
-
-    def resident(self) -> ResidentCache:
-        """All maps in memory, N*h*w bytes."""
-        return ResidentCache(self)
 
     def reserve(self, epoch: int) -> Reservation:
         """Leaves the passes of this object to whoever keeps what is returned, until `unreserve`.

@@ -1,10 +1,11 @@
-"""How the maps of an open cache are looked up: which record a sample has, and what the cache holds.
+"""How the maps of an open cache are looked up, in LMDB or in a copy that is kept in memory.
 
 Every look is at one snapshot, the newest: LMDB shows a reader all of a commit or nothing of it.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -39,7 +40,7 @@ from scae_dali.cache.format import (
 from scae_dali.data.index import ImageIndex
 from scae_dali.plan.random import Stream, uniforms
 
-__all__ = ["CacheReader", "Coverage", "RecordKeys"]
+__all__ = ["CacheReader", "Coverage", "RecordKeys", "ResidentCache", "Snapshot"]
 
 T = TypeVar("T")
 
@@ -49,6 +50,14 @@ class Coverage(NamedTuple):
 
     found: int
     flat: int
+
+
+class Snapshot(NamedTuple):
+    """All maps of one moment: maps u8[N,h,w], found bool[N], and the cache's `version` then."""
+
+    maps: Maps
+    found: NDArray[np.bool_]
+    version: tuple[int, bytes]
 
 
 class RecordKeys:
@@ -168,18 +177,34 @@ class CacheReader:
             values = [value if ok else blank for value, ok in zip(values, found, strict=True)]
         return np.frombuffer(b"".join(values), self._kind)["map"].copy(), found
 
-    def snapshot(self) -> tuple[Maps, NDArray[np.bool_], int]:
-        """All maps u8[N,h,w], found bool[N], and the number of passes they are of."""
+    @property
+    def map_bytes(self) -> int:
+        """What all maps take in memory, N·h·w."""
+        return self._samples * math.prod(self._grid)
 
-        def copy(txn: lmdb.Transaction) -> tuple[Maps, NDArray[np.bool_], int]:
+    def version(self) -> tuple[int, bytes]:
+        """Changes with everything that anybody writes to the cache: the number of LMDB's last
+        transaction, and the meta record, which tells a cache from one that has replaced it."""
+        return self._view(_version)
+
+    def snapshot(self) -> Snapshot:
+        """All maps, of one moment."""
+
+        def copy(txn: lmdb.Transaction) -> Snapshot:
             maps = np.zeros((self._samples, *self._grid), np.uint8)
             found = np.zeros(self._samples, np.bool_)
             for ids, records in self._scan(txn):
                 maps[ids] = records["map"]
                 found[ids] = True
-            return maps, found, self._meta(txn).passes
+            return Snapshot(maps, found, _version(txn))
 
         return self._view(copy)
+
+    def resident(self) -> ResidentCache:
+        """All maps in memory, N·h·w bytes."""
+        resident = ResidentCache(self)
+        resident.refresh()
+        return resident
 
     def stamps(self) -> NDArray[np.int32]:
         """Epoch stamp of every sample, i32[N]; -1 where there is no map."""
@@ -290,6 +315,63 @@ class CacheReader:
             raise CacheError(
                 f"saliency cache {self.path!r} has grid {meta.grid}, not {tuple(grid)}; {remedy}"
             )
+
+
+class ResidentCache:
+    """A copy of a cache in memory, N·h·w bytes, and twice as much while a new copy is taken.
+
+    `read` gives what `SaliencyCache.read` gives at the same moment, and checks that by one small
+    read of LMDB. After a pass, of this process or another, the next `read` takes a new copy; while
+    a pass is under way, maps are looked up in LMDB. The first copy is taken at first use.
+
+    Every process has its own copy, and so has every ResidentCache: two pipelines on one machine
+    hold the maps twice.
+    """
+
+    def __init__(self, cache: CacheReader) -> None:
+        self._cache = cache
+        self._copy: Snapshot | None = None
+
+    @property
+    def maps(self) -> Maps:
+        """Those of the copy, u8[N,h,w]; read-only."""
+        return (self._copy or self.refresh()).maps
+
+    @property
+    def found(self) -> NDArray[np.bool_]:
+        """Which samples have a map in the copy, bool[N]; read-only."""
+        return (self._copy or self.refresh()).found
+
+    def read(self, ids: ArrayLike) -> tuple[Maps, NDArray[np.bool_]]:
+        """As `SaliencyCache.read`."""
+        copy = self._copy
+        if copy is None or self._cache.version() != copy.version:
+            if not self._settled():
+                return self._cache.read(ids)
+            copy = self.refresh()
+        ids = checked_ids(ids, len(copy.maps))
+        return copy.maps[ids], copy.found[ids]
+
+    def stale(self) -> bool:
+        """Whether the next `read` takes a new copy."""
+        changed = self._copy is None or self._cache.version() != self._copy.version
+        return changed and self._settled()
+
+    def refresh(self) -> Snapshot:
+        """Takes a new copy, of one snapshot; other threads see the old or the new one, whole."""
+        copy = self._cache.snapshot()
+        for array in (copy.maps, copy.found):
+            array.setflags(write=False)
+        self._copy = copy
+        return copy
+
+    def _settled(self) -> bool:
+        """Whether the maps are those of complete passes; otherwise they may change at any batch."""
+        return self._cache.meta.token is not None
+
+
+def _version(txn: lmdb.Transaction) -> tuple[int, bytes]:
+    return txn.id(), bytes(txn.get(META, b""))
 
 
 def _lowest(values: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
