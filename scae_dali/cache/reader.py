@@ -127,7 +127,7 @@ _open: weakref.WeakSet[CacheReader] = weakref.WeakSet()  # in this process
 
 
 class CacheReader:
-    """An open cache, as those see it that look maps up in it."""
+    """An open cache, and all that can be read from it."""
 
     def __init__(
         self,
