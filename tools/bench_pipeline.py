@@ -59,10 +59,10 @@ import _bench
 import _path  # noqa: F401
 from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.stage.images import resolve_decode
 from scae_dali.cache.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import BUILT_IN
+from scae_dali.stage.images import resolve_decode
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage
 

@@ -173,12 +173,12 @@ def start(
     """The first call in a process. indices: made-up samples, then those of files, by cache."""
     if args.device_id[rank] is not None:
         torch.cuda.set_device(args.device_id[rank])
-    (plans, made_up), *files = indices.items()
+    (plans, made_up), *others = indices.items()
     alike = plan_rows(args, made_up, plans, rank)
     for n in args.processes:
         if rank < n:
             rows = dict(alike)
-            for cache, index in files:
+            for cache, index in others:
                 rows |= file_rows(args, index, cache, rank, n)
             _live.update({(name, n): row for name, row in rows.items()})
     _barriers.update(barriers)
