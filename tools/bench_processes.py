@@ -123,7 +123,7 @@ def plan_rows(args: argparse.Namespace, index: ImageIndex, cache: str, rank: int
         planner = stage.planner(CropConfig())
         for number, ids in enumerate(batches()):
             iteration = np.full(args.batch_size, number)
-            yield stage.rows(planner, ids, iteration, size_px, full_px)
+            yield planner(ids, iteration, size_px, full_px)
 
     maps = SaliencyCache(cache, index=index)
     out = {name: Row(plans(method), ahead=0) for name, method in PLANS.items()}

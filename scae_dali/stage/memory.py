@@ -154,8 +154,7 @@ class FedPlan(PlanNodes):
         start = time.perf_counter()
         keys = self._order.keys(first, self._many)
         full_px = np.tile(self._full_px, (len(keys), 1))
-        rows = self._stage.rows(
-            self.planner,
+        rows = self.planner(
             keys,
             first + np.arange(len(keys)) // self._order.batch_size,
             np.full((len(keys), 2), self._size),

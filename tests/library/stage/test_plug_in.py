@@ -83,7 +83,7 @@ def test_composition(index, cache):
     assert stage.conditional
     assert {"op0", "sign1", "box"} <= planner.columns.keys()
     ids = np.arange(len(index))
-    rows = stage.rows(planner, ids, 0 * ids, np.full((len(ids), 2), 224))
+    rows = planner(ids, 0 * ids, np.full((len(ids), 2), 224))
     assert (rows[:, planner.columns["box"]].prod(axis=1) > 0).any()
 
 
