@@ -190,15 +190,17 @@ SCRIPT = """
         def forward(self, images):
             return self.head(self.features(images).mean((2, 3)))
 
-    folder, path, source = sys.argv[1:]
-    index = ImageIndex(folder)
-    images = index if source == "files" else ArrayImages.from_index(index, threads=1)
-    cache = SaliencyCache.create(path, index, grid=(6, 6))
     torch.manual_seed(0)
-    loader_for = partial(whole_loader, images, size=24, batch_size=16, threads=1)
-    report = refresh_cache(Net(), cache, index, loader_for, epoch=0, layer="features")
+    net, index = Net(), ImageIndex(sys.argv[1])
+    for images, path in (
+        (index, "files.lmdb"),
+        (ArrayImages.from_index(index, threads=1), "memory.lmdb"),
+    ):
+        cache = SaliencyCache.create(path, index, grid=(6, 6))
+        loader_for = partial(whole_loader, images, size=24, batch_size=16, threads=1)
+        report = refresh_cache(net, cache, index, loader_for, epoch=0, layer="features")
+        print(report.images, *cache.coverage())
     assert not [name for name in sys.modules if name.split(".")[0] in ("pipelines", "train")]
-    print(report.images, *cache.coverage())
 """
 
 
@@ -206,21 +208,20 @@ def test_a_users_script_builds_the_same_cache_from_files_and_from_memory(tailed,
     """By the library alone."""
     script = tmp_path / "own.py"
     script.write_text(textwrap.dedent(SCRIPT))
+    done = subprocess.run(
+        [sys.executable, script, tailed.root],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["63 63 0"] * 2
     maps = []
-    for source in ("files", "memory"):
-        path = tmp_path / f"{source}.lmdb"
-        arguments = [sys.executable, script, tailed.root, path, source]
-        done = subprocess.run(
-            arguments, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.split() == ["63", "63", "0"]
-        levels, found = SaliencyCache(path, index=tailed).read(np.arange(63))
+    for name in ("files.lmdb", "memory.lmdb"):
+        levels, found = SaliencyCache(tmp_path / name, index=tailed).read(np.arange(63))
         assert found.all()
         maps.append(levels)
     np.testing.assert_array_equal(*maps)
     assert len(np.unique(maps[0], axis=0)) > 60
-
-
-def environment():
-    return os.environ | {"PYTHONPATH": str(ROOT)}
