@@ -21,8 +21,10 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def
 
 import _path  # noqa: F401
-from pipelines import saliency, train, val
+from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
+from pipelines.data import Data
+from pipelines.loaders import Loaders
 from scae_dali.cache import SaliencyCache
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
 from scae_dali.data.index import ImageIndex
@@ -138,8 +140,7 @@ def roughness(box: torch.Tensor) -> float:
 @check(*product("val", TENSORS))
 def val_pipeline(setup: Setup, tensor: str) -> str:
     def run(device_id: int | None) -> list[Batch]:
-        pipeline = val.val_pipeline(setup.index, image_config(tensor), execution(device_id))
-        return list(loader(setup, pipeline, val.OUTPUTS))
+        return list(loaders(setup, tensor).val(execution(device_id)))
 
     return compare(run(None), run(setup.device_id))
 
@@ -149,9 +150,8 @@ def saliency_pipeline(setup: Setup, tensor: str) -> str:
     ids = range(len(setup.index) - 1, -1, -1)  # a pass that resumes names its samples
 
     def run(device_id: int | None) -> list[Batch]:
-        execute = execution(device_id)
-        pipeline = saliency.saliency_pipeline(setup.index, image_config(tensor), execute, ids)
-        return list(loader(setup, pipeline, saliency.OUTPUTS))
+        execute, image = execution(device_id), image_config(tensor)
+        return list(loaders(setup, tensor).saliency(image, execute, ids))
 
     return compare(run(None), run(setup.device_id))
 
@@ -304,8 +304,13 @@ def train_loader(
 ) -> Loader:
     stage = scae_stage(setup, method, **settings)
     image, execute = image_config(tensor, decode), execution(device_id)
-    pipeline = train.train_pipeline(stage, image, execute, seed=SEED, checkpoint=checkpoint)
-    return loader(setup, pipeline, train.OUTPUTS)
+    pipeline = files.train_pipeline(stage, image, execute, seed=SEED, checkpoint=checkpoint)
+    return loader(setup, pipeline, files.OUTPUTS)
+
+
+def loaders(setup: Setup, tensor: str) -> Loaders:
+    image = image_config(tensor)
+    return Loaders(Data(setup.index, setup.index), image, sampling="shuffle", seed=SEED)
 
 
 def loader(setup: Setup, pipeline: Pipeline, outputs: tuple[str, ...]) -> Loader:

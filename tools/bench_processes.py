@@ -45,7 +45,7 @@ from _options import count, existing_folder, usable_devices, whole_numbers
 
 import _bench
 import _path  # noqa: F401
-from pipelines import train
+from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.cache import SaliencyCache
 from scae_dali.config import CropConfig
@@ -152,8 +152,8 @@ def file_rows(
             num_shards=processes,
             **GUIDED,
         )
-        pipeline = train.train_pipeline(stage, image, run, seed=SEED)
-        loader = Loader(pipeline, train.OUTPUTS, index, drop_last=False)
+        pipeline = files.train_pipeline(stage, image, run, seed=SEED)
+        loader = Loader(pipeline, files.OUTPUTS, index, drop_last=False)
         return Row((batch.images for batch in endless(loader)), run.prefetch + 1, stage)
 
     return {method: row(method) for method in FILES}
@@ -173,12 +173,12 @@ def start(
     """The first call in a process. indices: made-up samples, then those of files, by cache."""
     if args.device_id[rank] is not None:
         torch.cuda.set_device(args.device_id[rank])
-    (plans, made_up), *files = indices.items()
+    (plans, made_up), *others = indices.items()
     alike = plan_rows(args, made_up, plans, rank)
     for n in args.processes:
         if rank < n:
             rows = dict(alike)
-            for cache, index in files:
+            for cache, index in others:
                 rows |= file_rows(args, index, cache, rank, n)
             _live.update({(name, n): row for name, row in rows.items()})
     _barriers.update(barriers)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scae_dali.cache import ChunkWriter
-from scae_dali.cache.cache import Reservation
+from scae_dali.cache import Reservation
 
 
 class Store:

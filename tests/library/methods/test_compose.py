@@ -9,7 +9,7 @@ import pytest
 from nvidia.dali import fn, pipeline_def
 from test_partner import shifted
 
-from pipelines import arrays, train
+from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.config import CropConfig
 from scae_dali.data.pixels import ArrayImages
@@ -243,9 +243,9 @@ def batches(index, pixels, names, count=8, *, cache=None, **settings):
         Order(index.labels, batch_size=BATCH, seed=8),
     )
     if pixels is None:
-        pipeline = train.train_pipeline(stage, IMAGE, run, seed=8, order=order)
+        pipeline = files.train_pipeline(stage, IMAGE, run, seed=8, order=order)
     else:
-        pipeline = arrays.train_pipeline(stage, pixels, order, IMAGE, run)
+        pipeline = memory.train_pipeline(stage, ArrayImages(index, pixels), order, IMAGE, run)
     for _ in range(count):
         images, rows = (out.as_array().copy() for out in pipeline.run())
         columns = stage.planner(CROP).columns
@@ -324,9 +324,9 @@ def test_scae_mixes_before_a_users_own_policy_and_erases_after_it(
     users("posterise", kinds=("policy",), apply=apply)
     scae = {"tail": 0.5, "mix_prob": 1.0, "mix_alpha": 4.0, "p_max": 0.8}
     planner = Stage(tailed, "scae", epochs=3, batch_size=BATCH, seed=8, **scae).planner(CROP)
-    memory = pixels if where == "memory" else None
+    given = pixels if where == "memory" else None
     counts, rounded = dict.fromkeys((0, Status.ERASED, Status.MIXED), 0), 0
-    for pictures, part in batches(tailed, memory, names, cache=tailed_cache, scae=scae):
+    for pictures, part in batches(tailed, given, names, cache=tailed_cache, scae=scae):
         rows = np.concatenate([part[k].reshape(BATCH, -1) for k in planner.columns], axis=1)
         second, second_flip = planner.partner_crop(rows, np.full((BATCH, 2), SIZE), CROP)
         first = np.concatenate([part["start"], part["shape"]], axis=1).astype(int)
@@ -357,8 +357,8 @@ def test_files_and_arrays_and_both_operators_give_the_same(tailed, tailed_cache,
     settings = {"scae": {"mix_prob": 0.0}} if "scae" in names else {}
     shared = {"count": 5, "cache": tailed_cache, **settings}
     wanted = list(batches(tailed, pixels, names, **shared))
-    for memory, backend in ((None, "python"), (pixels, "torch"), (None, "torch")):
-        other = batches(tailed, memory, names, backend=backend, **shared)
+    for given, backend in ((None, "python"), (pixels, "torch"), (None, "torch")):
+        other = batches(tailed, given, names, backend=backend, **shared)
         for (pictures, part), (again, same) in zip(wanted, other, strict=True):
             np.testing.assert_array_equal(pictures, again)
             for key, value in part.items():

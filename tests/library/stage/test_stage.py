@@ -8,7 +8,7 @@ from scipy import stats
 from timm.data.random_erasing import RandomErasing as TimmErasing
 from torch.utils import dlpack
 
-from pipelines import train
+from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD, CropConfig
 from scae_dali.methods import BUILT_IN
@@ -30,8 +30,8 @@ def stage(index, cache, batch_size, name="scae", **keywords):
 
 def loader(one, index, *, shard=0, num_shards=1, state=None, position=0, image=IMAGE):
     run = ExecConfig(batch_size=one.batch_size, threads=2, shard=shard, num_shards=num_shards)
-    pipeline = train.train_pipeline(one, image, run, seed=11, checkpoint=state)
-    return Loader(pipeline, train.OUTPUTS, index, drop_last=False, position=position)
+    pipeline = files.train_pipeline(one, image, run, seed=11, checkpoint=state)
+    return Loader(pipeline, files.OUTPUTS, index, drop_last=False, position=position)
 
 
 def records(batches):
@@ -337,7 +337,7 @@ def test_arguments_are_checked(index, cache, tmp_path):
     stage(index, cache, 16, fill="color", mean=(0.0, 0.0, 0.0), std=(255.0, 255.0, 255.0))
     one = stage(index, cache, 16)
     with pytest.raises(ValueError, match="batch_size of the stage is 16, of the pipeline 8"):
-        train.train_pipeline(one, IMAGE, ExecConfig(batch_size=8), seed=0)
+        files.train_pipeline(one, IMAGE, ExecConfig(batch_size=8), seed=0)
     with pytest.raises(IndexError, match=r"ids must be in \[0, 50\).*got 50"):
         one.planner()(np.array([50]), np.array([0]), np.array([[48, 48]]))
 
