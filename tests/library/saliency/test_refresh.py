@@ -11,8 +11,9 @@ from pipelines import saliency
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.cache.cache import SaliencyCache
 from scae_dali.saliency.gradcam import GradCAM
-from scae_dali.saliency.refresh import METHODS, nearest_classes, refresh_cache, weights_digest
+from scae_dali.saliency.refresh import METHODS, refresh_cache
 from scae_dali.saliency.scorecam import ScoreCAM
+from scae_dali.saliency.weights import nearest_classes, weights_digest
 from scae_dali.stage.loader import Loader
 from scae_dali.training.second_stage import ScaledLinear
 
