@@ -26,12 +26,11 @@ from scae_dali.config import check
 from scae_dali.data.broken import look
 from scae_dali.plan import schedule
 from scae_dali.stage.loader import Batch, ImageError
-from scae_dali.training import checkpoint, lock
+from scae_dali.training import checkpoint, lock, second_stage
 from scae_dali.training.divergence import check_finite, sound
 from scae_dali.training.evaluation import Evaluation
 from scae_dali.training.log import closing, save_picture, summary
 from scae_dali.training.ranks import Ranks
-from scae_dali.training.second_stage import set_train_mode
 
 LOOK_S = 5.0  # seconds for a look at the files of validation, before an epoch is trained in vain
 
@@ -74,14 +73,14 @@ class Run(State):
                 if every and self.step % every == 0 and self.step < steps:
                     recent.settle()
                     self.save()
-                    recent.mark = time.perf_counter()
+                    recent.restart_clock()
             recent.settle()
         self.epoch, self.step = self.epoch + 1, 0
         self.save()
 
     def set_train_mode(self) -> None:
         if self.config.second_stage.classifier:
-            set_train_mode(self.net, self.config.second_stage)
+            second_stage.set_train_mode(self.net, self.config.second_stage)
         else:
             self.model.train()
 
@@ -156,11 +155,12 @@ class RecentSteps:
         self.begin()
 
     def begin(self) -> None:
-        self.first, self.mark, self.planned = (
-            self.run.step,
-            time.perf_counter(),
-            self.run.stage.seconds,
-        )
+        self.first, self.planned = self.run.step, self.run.stage.seconds
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Time the steps from now on, and so leave out a checkpoint that was just written."""
+        self.started = time.perf_counter()
 
     def settle(self) -> None:
         """Tell the meter, and see that what the steps left is finite; waits for the device."""
@@ -173,7 +173,7 @@ class RecentSteps:
         run.meter.add_steps(
             loss=loss,
             hits=hits,
-            seconds=time.perf_counter() - self.mark,
+            seconds=time.perf_counter() - self.started,
             plan_seconds=run.stage.seconds - self.planned,
         )
         self.score.zero_()

@@ -234,15 +234,14 @@ class Config:
         return max(guided.values(), key=lambda one: getattr(one, "guided", False), default=None)
 
     def neighbors(self, class_counts: np.ndarray) -> int:
-        """How many neighbouring classes of each class the method asks for; 0: of none.
+        """How many neighbouring classes of each class the method asks for; 0: none.
 
         class_counts: int64 [K], of the training set.
         """
         config = self.guided_config()
-        if not getattr(config, "wants_neighbors", False):
-            return 0
-        if isinstance(config, ClassAdaptiveConfig) and not tail_classes(config, class_counts).any():
-            return 0
+        if isinstance(config, ClassAdaptiveConfig):
+            mixes = config.mix_prob and tail_classes(config, class_counts).any()
+            return config.neighbors if mixes else 0
         return getattr(config, "neighbors", 0)
 
     def method_settings(self) -> dict[str, Any]:

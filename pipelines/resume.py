@@ -27,9 +27,9 @@ from scae_dali.data.index import ImageIndex, path_key
 from scae_dali.training.ranks import Ranks
 
 # Where files lie and what computes. Which images and weights the files hold is compared besides.
-_PLACES = {"data.root", "data.index_cache", "threads", "hw_decoder_load"}
+_WHERE = {"data.root", "data.index_cache", "threads", "hw_decoder_load"}
 _FILES = {"data.train_list", "data.val_list", "data.exclude", "second_stage.weights"}
-_FREE = _PLACES | {"out", "checkpoint_every", "compile", "device", "data.val_exclude"}
+_FREE = _WHERE | {"out", "checkpoint_every", "compile", "device", "data.val_exclude"}
 _FREE |= {"saliency.batch_size", "saliency.cache"}
 _CONTENTS = ("data", "val", "weights")  # fingerprints of the images, and of the first stage
 _OF_A_RUN = ("config.json", "checkpoint.pt", "metrics.jsonl", "weights.pt")
@@ -70,7 +70,7 @@ def agree(ranks: Ranks, settings: Mapping[str, Any]) -> None:
     """Raise ValueError in every rank where one has other settings; files may lie elsewhere."""
     every = ranks.gather(dict(settings))
     odd = []
-    for name in sorted({name for one in every for name in one} - _PLACES - _FILES):
+    for name in sorted({name for one in every for name in one} - _WHERE - _FILES):
         values = [one.get(name) for one in every]
         if not all(_same(value, values[0]) for value in values):
             given = [f"{value!r} in rank {rank}" for rank, value in enumerate(values)]
@@ -93,7 +93,7 @@ def check_new(out: Path) -> None:
 
 
 def check_files(out: Path) -> None:
-    """Raise ValueError where a folder has the place of a run's file."""
+    """Raise ValueError where there is a folder by the name of a run's file."""
     for name in _OF_A_RUN:
         check(
             not (out / name).is_dir(),

@@ -46,10 +46,10 @@ class State:
     ) -> None:
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.check_folder = check_folder
-        self.out, self.data, self.identity = Path(config.out), data, identity
+        self.out, self.identity = Path(config.out), identity
         self.val_files = resume.file_keys(data.val)
         self.index = data.train
-        self.loaders = Loaders(self.data, config.image, sampling=config.sampling, seed=config.seed)
+        self.loaders = Loaders(data, config.image, sampling=config.sampling, seed=config.seed)
         torch.manual_seed(derive(config.seed, "model"))
         self.net = make_network(config.model, self.index.num_classes)
         trained = [{"params": list(self.net.parameters()), "lr_factor": 1.0}]

@@ -84,7 +84,7 @@ def refresh_cache(
     cache: of this node, given to the one process of the node that writes; None on the others.
     loader_for(ids): batches of whole upright images, of these samples and no others, in this order,
     normalised as in training; every rank is given ids of its own.
-    share: of the samples, whose maps are made anew, the stalest first; 0: none. harvest: what
+    share: of the samples whose maps are made anew, the stalest first; 0: none. harvest: what
     training has gathered, for the rest; it is merged over the ranks, and not cleared.
     method: a name of `METHODS`, or what makes one, such as partial(ScoreCAM, chunk=256); maps of
     this epoch by another method, as by other weights, are withdrawn and made anew. layer: see CAM.
@@ -107,7 +107,6 @@ def refresh_cache(
     if harvest is not None:
         harvest.merge()
     provenance = {
-        "weights": weights_digest(cam.model),
         "method": _made_by(cam if count else None, harvest),
         "model": name or type(cam.model).__name__,
         "layer": cam.layer,
@@ -117,7 +116,7 @@ def refresh_cache(
     rank, world = rank_and_world()
 
     choice = choose_samples(cache, len(index), count, epoch, harvest)
-    with _begin(cache, epoch, choice, commit_every, provenance) as writer:
+    with _begin(cache, epoch, choice, cam.model, provenance, commit_every) as writer:
         pending = np.empty(0, np.int64) if writer is None else writer.pending
         from_harvest = np.isin(pending, choice.harvested)
         gathered, pending = pending[from_harvest], pending[~from_harvest]
@@ -208,14 +207,17 @@ def _begin(
     cache: SaliencyCache | None,
     epoch: int,
     choice: Choice,
-    commit_every: int,
+    model: nn.Module,
     provenance: Mapping[str, Any],
+    commit_every: int,
 ) -> AbstractContextManager[ChunkWriter | None]:
     """The pass as a context that gives its writer; None in a process that writes no cache."""
     if cache is None:
         return nullcontext()
-    part = {} if choice.ids is None else {"ids": choice.ids}
-    return ChunkWriter(cache, epoch, commit_every=commit_every, **provenance, **part)
+    begin = {"weights": weights_digest(model), **provenance}
+    if choice.ids is not None:
+        begin["ids"] = choice.ids
+    return ChunkWriter(cache, epoch, commit_every=commit_every, **begin)
 
 
 class Store:
