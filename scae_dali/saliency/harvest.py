@@ -65,15 +65,15 @@ class Harvest:
     """The maps of `samples` samples, gathered over the crops that `model` is trained on.
 
         harvest = Harvest(model, None, samples=len(index), num_classes=1000, grid=(7, 7), size=224)
-        logits = model(batch.images)     # where gradients are wanted: others are not looked at
+        logits = model(batch.images)     # with gradients: without, nothing is gathered
         harvest.add(batch)
 
-    model, layer: as of `cam.CAM`; a hook stays on the layer, so make it before torch.compile. grid:
-    (h, w) of the maps over the full frame. size: of the crops, in pixels. Sums lie on the model's
-    device, 8·h·w bytes a sample: 0.5 GB for ImageNet at 7x7.
+    model, layer: as for every `CAM`; a hook stays on the layer, so make it before torch.compile.
+    grid: (h, w) of the maps over the full frame. size: of the crops, in pixels. Sums lie on the
+    model's device, 8·h·w bytes a sample: 0.5 GB for ImageNet at 7x7.
 
-    Raises ValueError for an unknown layer, and where the logits are not the classifier's of the
-    layer's mean: then only a pass sees what the network looks at. For weights that are not finite.
+    Raises ValueError for an unknown layer, for weights that are not finite, and where the logits
+    are not those of the classifier for the layer's mean: maps of such a network need a pass.
     """
 
     method = "harvest"

@@ -185,11 +185,11 @@ class Choice:
 def choose_samples(
     cache: SaliencyCache | None, samples: int, count: int, epoch: int, harvest: Harvest | None
 ) -> Choice:
-    """Step 1 of a pass: the `count` samples whose maps are the stalest are seen by the network; of
-    the others the harvest gives those that training has seen.
+    """Step 1 of a pass. The network makes the maps of the `count` samples with the stalest ones;
+    the harvest gives those of the others, as far as training has seen them.
 
-    cache: None in a process that writes none; what is chosen there is of no account. samples: of
-    the index.
+    cache: None in a process that writes none; what is chosen there does not matter. samples: of the
+    index.
     """
     if cache is None or (count >= samples and harvest is None):
         return Choice()
