@@ -4,15 +4,15 @@
     torchrun --nproc-per-node 8 train.py --config … --data.root … --out …
     python train.py --help
 
-An epoch is: the saliency pass if one is due, training, checkpoint, validation, metrics. Killed at
-any time, a run goes on with --resume from its last checkpoint, within an epoch or a pass.
+An epoch is: the saliency pass if one is due, training, checkpoint, validation, a row of the log.
+Killed at any time, a run goes on with --resume from its last checkpoint, within an epoch or a pass.
 """
 
 import dataclasses
 import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jsonargparse
@@ -26,14 +26,13 @@ from scae_dali.config import check
 from scae_dali.data.broken import look
 from scae_dali.plan import schedule
 from scae_dali.stage.loader import Batch, ImageError
-from scae_dali.training import checkpoint, lock
+from scae_dali.training import checkpoint, lock, second_stage
 from scae_dali.training.divergence import check_finite, sound
 from scae_dali.training.evaluation import Evaluation
 from scae_dali.training.log import closing, save_picture, summary
 from scae_dali.training.ranks import Ranks
-from scae_dali.training.second_stage import set_train_mode
 
-LOOK_S = 5.0  # at the files of validation, before an epoch is trained in vain
+LOOK_S = 5.0  # seconds for a look at the files of validation, before an epoch is trained in vain
 
 
 class Run(State):
@@ -41,81 +40,64 @@ class Run(State):
 
     def saliency_pass(self) -> None:
         """Refresh the cache if a pass is due by this epoch and has not been made."""
-        due = None if self.guide is None else self.guide.due(self.epoch)
-        if self.guide is None or due is None:
+        due = None if self.maps is None else self.maps.due(self.epoch)
+        if self.maps is None or due is None:
             return
         start = time.perf_counter()
         self.loader = None  # it has planned ahead with the old maps
         gc.collect()  # what is fed to a pipeline refers to itself
-        run = self.exec_config(sharded=False)
-        report = self.guide.refresh(due, run, mixes=self.stage.mixes)
+        report = self.maps.refresh(due, self.execution(sharded=False))
         self.loader = self.build_loader()
-        self.meter.sums["saliency_images"] += report.images
-        if report.agreement is not None:
-            self.meter.sums["agreement"] += report.agreement
-            self.meter.sums["compared"] += 1
-        self.meter.sums["saliency"] += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.meter.add_pass(images=report.images, agreement=report.agreement, seconds=seconds)
 
     def train_epoch(self) -> None:
-        """What is left of the epoch, with checkpoints in between and at its end."""
-        config = self.config
+        """Train what is left of the epoch, with checkpoints in between and at its end."""
         self.loader = self.loader or self.build_loader()
-        if config.second_stage.classifier:
-            set_train_mode(self.net, config.second_stage)
-        else:
-            self.model.train()
-        steps = len(self.loader)
-        sums = self.meter.sums
-        score = torch.zeros(2, device=self.device)  # loss and hits, summed over images
-        planned, mark, first = self.stage.seconds, time.perf_counter(), self.step
-
-        def settle():
-            """Bring the sums up to date, and see that they are finite; waits for the device."""
-            nonlocal planned, mark, first
-            loss, hits, kept = torch.cat([score.double(), self.sound()]).tolist()
-            lr = self.optimizer.param_groups[0]["lr"]
-            steps_of = f"in steps {first} to {self.step} of epoch {self.epoch}, with lr {lr:g}"
-            check_finite(self.ranks, loss, bool(kept), steps_of)
-            sums["loss"] += loss
-            sums["hits"] += hits
-            score.zero_()
-            sums["plan"] += self.stage.seconds - planned
-            sums["train"] += time.perf_counter() - mark
-            planned, mark, first = self.stage.seconds, time.perf_counter(), self.step
-
+        self.set_train_mode()
+        steps, every = len(self.loader), self.config.checkpoint_every
+        recent = RecentSteps(self)
         bar = tqdm(total=steps, initial=self.step, desc=f"epoch {self.epoch}", unit="step",
                    leave=False, disable=not self.ranks.first)  # fmt: skip
         with bar:
             batches = iter(self.loader)
-            while True:
-                wait = time.perf_counter()
-                batch = next(batches, None)
-                sums["data"] += time.perf_counter() - wait
-                if batch is None:
-                    break
+            while (batch := self.next_batch(batches)) is not None:
                 if self.step == 0 and self.ranks.first:
-                    self.held()
-                    save_picture(
-                        self.out / "erased.png", batch.images, config.image.mean, config.image.std
-                    )
-                for group in self.optimizer.param_groups:
-                    done = self.epoch * steps + self.step
-                    lr = config.optim.lr_at(done, steps, config.epochs)
-                    group["lr"] = lr * group["lr_factor"]
-                self.train_step(batch, score)
+                    self.save_first_images(batch)
+                done = self.epoch * steps + self.step
+                self.config.optim.set_lr(self.optimizer, done, steps, self.config.epochs)
+                self.train_step(batch, recent.score)
                 self.meter.add_batch(batch.status)
                 self.step += 1
                 bar.update()
-                every = config.checkpoint_every
                 if every and self.step % every == 0 and self.step < steps:
-                    settle()
+                    recent.settle()
                     self.save()
-                    mark = time.perf_counter()
-            settle()
+                    recent.restart_clock()
+            recent.settle()
         self.epoch, self.step = self.epoch + 1, 0
         self.save()
 
+    def set_train_mode(self) -> None:
+        if self.config.second_stage.classifier:
+            second_stage.set_train_mode(self.net, self.config.second_stage)
+        else:
+            self.model.train()
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
+        start = time.perf_counter()
+        batch = next(batches, None)
+        self.meter.add_wait(time.perf_counter() - start)
+        return batch
+
+    def save_first_images(self, batch: Batch) -> None:
+        self.check_folder()
+        image = self.config.image
+        save_picture(self.out / "erased.png", batch.images, image.mean, image.std)
+
     def train_step(self, batch: Batch, score: torch.Tensor) -> None:
+        """A step of the optimiser. score: float [2], to which the loss and the hits of the batch
+        are added, each a sum over its images."""
         images = batch.images.contiguous(memory_format=self.layout)
         with autocast(self.config.amp, self.device):
             logits = self.model(images)
@@ -131,14 +113,10 @@ class Run(State):
         hits = (logits.argmax(1) == batch.labels).sum()
         score += torch.stack([loss.detach() * len(images), hits])
 
-    def sound(self) -> torch.Tensor:
-        nets = [self.net] if self.ema is None else [self.net, self.ema]
-        return sound(nets, self.optimizer)
-
     @torch.inference_mode()
     def finish_epoch(self) -> None:
-        """Validate, on the images of all ranks, and close the epoch that was trained last: its row
-        of metrics.jsonl."""
+        """Validate, on the images of all ranks, and close the epoch that was trained last: write
+        its row of the log."""
         start = time.perf_counter()
         model = self.net if self.ema is None else self.ema
         for shared in dict.fromkeys((self.net, model)):  # in the same order on all ranks
@@ -149,26 +127,62 @@ class Run(State):
             with autocast(self.config.amp, self.device):
                 logits = model(batch.images.contiguous(memory_format=self.layout))
             evaluation.update(logits, batch.labels)
-        figures = evaluation.compute(self.ranks)
-        self.meter.sums["val"] += time.perf_counter() - start
-        lam_max = getattr(self.guided, "lam_max", 0.0)
-        epoch = self.epoch - 1
+        metrics = evaluation.compute(self.ranks)
+        self.meter.add_validation(time.perf_counter() - start)
+        epoch, lam_max = self.epoch - 1, getattr(self.config.guided_config(), "lam_max", 0.0)
         row = {
             "epoch": epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
             "lam": float(schedule.lam(epoch, self.config.epochs, lam_max)),
-            **figures,
-            **self.meter.close_epoch(self.ranks, self.guide is not None),
+            **metrics,
+            **self.meter.close_epoch(self.ranks, self.maps is not None),
         }
         if self.log is not None:
-            self.held()
+            self.check_folder()
             self.log.write(row)
             tqdm.write(summary(row))
 
 
-def begin(config: Config, ranks: Ranks, resume: bool, held: Callable[[], None]) -> Run:
+class RecentSteps:
+    """The steps of an epoch since the meter was last told of them.
+
+    score: float32 [2] on the device, loss and hits of these steps, each a sum over images.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.score = torch.zeros(2, device=run.device)
+        self.begin()
+
+    def begin(self) -> None:
+        self.first, self.planned = self.run.step, self.run.stage.seconds
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Time the steps from now on, and so leave out a checkpoint that was just written."""
+        self.started = time.perf_counter()
+
+    def settle(self) -> None:
+        """Tell the meter, and see that what the steps left is finite; waits for the device."""
+        run = self.run
+        nets = [run.net] if run.ema is None else [run.net, run.ema]
+        loss, hits, kept = torch.cat([self.score.double(), sound(nets, run.optimizer)]).tolist()
+        lr = run.optimizer.param_groups[0]["lr"]
+        where = f"in steps {self.first} to {run.step} of epoch {run.epoch}, with lr {lr:g}"
+        check_finite(run.ranks, loss, bool(kept), where)
+        run.meter.add_steps(
+            loss=loss,
+            hits=hits,
+            seconds=time.perf_counter() - self.started,
+            plan_seconds=run.stage.seconds - self.planned,
+        )
+        self.score.zero_()
+        self.begin()
+
+
+def begin(config: Config, ranks: Ranks, resume: bool, check_folder: Callable[[], None]) -> Run:
     """A run that is ready to train, where its checkpoint says. Whatever is refused, is refused
-    before anything of an older run in `out` is changed. held: see lock.hold."""
+    before anything of an older run in `out` is changed. check_folder: see lock.hold."""
     out = Path(config.out)
     ranks.by_first(lambda: resuming.check_files(out) if resume else resuming.check_new(out))
     data = config.data.open(config.threads)
@@ -183,34 +197,34 @@ def begin(config: Config, ranks: Ranks, resume: bool, held: Callable[[], None]) 
     state = checkpoint.load_run(out / "checkpoint.pt") if found[0] else None
     identity = resuming.identity(config, data)
     notes = resuming.check_same(ranks, out, identity, state, data.val)
-    training = Run(config, ranks, data, identity, held)
+    run = Run(config, ranks, data, identity, check_folder)
     if state is None:
-        training.loader = training.build_loader()  # before anything is written: it may object
+        run.loader = run.build_loader()  # before anything is written: it may object
     else:
-        training.restore(state)
+        run.restore(state)
     for note in notes if ranks.first else ():
         tqdm.write(f"note: {note}", file=sys.stderr)
-    if training.open_log(None if state is None else state.get("log", "")):
-        training.finish_epoch()
-    return training
+    if run.open_log(None if state is None else state.get("log", "")):
+        run.finish_epoch()
+    return run
 
 
-def run(config: Config, resume: bool) -> None:
+def train(config: Config, resume: bool) -> None:
     """Train to the last epoch. Nothing is written where `out` holds a run, unless resumed."""
     ranks = Ranks(config.device)
     torch.backends.cudnn.benchmark = True  # images are of one size
     resuming.agree(ranks, resuming.flat(config) | {"resume": resume})
     out = Path(config.out)
-    with lock.hold(out, ranks) as held:
-        training = begin(config, ranks, resume, held)
-        while training.epoch < config.epochs:
-            training.saliency_pass()
-            training.train_epoch()
-            training.finish_epoch()
-        if training.log is not None:
-            tqdm.write(closing(training.log.close()))
-            weights = training.net if training.ema is None else training.ema.module
-            held()
+    with lock.hold(out, ranks) as check_folder:
+        run = begin(config, ranks, resume, check_folder)
+        while run.epoch < config.epochs:
+            run.saliency_pass()
+            run.train_epoch()
+            run.finish_epoch()
+        if run.log is not None:
+            tqdm.write(closing(run.log.close()))
+            weights = run.net if run.ema is None else run.ema.module
+            check_folder()
             checkpoint.save(out / "weights.pt", weights.state_dict())
         ranks.close()
 
@@ -231,7 +245,7 @@ def main() -> None:
     try:
         settings = parser.instantiate(arguments)
         names = {f.name for f in dataclasses.fields(Config)}
-        run(Config(**{name: settings[name] for name in names}), settings.resume)
+        train(Config(**{name: settings[name] for name in names}), settings.resume)
     except (ValueError, ImageError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -56,28 +56,30 @@ def check_list_and_folders(listed: str, index: ImageIndex, folders: ImageIndex) 
     """
     rows = _folders(index)
     key = _key(folders.classes)
-    places = {key(name): label for label, name in enumerate(folders.classes)}
+    label_of = {key(name): label for label, name in enumerate(folders.classes)}
     containers = _containers(rows, key)
     named = []
     for row in rows:
-        names = [part for part in dict.fromkeys(row.parts) if key(part) in places]
+        names = [part for part in dict.fromkeys(row.parts) if key(part) in label_of]
         names = [part for part in names if key(part) not in containers]
         if len(names) == 1:  # of several it is unclear which is the class folder
             named.append((key(names[0]), names[0], row))
     seen = _tally(named)
     found = {**_told(seen)} if _is_pure(seen) else {}
     whole = _class_folders(rows, key)
-    if whole.keys() & places.keys():  # then a folder that the other split lacks is a class too
+    if whole.keys() & label_of.keys():  # then a folder that the other split lacks is a class too
         found = {name: whole[name] for name in _only_names(whole).values()} | found
-    same = sum(one.label == places.get(name) for name, one in found.items())
+    same = sum(one.label == label_of.get(name) for name, one in found.items())
     labels = {one.label for one in found.values()}
-    all_once = found.keys() == places.keys() and len(labels) == len(places)
+    all_once = found.keys() == label_of.keys() and len(labels) == len(label_of)
     if all_once or _are_classes(found, same):
         for name, one in sorted(found.items(), key=lambda pair: (pair[1].label, pair[1].sample)):
-            if one.label == places.get(name):
+            if one.label == label_of.get(name):
                 continue
             own = (
-                f"{one.shown!r} is {places[name]}" if name in places else f"it has no {one.shown!r}"
+                f"{one.shown!r} is {label_of[name]}"
+                if name in label_of
+                else f"it has no {one.shown!r}"
             )
             raise DatasetError(
                 f"label {one.label} is {one.shown!r} in {listed!r} ({index.files[one.sample]!r}), "

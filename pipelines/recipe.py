@@ -1,22 +1,20 @@
-"""A training run as a config: what train.py takes from the command line and from YAML."""
+"""A training run as a config: what train.py takes from the command line and from YAML, and what is
+made from it."""
 
 import dataclasses
-import difflib
-import math
-from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
-import torchvision
-from torch import nn
 
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data, DataConfig
 from scae_dali.cache import SaliencyCache
 from scae_dali.config import (
     AutoAugmentConfig,
+    ClassAdaptiveConfig,
     CutmixConfig,
     CutoutConfig,
     GridMaskConfig,
@@ -32,73 +30,13 @@ from scae_dali.config import (
     check_choice,
 )
 from scae_dali.methods import BUILT_IN, compose, load, make_config
+from scae_dali.methods.scae import tail_classes
 from scae_dali.plan.order import epoch_size
 from scae_dali.plan.random import check_seed
 from scae_dali.stage.stage import Stage
-from scae_dali.training import networks
 from scae_dali.training.losses import LossConfig
-from scae_dali.training.networks import MODELS
+from scae_dali.training.optim import OptimConfig
 from scae_dali.training.second_stage import SecondStageConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """SGD with Nesterov momentum.
-
-    Args:
-        lr: learning rate for the whole batch of all ranks.
-        momentum: Nesterov's.
-        weight_decay: L2.
-        decay_norms: whether weight decay acts on norms and biases too.
-        schedule: `step` multiplies by `factor` at `milestones`, `cosine` falls to `lr_min`.
-        milestones: epochs.
-        factor: of `step`.
-        lr_min: of `cosine`.
-        warmup_epochs: linear warm-up before either.
-        ema: decay of an averaged copy of the weights that is validated and saved; 0: none.
-    """
-
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    decay_norms: bool = True
-    schedule: Literal["step", "cosine"] = "step"
-    milestones: tuple[int, ...] = (30, 60, 90)
-    factor: float = 0.1
-    lr_min: float = 0.0
-    warmup_epochs: float = 0.0
-    ema: float = 0.0
-
-    def __post_init__(self) -> None:
-        check(0 < self.lr < math.inf, f"optim.lr must be positive and finite, got {self.lr}")
-        check(0 < self.momentum < 1, f"optim.momentum must be in (0, 1), got {self.momentum}")
-        for name in ("weight_decay", "factor", "lr_min", "warmup_epochs"):
-            value = getattr(self, name)
-            check(
-                0 <= value < math.inf, f"optim.{name} must be at least 0, got {value}, and finite"
-            )
-        check_choice("optim.schedule", self.schedule, ("step", "cosine"))
-        check(0 <= self.ema < 1, f"optim.ema must be in [0, 1), got {self.ema}; 0 switches it off")
-
-    def optimizer(self, trained: Sequence[Mapping[str, Any]]) -> torch.optim.SGD:
-        """SGD over groups of parameters, `{"params": […], "lr_factor": float}` each."""
-        groups: list[dict[str, Any]] = []
-        for group in trained:
-            decayed = [p for p in group["params"] if self.decay_norms or p.ndim > 1]
-            spared = [p for p in group["params"] if not self.decay_norms and p.ndim <= 1]
-            for params, weight_decay in ((decayed, self.weight_decay), (spared, 0.0)):
-                groups.append({**group, "params": params, "weight_decay": weight_decay})
-        return torch.optim.SGD(groups, self.lr, self.momentum, nesterov=True)
-
-    def lr_at(self, step: int, steps: int, epochs: int) -> float:
-        """The learning rate at a step counted from the run's start, `steps` to the epoch."""
-        epoch = step / steps
-        if epoch < self.warmup_epochs:
-            return self.lr * (step + 1) / (self.warmup_epochs * steps)
-        if self.schedule == "step":
-            return self.lr * self.factor ** sum(epoch >= m for m in self.milestones)
-        done = (epoch - self.warmup_epochs) / (epochs - self.warmup_epochs)
-        return self.lr_min + (self.lr - self.lr_min) * (1 + math.cos(math.pi * done)) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,14 +181,14 @@ class Config:
             f"loss.defer must be below epochs ({self.epochs}), got {self.loss.defer}: the weights "
             "would never act",
         )
-        guide = self.guide()
+        guided = self.guided_config()
         check(
-            guide is None or guide.refresh_every > 0 or bool(self.saliency.cache),
+            guided is None or guided.refresh_every > 0 or bool(self.saliency.cache),
             "refresh_every=0 means a cache built offline, got saliency.cache=None: name it "
             "(tools/build_cache.py builds one), or refresh every so many epochs",
         )
         check(
-            guide is None or self.saliency.source == "pass" or guide.refresh_every > 0,
+            guided is None or self.saliency.source == "pass" or guided.refresh_every > 0,
             f"saliency.source={self.saliency.source} needs refresh_every > 0, got 0",
         )
         check(
@@ -281,21 +219,32 @@ class Config:
             for name in names
         }
 
-    def guide(self) -> Any | None:
-        """The Config of the method that looks at saliency maps or neighbouring classes, if one
-        does."""
-        guides = {
+    def guided_config(self) -> Any | None:
+        """The Config of the method that looks at saliency maps or neighbouring classes; None where
+        none does."""
+        guided = {
             name: config
             for name, config in self.method_configs().items()
             if getattr(config, "guided", False) or getattr(config, "wants_neighbors", False)
         }
-        passes = {name: config.refresh_every for name, config in guides.items()}
+        passes = {name: config.refresh_every for name, config in guided.items()}
         check(
             len(set(passes.values())) < 2,
             f"refresh_every must be the same for methods that share the maps, got {passes}",
         )
         # One that wants neighbours alone must not hide one that wants maps.
-        return max(guides.values(), key=lambda one: getattr(one, "guided", False), default=None)
+        return max(guided.values(), key=lambda one: getattr(one, "guided", False), default=None)
+
+    def neighbors(self, class_counts: np.ndarray) -> int:
+        """How many neighbouring classes of each class the method asks for; 0: none.
+
+        class_counts: int64 [K], of the training set.
+        """
+        config = self.guided_config()
+        if isinstance(config, ClassAdaptiveConfig):
+            mixes = config.mix_prob and tail_classes(config, class_counts).any()
+            return config.neighbors if mixes else 0
+        return getattr(config, "neighbors", 0)
 
     def method_settings(self) -> dict[str, Any]:
         """The settings of `method`, as keywords of the stage."""
@@ -326,23 +275,6 @@ class Config:
         """The images of the saliency pass."""
         size = self.saliency.size or self.image.size
         return dataclasses.replace(self.image, size=size, val_resize=size)
-
-
-def make_network(name: str, classes: int) -> nn.Module:
-    """A classification network with random weights, its logits the only output."""
-    if name in MODELS:
-        return networks.make(name, classes)
-    known = torchvision.models.list_models(torchvision.models)
-    close = difflib.get_close_matches(name, [*known, *MODELS])
-    check(
-        name in known,
-        f"model must be a classification network of torchvision or one of {', '.join(MODELS)}, got "
-        f"{name!r}; did you mean {' or '.join(close) or 'resnet50'}?",
-    )
-    more = {}
-    if name in ("googlenet", "inception_v3"):
-        more = {"aux_logits": False, "init_weights": True}
-    return torchvision.models.get_model(name, num_classes=classes, **more)
 
 
 def autocast(amp: str, device: torch.device) -> AbstractContextManager:

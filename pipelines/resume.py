@@ -1,8 +1,7 @@
 """Whether a run goes on as it began: every setting is compared with the saved one.
 
-A short list of settings may change, which is said; every other difference is refused, and so are
-processes of one run that were given different settings. How a run's state is saved and loaded is
-decided elsewhere.
+A short list of settings may change, and a note says so. Every other difference is refused, and so
+are processes of one run that were given different settings.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from scae_dali.config import check
 from scae_dali.data.index import ImageIndex, path_key
 from scae_dali.training.ranks import Ranks
 
-# Where things lie and what computes them. Which images and weights these are is compared by itself.
-_PLACES = {"data.root", "data.index_cache", "threads", "hw_decoder_load"}
+# Where files lie and what computes. Which images and weights the files hold is compared besides.
+_WHERE = {"data.root", "data.index_cache", "threads", "hw_decoder_load"}
 _FILES = {"data.train_list", "data.val_list", "data.exclude", "second_stage.weights"}
-_FREE = _PLACES | {"out", "checkpoint_every", "compile", "device", "data.val_exclude"}
+_FREE = _WHERE | {"out", "checkpoint_every", "compile", "device", "data.val_exclude"}
 _FREE |= {"saliency.batch_size", "saliency.cache"}
 _CONTENTS = ("data", "val", "weights")  # fingerprints of the images, and of the first stage
 _OF_A_RUN = ("config.json", "checkpoint.pt", "metrics.jsonl", "weights.pt")
@@ -52,12 +51,11 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def identity(config: Config, data: Data) -> dict[str, Any]:
     """What a checkpoint says that it is of: all settings, and the images and weights they name."""
-    first = config.second_stage.weights
-    known = first is not None and os.path.isfile(first)
+    weights = config.second_stage.weights  # of the first stage
     return flat(config) | {
         "data": data.train.fingerprint,
         "val": data.val.fingerprint,
-        "weights": _digest(first) if known and first is not None else None,
+        "weights": _digest(weights) if weights and os.path.isfile(weights) else None,
     }
 
 
@@ -72,7 +70,7 @@ def agree(ranks: Ranks, settings: Mapping[str, Any]) -> None:
     """Raise ValueError in every rank where one has other settings; files may lie elsewhere."""
     every = ranks.gather(dict(settings))
     odd = []
-    for name in sorted({name for one in every for name in one} - _PLACES - _FILES):
+    for name in sorted({name for one in every for name in one} - _WHERE - _FILES):
         values = [one.get(name) for one in every]
         if not all(_same(value, values[0]) for value in values):
             given = [f"{value!r} in rank {rank}" for rank, value in enumerate(values)]
@@ -95,7 +93,7 @@ def check_new(out: Path) -> None:
 
 
 def check_files(out: Path) -> None:
-    """Raise ValueError where a folder has the place of a run's file."""
+    """Raise ValueError where there is a folder by the name of a run's file."""
     for name in _OF_A_RUN:
         check(
             not (out / name).is_dir(),

@@ -1,7 +1,4 @@
-"""All that a training run holds, how it is built from a config, and how it is saved and restored.
-
-What is done with it, epoch by epoch, is train.py's.
-"""
+"""All that a training run holds: how it is built from a config, saved and restored."""
 
 from __future__ import annotations
 
@@ -15,26 +12,28 @@ from torch.nn.parallel import DistributedDataParallel
 from pipelines import resume
 from pipelines.config import ExecConfig
 from pipelines.data import Data
-from pipelines.guide import Guide
 from pipelines.loaders import Loaders
-from pipelines.recipe import Config, make_network
+from pipelines.maps import Maps
+from pipelines.recipe import Config
 from scae_dali.config import check
 from scae_dali.plan.random import derive
 from scae_dali.stage.loader import ImageError, Loader
-from scae_dali.stage.stage import Stage
 from scae_dali.training import checkpoint
-from scae_dali.training.ema import EMA
-from scae_dali.training.log import Log, Meter, known_rows
+from scae_dali.training.log import Log, known_rows
 from scae_dali.training.losses import Loss
+from scae_dali.training.meter import Meter
+from scae_dali.training.networks import make_network
+from scae_dali.training.optim import EMA
 from scae_dali.training.ranks import Ranks
 from scae_dali.training.second_stage import prepare
 
 
 class State:
-    """Network, optimiser, pipelines, cache, counters.
+    """Network, optimiser, pipelines, saliency maps, counters.
 
-    identity: what the run is of, see resume.identity. held: raises where the folder is another's,
-    see lock.hold; the first rank calls it before it writes.
+    identity: the settings, images and weights that the run is of, see resume.identity.
+    check_folder: raises where the folder is no longer this run's, see lock.hold; the first rank
+    calls it before it writes.
     """
 
     def __init__(
@@ -43,13 +42,14 @@ class State:
         ranks: Ranks,
         data: Data,
         identity: dict[str, Any],
-        held: Callable[[], None],
+        check_folder: Callable[[], None],
     ) -> None:
-        self.config, self.ranks, self.device, self.held = config, ranks, ranks.device, held
-        self.out, self.data, self.identity = Path(config.out), data, identity
+        self.config, self.ranks, self.device = config, ranks, ranks.device
+        self.check_folder = check_folder
+        self.out, self.identity = Path(config.out), identity
         self.val_files = resume.file_keys(data.val)
         self.index = data.train
-        self.loaders = Loaders(self.data, config.image, sampling=config.sampling, seed=config.seed)
+        self.loaders = Loaders(data, config.image, sampling=config.sampling, seed=config.seed)
         torch.manual_seed(derive(config.seed, "model"))
         self.net = make_network(config.model, self.index.num_classes)
         trained = [{"params": list(self.net.parameters()), "lr_factor": 1.0}]
@@ -58,29 +58,21 @@ class State:
             trained = prepare(self.net, config.second_stage, classes, seed=config.seed)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.net.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
-        self.guided = config.guide()
         self.ema = None
         if config.optim.ema:
             self.ema = EMA(self.net, config.optim.ema)
-        self.guide, self.harvest = None, None
-        if self.guided is not None:
-            stage, source = self.make_stage(), config.saliency.source
-            if self.guided.guided or stage.mixes:
-                check(
-                    source == "pass" or not stage.moves_pixels,
-                    f"saliency.source must be pass with {config.method}, which moves pixels, got "
-                    f"{source}",
-                )
-                self.guide = Guide(
-                    config,
-                    self.guided,
-                    self.net,
-                    self.index,
-                    self.loaders,
-                    ranks,
-                    mixes=stage.mixes,
-                )
-                self.harvest = self.guide.harvest
+        self.maps = self.make_maps()
+        self.harvest = None if self.maps is None else self.maps.harvest
+        self.stage = config.stage(
+            data,
+            None if self.maps is None else self.maps.cache,
+            num_shards=ranks.world,
+        )
+        source = config.saliency.source
+        check(
+            self.maps is None or source == "pass" or not self.stage.moves_pixels,
+            f"saliency.source must be pass with {config.method}, which moves pixels, got {source}",
+        )
         self.model = self.net
         if config.compile != "none":
             self.model = torch.compile(self.model, mode=config.compile)  # type: ignore[assignment]
@@ -94,9 +86,26 @@ class State:
         self.log: Log | None = None  # of the first rank
         self.pipeline_state: bytes | None = None
         self.loader: Loader | None = None
-        self.val_loader = self.loaders.val(self.exec_config().for_inference(config.image.size))
+        self.val_loader = self.loaders.val(self.execution().for_inference(config.image.size))
 
-    def exec_config(self, *, sharded: bool = True) -> ExecConfig:
+    def make_maps(self) -> Maps | None:
+        """The saliency maps, where the method looks at them or at neighbouring classes."""
+        guided = self.config.guided_config()
+        neighbors = self.config.neighbors(self.index.class_counts)
+        if guided is None or not (guided.guided or neighbors):
+            return None
+        return Maps(
+            self.config,
+            guided,
+            self.net,
+            self.index,
+            self.loaders,
+            self.ranks,
+            neighbors=neighbors,
+        )
+
+    def execution(self, *, sharded: bool = True) -> ExecConfig:
+        """Where and how wide the pipelines of this rank run. sharded: over the ranks."""
         return ExecConfig(
             batch_size=self.config.batch_size,
             device_id=self.device.index,
@@ -106,18 +115,10 @@ class State:
             num_shards=self.ranks.world if sharded else 1,
         )
 
-    def make_stage(self) -> Stage:
-        return self.config.stage(
-            self.data,
-            None if self.guide is None else self.guide.cache,
-            num_shards=self.ranks.world,
-        )
-
     def build_loader(self) -> Loader:
         """Start the training pipeline where its state says."""
-        self.stage = self.make_stage()
         return self.loaders.train(
-            self.stage, self.exec_config(), checkpoint=self.pipeline_state, position=self.step
+            self.stage, self.execution(), checkpoint=self.pipeline_state, position=self.step
         )
 
     def save(self) -> None:
@@ -134,9 +135,9 @@ class State:
         ranks = self.ranks.gather(mine)
         if self.harvest is not None:
             self.harvest.merge()
-            self.harvest.keep_on(self.ranks.first)
+        self.harvest_in_one_rank()
         if self.ranks.first:
-            self.held()
+            self.check_folder()
             state = {name: getattr(self, name).state_dict() for name in self.parts()}
             state |= {
                 "of": self.identity,
@@ -145,7 +146,7 @@ class State:
                 "epoch": self.epoch,
                 "step": self.step,
                 "totals": self.meter.totals,
-                "saliency_pass": None if self.guide is None else self.guide.made,
+                "saliency_pass": None if self.maps is None else self.maps.made,
                 "ranks": ranks,
             }
             checkpoint.save(self.out / "checkpoint.pt", state)
@@ -165,13 +166,13 @@ class State:
         )
         for name in self.parts():
             getattr(self, name).load_state_dict(state[name])
-        if self.guide is not None:
-            self.guide.made = state.get("saliency_pass")
-        if self.harvest is not None:
-            self.harvest.keep_on(self.ranks.first)
-        self.epoch, self.step, self.meter.totals = state["epoch"], state["step"], state["totals"]
+        if self.maps is not None:
+            self.maps.made = state.get("saliency_pass")
+        self.harvest_in_one_rank()
         mine = state["ranks"][self.ranks.rank]
-        self.pipeline_state, self.meter.sums = mine["pipeline"], mine["sums"]
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.meter.restore(mine["sums"], state["totals"])
+        self.pipeline_state = mine["pipeline"]
         torch.set_rng_state(mine["rng"])
         if mine["cuda_rng"] is not None:
             torch.cuda.set_rng_state(mine["cuda_rng"])
@@ -192,7 +193,7 @@ class State:
 
         saved: the log as the checkpoint has it; None where there is no checkpoint.
         """
-        trained = bool(self.epoch and not self.step and self.meter.sums["images"])
+        trained = bool(self.epoch and not self.step and not self.meter.empty)
 
         def begin():
             path = self.out / "metrics.jsonl"
@@ -207,7 +208,7 @@ class State:
                 f"{str(self.out)!r} has the weights.pt of a run that has ended, and no "
                 "checkpoint.pt to go on from: restore that from a copy, or start in a new folder",
             )
-            self.held()
+            self.check_folder()
             lacks = trained and known < self.epoch
             self.log = Log(self.out, self.epoch - lacks, saved or "")
             resume.write_config(self.out, self.config, self.epoch)
@@ -217,9 +218,15 @@ class State:
         self.ranks.by_first(begin)
         done = self.ranks.gather(0 if self.log is None else len(self.log.rows))[0]
         if trained and done == self.epoch:
-            self.meter.close_epoch(self.ranks, self.guide is not None)  # as the row has it
+            self.meter.close_epoch(self.ranks, self.maps is not None)  # as the row has it
         return done < self.epoch
 
+    def harvest_in_one_rank(self) -> None:
+        """Leave what all ranks have harvested to the first, so that no merge counts it twice."""
+        if self.harvest is not None and not self.ranks.first:
+            self.harvest.clear()
+
     def parts(self) -> list[str]:
+        """The attributes whose state_dict a checkpoint has under the same name."""
         optional = [name for name in ("ema", "harvest") if getattr(self, name) is not None]
         return ["net", "optimizer", "scaler", *optional]

@@ -37,15 +37,16 @@ import _path  # noqa: F401
 from pipelines.config import ImageConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
-from pipelines.recipe import autocast, make_network
+from pipelines.recipe import autocast
 from scae_dali.config import CropConfig
 from scae_dali.methods import BUILT_IN, Status
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.harvest import Harvest
 from scae_dali.saliency.refresh import refresh_cache
 from scae_dali.stage.loader import Batch, Loader
-from scae_dali.training.ema import EMA
 from scae_dali.training.losses import Loss, LossConfig
+from scae_dali.training.networks import make_network
+from scae_dali.training.optim import EMA
 
 SIDE = 32
 SAMPLES = 6 * BATCH - 3  # of random pixels: the last batch is not full

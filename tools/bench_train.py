@@ -38,7 +38,7 @@ from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
-from pipelines.recipe import OptimConfig, autocast, make_network
+from pipelines.recipe import autocast
 from scae_dali.cache import SaliencyCache
 from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
@@ -47,6 +47,8 @@ from scae_dali.saliency.harvest import Harvest
 from scae_dali.stage.loader import Batch, Loader
 from scae_dali.stage.stage import Stage
 from scae_dali.training.losses import Loss, LossConfig
+from scae_dali.training.networks import make_network
+from scae_dali.training.optim import OptimConfig
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -23,7 +23,7 @@ import _path  # noqa: F401
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
-from pipelines.recipe import autocast, make_network
+from pipelines.recipe import autocast
 from scae_dali.cache import SaliencyCache
 from scae_dali.cache.format import EPOCHS, check_neighbors, settings_of
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
@@ -32,9 +32,11 @@ from scae_dali.data.longtail import imbalanced
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.saliency.cam import CAM
 from scae_dali.saliency.layers import classifier_of
-from scae_dali.saliency.refresh import METHODS, flat_note, refresh_cache, weights_digest
+from scae_dali.saliency.refresh import METHODS, flat_note, refresh_cache
 from scae_dali.saliency.scorecam import ScoreCAM
+from scae_dali.saliency.weights import weights_digest
 from scae_dali.stage.loader import ImageError
+from scae_dali.training.networks import make_network
 from scae_dali.training.ranks import pick_device
 
 

@@ -30,12 +30,13 @@ import _path  # noqa: F401
 from pipelines.config import ExecConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
-from pipelines.recipe import Config, autocast, make_network
+from pipelines.recipe import Config, autocast
 from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods.keep_augment import importance
 from scae_dali.stage.stage import Stage
 from scae_dali.training import checkpoint
+from scae_dali.training.networks import make_network
 
 WHOLE = np.array([[0.0, 0.0, 1.0, 1.0]])  # the window of an image that is seen whole
 

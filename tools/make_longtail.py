@@ -18,7 +18,8 @@ import numpy as np
 
 import _path  # noqa: F401
 from scae_dali.data.index import DatasetError, ImageIndex
-from scae_dali.data.longtail import FEW, MANY, imbalanced, shots
+from scae_dali.data.longtail import imbalanced
+from scae_dali.training.evaluation import FEW, MANY, shots
 
 ROWS, BAR = 20, 50  # of the histogram: lines, and columns of the longest
 

@@ -1,9 +1,7 @@
-"""Long-tailed subsets of balanced data: how many samples each class keeps, and which; and which
-classes count as large and as small.
+"""Long-tailed subsets of balanced data: how many samples each class keeps, and which.
 
 The profile and the draw are those of LDAM-DRW (Cao et al., NeurIPS 2019), so that the published
-CIFAR-LT subsets come out sample by sample where the data set is in its native order. What the
-samples are is for `dataset`, what rarity means for `schedule`.
+CIFAR-LT subsets come out sample by sample where the data set is in its native order.
 """
 
 import numpy as np
@@ -11,10 +9,9 @@ import numpy.typing as npt
 
 from scae_dali.config import check
 
-__all__ = ["FEW", "MANY", "choose", "imbalanced", "profile", "shots"]
+__all__ = ["choose", "imbalanced", "profile"]
 
 Int64 = npt.NDArray[np.int64]
-FEW, MANY = 20, 100  # Liu et al. 2019: few has less, many has more training images, medium the rest
 
 
 def profile(most: int, num_classes: int, imbalance: float) -> Int64:
@@ -85,12 +82,6 @@ def imbalanced(
             )
         )
     return choose(labels, counts, seed=seed)
-
-
-def shots(class_counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Which classes have many, medium and few images, bool [K] each. class_counts: int64 [K]."""
-    many, few = class_counts > MANY, class_counts < FEW
-    return {"many": many, "medium": ~many & ~few, "few": few}
 
 
 def _class_counts(labels: npt.ArrayLike, num_classes: int) -> Int64:

@@ -20,6 +20,16 @@ from scae_dali.plan.random import Stream
 __all__ = ["ClassAdaptive", "Config", "Method"]
 
 
+def tail_classes(config: ClassAdaptiveConfig, class_counts: Any) -> np.ndarray:
+    """Eq. 8: which classes are of the tail, f_k < τ: bool [K]. class_counts: int [K].
+
+    None is where the method is not class-aware. A class without samples is none: it is neither
+    mixed nor a partner.
+    """
+    frequency = schedule.frequency(class_counts)
+    return config.class_aware & (frequency < config.tail) & (frequency > 0)
+
+
 class ClassAdaptive:
     """Erase a sample of class k with probability p_k, guided by its map; or mix it.
 
@@ -35,8 +45,7 @@ class ClassAdaptive:
         frequency = schedule.frequency(run.class_counts)
         if not config.class_aware:
             frequency = frequency**0
-        # A class without samples is neither mixed nor a partner.
-        tail = (frequency < config.tail) & (frequency > 0)
+        tail = tail_classes(config, run.class_counts)
         erase_prob = schedule.erase_prob(frequency, config.p_min, config.p_max, config.gamma)
         lam_max = np.full(len(frequency), float(config.lam_max))
         if config.tail_erase == "always":

@@ -1,8 +1,8 @@
-"""What every class activation map is made of: a layer watched, channels weighted, a map in [0, 1].
+"""What all class activation maps share: a layer is watched, its channels are weighted and summed,
+and the sum is scaled to [0, 1].
 
-Decides how a weighted sum of channels becomes a saliency map, and when maps without content are a
-fault of the network or the layer, not of the images. What a channel weighs is for `gradcam` and
-`scorecam`, how a layer's output is read for `layout`.
+Maps without content are told apart here: they may be the images' own, or a fault of the network or
+of the layer, which is an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from scae_dali.saliency.isolation import isolated
 from scae_dali.saliency.layers import find_layer, serving_layer, unwrap
 from scae_dali.saliency.layout import Layout, layout_of
-from scae_dali.saliency.reach import image_channels, logits_of, probe_images, require_finite
+from scae_dali.saliency.probe import image_channels, probe_images
+from scae_dali.saliency.reach import logits_of, require_finite
 
 __all__ = ["CAM", "ROUNDING", "SaliencyMethod", "check_inputs", "weighted_map"]
 
@@ -26,9 +27,9 @@ ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 
 class SaliencyMethod(Protocol):
-    """What a saliency pass needs: `CAM` is one, and a user's own need not be."""
+    """What a saliency pass needs of a method. Every `CAM` has it; another class may have it too."""
 
-    method: str  # recorded in the cache
+    method: str  # its name, which is recorded in the cache
     model: nn.Module  # inside its wrappers
     layer: str
 
@@ -50,7 +51,7 @@ class CAM(ABC):
     Raises ValueError for an unknown layer.
     """
 
-    method: str
+    method: str  # its name
 
     def __init__(self, model: nn.Module, layer: str | None = None) -> None:
         self.model = unwrap(model)
@@ -94,7 +95,10 @@ class CAM(ABC):
     def _forward(
         self, images: Tensor, extremes: tuple[int, int], hand_on: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """What `hand_on` made of the layer's output, which the head gets, and the logits."""
+        """Run the model; the head reads what `hand_on` makes of the layer's output.
+
+        Returns that, and the logits.
+        """
         handed: list[Tensor] = []
 
         def tap(module: nn.Module, args: Any, output: Any) -> Tensor:
@@ -156,9 +160,11 @@ class CAM(ABC):
         content: Tensor | None = None,
     ) -> None:
         """Raises ValueError where all maps of the first batch are zero, or all its logits not
-        finite, and the fault is not the images'. require_content looks at what the method made the
-        maps of. content: bool[], whether the maps say anything of the classes; None: where any is
-        not zero."""
+        finite, and the images are not at fault.
+
+        require_content: raises where what the maps were made of has no content. content: bool[],
+        whether the maps say anything about the classes; None: they do where any is not zero.
+        """
         # The weights are the same in a later batch, and the host would wait for it.
         if self._sound or not len(images):
             return

@@ -1,9 +1,8 @@
-"""Eqs. 2-3: model + images + labels -> saliency maps, at the price of a forward pass.
+"""Grad-CAM (eqs. 2-3): saliency maps of images for their labels, at the price of a forward pass.
 
 The gradient stops at the target layer, so nothing below it needs one: the trunk runs without a
 graph, the layer's output becomes a leaf, and only the head (for most networks a pooling and a
-linear layer) is differentiated. What happens to the maps is for others: `cache` stores them,
-`refresh` decides when and for which images they are made, `region` reads them.
+linear layer) is differentiated.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from scae_dali.saliency.cam import CAM, check_inputs, weighted_map
 from scae_dali.saliency.isolation import isolated
 from scae_dali.saliency.layers import default_layer
 from scae_dali.saliency.layout import Layout
-from scae_dali.saliency.reach import inference_told, leaf_of, probe_images, reached, zero_weights
+from scae_dali.saliency.probe import probe_images
+from scae_dali.saliency.reach import inference_told, leaf_of, reached, zero_weights
 
 __all__ = ["GradCAM", "default_layer", "gradcam"]
 
@@ -40,7 +40,7 @@ def gradcam(features: Tensor, gradients: Tensor) -> Tensor:
 
 
 class GradCAM(CAM):
-    """Grad-CAM of `model` at `layer`, as of any `CAM`.
+    """Grad-CAM of `model` at `layer`; both are as for every `CAM`.
 
         cam = GradCAM(model)
         saliency = cam(images, labels)
@@ -101,9 +101,11 @@ class GradCAM(CAM):
     def _require_slopes(
         self, features: Tensor, slopes: Tensor, layout: Layout, images: Tensor
     ) -> None:
-        """Raises ValueError where the gradient is zero at every place, or the layer the same at
-        every place, and not for the labels' or the images' sake. slopes: float[B,C,h,w], of the
-        labels' logits."""
+        """Raises ValueError where the gradient is zero everywhere, or the layer the same
+        everywhere, and neither the labels nor the images are the reason.
+
+        slopes: float[B,C,h,w], gradients of the labels' logits.
+        """
         if bool((slopes != 0).any()):
             self._require_variation(features, images)
             return
@@ -121,8 +123,8 @@ class GradCAM(CAM):
         )
 
     def _require_use(self, layout: Layout, images: Tensor) -> None:
-        # Noise in the place of weights that are zero, and of the layer's output where that lies in
-        # a dead part of what follows: what is left is how the network is made.
+        # Zero weights are replaced by noise, and so is the layer's output where what follows is
+        # dead for it: whether a gradient comes back then depends on the architecture alone.
         weights = zero_weights(self.model)
         if not any(
             reached(self.model, self._module, layout, images, weights=weights, features=features)

@@ -1,11 +1,11 @@
-"""Harvest: saliency out of the forward passes that training makes anyway.
+"""Harvest: saliency maps out of the forward passes that training makes anyway.
 
 Where the head is a global average pooling and one linear layer, Grad-CAM is the class activation
 map of Zhou et al. ("Learning deep features for discriminative localization", CVPR 2016), M = sum_k
 w_{y,k} F^k: one small product of the features that the network has just computed. (Where an
-activation changes the layer's output in place, as in DenseNet, F is taken after it.) That of a crop
-is put back to where the crop was in the full frame, without what was erased of it, and averaged
-over the crops of a sample. When the maps go into the cache is decided in `refresh`.
+activation changes the layer's output in place, as in DenseNet, F is taken after it.) The map of a
+crop is laid where the crop was in the full frame, without the part of it that was erased. A
+sample's map is the mean over its crops.
 """
 
 from __future__ import annotations
@@ -23,23 +23,21 @@ from scae_dali.methods import Status
 from scae_dali.saliency.isolation import isolated
 from scae_dali.saliency.layers import classifier_of, find_layer, unwrap
 from scae_dali.saliency.layout import Layout, layout_of
-from scae_dali.saliency.reach import (
-    image_channels,
-    logits_of,
-    probe_images,
-    require_finite,
-    zero_weights,
-)
+from scae_dali.saliency.probe import image_channels, probe_images
+from scae_dali.saliency.reach import logits_of, require_finite, zero_weights
 from scae_dali.stage.loader import Batch
 
 __all__ = ["Harvest", "crop_to_frame"]
 
-AT_ONCE = 2048  # crops: a GPU is done with a batch of them before it is told what to do
+# So many crops are laid into the full frame at once: on a GPU, fewer take no less time.
+AT_ONCE = 2048
 
 
 class _Crops(NamedTuple):
-    """A batch whose maps, float [B,h,w], have not been put back yet. size: (H, W) of the crops;
-    the rest is the batch's."""
+    """Maps of a batch of crops that still are to be laid into the full frame.
+
+    maps: float [B,h,w]. size: (H, W) of the crops in pixels. The rest are fields of the `Batch`.
+    """
 
     maps: Tensor
     size: tuple[int, int]
@@ -50,28 +48,32 @@ class _Crops(NamedTuple):
     ids: Tensor
 
     def table(self) -> Tensor:
-        """Window, erased box in shares of the crop, flip, whether it is of use, id: f64[B,11]."""
+        """float64 [B,11], of _COLUMNS: window, erased box in shares of the crop, flip, whether the
+        map is of use, id."""
         boxes = self.boxes / torch.tensor(self.size * 2, dtype=torch.float64)
-        many = (self.status & Status.ERASED).bool() & (boxes[:, 2:].amin(1) <= 0)
+        by_many = (self.status & Status.ERASED).bool() & (boxes[:, 2:].amin(1) <= 0)
         mixed = (self.status & (Status.MIXED | Status.MIXED_IN_BATCH)).bool()
-        usable = ~(many | mixed)
+        usable = ~(by_many | mixed)
         columns = (self.windows, boxes, self.flips[:, None], usable[:, None], self.ids[:, None])
         return torch.cat([column.double() for column in columns], 1)
 
 
+_COLUMNS = (4, 4, 1, 1, 1)  # widths of the parts of `_Crops.table`
+
+
 class Harvest:
-    """Maps of `samples` samples, gathered over the crops that `model` is trained on.
+    """The maps of `samples` samples, gathered over the crops that `model` is trained on.
 
         harvest = Harvest(model, None, samples=len(index), num_classes=1000, grid=(7, 7), size=224)
-        logits = model(batch.images)     # where gradients are wanted: others are not looked at
+        logits = model(batch.images)     # with gradients: without, nothing is gathered
         harvest.add(batch)
 
-    model, layer: as of `cam.CAM`; a hook stays on the layer, so make it before torch.compile. grid:
-    (h, w) of the maps over the full frame. size: of the crops, in pixels. Sums lie on the model's
-    device, 8·h·w bytes a sample: 0.5 GB for ImageNet at 7x7.
+    model, layer: as for every `CAM`; a hook stays on the layer, so make it before torch.compile.
+    grid: (h, w) of the maps over the full frame. size: of the crops, in pixels. Sums lie on the
+    model's device, 8·h·w bytes a sample: 0.5 GB for ImageNet at 7x7.
 
-    Raises ValueError for an unknown layer, and where the logits are not the classifier's of the
-    layer's mean: then only a pass sees what the network looks at. For weights that are not finite.
+    Raises ValueError for an unknown layer, for weights that are not finite, and where the logits
+    are not those of the classifier for the layer's mean: maps of such a network need a pass.
     """
 
     method = "harvest"
@@ -114,51 +116,50 @@ class Harvest:
         weight = self._classifier.weight[batch.labels].to(features.dtype)  # [B,C]
         maps = torch.einsum("bc,bchw->bhw", weight, features)
         if self._waiting and self._waiting[0].maps.shape[1:] != maps.shape[1:]:
-            self._put()
+            self._lay_waiting()
         size = (batch.images.shape[2], batch.images.shape[3])
-        told = (batch.windows, batch.boxes, batch.flips, batch.status, batch.ids)
-        self._waiting.append(_Crops(maps, size, *told))
+        self._waiting.append(
+            _Crops(maps, size, batch.windows, batch.boxes, batch.flips, batch.status, batch.ids)
+        )
         if sum(len(crops.maps) for crops in self._waiting) >= AT_ONCE:
-            self._put()
+            self._lay_waiting()
 
     @torch.no_grad()
-    def _put(self) -> None:
-        """Bring the maps that wait to where their crops were."""
+    def _lay_waiting(self) -> None:
+        """Lay the maps that wait where their crops were, and add them to the sums."""
         if not self._waiting:
             return
         table = torch.cat([crops.table() for crops in self._waiting])
         maps = torch.cat([crops.maps for crops in self._waiting])
         self._waiting = []
         table = table.to(maps.device, non_blocking=True)  # one copy for all
-        values, seen = crop_to_frame(
-            maps.float(), table[:, :4], table[:, 4:8], table[:, 8] == 1, self._grid
-        )
-        seen &= (table[:, 9] == 1)[:, None, None]
-        ids = table[:, 10].long()
+        windows, boxes, flips, usable, ids = table.split(_COLUMNS, 1)
+        values, seen = crop_to_frame(maps.float(), windows, boxes, flips[:, 0] == 1, self._grid)
+        seen &= (usable == 1)[:, :, None]
+        ids = ids[:, 0].long()
         self._sums.index_add_(0, ids, torch.where(seen, values, 0.0))
         self._counts.index_add_(0, ids, seen.float())
 
     def merge(self) -> None:
-        """Bring together what all ranks have seen; every rank calls it, and has it all then."""
-        self._put()
+        """Add up over the ranks what each has seen; every rank calls it, and has the whole then.
+
+        Who goes on gathering clears all ranks but one before the next merge, which would count the
+        whole once for each rank.
+        """
+        self._lay_waiting()
         if distributed.is_initialized() and distributed.get_world_size() > 1:
             for part in (self._sums, self._counts):
                 distributed.all_reduce(part)
 
-    def keep_on(self, first: bool) -> None:
-        """After `merge`: leave it to one rank, so that the next does not count it twice."""
-        if not first:
-            self.clear()
-
     def clear(self) -> None:
-        """Forget all."""
+        """Forget all maps."""
         self._waiting = []
         self._sums.zero_()
         self._counts.zero_()
 
     def seen(self) -> NDArray[np.int64]:
         """The samples that have a map, int64 [n], ascending."""
-        self._put()
+        self._lay_waiting()
         return self._counts.amax((1, 2)).nonzero()[:, 0].cpu().numpy()
 
     def maps(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -167,17 +168,17 @@ class Harvest:
         The mean over crops, cut off below 0, from 0 to 1 over the cells that were seen; 0 where
         none was, or all are the same.
         """
-        self._put()
-        places = torch.from_numpy(ids).to(self._counts.device)
-        counts = self._counts[places].cpu().numpy()
-        sums = self._sums[places].cpu().numpy()
+        self._lay_waiting()
+        rows = torch.from_numpy(ids).to(self._counts.device)
+        counts = self._counts[rows].cpu().numpy()
+        sums = self._sums[rows].cpu().numpy()
         mean = np.maximum(np.nan_to_num(sums, posinf=0.0) / np.maximum(counts, 1), 0)
         return min_max(mean, counts > 0), counts
 
     def blended(self, ids: NDArray[np.int64], old: Maps, found: NDArray[np.bool_]) -> Maps:
-        """maps(ids) with older ones, which count as one crop that shows the full frame.
+        """The mean of maps(ids) and older ones, which count as one crop that shows all.
 
-        old: u8[n,h,w]; found: bool[n], whether there is one. Returns u8[n,h,w].
+        old: u8[n,h,w], in 1/255; found: bool[n], whether there is one. Returns u8[n,h,w].
         """
         new, counts = self.maps(ids)
         weight = np.where(found, 1.0, 0.0)[:, None, None]
@@ -185,11 +186,12 @@ class Harvest:
         return np.rint(255 * min_max(mean, counts + weight > 0)).astype(np.uint8)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of this rank; see `merge`."""
-        self._put()
+        """What this rank has gathered: `sums` and `counts`, f32[samples,h,w]."""
+        self._lay_waiting()
         return {"sums": self._sums, "counts": self._counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what a rank had gathered; what was added since is forgotten."""
         self._waiting = []
         self._sums.copy_(state["sums"])
         self._counts.copy_(state["counts"])
@@ -199,8 +201,8 @@ class Harvest:
             self._features = output.detach()
 
     def _pooled_layout(self, model: nn.Module, size: int) -> Layout:
-        """How the layer's output is read; raises ValueError unless the logits are classifier(mean
-        of the features)."""
+        """How the layer's output is read. Raises ValueError unless the logits are those of the
+        classifier for the mean of the features."""
         weight = self._classifier.weight
         with isolated(model, weight.device.type):
             channels = image_channels(model, weight.new_zeros(1, 3, size, size))
@@ -256,10 +258,10 @@ def crop_to_frame(
     for axis, cells in enumerate(grid):
         centre = (torch.arange(cells, device=maps.device, dtype=windows.dtype) + 0.5) / cells
         start, length = windows[:, axis, None], windows[:, axis + 2, None]
-        place = (centre - start) / length  # [B,cells], in shares of the crop
+        at = (centre - start) / length  # [B,cells], in shares of the crop
         box, box_length = boxes[:, axis, None], boxes[:, axis + 2, None]
-        inside = (place >= 0) & (place < 1)
-        along.append((place, inside, (place >= box) & (place < box + box_length)))
+        inside = (at >= 0) & (at < 1)
+        along.append((at, inside, (at >= box) & (at < box + box_length)))
     (y, in_y, cut_y), (x, in_x, cut_x) = along
     x = torch.where(flips[:, None], 1 - x, x)
     seen = in_y[:, :, None] & in_x[:, None, :] & ~(cut_y[:, :, None] & cut_x[:, None, :])

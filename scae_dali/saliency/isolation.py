@@ -1,4 +1,4 @@
-"""A network run for its own sake: in evaluation mode, uncompiled, and left as it was found."""
+"""Running a network aside from its training: in evaluation mode, and left as it was found."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ __all__ = ["isolated"]
 
 @contextlib.contextmanager
 def isolated(model: nn.Module, device_type: str) -> Iterator[None]:
-    """Evaluation without a graph, uncompiled; the caller's state and the model's come back."""
+    """A context in which the model evaluates, without a graph and uncompiled.
+
+    At its end the model's modes and the caller's (gradients, inference, autocast) are as before.
+    """
     # Flags, not model.eval(): train() is overridden in some models, and flags may be mixed.
     modes = [(module, module.training) for module in model.modules()]
     # Weights that autocast would cache here, under no_grad, must not serve a later training step.

@@ -1,7 +1,7 @@
 """Which layer of a network a saliency method looks at: by its name, or by the network's family.
 
-Decides the default, what a wrapped network's names are, and which layer an error points to. Whether
-the layer gives a map, and what becomes of it, is for `cam`.
+Also which module is the classifier, what is inside the wrappers of a network, and which layer an
+error recommends.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from scae_dali.saliency.isolation import isolated
-from scae_dali.saliency.reach import image_channels, probe_images, serving
+from scae_dali.saliency.probe import image_channels, probe_images
+from scae_dali.saliency.reach import serving
 
 __all__ = ["classifier_of", "default_layer", "find_layer", "serving_layer", "unwrap"]
 
@@ -93,7 +94,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def serving_layer(
     model: nn.Module, images: Tensor, channels: int, *, unlike: str = ""
 ) -> str | None:
-    """The default layer, or else the last to run, whose maps have a gradient; None: there is none.
+    """A layer whose maps have a gradient: the default one, or else the last to run; None: there is
+    none.
 
     images: float[B,3,H,W]. channels: of a layer that is to be preferred, such as the width of a
     transformer. unlike: the layer that does not serve. Call it in `isolated`.

@@ -1,8 +1,9 @@
 """How the output of a layer is read as maps: [B,C,h,w], [B,h,w,C], tokens [B,N,C] or [B,C,N].
 
-Shapes alone tell most outputs apart: a map has the images' aspect, and its channels rarely make one
-that has it too. Where there is a doubt, the network is run on wider and taller images, and shows
-which axes go with their sides. Tokens are those of the patches' convolution, after leading ones.
+The shape settles it for most outputs: a map has the images' aspect ratio, and the channels rarely
+look like a side of one. In doubt, the network is run on wider and on taller images, which shows the
+axes that grow with the image's sides. Tokens are the cells of the convolution that cut the image
+into patches, in its order, and come after leading ones such as a class token.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from scae_dali.saliency.look import CHANNELS_FIRST, Seen, changes, moved, up_to
+from scae_dali.saliency.probe import CHANNELS_FIRST, Seen, changes, moved, up_to
 
 __all__ = ["Layout", "layout_of", "leading_tokens", "of_tokens", "readings"]
 
-# By so many cells rounding, and then borders without padding, may change a map's aspect.
+# How many cells a map may be off the images' aspect ratio: by rounding, or by borders without
+# padding.
 _CELLS = (2, 6)
 
 
 class Layout(NamedTuple):
-    """A reading of a layer's output. grid: (h, w) of its maps; leading: tokens before the patches',
-    such as a class token."""
+    """One way to read a layer's output as maps.
+
+    axes: what its axes are. grid: (h, w) of its maps. leading: how many tokens come before those of
+    the patches, such as a class token.
+    """
 
     axes: Literal["[B,C,h,w]", "[B,h,w,C]", "[B,N,C]", "[B,C,N]"]
     grid: tuple[int, int]
@@ -48,10 +53,11 @@ class Layout(NamedTuple):
 def layout_of(
     name: str, shape: Iterable[int], images: Tensor, model: nn.Module, module: nn.Module
 ) -> Layout:
-    """The layout of `module`, a layer of `model` called `name`, that gave `shape` for these images.
+    """How the output of `module`, a layer of `model` called `name`, is read.
 
-    images: float[B,C,H,W]. Runs the model up to the layer, on one image or a few, so call it within
-    `isolated`. Raises ValueError where there is no reading, or more than one.
+    shape: of its output for these images, float[B,C,H,W]. Runs the model up to the layer, on one
+    image or a few, so call it within `isolated`. Raises ValueError where the output cannot be read
+    as maps, or in more than one way.
     """
     shape, size = tuple(shape), (images.shape[2], images.shape[3])
     leading = leading_tokens(model)
@@ -94,9 +100,9 @@ def readings(
     leading: Iterable[int],
     convolved: Iterable[tuple[int, int]] = (),
 ) -> list[Layout]:
-    """Every reading of an output's shape that goes with images of `size`, (H, W).
+    """Every way to read an output of this shape, for images of `size`, (H, W).
 
-    leading: numbers of tokens that may come before the patches'. convolved: (h, w) of the
+    leading: how many tokens may come before those of the patches. convolved: (h, w) of the
     convolutions that ran before, one of which made the patches.
     """
     if len(shape) == 4:
@@ -136,8 +142,11 @@ def of_tokens(
     leading: Iterable[int],
     convolved: Iterable[tuple[int, int]],
 ) -> bool:
-    """Whether a side of the map is as long as there are tokens, and no convolution gave such a map:
-    then it may be an attention matrix, or one head's part of the tokens."""
+    """Whether what was read as a map may be something made of tokens instead.
+
+    A map with a side as long as there are tokens, which no convolution gave, may be an attention
+    matrix, or one head's part of the tokens.
+    """
     leading = list(leading)
     known: dict[tuple[int, int], None] = {}
 
@@ -157,8 +166,11 @@ def of_tokens(
 
 
 def leading_tokens(model: nn.Module) -> list[int]:
-    """How many tokens may come before the patches', by what the model or a part of it says of
-    itself, as timm's do (2: with a distillation token); one or none where nothing is said."""
+    """How many tokens may come before those of the patches, ascending.
+
+    The model or a part of it may say so by `num_prefix_tokens`, as timm's do (2 with a distillation
+    token). Where nothing is said, one or none.
+    """
     for modules in ([model], model.modules()):
         said = {getattr(module, "num_prefix_tokens", None) for module in modules}
         numbers = {number for number in said if isinstance(number, int)}
@@ -168,7 +180,7 @@ def leading_tokens(model: nn.Module) -> list[int]:
 
 
 def _of_aspect(grid: tuple[int, int], size: tuple[int, int], cells: int) -> bool:
-    """Whether a map is the image at one stride, but for so many cells along its short side."""
+    """Whether a map has the image's aspect ratio, give or take `cells` along its short side."""
     (h, w), (height, width) = grid, size
     if height == width:
         return h == w
@@ -178,7 +190,7 @@ def _of_aspect(grid: tuple[int, int], size: tuple[int, int], cells: int) -> bool
 
 
 def _grid_of(patches: int, size: tuple[int, int]) -> tuple[int, int] | None:
-    """(h, w) of so many patches of exactly the images' aspect."""
+    """(h, w) of so many patches with exactly the images' aspect ratio, if there is such a grid."""
     if patches < 1:
         return None
     divisor = math.gcd(*size)
@@ -188,14 +200,15 @@ def _grid_of(patches: int, size: tuple[int, int]) -> tuple[int, int] | None:
 
 
 def _plain(shape: tuple[int, ...], size: tuple[int, int], leading: Iterable[int]) -> bool:
-    """Whether a 4-D shape is [B,C,h,w] of a square image, and neither side a number of tokens."""
+    """Whether a 4-D shape is [B,C,h,w] of a square image without any doubt: its maps are square,
+    its channels are not, and no side is as long as there may be tokens."""
     if size[0] != size[1] or shape[1] == shape[2] or shape[2] != shape[3]:
         return False
     return not any(_grid_of(shape[2] - number, size) for number in leading)
 
 
 def _halved(grid: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """A grid, and those that merging or pooling by 2 makes of it, rounded either way."""
+    """A grid, and those that pooling by 2, again and again, makes of it, rounded up or down."""
     grids = {grid}
     while grids:
         yield from grids
@@ -215,8 +228,9 @@ def _of_maps(
     module: nn.Module,
     seen: Seen,
 ) -> list[Layout]:
-    """What is left of the readings of a 4-D shape, or is added to them, by how it was made and by
-    what moves where the images become wider or taller."""
+    """The readings of a 4-D shape that experiments confirm: by which modules gave such a shape, and
+    by which axes grow when the images become wider or taller. That may also bring one back that the
+    shape alone had ruled out."""
     _, a, b, c = shape
     first, last = Layout("[B,C,h,w]", (b, c)), Layout("[B,h,w,C]", (a, b))
     size, leading = (images.shape[2], images.shape[3]), leading_tokens(model)
@@ -257,8 +271,8 @@ def _of_places(
     model: nn.Module,
     module: nn.Module,
 ) -> list[Layout]:
-    """What is left of the readings of [B,N,C] or [B,C,N]: those whose axis of places grows where
-    the images do, or else those that change where the images do; all where neither tells."""
+    """The readings [B,N,C] or [B,C,N] that experiments confirm: the axis of the tokens grows with
+    the images, or else a token changes where the image does. All where neither tells."""
     axes = moved(model, module, shape, images, 3)
     if axes:
         places = {"[B,N,C]": [1], "[B,C,N]": [2]}
@@ -269,8 +283,8 @@ def _of_places(
 def _local(
     found: list[Layout], images: Tensor, model: nn.Module, module: nn.Module
 ) -> list[Layout]:
-    """The readings by which the layer changes most at that place where the image does, for most of
-    some places."""
+    """The readings by which the layer changes most in that cell of its map in which the image was
+    changed. Some cells are tried, and most of them must agree."""
     local = []
     for layout in found:
         cells, columns = math.prod(layout.grid), layout.grid[1]
@@ -289,5 +303,5 @@ def _local(
 
 
 def _reorders(model: nn.Module) -> bool:
-    """Whether the network brings its tokens into an order of its own, as Hiera's mask units are."""
+    """Whether the network's tokens are in another order than the image's rows, as Hiera's are."""
     return any(type(module).__name__ in ("Unroll", "Reroll") for module in model.modules())

@@ -1,8 +1,9 @@
-"""Whether a gradient of the logits comes back to a layer's map, and to which layers it does.
+"""Whether the logits have a gradient at a layer, without which every Grad-CAM map of it is zero.
 
 Behind the last attention of a transformer only the class token goes on to the head: the patches'
-gradient is zero there, whatever the weights and images. What is zero by its weights alone (a
-classifier that starts from zero) is told from that.
+gradient is zero there, whatever the weights and images, so that another layer must be taken. A
+gradient may also be zero by the weights alone (of a classifier that starts from zero): then the
+network must be trained first. To tell these cases apart, zero weights are replaced by noise.
 """
 
 from __future__ import annotations
@@ -16,14 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from scae_dali.saliency.layout import Layout, leading_tokens, of_tokens, readings
-from scae_dali.saliency.look import probe_images
 
 __all__ = [
-    "image_channels",
     "inference_told",
     "leaf_of",
     "logits_of",
-    "probe_images",
     "reached",
     "require_finite",
     "serving",
@@ -34,43 +32,12 @@ __all__ = [
 _SCALE = 1024.0
 
 
-def image_channels(model: nn.Module, like: Tensor) -> int:
-    """Channels of the images that the first convolution to run takes; 3 where none says so.
-
-    like: float[B,3,H,W], of the images' size. Call it in `isolated`.
-    """
-    first = next((one for one in model.modules() if isinstance(one, nn.Conv2d)), None)
-    if first is None or first.in_channels == 3:
-        return 3
-    channels: list[int] = []
-
-    def told(module: nn.Module, args: Any) -> None:
-        if not channels and args and args[0].shape[1:2] == like.shape[1:2]:
-            channels.append(getattr(module, "in_channels", 3))
-        raise _Told
-
-    handles = [
-        module.register_forward_pre_hook(told)
-        for module in model.modules()
-        if isinstance(module, nn.Conv2d)
-    ]
-    try:
-        model(like[:1])
-    except Exception:  # the question is only what the first convolution takes
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return channels[0] if channels else 3
-
-
-class _Told(Exception):  # noqa: N818 - no error: the first convolution is about to run
-    pass
-
-
 def leaf_of(output: Tensor) -> tuple[Tensor, Tensor]:
-    """A leaf of the layer's values, and the copy of it that the head gets: a leaf can't be changed
-    in place, and some heads do. Both take part in a graph, also where the network forbids one."""
+    """The layer's output as a leaf of the graph, and a copy of it for the head to read.
+
+    Some heads change their input in place, which a leaf does not allow. Both take part in a graph,
+    also where the network forbids one.
+    """
     with torch.inference_mode(False), torch.enable_grad():
         leaf = output.clone() if output.is_inference() else output.detach()
         return leaf.requires_grad_(), leaf.clone()
@@ -99,10 +66,10 @@ def reached(
     weights: Mapping[str, Tensor] | None = None,
     features: bool = True,
 ) -> bool:
-    """Whether any logit has a gradient at any place of the layer's map, for any of the images.
+    """Whether any logit has a gradient anywhere in the layer's map, for any of the images.
 
-    weights: take the place of the model's own. features: False puts noise in the place of the
-    layer's output, so that the answer is of what follows the layer alone. Call it in `isolated`.
+    weights: by name, instead of the model's own. features: False puts noise in place of the layer's
+    output, so that the answer is about what follows the layer alone. Call it in `isolated`.
     """
     leaves: list[Tensor] = []
 
@@ -196,7 +163,7 @@ def serving(model: nn.Module, images: Tensor) -> dict[str, int]:
                 _SCALE * _noise(tuple(logits.shape), logits),
                 allow_unused=True,
             )
-    except Exception:  # the search is for a message, and the network may take other images
+    except Exception:  # the search is for an error's remedy; the network may take other images
         return {}
     finally:
         for handle in handles:

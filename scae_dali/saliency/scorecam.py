@@ -1,7 +1,8 @@
-"""Score-CAM (Wang et al., CVPR-W 2020): maps without gradients, at a forward pass a channel.
+"""Score-CAM (Wang et al., CVPR-W 2020): saliency maps without gradients.
 
-A channel weighs what the network still sees of the class where only that channel's region of the
-image is left. Some hundred times the price of `gradcam`, so for caches built offline.
+A channel weighs as much as the network still sees of the class where only that channel's region of
+the image is left. That takes a forward pass a channel, some hundred times the price of Grad-CAM, so
+it serves caches that are built offline.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from torch.nn.functional import interpolate
 
 from scae_dali.saliency.cam import CAM, ROUNDING, check_inputs, weighted_map
 from scae_dali.saliency.isolation import isolated
-from scae_dali.saliency.reach import logits_of, probe_images, zero_weights
+from scae_dali.saliency.probe import probe_images
+from scae_dali.saliency.reach import logits_of, zero_weights
 
 __all__ = ["ScoreCAM"]
 
 
 class ScoreCAM(CAM):
-    """Score-CAM of `model` at `layer`, as of any `CAM`; `chunk` masked images run at once.
+    """Score-CAM of `model` at `layer`, as for every `CAM`; `chunk` masked images run at once.
 
         cam = ScoreCAM(model, chunk=256)
         saliency = cam(images, labels)
@@ -90,7 +92,7 @@ class ScoreCAM(CAM):
 
 
 def _differ(logits: Tensor) -> bool:
-    """Whether those of the first image are not those of the second."""
+    """Whether the logits of two images differ. logits: float[2,classes]."""
     return not torch.equal(logits[0], logits[1])
 
 

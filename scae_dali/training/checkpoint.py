@@ -1,4 +1,5 @@
-"""Files that survive: written wholly or not at all, read without running what is in them."""
+"""Checkpoints and weights as files: written wholly or not at all, and read without running what is
+in them."""
 
 import os
 import zipfile
@@ -57,8 +58,10 @@ _OPTIONAL = {"log": str, "val_files": torch.Tensor}
 
 
 def load_run(path: Path) -> dict[str, Any]:
-    """`load`, of a run: a dict whose entry `of` is a dict of what it was made with. Raises
-    ValueError for anything else."""
+    """The checkpoint of a run: a dict, whose entry `of` is a dict of the run's settings and data.
+
+    Raises ValueError where the file holds anything else.
+    """
     state = load(path)
     faults = _faults(state, _ENTRIES) if isinstance(state, dict) else ["it is no dict"]
     if not faults:
@@ -82,12 +85,14 @@ def load_run(path: Path) -> dict[str, Any]:
 
 
 def saved_log(path: Path) -> str:
-    """The log that a run's checkpoint has, "" where there is none to read. The weights stay on the
-    disk."""
+    """The log that a run's checkpoint has; "" where there is none to read.
+
+    The weights are not read from the disk.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         log = state.get("log", "")
-    except Exception:  # whether a checkpoint is sound is for who resumes from it
+    except Exception:  # a damaged checkpoint is an error when the run is resumed, not here
         return ""
     return log if isinstance(log, str) else ""
 

@@ -1,4 +1,4 @@
-"""Whether a training has diverged: its loss, and all that a checkpoint would keep, must be finite.
+"""The check that a training has not diverged: its loss and all that is saved must be finite.
 
 A step that GradScaler leaves out for infinite gradients changes nothing, and is no divergence.
 """
@@ -15,8 +15,10 @@ from scae_dali.training.ranks import Ranks
 
 
 def sound(nets: Iterable[nn.Module], optimizer: torch.optim.Optimizer) -> Tensor:
-    """Whether weights, averages of BatchNorm and momentum are finite: float64 [1] of 1 or 0, on
-    their device, which is not waited for."""
+    """Whether weights, averages of BatchNorm and momentum are finite: float64 [1], 1 or 0.
+
+    It stays on their device, which is not waited for.
+    """
     values = [value for net in nets for value in _kept(net)]
     values += [
         v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)
@@ -29,7 +31,8 @@ def sound(nets: Iterable[nn.Module], optimizer: torch.optim.Optimizer) -> Tensor
 def check_finite(ranks: Ranks, loss: float, kept: bool, where: str) -> None:
     """Raise ValueError in every rank where one has a loss, or what it keeps, that is not finite.
 
-    loss: summed since the last call. kept: see `sound`. where: the steps that this is about.
+    loss: summed over some steps. kept: whether what these steps left is finite, see `sound`. where:
+    the steps, for the message.
     """
     for rank, (value, finite) in enumerate(ranks.gather((loss, kept))):
         if math.isfinite(value) and finite:

@@ -1,7 +1,7 @@
-"""What a network gets right: in all, class by class, and on classes with many and few images.
+"""The metrics of a validation: accuracy in all, class by class, and of classes with many and few
+images, and the calibration error.
 
-Sums stay on the device until the end of a validation. Which images are seen, and where the figures
-go, others decide.
+Sums stay on the device until the end of a validation.
 """
 
 import sys
@@ -11,10 +11,19 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from scae_dali.data.longtail import shots
 from scae_dali.training.ranks import Ranks
 
 BINS = 15  # of confidence
+FEW, MANY = 20, 100  # Liu et al. 2019: few has less, many has more training images, medium the rest
+
+
+def shots(class_counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Which classes have many, medium and few training images, bool [K] each.
+
+    class_counts: int64 [K].
+    """
+    many, few = class_counts > MANY, class_counts < FEW
+    return {"many": many, "medium": ~many & ~few, "few": few}
 
 
 class Evaluation:
@@ -53,8 +62,8 @@ class Evaluation:
             )
         logits = logits.float()
         self._infinite += (~logits.isfinite()).any(1).sum()
-        place = self._place(logits, labels)
-        first, best = (place < 1).double(), (place < min(5, classes)).double()
+        before = self._before(logits, labels)
+        first, best = (before < 1).double(), (before < min(5, classes)).double()
         self._sums.index_add_(1, labels, torch.stack([torch.ones_like(first), first, best]))
         confidence = logits.softmax(1).amax(1)
         bins = torch.bucketize(confidence, self._bounds)  # (0, 1/15], …, (14/15, 1]
@@ -92,7 +101,7 @@ class Evaluation:
             "val_per_class": [100 * hits / count if count else None for hits, count in pairs],
         }
 
-    def _place(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _before(self, logits: Tensor, labels: Tensor) -> Tensor:
         """int64 [B]: how many classes come before the label's; K where its logit is NaN.
 
         Of equal logits, which bfloat16 has often, the first class comes first, as in argmax; topk

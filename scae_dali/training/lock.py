@@ -1,8 +1,9 @@
-"""One run to a folder: a lock on a file in it that its first process holds to the end.
+"""A lock that keeps two runs from writing to one folder.
 
-The system lets go of it when that process dies, however it dies. What is locked is the file, and
-what is written goes by the folder's name: so whoever has the lock looks, before he writes, whether
-that name still leads to his file.
+The run's first process holds it to the end, on a file in the folder. The system releases it when
+that process dies, however it dies. What is locked is the file, and what is written goes by the
+folder's name: so the process that has the lock checks, before it writes, whether that name still
+leads to its file.
 """
 
 from __future__ import annotations

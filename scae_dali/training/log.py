@@ -1,7 +1,7 @@
-"""The log of a run: metrics.jsonl, TensorBoard, and a line an epoch for the reader.
+"""The log of a run: a row an epoch in metrics.jsonl and TensorBoard, and a line for the terminal.
 
 metrics.jsonl holds one object an epoch, from 0 on; a resumed run drops the epochs that it does
-again. What is no finite number is null there.
+again. What is no finite number is null there. Rows that are read back are checked first.
 """
 
 import json
@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import save_image
 
-from scae_dali.methods import Status
 from scae_dali.methods.base import Triple
-from scae_dali.training.ranks import Ranks
 
 _SECONDS = ("train", "data", "step", "saliency", "val")
 _FIGURES = ("val_top1", "val_top5", "img_per_s", "overhead_percent")
@@ -307,66 +305,3 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from _flat(value, f"{prefix}{key}/")
         elif key != "epoch":
             yield prefix + key, value
-
-
-# Which values of a status have a flag: bool [flags, values].
-_HAS_FLAG = np.array([[bool(value & flag) for value in range(1 << len(Status))] for flag in Status])
-
-
-class Meter:
-    """What an epoch's row is made of: sums over batches of this rank, seconds, totals of the run.
-
-    `sums` and `totals` are plain dicts of floats, to be saved and restored.
-    """
-
-    def __init__(self) -> None:
-        self.totals = dict.fromkeys(("train", "saliency", "plan"), 0.0)
-        self.sums: dict[str, float] = {}
-        self._clear()
-
-    def add_batch(self, status: Tensor) -> None:
-        """status: int64 [B] of methods.Status."""
-        self.sums["images"] += len(status)
-        values = np.bincount(status.numpy(), minlength=_HAS_FLAG.shape[1])
-        for flag, count in zip(Status, (_HAS_FLAG @ values).tolist(), strict=True):
-            self.sums[_name(flag)] += count
-
-    def close_epoch(self, ranks: Ranks, guided: bool) -> dict[str, Any]:
-        """The row's fields of training and of its cost, over all ranks; clears the sums.
-
-        overhead_percent is the run's so far: seconds of saliency passes, and of plans where they
-        are guided, to seconds of training. A plan is made beside the training step, so counting all
-        of it gives an upper bound.
-        """
-        sums = ranks.sum(self.sums)
-        seconds = {
-            key: sums[key] / ranks.world for key in ("train", "data", "saliency", "plan", "val")
-        }
-        seconds["step"] = seconds["train"] - seconds["data"]
-        for key in self.totals:
-            self.totals[key] += seconds[key]
-        total = self.totals
-        cost = total["saliency"] + (total["plan"] if guided else 0.0)
-        self._clear()
-        agreement = {}
-        if sums["compared"]:  # by the processes that write a cache
-            agreement["saliency_agreement"] = sums["agreement"] / sums["compared"]
-        return agreement | {
-            "train_loss": sums["loss"] / sums["images"],
-            "train_top1": 100 * sums["hits"] / sums["images"],
-            "img_per_s": sums["images"] / seconds["train"],
-            "seconds": {key: round(value, 3) for key, value in seconds.items()},
-            "saliency_images": round(sums["saliency_images"] / ranks.world),
-            "overhead_percent": 100 * cost / total["train"],
-            "share": {_name(flag): sums[_name(flag)] / sums["images"] for flag in Status},
-        }
-
-    def _clear(self) -> None:
-        seconds = ("train", "data", "saliency", "plan", "val")
-        saliency = ("saliency_images", "agreement", "compared")
-        names = ("loss", "hits", "images", *saliency, *seconds, *map(_name, Status))
-        self.sums = dict.fromkeys(names, 0.0)
-
-
-def _name(flag: Status) -> str:
-    return str(flag.name).lower()

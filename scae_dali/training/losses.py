@@ -1,8 +1,7 @@
-"""The mixed cross-entropy, with what the long-tail field adds to it: class weights and smoothing.
+"""The loss: cross-entropy against mixed labels, with smoothing and class weights where wanted.
 
-Label-aware smoothing (Zhong et al., MiSLAS, 2021) and class-balanced weights (Cui et al., 2019),
-from an epoch on if wanted (deferred re-weighting; Cao et al., 2019). How often a class is drawn,
-and which labels are mixed, is for others.
+Label-aware smoothing is that of MiSLAS (Zhong et al., 2021), class-balanced weights are those of
+Cui et al. (2019), from an epoch on if wanted (deferred re-weighting; Cao et al., 2019).
 """
 
 import math

@@ -1,15 +1,16 @@
-"""Networks for images of 32 px.
+"""The networks that can be trained, by name: torchvision's, and some for images of 32 px.
 
-ResNet-20 to 56 of He et al. (2016, sec. 4.2), of which ResNet-32 is the long-tail field's, and the
-ResNet-18 of ImageNet with a stem for 32 px. How they are trained, and whether in channels-last or
-mixed precision, is for others.
+Those are ResNet-20 to 56 of He et al. (2016, sec. 4.2), of which ResNet-32 is the long-tail
+field's, and the ResNet-18 of ImageNet with a stem for 32 px.
 """
+
+import difflib
 
 import torchvision
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu
 
-from scae_dali.config import check, check_choice
+from scae_dali.config import check
 
 MODELS = (
     "cifar_resnet20",
@@ -20,15 +21,33 @@ MODELS = (
 )
 
 
-def make(name: str, num_classes: int) -> nn.Module:
-    """A network of `MODELS` with random weights: float [B,3,32,32] -> logits [B,num_classes].
+def make_network(name: str, num_classes: int) -> nn.Module:
+    """A classification network with random weights: float [B,3,H,W] -> logits [B,num_classes].
 
-    Raises ValueError for another name, and for num_classes < 1.
+    name: one of `MODELS`, for images of 32 px, or a classification network of torchvision. Networks
+    with auxiliary classifiers are made without them, so that the logits are the only output. Raises
+    ValueError for another name, and for num_classes < 1.
     """
-    check_choice("model", name, MODELS)
     check(num_classes >= 1, f"num_classes must be at least 1, got {num_classes}")
-    if name != "cifar_resnet18":
+    if name == "cifar_resnet18":
+        return _resnet18(num_classes)
+    if name in MODELS:
         return CifarResNet(int(name.removeprefix("cifar_resnet")), num_classes)
+    known = torchvision.models.list_models(torchvision.models)
+    close = difflib.get_close_matches(name, [*known, *MODELS])
+    check(
+        name in known,
+        f"model must be a classification network of torchvision or one of {', '.join(MODELS)}, got "
+        f"{name!r}; did you mean {' or '.join(close) or 'resnet50'}?",
+    )
+    more = {}
+    if name in ("googlenet", "inception_v3"):
+        more = {"aux_logits": False, "init_weights": True}
+    return torchvision.models.get_model(name, num_classes=num_classes, **more)
+
+
+def _resnet18(num_classes: int) -> nn.Module:
+    """The ResNet-18 of ImageNet, with a stem that keeps 32 px as they are."""
     net = torchvision.models.resnet18(num_classes=num_classes)
     net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")

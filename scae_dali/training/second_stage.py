@@ -1,8 +1,8 @@
 """The second stage: the classifier trained again on the features of a first one, which are frozen.
 
-cRT and LWS (Kang et al., 2020) and MiSLAS (Zhong et al., 2021) differ in what of the classifier is
-trained, and that is decided here. Their class-balanced sampler, smoothing and schedule are settings
-of the data, the loss and the optimiser.
+cRT and LWS (Kang et al., 2020) and MiSLAS (Zhong et al., 2021) differ in which part of the
+classifier is trained. Their class-balanced sampling, smoothing and schedule are the settings
+`sampling`, `loss` and `optim`.
 """
 
 from dataclasses import dataclass

@@ -16,13 +16,14 @@ from test_cache import FakeIndex
 from test_refresh import Net, fresh  # noqa: F401 - a fixture
 
 from pipelines.data import DataConfig
-from pipelines.guide import Guide
+from pipelines.maps import Maps
 from pipelines.recipe import Config
 from scae_dali.cache import SaliencyCache
 from scae_dali.cache.format import check_last_pass, check_neighbors
 from scae_dali.data.index import ImageIndex
 from scae_dali.plan import schedule
-from scae_dali.saliency.refresh import nearest_classes, refresh_cache
+from scae_dali.saliency.refresh import refresh_cache
+from scae_dali.saliency.weights import nearest_classes
 
 MANY = r"neighbors must be 0 where there are more than 65,536 classes .*neighbors=2 and 70,001"
 
@@ -78,11 +79,11 @@ def test_training_does_not_begin(tmp_path, epochs, classes, told):
     guided = SimpleNamespace(refresh_every=2, guided=True, neighbors=2)
     ranks = SimpleNamespace(first=True)
     with pytest.raises(ValueError, match=told):
-        Guide(config, guided, Net(), index_of(classes), None, ranks)
+        Maps(config, guided, Net(), index_of(classes), None, ranks, neighbors=2)
     assert not (tmp_path / "out").exists()
     if classes > 2:  # who asks for no neighbours is let on, to the next thing that is missing here
         with pytest.raises(AttributeError, match="gather"):
-            Guide(config, guided, Net(), index_of(classes), None, ranks, mixes=False)
+            Maps(config, guided, Net(), index_of(classes), None, ranks)
 
 
 @pytest.mark.parametrize("epoch", [-1, 65_536, 70_000])

@@ -30,16 +30,17 @@ from conftest import write_pngs
 from test_build_cache import build, weights_of  # noqa: F401 - a fixture
 from test_cache import GRID, FakeIndex, fill, in_process, maps_of
 
-from pipelines import guide as guide_module
+from pipelines import maps as maps_module
 from pipelines.config import ExecConfig
 from pipelines.data import DataConfig
-from pipelines.guide import Guide, path_of_node
-from pipelines.recipe import Config, SaliencyConfig, make_network
+from pipelines.maps import Maps, path_of_node
+from pipelines.recipe import Config, SaliencyConfig
 from scae_dali.cache import CacheError, ChunkWriter, SaliencyCache
 from scae_dali.cache import cache as cache_module
 from scae_dali.cache.format import to_json
 from scae_dali.data.index import ImageIndex
-from scae_dali.saliency.refresh import weights_digest
+from scae_dali.saliency.weights import weights_digest
+from scae_dali.training.networks import make_network
 
 ALL = np.arange(100)
 
@@ -374,11 +375,11 @@ class Nodes(Here):
 
 @pytest.fixture
 def guided(tmp_path, monkeypatch):
-    """A Guide of a run in `out`, whose passes are made by weights that the test names."""
+    """The Maps of a run in `out`, whose passes are made by weights that the test names."""
     write_pngs(tmp_path / "data", {"a": 3, "b": 2}, (8, 8))
     index = ImageIndex(tmp_path / "data")
 
-    monkeypatch.setattr(guide_module, "weights_digest", lambda net: "aa")
+    monkeypatch.setattr(maps_module, "weights_digest", lambda net: "aa")
 
     def pass_of(weights):
         def refresh(net, cache, *_, epoch, share, settings, **__):
@@ -388,7 +389,7 @@ def guided(tmp_path, monkeypatch):
                 writer.write(writer.pending, np.full((len(writer.pending), 8, 8), level))
             return SimpleNamespace(images=5)
 
-        monkeypatch.setattr(guide_module, "refresh_cache", refresh)
+        monkeypatch.setattr(maps_module, "refresh_cache", refresh)
 
     def make(out="out", **saliency):
         pass_of("aa")
@@ -402,23 +403,23 @@ def guided(tmp_path, monkeypatch):
         settings = SimpleNamespace(refresh_every=2, guided=True, neighbors=0)
         image = SimpleNamespace(size=32)
         monkeypatch.setattr(Config, "saliency_image", lambda self: image)
-        return Guide(config, settings, make_network("cifar_resnet20", 2), index, None, Here())
+        return Maps(config, settings, make_network("cifar_resnet20", 2), index, None, Here())
 
     make.pass_of = pass_of
     return make
 
 
-def refresh(guide, due):
-    return guide.refresh(due, ExecConfig(batch_size=4), mixes=False)
+def refresh(maps, due):
+    return maps.refresh(due, ExecConfig(batch_size=4))
 
 
 def test_a_run_trusts_no_pass_but_its_own(guided):
-    guide = guided()
-    assert [guide.due(0), guide.due(1), guide.due(2)] == [None, None, 2]
-    refresh(guide, 2)
-    token = guide.cache.meta.token
-    assert guide.made == token
-    assert guide.due(3) is None
+    maps = guided()
+    assert [maps.due(0), maps.due(1), maps.due(2)] == [None, None, 2]
+    refresh(maps, 2)
+    token = maps.cache.meta.token
+    assert maps.made == token
+    assert maps.due(3) is None
     # Resumed, from checkpoints of this run, of a version that kept the epoch, and of no pass.
     for made, due in ((token, None), (2, None), (None, 2)):
         again = guided()
@@ -428,7 +429,7 @@ def test_a_run_trusts_no_pass_but_its_own(guided):
     guided.pass_of("bb")
     refresh(again, 2)
     assert again.made != token
-    assert (guide.due(3), again.due(3)) == (2, None)
+    assert (maps.due(3), again.due(3)) == (2, None)
     # One that was begun and has not ended.
     again.cache.begin_pass(4, weights="bb")
     assert again.due(3) == 2

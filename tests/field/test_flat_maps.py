@@ -21,13 +21,14 @@ from test_cache_passes import Here
 from test_refresh import Net, fresh  # noqa: F401 - a fixture
 
 from pipelines.data import DataConfig
-from pipelines.guide import Guide
-from pipelines.recipe import Config, SaliencyConfig, make_network
+from pipelines.maps import Maps
+from pipelines.recipe import Config, SaliencyConfig
 from scae_dali.cache import SaliencyCache
 from scae_dali.cache.format import flat
 from scae_dali.data.index import ImageIndex
 from scae_dali.saliency.harvest import Harvest
 from scae_dali.saliency.refresh import refresh_cache
+from scae_dali.training.networks import make_network
 
 
 def partly(blank):
@@ -145,7 +146,7 @@ def test_build_cache_tells_flat_maps(build, tmp_path, capsys):  # noqa: F811
 
 @pytest.fixture
 def offline(tmp_path):
-    """A Guide of a run on a cache built offline, with maps of the first samples, some of them
+    """The Maps of a run on a cache built offline, with maps of the first samples, some of them
     flat."""
     write_pngs(tmp_path / "data", {"a": 6, "b": 4}, (8, 8))
     index = ImageIndex(tmp_path / "data")
@@ -163,7 +164,7 @@ def offline(tmp_path):
             method="none",
         )
         settings = SimpleNamespace(refresh_every=0, guided=guided)
-        return Guide(config, settings, Net(), index, None, Here())
+        return Maps(config, settings, Net(), index, None, Here())
 
     return make
 
@@ -177,11 +178,11 @@ def offline(tmp_path):
     ],
 )
 def test_an_offline_cache_says_what_it_lacks(offline, capsys, found, blank, notes):
-    guide = offline(found, blank)
+    maps = offline(found, blank)
     said = capsys.readouterr().err
     assert said.count("note:") == len(notes)
     assert all(note in said for note in notes)
-    assert guide.due(5) is None
+    assert maps.due(5) is None
 
 
 def test_an_offline_cache_without_maps_is_refused(offline):

@@ -17,8 +17,9 @@ from tiny_run import arguments, rows, start
 import train
 from pipelines import resume
 from pipelines.data import DataConfig
-from pipelines.recipe import Config, OptimConfig
+from pipelines.recipe import Config
 from scae_dali.training import checkpoint
+from scae_dali.training.optim import OptimConfig
 from scae_dali.training.ranks import Ranks
 
 images, tiny, whole = tiny_run.images, tiny_run.tiny, tiny_run.whole  # fixtures

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import train
-from pipelines.recipe import Config, make_network
+from pipelines.recipe import Config
 from scae_dali.methods import load, make_config
+from scae_dali.training.networks import make_network
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 BASE = "cifar100_lt"
@@ -56,9 +58,21 @@ def test_an_overlay_changes_what_it_names_and_nothing_else():
 
 def test_a_method_that_wants_maps_is_found_beside_one_that_wants_neighbours():
     config = recipe(BASE, method="scae+saliency_mix", scae__lam_max="0")
-    assert config.guide() == config.saliency_mix
-    assert recipe(BASE, scae__lam_max="0").guide().wants_neighbors
-    assert recipe(BASE, scae__lam_max="0", scae__mix_prob="0").guide() is None
+    assert config.guided_config() == config.saliency_mix
+    assert recipe(BASE, scae__lam_max="0").guided_config().wants_neighbors
+    assert recipe(BASE, scae__lam_max="0", scae__mix_prob="0").guided_config() is None
+
+
+def test_neighbouring_classes_are_asked_for_where_classes_of_the_tail_are_mixed():
+    tailed, balanced = np.array([500, 5, 0]), np.array([50, 50, 50])
+    asked = {"scae__neighbors": "3"}
+    assert recipe(BASE, **asked).neighbors(tailed) == 3
+    assert recipe(BASE, **asked, scae__lam_max="0").neighbors(tailed) == 3
+    assert recipe(BASE, **asked).neighbors(balanced) == 0
+    for name, value in (("class_aware", "false"), ("mix_prob", "0"), ("neighbors", "0")):
+        assert recipe(BASE, **asked | {f"scae__{name}": value}).neighbors(tailed) == 0
+    assert recipe(BASE, method="saliency_mix").neighbors(tailed) == 0
+    assert recipe(BASE, method="none").neighbors(tailed) == 0
 
 
 METHOD = """

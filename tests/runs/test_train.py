@@ -14,7 +14,6 @@ import yaml
 from conftest import TWO_PROCESSES, write_images
 
 import train
-from pipelines.recipe import OptimConfig
 from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 
@@ -262,15 +261,6 @@ def test_the_recipes_parse(tmp_path, monkeypatch, capsys):
                 assert {**printed[key], **value}.keys() == printed[key].keys()
             else:
                 assert printed[key] == value
-
-
-def test_learning_rates_of_both_schedules():
-    step = OptimConfig(lr=1.0, milestones=(2, 3), warmup_epochs=1.0)
-    rates = [step.lr_at(k, 2, 4) for k in range(8)]
-    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01])
-    cosine = OptimConfig(lr=1.0, lr_min=0.2, schedule="cosine")
-    rates = [cosine.lr_at(k, 2, 2) for k in range(5)]
-    assert rates == pytest.approx([1.0, 0.2 + 0.8 * 0.853553, 0.6, 0.2 + 0.8 * 0.146447, 0.2])
 
 
 def test_train_py_reads_top_to_bottom():

@@ -10,13 +10,13 @@ from conftest import write_pngs
 from PIL import Image
 from test_pixels import cifar  # noqa: F401
 
-from pipelines.recipe import make_network
 from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.saliency.gradcam import GradCAM
-from scae_dali.saliency.refresh import nearest_classes
 from scae_dali.saliency.scorecam import ScoreCAM
+from scae_dali.saliency.weights import nearest_classes
+from scae_dali.training.networks import make_network
 
 ROOT = Path(__file__).parents[2]
 MEAN, STD = (129.0, 124.0, 112.0), (68.0, 65.0, 70.0)

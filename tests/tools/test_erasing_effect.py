@@ -11,8 +11,9 @@ from conftest import fill_cache, write_pngs
 from PIL import Image
 
 from pipelines.data import DataConfig
-from pipelines.recipe import Config, ImageConfig, make_network
+from pipelines.recipe import Config, ImageConfig
 from scae_dali.data.index import ImageIndex
+from scae_dali.training.networks import make_network
 
 SIZE = 24
 

@@ -8,10 +8,10 @@ import torch
 from conftest import TOOLS, run
 from PIL import Image
 
-from pipelines.recipe import make_network
 from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import BUILT_IN
+from scae_dali.training.networks import make_network
 
 PLOTTED = ("pipeline_native", "scale")
 

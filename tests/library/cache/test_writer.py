@@ -6,8 +6,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from scae_dali.cache import ChunkWriter
-from scae_dali.cache import Reservation
+from scae_dali.cache import ChunkWriter, Reservation
 
 
 class Store:

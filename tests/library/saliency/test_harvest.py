@@ -197,9 +197,8 @@ def test_its_state_can_be_saved(net):
     see(net, one, batch_of(images, labels))
     other.load_state_dict(one.state_dict())
     np.testing.assert_array_equal(other.maps(np.arange(9))[0], one.maps(np.arange(9))[0])
-    other.keep_on(True)
     assert len(other.seen()) == 9
-    other.keep_on(False)
+    other.clear()
     assert (len(other.seen()), len(one.seen())) == (0, 9)
     one.clear()
     assert len(one.seen()) == 0
@@ -497,7 +496,8 @@ half = slice(0, 12) if rank == 0 else slice(8, 20)  # some are seen by both
 see(net, harvest, batch_of(images[half], labels[half], torch.arange(20)[half]))
 harvest.merge()
 torch.save(harvest.state_dict(), {out!r} + f"/merged{{rank}}.pt")
-harvest.keep_on(rank == 0)
+if rank:
+    harvest.clear()
 harvest.merge()
 torch.save(harvest.state_dict(), {out!r} + f"/again{{rank}}.pt")
 distributed.barrier()

@@ -9,8 +9,9 @@ from torch import nn
 
 from scae_dali.cache import SaliencyCache
 from scae_dali.saliency.gradcam import GradCAM
-from scae_dali.saliency.refresh import METHODS, nearest_classes, refresh_cache, weights_digest
+from scae_dali.saliency.refresh import METHODS, refresh_cache
 from scae_dali.saliency.scorecam import ScoreCAM
+from scae_dali.saliency.weights import nearest_classes, weights_digest
 from scae_dali.saliency.whole import whole_loader
 from scae_dali.training.second_stage import ScaledLinear
 

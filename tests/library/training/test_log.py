@@ -3,12 +3,9 @@
 import json
 
 import pytest
-import torch
 from tensorboard.backend.event_processing import event_accumulator
 
-from scae_dali.methods import Status
-from scae_dali.training.log import Log, LogError, Meter, closing, read_rows, summary
-from scae_dali.training.ranks import Ranks
+from scae_dali.training.log import Log, LogError, closing, read_rows, summary
 
 
 def row(epoch, **more):
@@ -118,22 +115,3 @@ def test_lines_tell_of_many_and_few_where_the_row_does():
     assert "top-5 90.00 many 65.1 medium 38.0 few 9.1 ece 3.2, 100 img/s" in end
     del tail["val_medium"]
     assert "many 65.1 few 9.1  " in summary(row(4, **tail))
-
-
-def test_the_meter_sums_an_epoch_and_forgets_it():
-    meter, ranks = Meter(), Ranks("cpu")
-    meter.add_batch(torch.tensor([0, int(Status.ERASED), int(Status.ERASED | Status.NO_MAP), 0]))
-    for key, value in (("loss", 6.0), ("hits", 1), ("train", 2.0), ("data", 0.5), ("plan", 0.1)):
-        meter.sums[key] += value
-    meter.sums["saliency"] += 0.3
-    line = meter.close_epoch(ranks, guided=True)
-    assert (line["train_loss"], line["train_top1"], line["img_per_s"]) == (1.5, 25.0, 2.0)
-    assert line["seconds"]["step"] == 1.5
-    assert line["overhead_percent"] == pytest.approx(20.0)
-    assert (line["share"]["erased"], line["share"]["no_map"]) == (0.5, 0.25)
-    assert set(meter.sums.values()) == {0.0}
-    assert meter.totals == {"train": 2.0, "saliency": 0.3, "plan": 0.1}
-    meter.add_batch(torch.zeros(4, dtype=torch.int64))
-    meter.sums["train"] += 2.0
-    assert meter.close_epoch(ranks, guided=False)["overhead_percent"] == pytest.approx(7.5)
-    json.dumps(line)

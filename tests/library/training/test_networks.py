@@ -8,7 +8,7 @@ from torch.nn.functional import batch_norm, conv2d
 
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.layers import classifier_of
-from scae_dali.training.networks import MODELS, CifarResNet, make
+from scae_dali.training.networks import MODELS, CifarResNet, make_network
 from scae_dali.training.second_stage import ScaledLinear
 
 
@@ -31,16 +31,16 @@ def parameters(net):
     ],
 )
 def test_parameters_of_10_classes(name, expected):
-    assert parameters(make(name, 10)) == expected
+    assert parameters(make_network(name, 10)) == expected
 
 
 def test_parameters_grow_with_the_classes_only_by_the_classifier():
-    assert parameters(make("cifar_resnet32", 100)) == 464_154 + 90 * 65
+    assert parameters(make_network("cifar_resnet32", 100)) == 464_154 + 90 * 65
     assert set(MODELS) == {f"cifar_resnet{depth}" for depth in (18, 20, 32, 44, 56)}
 
 
 def test_the_number_of_layers_and_the_maps_of_each_stage():
-    net = make("cifar_resnet32", 7).eval()
+    net = make_network("cifar_resnet32", 7).eval()
     assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in net.modules()) == 32
     x = net.conv1(images())
     for stage, shape in (("layer1", (16, 32)), ("layer2", (32, 16)), ("layer3", (64, 8))):
@@ -51,7 +51,7 @@ def test_the_number_of_layers_and_the_maps_of_each_stage():
 
 def test_a_wider_block_by_hand():
     """Subsampled identity in the middle channels, zeros around it, two convolutions on top."""
-    block = make("cifar_resnet20", 10).layer2[0].eval()
+    block = make_network("cifar_resnet20", 10).layer2[0].eval()
     x = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(2))
     identity = torch.zeros(2, 32, 4, 4)
     identity[:, 8:24] = x[:, :, [0, 2, 4, 6]][:, :, :, [0, 2, 4, 6]]
@@ -64,7 +64,7 @@ def test_a_wider_block_by_hand():
 
 def test_weights_start_from_kaimings_normal_distribution():
     torch.manual_seed(0)
-    net = make("cifar_resnet32", 1000)
+    net = make_network("cifar_resnet32", 1000)
     for weight, fan_in in (
         (net.conv1.weight, 27),
         (net.layer3[1].conv1.weight, 576),
@@ -76,7 +76,7 @@ def test_weights_start_from_kaimings_normal_distribution():
 
 
 def test_resnet18_is_torchvisions_with_a_small_stem():
-    net = make("cifar_resnet18", 10).eval()
+    net = make_network("cifar_resnet18", 10).eval()
     assert isinstance(net, tv.ResNet)
     assert (net.conv1.kernel_size, net.conv1.stride) == ((3, 3), (1, 1))
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_resnet18_is_torchvisions_with_a_small_stem():
 @pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_resnet18"])
 def test_channels_last_and_autocast_reach_every_stage(name):
     torch.manual_seed(0)
-    net = make(name, 10).eval()
+    net = make_network(name, 10).eval()
     with torch.no_grad():
         expected = net(images())
         net.to(memory_format=torch.channels_last)
@@ -107,13 +107,13 @@ def test_channels_last_and_autocast_reach_every_stage(name):
 
 
 def test_gradients_reach_every_parameter():
-    net = make("cifar_resnet20", 10)
+    net = make_network("cifar_resnet20", 10)
     net(images()).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
 
 
 def test_one_graph_without_breaks():
-    net = make("cifar_resnet20", 10).eval()
+    net = make_network("cifar_resnet20", 10).eval()
     compiled = torch.compile(net, backend="eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(images()), net(images()))
@@ -122,15 +122,16 @@ def test_one_graph_without_breaks():
 @pytest.mark.parametrize(("name", "side"), [("cifar_resnet32", 8), ("cifar_resnet18", 4)])
 def test_grad_cam_finds_its_layer(name, side):
     torch.manual_seed(0)
-    maps = GradCAM(make(name, 10))(images(), torch.tensor([3, 1]))
+    maps = GradCAM(make_network(name, 10))(images(), torch.tensor([3, 1]))
     assert maps.shape == (2, side, side)
 
 
 def test_bad_names_and_sizes():
-    with pytest.raises(ValueError, match=r"model must be one of cifar_resnet20, .*got 'resnet32'"):
-        make("resnet32", 10)
+    told = r"torchvision or one of cifar_resnet20, .*got 'resnet32'; did you mean .*resnet34"
+    with pytest.raises(ValueError, match=told):
+        make_network("resnet32", 10)
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
-        make("cifar_resnet32", 0)
+        make_network("cifar_resnet32", 0)
     with pytest.raises(ValueError, match=r"depth must be 6n \+ 2 with n >= 1, got 34; .* 32, 44"):
         CifarResNet(34, 10)
     with pytest.raises(ValueError, match="got 2;"):
@@ -167,7 +168,7 @@ def test_classifier_of_torchvisions_networks(name, expected):
 
 
 def test_classifier_of_our_networks_and_inside_a_scaled_head():
-    net = make("cifar_resnet20", 10)
+    net = make_network("cifar_resnet20", 10)
     assert classifier_of(net, 10) == ("fc", net.fc)
     linear = net.fc
     net.fc = ScaledLinear(linear)

@@ -8,7 +8,7 @@ import torchvision.models as tv
 from torch import nn
 
 from scae_dali.training import checkpoint
-from scae_dali.training.networks import make
+from scae_dali.training.networks import make_network
 from scae_dali.training.second_stage import ScaledLinear, SecondStageConfig, prepare, set_train_mode
 
 CLASSES = 10
@@ -234,7 +234,7 @@ def test_a_classifier_without_bias(tmp_path):
 def test_our_and_torchvisions_networks_in_channels_last_and_autocast(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    for build, name in ((make, "cifar_resnet20"), (tv.get_model, "mobilenet_v3_small")):
+    for build, name in ((make_network, "cifar_resnet20"), (tv.get_model, "mobilenet_v3_small")):
         done = build(name, num_classes=CLASSES).to(memory_format=torch.channels_last)
         checkpoint.save(tmp_path / "w.pt", done.state_dict())
         net = build(name, num_classes=CLASSES).to(memory_format=torch.channels_last)
@@ -267,7 +267,7 @@ def test_weights_of_others_are_refused(first, weights, tmp_path):
             r"\[6, 3, 3, 3\] in the network; .*\); set model to that of the first stage",
         ),
         (
-            make("cifar_resnet20", CLASSES).state_dict(),
+            make_network("cifar_resnet20", CLASSES).state_dict(),
             r"it lacks conv.weight; it lacks conv.bias\)",
         ),
         (first.state_dict() | {"more": torch.ones(1)}, r"\(1 differences: it has more, which the "),

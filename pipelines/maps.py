@@ -1,7 +1,6 @@
-"""What guides a run: its saliency cache, and how the maps in it are kept up to date.
+"""The saliency maps of a run: its cache, and how the maps in it are kept up to date.
 
-By passes over the images, by what training sees of them anyway (`harvest`), or by both. When maps
-are due is decided by `schedule`.
+By passes over the images, by what training sees of them anyway (`harvest`), or by both.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from scae_dali.saliency.refresh import PassReport, refresh_cache, weights_digest
 from scae_dali.training.ranks import Ranks, together
 
 
-class Guide:
-    """The saliency maps of a run; make it before the network is compiled.
+class Maps:
+    """The saliency maps of a run. Make it before the network is compiled.
 
     cache: built offline, or the run's own, made where it is missing and claimed for the run; one
     for every node. harvest: what training sees; None where the maps come from passes alone. guided:
-    the Config of the method that looks at them, or at nothing but neighbouring classes: then a pass
-    makes no maps. mixes: whether the method asks for neighbouring classes. made: the token of the
+    the Config of the method that looks at them, or at neighbouring classes alone: then a pass makes
+    no maps. neighbors: how many neighbouring classes the method asks for. made: the token of the
     last pass of this run, see `CacheMeta.token` (of several nodes whose passes differ, all of
     them); None where it made none. Of an older version's checkpoint it is the epoch of that pass.
 
@@ -54,16 +53,16 @@ class Guide:
         loaders: Loaders,
         ranks: Ranks,
         *,
-        mixes: bool = True,
+        neighbors: int = 0,
     ) -> None:
         self._config, self._guided, self._net = config, guided, net
         self._index, self._loaders, self._ranks = index, loaders, ranks
-        self._image = config.saliency_image()
+        self._image, self._neighbors = config.saliency_image(), neighbors
         settings = config.saliency
         path = Path(settings.cache or Path(config.out) / "saliency.lmdb")
         if guided.refresh_every:
             check_last_pass(config.epochs, guided.refresh_every)
-            check_neighbors(getattr(guided, "neighbors", 0) if mixes else 0, index.num_classes)
+            check_neighbors(neighbors, index.num_classes)
             path = path_of_node(path, ranks, chosen=bool(settings.cache))
             grid = GradCAM(net, settings.layer).grid(self._image.size)
             self.cache = SaliencyCache.create(path, index, grid=grid, exist_ok=True)
@@ -76,7 +75,7 @@ class Guide:
         else:
             self.cache = SaliencyCache(path, index=index)
             if guided.guided:
-                self._look_at_offline_maps()
+                self._note_missing_maps()
         self.harvest = None
         self.made: str | int | None = None
         self._lost = False  # whether the maps of the last pass are gone, or another's
@@ -97,7 +96,7 @@ class Guide:
         due = schedule.pass_epoch(epoch, refresh_every)
         if due is None:
             if refresh_every and not self._trained:
-                self._look_at_older_maps()
+                self._note_older_maps()
             self._trained = True
             return None
         self._trained = True
@@ -120,21 +119,23 @@ class Guide:
             )
         return due
 
-    def refresh(self, due: int, run: ExecConfig, *, mixes: bool) -> PassReport:
-        """Bring the cache to this epoch; every rank calls it. run: as in training, the whole data
-        for every rank. mixes: whether the method asks for neighbouring classes."""
+    def refresh(self, due: int, execution: ExecConfig) -> PassReport:
+        """Bring the cache to this epoch; every rank calls it.
+
+        execution: as in training, but not sharded: every rank is given ids of its own.
+        """
         config = self._config
         if config.saliency.batch_size is None:
-            run = run.for_inference(self._image.size)
+            execution = execution.for_inference(self._image.size)
         else:
-            run = replace(run, batch_size=config.saliency.batch_size)
+            execution = replace(execution, batch_size=config.saliency.batch_size)
         # With less than all, maps of another run would go on to guide this one.
         share = 1.0 if self._lost else self._share()
         bar = tqdm(desc=f"saliency {due}", unit="img", disable=not self._ranks.first)
 
         def loader_for(ids):
             bar.reset(total=len(ids) * self._ranks.world)
-            return self._loaders.saliency(self._image, run, ids)
+            return self._loaders.saliency(self._image, execution, ids)
 
         report = refresh_cache(
             self._net,
@@ -152,7 +153,7 @@ class Guide:
                 "std": config.image.std,
                 "amp": config.amp,
             },
-            neighbors=getattr(self._guided, "neighbors", 0) if mixes else 0,
+            neighbors=self._neighbors,
             autocast=partial(autocast, config.amp, self._ranks.device),
             progress=bar.update,
         )
@@ -172,11 +173,11 @@ class Guide:
         return None if None in tokens else "+".join(tokens), {epoch for _, epoch in found}
 
     def _shared(self) -> bool:
-        """Whether another run may have been given this cache."""
+        """Whether another run may use this cache: the user has named it."""
         return bool(self._config.saliency.cache)
 
     def _share(self) -> float:
-        """Of the samples, that a pass sees."""
+        """The share of the samples that a pass sees, in [0, 1]."""
         settings = self._config.saliency
         return 0.0 if settings.source == "harvest" or not self._guided.guided else settings.share
 
@@ -200,8 +201,8 @@ class Guide:
                 ours = ours and (begun["epoch"], begun["weights"]) == now and not remade
         return all(self._ranks.gather(ours or self._ranks.local > 0))
 
-    def _look_at_older_maps(self) -> None:
-        """Tell whose maps guide the run until its first pass."""
+    def _note_older_maps(self) -> None:
+        """Note that maps of another run guide this one until its first pass, where they do."""
         if self.made is not None or not self._guided.guided or not self._ranks.first:
             return
         found, _ = self.cache.coverage()
@@ -216,8 +217,11 @@ class Guide:
                 "name another saliency.cache, or none, for maps of its own alone"
             )
 
-    def _look_at_offline_maps(self) -> None:
-        """Tell what they lack; every rank calls it. Raises ValueError where there are none."""
+    def _note_missing_maps(self) -> None:
+        """Note what the maps of a cache that was built offline lack; every rank calls it.
+
+        Raises ValueError where there are none.
+        """
         samples = len(self._index)
         every = self._ranks.gather(self.cache.coverage() if self._ranks.local == 0 else None)
         known = [coverage for coverage in every if coverage is not None]

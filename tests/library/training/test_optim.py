@@ -1,10 +1,11 @@
-"""The average of a network's weights."""
+"""Learning rates, and the average of a network's weights."""
 
+import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from scae_dali.training.ema import EMA
+from scae_dali.training.optim import EMA, OptimConfig
 
 
 def changed(net, seed):
@@ -39,3 +40,24 @@ def test_it_goes_on_from_its_state():
     for average in (first, second):
         average.update_parameters(changed(net, 1))
     torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
+
+
+def test_learning_rates_of_both_schedules():
+    step = OptimConfig(lr=1.0, milestones=(2, 3), warmup_epochs=1.0)
+    rates = [step.lr_at(k, 2, 4) for k in range(8)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01])
+    cosine = OptimConfig(lr=1.0, lr_min=0.2, schedule="cosine")
+    rates = [cosine.lr_at(k, 2, 2) for k in range(5)]
+    assert rates == pytest.approx([1.0, 0.2 + 0.8 * 0.853553, 0.6, 0.2 + 0.8 * 0.146447, 0.2])
+
+
+def test_every_group_gets_its_share_of_the_rate():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    settings = OptimConfig(lr=1.0, milestones=(2,))
+    factors = zip(net, (1.0, 0.2), strict=True)
+    groups = [{"params": [*layer.parameters()], "lr_factor": one} for layer, one in factors]
+    optimizer = settings.optimizer(groups)
+    for step, rate in ((0, 1.0), (4, 0.1)):
+        settings.set_lr(optimizer, step, 2, 4)
+        rates = [group["lr"] for group in optimizer.param_groups if group["params"]]
+        assert rates == pytest.approx([rate, 0.2 * rate])

@@ -1,7 +1,7 @@
-"""What a network shows of a layer when it is run up to it: on these images, on larger ones, on ones
-that differ at one place.
+"""Experiments with a network: it is run up to a layer on images that are made for the question.
 
-Tells what was seen. How the layer's output is read by that is decided in `layout`.
+What images does it take, what comes out of the layer, which of its axes grow with the images, and
+where does it change where the image does?
 """
 
 from __future__ import annotations
@@ -13,9 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-__all__ = ["CHANNELS_FIRST", "Seen", "changes", "moved", "probe_images", "up_to"]
+__all__ = [
+    "CHANNELS_FIRST",
+    "Seen",
+    "changes",
+    "image_channels",
+    "moved",
+    "probe_images",
+    "up_to",
+]
 
-# Whose four-dimensional output is [B,C,h,w], whatever the sizes.
+# Modules whose four-dimensional output is [B,C,h,w], whatever the sizes.
 CHANNELS_FIRST = (
     nn.Conv2d,
     nn.ConvTranspose2d,
@@ -31,8 +39,11 @@ CHANNELS_FIRST = (
 
 
 class Seen(NamedTuple):
-    """output: of the layer, None where it did not run. convolved: (h, w) of the convolutions up to
-    it, in order; first: (C, h, w) of all modules up to it whose output is [B,C,h,w]."""
+    """What ran of a network up to a layer.
+
+    output: the layer's, None where it did not run. convolved: (h, w) of the convolutions before it,
+    in order. first: (C, h, w) of all modules before it that put channels first, [B,C,h,w].
+    """
 
     output: Tensor | None
     convolved: list[tuple[int, int]]
@@ -40,13 +51,49 @@ class Seen(NamedTuple):
 
 
 def probe_images(like: Tensor, batch: int = 2) -> Tensor:
-    """float[batch, ...]: of the size, type and device of `like`, float[B,C,H,W]; in turn normal
-    noise of every pixel, and smooth."""
+    """Images like `like`, float[B,C,H,W], in size, type and device: float[batch,C,H,W].
+
+    In turn normal noise in every pixel, and smooth noise; the same at every call.
+    """
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, *like.shape[1:], generator=generator)
     coarse = torch.randn(batch, like.shape[1], 4, 4, generator=generator)
     images[1::2] = interpolate(coarse[1::2], like.shape[2:], mode="bicubic")
     return images.to(like.device, like.dtype)
+
+
+def image_channels(model: nn.Module, like: Tensor) -> int:
+    """Channels of the images that the first convolution to run takes; 3 where none says so.
+
+    like: float[B,3,H,W], of the images' size. Call it in `isolated`.
+    """
+    first = next((one for one in model.modules() if isinstance(one, nn.Conv2d)), None)
+    if first is None or first.in_channels == 3:
+        return 3
+    channels: list[int] = []
+
+    def told(module: nn.Module, args: Any) -> None:
+        if not channels and args and args[0].shape[1:2] == like.shape[1:2]:
+            channels.append(getattr(module, "in_channels", 3))
+        raise _Told
+
+    handles = [
+        module.register_forward_pre_hook(told)
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    try:
+        model(like[:1])
+    except Exception:  # the question is only what the first convolution takes
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return channels[0] if channels else 3
+
+
+class _Told(Exception):  # noqa: N818 - no error: the first convolution is about to run
+    pass
 
 
 class _Reached(Exception):  # noqa: N818 - no error: the layer has run

@@ -1,0 +1,74 @@
+"""What a pass asks of a network's weights: which state of them it sees, and which classes are near
+each other by them."""
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scae_dali.cache.format import check_neighbors
+
+__all__ = ["nearest_classes", "weights_digest"]
+
+
+@torch.no_grad()
+def nearest_classes(weight: Tensor, class_counts: np.ndarray, m: int) -> np.ndarray:
+    """The classes whose weight vectors have the highest cosine similarity, the highest first.
+
+    weight: float [K, C], of the classifier. class_counts: int64 [K]; a class without samples is
+    nobody's neighbour while there are others. Returns uint16 [K, min(m, K - 1)]. Raises ValueError
+    where that does not name the classes.
+    """
+    check_neighbors(m, len(weight))
+    unit = nn.functional.normalize(weight.float().cpu(), dim=1)
+    similarity = unit @ unit.T
+    similarity[:, torch.from_numpy(class_counts == 0)] = -2.0
+    similarity.fill_diagonal_(-3.0)
+    nearest = similarity.topk(min(m, len(weight) - 1), dim=1).indices
+    return nearest.numpy().astype(np.uint16)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """BLAKE2b-128 of every parameter, buffer and extra state, hex: tells one state of the model
+    from another."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        for part in _stable_bytes(value):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+_PLAIN = (str, bytes, int, float, complex, type(None), np.generic, torch.dtype, torch.device)
+
+
+def _stable_bytes(value: Any) -> Iterator[Any]:
+    """Buffers that tell a value of a state_dict, the same in every process.
+
+    Pickle's would not be: they depend on which objects are shared, and on the order of a set. Of an
+    object of an unknown class only the class is told.
+    """
+    if isinstance(value, Tensor):
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        yield f"{value.dtype.str}{value.shape}".encode()
+        yield value.tobytes()
+    elif isinstance(value, io.BytesIO):
+        yield value.getvalue()
+    elif isinstance(value, Mapping | list | tuple | set | frozenset):
+        yield f"{type(value).__name__}{len(value)}".encode()
+        entries: Iterable[Any] = value.items() if isinstance(value, Mapping) else value
+        parts = [b"".join(map(bytes, _stable_bytes(entry))) for entry in entries]
+        if not isinstance(value, list | tuple):
+            parts.sort()
+        for part in parts:
+            yield f"{len(part)}:".encode()
+            yield part
+    elif isinstance(value, _PLAIN):
+        yield repr(value).encode()
+    else:
+        yield type(value).__qualname__.encode()

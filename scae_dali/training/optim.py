@@ -1,0 +1,119 @@
+"""The optimiser of a training, its learning rate by step, and the moving average of the weights."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from scae_dali.config import check, check_choice
+
+__all__ = ["EMA", "OptimConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """SGD with Nesterov momentum.
+
+    Args:
+        lr: learning rate for the whole batch of all ranks.
+        momentum: Nesterov's.
+        weight_decay: L2.
+        decay_norms: whether weight decay acts on norms and biases too.
+        schedule: `step` multiplies by `factor` at `milestones`, `cosine` falls to `lr_min`.
+        milestones: epochs.
+        factor: of `step`.
+        lr_min: of `cosine`.
+        warmup_epochs: linear warm-up before either.
+        ema: decay of an averaged copy of the weights that is validated and saved; 0: none.
+    """
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    decay_norms: bool = True
+    schedule: Literal["step", "cosine"] = "step"
+    milestones: tuple[int, ...] = (30, 60, 90)
+    factor: float = 0.1
+    lr_min: float = 0.0
+    warmup_epochs: float = 0.0
+    ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(0 < self.lr < math.inf, f"optim.lr must be positive and finite, got {self.lr}")
+        check(0 < self.momentum < 1, f"optim.momentum must be in (0, 1), got {self.momentum}")
+        for name in ("weight_decay", "factor", "lr_min", "warmup_epochs"):
+            value = getattr(self, name)
+            check(
+                0 <= value < math.inf, f"optim.{name} must be at least 0, got {value}, and finite"
+            )
+        check_choice("optim.schedule", self.schedule, ("step", "cosine"))
+        check(0 <= self.ema < 1, f"optim.ema must be in [0, 1), got {self.ema}; 0 switches it off")
+
+    def optimizer(self, trained: Sequence[Mapping[str, Any]]) -> torch.optim.SGD:
+        """SGD over groups of parameters, `{"params": […], "lr_factor": float}` each."""
+        groups: list[dict[str, Any]] = []
+        for group in trained:
+            decayed = [p for p in group["params"] if self.decay_norms or p.ndim > 1]
+            spared = [p for p in group["params"] if not self.decay_norms and p.ndim <= 1]
+            for params, weight_decay in ((decayed, self.weight_decay), (spared, 0.0)):
+                groups.append({**group, "params": params, "weight_decay": weight_decay})
+        return torch.optim.SGD(groups, self.lr, self.momentum, nesterov=True)
+
+    def lr_at(self, step: int, steps: int, epochs: int) -> float:
+        """The learning rate at a step counted from the run's start, `steps` to the epoch."""
+        epoch = step / steps
+        if epoch < self.warmup_epochs:
+            return self.lr * (step + 1) / (self.warmup_epochs * steps)
+        if self.schedule == "step":
+            return self.lr * self.factor ** sum(epoch >= m for m in self.milestones)
+        done = (epoch - self.warmup_epochs) / (epochs - self.warmup_epochs)
+        return self.lr_min + (self.lr - self.lr_min) * (1 + math.cos(math.pi * done)) / 2
+
+    def set_lr(self, optimizer: torch.optim.Optimizer, step: int, steps: int, epochs: int) -> None:
+        """Give an optimiser of `optimizer` the rates of a step: `lr_at` times each `lr_factor`."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr_at(step, steps, epochs) * group["lr_factor"]
+
+
+_Pairs = tuple[list[Tensor], list[Tensor]]  # ours, theirs
+
+
+class EMA(AveragedModel):
+    """The exponential moving average of a network, which validation and the saved weights use.
+
+    θ' <- decay·θ' + (1 - decay)·θ of parameters and buffers; integers, and the first time all, are
+    copied. decay: in (0, 1). torch's own update moves the number of updates to the device, and so
+    waits for the device at every step; this one does not.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, use_buffers=True)
+        self._average = get_ema_multi_avg_fn(decay)
+        # Of the model that was last taken in: to walk through modules takes longer than all else.
+        self._walked: tuple[nn.Module, _Pairs, _Pairs] | None = None
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take in the model as it is now."""
+        if self._walked is None or self._walked[0] is not model:
+            own, new = ([*net.parameters(), *net.buffers()] for net in (self.module, model))
+            real = [value.is_floating_point() for value in own]
+            whole = [not one for one in real]
+            self._walked = (
+                model,
+                ([*compress(own, real)], [*compress(new, real)]),
+                ([*compress(own, whole)], [*compress(new, whole)]),
+            )
+        _, floats, integers = self._walked
+        if self.n_averaged == 0:  # on the host
+            torch._foreach_copy_(*floats)
+        else:
+            self._average(*floats, self.n_averaged)
+        if integers[0]:
+            torch._foreach_copy_(*integers)
+        self.n_averaged += 1
