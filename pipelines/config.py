@@ -1,7 +1,7 @@
 """The settings that the ready-made pipelines share."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any
 
 from scae_dali.config import (
     IMAGENET_MEAN,
@@ -11,10 +11,8 @@ from scae_dali.config import (
     check_choice,
 )
 from scae_dali.methods.base import Triple
+from scae_dali.stage.images import HW_DECODER_LOAD, Decode, DTypeName, LayoutName
 
-Decode = Literal["auto", "roi", "full"]
-DTypeName = Literal["fp32", "fp16"]
-LayoutName = Literal["NCHW", "NHWC"]
 # A small network is done with fewer before the CPU has launched its next kernels.
 BUSY_PIXELS = 1 << 20
 
@@ -49,6 +47,11 @@ class ImageConfig:
         check_choice("image.layout", self.layout, ("NCHW", "NHWC"))
         check(min(self.std) > 0, f"image.std must be positive, got {self.std}")
 
+    @property
+    def tensor(self) -> dict[str, Any]:
+        """Keyword arguments of `normalise`."""
+        return {name: getattr(self, name) for name in ("mean", "std", "dtype", "layout")}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExecConfig:
@@ -65,7 +68,7 @@ class ExecConfig:
     prefetch: int = 3
     shard: int = 0
     num_shards: int = 1
-    hw_decoder_load: float = 0.9
+    hw_decoder_load: float = HW_DECODER_LOAD
 
     def __post_init__(self) -> None:
         check(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
@@ -80,19 +83,12 @@ class ExecConfig:
             f"hw_decoder_load must be in [0, 1], got {self.hw_decoder_load}",
         )
 
-    @property
-    def decoder(self) -> dict:
-        """Keyword arguments of DALI's decoders; `mixed` reads on the CPU and decodes on the GPU."""
-        if self.device_id is None:
-            return {"device": "cpu"}
-        return {"device": "mixed", "hw_decoder_load": self.hw_decoder_load}
-
     def for_inference(self, size: int) -> "ExecConfig":
         """With batches of at least BUSY_PIXELS on a GPU. size: side of an image in pixels."""
         least = 1 if self.device_id is None else BUSY_PIXELS // size**2
         return replace(self, batch_size=max(self.batch_size, least))
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """Keyword arguments of a @pipeline_def function."""
         return {
             "batch_size": self.batch_size,

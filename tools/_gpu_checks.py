@@ -307,8 +307,8 @@ def train_loader(
 ) -> Loader:
     stage = scae_stage(setup, method, **settings)
     image, execute = image_config(tensor, decode), execution(device_id)
-    pipeline = train.train_pipeline(stage, image, execute, seed=SEED, checkpoint=checkpoint)
-    return loader(setup, pipeline, train.OUTPUTS)
+    pipeline = files.train_pipeline(stage, image, execute, seed=SEED, checkpoint=checkpoint)
+    return loader(setup, pipeline, files.OUTPUTS)
 
 
 def loader(setup: Setup, pipeline: Pipeline, outputs: tuple[str, ...]) -> Loader:

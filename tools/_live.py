@@ -128,7 +128,7 @@ def memory_loader(
         start_epoch=stage.start_epoch,
     )
     pipeline = arrays.train_pipeline(stage, pixels, order, image, run)
-    return Loader(pipeline, train.OUTPUTS, stage.index, drop_last=drop_last, order=order)
+    return Loader(pipeline, files.OUTPUTS, stage.index, drop_last=drop_last, order=order)
 
 
 def planned_ahead(pixels: np.ndarray, batch_size: int) -> int:

@@ -35,7 +35,7 @@ from _options import count, existing_folder, usable_device
 
 import _bench
 import _path  # noqa: F401
-from pipelines import train
+from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.config import ScaeConfig
 from scae_dali.data.index import ImageIndex
@@ -94,8 +94,8 @@ def live_rows(
 
     def add(name: str, baseline: str, of: ImageIndex, method: str, **settings) -> None:
         stage = Stage(of, method, batch_size=args.batch_size, **GUIDED, **settings)
-        pipeline = train.train_pipeline(stage, image, run, seed=SEED)
-        loader = Loader(pipeline, train.OUTPUTS, of, drop_last=False)
+        pipeline = files.train_pipeline(stage, image, run, seed=SEED)
+        loader = Loader(pipeline, files.OUTPUTS, of, drop_last=False)
         counts[name] = Counter()
         out[name] = Row(counts[name](endless(loader)), run.prefetch + 1, stage)
         baselines[name] = baseline

@@ -57,9 +57,9 @@ from _options import count, existing_folder, shares, some_of, usable_device, who
 
 import _bench
 import _path  # noqa: F401
-from pipelines import train
+from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
-from pipelines.images import resolve_decode
+from scae_dali.stage.images import resolve_decode
 from scae_dali.cache.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import BUILT_IN
@@ -146,7 +146,7 @@ def live_rows(
 
     def row(build: Callable, method: str, **keywords) -> Row:
         stage = planned_by(method, **keywords)
-        loader = Loader(build(stage, image, run), train.OUTPUTS, index, drop_last=False)
+        loader = Loader(build(stage, image, run), files.OUTPUTS, index, drop_last=False)
         return Row((batch.images for batch in endless(loader)), ahead, stage)
 
     def workers(batches: Callable, method: str, **keywords) -> Row:
@@ -155,7 +155,7 @@ def live_rows(
             batches(index, image, method=method, **keywords), run.threads * (_peers.AHEAD + 1)
         )
 
-    ours = partial(train.train_pipeline, seed=SEED)
+    ours = partial(files.train_pipeline, seed=SEED)
     out = {}
     for method in args.methods:
         if method != "scae" or "numpy" in args.backends:

@@ -45,7 +45,7 @@ from _options import count, existing_folder, usable_devices, whole_numbers
 
 import _bench
 import _path  # noqa: F401
-from pipelines import train
+from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.cache.cache import SaliencyCache
 from scae_dali.config import CropConfig
@@ -152,8 +152,8 @@ def file_rows(
             num_shards=processes,
             **GUIDED,
         )
-        pipeline = train.train_pipeline(stage, image, run, seed=SEED)
-        loader = Loader(pipeline, train.OUTPUTS, index, drop_last=False)
+        pipeline = files.train_pipeline(stage, image, run, seed=SEED)
+        loader = Loader(pipeline, files.OUTPUTS, index, drop_last=False)
         return Row((batch.images for batch in endless(loader)), run.prefetch + 1, stage)
 
     return {method: row(method) for method in FILES}

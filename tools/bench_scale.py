@@ -40,8 +40,8 @@ from _options import count, existing_folder, sizes
 
 from _bench import interleaved, iqr, parse, report, rows, run, settings
 from pipelines.config import ExecConfig, ImageConfig
-from pipelines.images import READER
-from pipelines.train import train_pipeline
+from scae_dali.stage.images import READER
+from pipelines.files import train_pipeline
 from scae_dali.cache.cache import ChunkWriter, SaliencyCache
 from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex

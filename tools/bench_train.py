@@ -34,7 +34,7 @@ from _pass import Passes
 
 import _bench
 import _path  # noqa: F401
-from pipelines import train
+from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
@@ -194,8 +194,8 @@ class Bench:
             if self.args.device_id is not None:  # on a CPU plans take no time beside a step
                 ahead += _live.planned_ahead(self.pixels, b)
         else:
-            pipeline = train.train_pipeline(stage, self.image, self.run, seed=_live.SEED)
-            loader = Loader(pipeline, train.OUTPUTS, self.index, drop_last=True)
+            pipeline = files.train_pipeline(stage, self.image, self.run, seed=_live.SEED)
+            loader = Loader(pipeline, files.OUTPUTS, self.index, drop_last=True)
         if synthetic:
             return _live.Row(map(network.step, itertools.repeat(next(iter(loader)))), ahead=0)
         return _live.Row(map(network.step, _live.endless(loader)), ahead, stage)

@@ -81,7 +81,7 @@ def fill_fields(samples: Samples, run: Run, config: Filled) -> dict[str, Array]:
 
 def erase(images: DataNode, plan: Any, run: Run, config: Filled) -> DataNode:
     """Eq. 1. images: HWC with 3 channels, CPU or GPU; a box of no area leaves an image as it is."""
-    if config.fill in ("mean", "zero") and plan.fills(images, _value(plan, run, config)):
+    if config.fill in ("mean", "zero") and plan.fill_boxes(images, _value(plan, run, config)):
         return images
     anchor = plan.part("box", types.FLOAT, slice(0, 2))
     shape = plan.part("box", types.FLOAT, slice(2, 4))

@@ -40,7 +40,7 @@ class Order:
         check_choice("sampling", sampling, get_args(Sampling))
         self.batch_size, self.num_shards, self.start_epoch = batch_size, num_shards, start_epoch
         self.epoch_size = epoch_size(labels, sampling)
-        self.batches = math.ceil(math.ceil(self.epoch_size / num_shards) / batch_size)
+        self.batches = batches_per_epoch(self.epoch_size, batch_size, num_shards)
         first, last = (self.epoch_size * s // num_shards for s in (shard, shard + 1))
         self.shard_size = last - first
         check(
@@ -92,3 +92,16 @@ def epoch_size(labels: np.ndarray, sampling: Sampling) -> int:
         return len(labels)
     counts = np.bincount(labels)
     return int(counts.max() * np.count_nonzero(counts))
+
+
+def batches_per_epoch(
+    epoch_size: int, batch_size: int, num_shards: int = 1, *, drop_last: bool = False
+) -> int:
+    """Batches that every shard gives in an epoch: those of the largest shard, the last one padded,
+    or, with drop_last, those that are full on every shard.
+
+    epoch_size: samples of all shards. batch_size: of a shard.
+    """
+    if drop_last:
+        return epoch_size // num_shards // batch_size
+    return math.ceil(math.ceil(epoch_size / num_shards) / batch_size)

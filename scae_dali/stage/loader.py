@@ -14,7 +14,7 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 from scae_dali.data.broken import concerns_images, explain
 from scae_dali.data.index import ImageIndex
-from scae_dali.plan.order import Order
+from scae_dali.plan.order import Order, batches_per_epoch
 from scae_dali.stage.table import COMMON, COMMON_WIDTH, columns_of
 from scae_dali.stage.wiring import EachOnce
 
@@ -31,7 +31,7 @@ class Batch:
     images: float [B, 3, H, W], channels-last in memory where the pipeline gives NHWC.
     labels, partners: int64 [B], classes of the sample and of the one mixed into it.
     mu: float32 [B], the weight of `labels`.
-    On the CPU: ids: int64 [B], places in the index. status: int64 [B] of methods.Status.
+    On the CPU: ids: int64 [B], places in the index. status: int64 [B], a methods.Status each.
     boxes: float32 [B, 4], (y, x, h, w) in pixels before the flip, of no area where none.
     windows: float32 [B, 4], (y, x, h, w) of the crop in shares of the full frame. flips: bool [B].
     """
@@ -55,12 +55,13 @@ class Loader:
     """Iterates over a pipeline whose reader is named "Reader" and pads its shards, or over one that
     is fed in an `order`.
 
-    outputs: the pipeline's, by name: `images`, and either `plan` (ops.PlanNodes.row) or `id`, this
-    one maybe with `label`, `partner` and `mu` (ops.Targets).
+    outputs: the pipeline's, by name: `images`, and either `plan` (PlanNodes.row) or `id`, which may
+    come with `label`, `partner` and `mu` (Targets).
     drop_last: give only the batches that are full on every shard, so that all ranks take as many
     steps; without it the last batch may be smaller, and an empty one is left out. Samples that pad
     a shard never appear. position: batches of the epoch that a restored pipeline has given already;
     where that is all of them, the first `for` loop gives nothing.
+    remedy: takes what an ImageError says of the files, and adds what to do about them.
 
     A `for` loop gives an epoch, or what is left of it. The epoch is over once its last batch is
     given, whether or not anybody asks for another. Raises ImageError where DALI cannot read or
@@ -76,6 +77,7 @@ class Loader:
         drop_last: bool,
         position: int = 0,
         order: Order | None = None,
+        remedy: Callable[[str], str] = str,
     ) -> None:
         if not {"images"} < {*outputs} <= {"images", "plan", "id", *_TARGETS} or (
             ("plan" in outputs) == ("id" in outputs)
@@ -84,7 +86,7 @@ class Loader:
                 "outputs must be images and either plan, or id with label, partner and mu or "
                 f"without, got {', '.join(outputs)}"
             )
-        self._index, self._pipeline = index, pipeline
+        self._index, self._pipeline, self._remedy = index, pipeline, remedy
         self._labels = torch.from_numpy(index.labels.copy())
         self._once: EachOnce | None = None
         if order is None:
@@ -109,15 +111,12 @@ class Loader:
             self._dali = self._run(
                 lambda: DALIGenericIterator([pipeline], list(outputs), auto_reset=True, **length)
             )
-        self._batches = len(self._dali)
-        if drop_last:
-            shard = epoch_size // shards
-            self._batches = shard // self._batch_size
-            if self._batches == 0:
-                raise ValueError(
-                    f"batch_size must be at most the {shard} images of a shard, got "
-                    f"{self._batch_size}"
-                )
+        self._batches = batches_per_epoch(epoch_size, self._batch_size, shards, drop_last=drop_last)
+        if self._batches == 0:
+            raise ValueError(
+                f"batch_size must be at most the {epoch_size // shards} images of a shard, got "
+                f"{self._batch_size}"
+            )
 
         self._position = position  # of the next batch, within the epoch
         self._nothing_left = position >= self._batches
@@ -153,9 +152,9 @@ class Loader:
                 yield batch
 
     def state(self) -> bytes:
-        """The pipeline's state after the last batch given; see `checkpoint` of the pipelines.
-
-        After the last batch of an epoch it is that of the next one's beginning.
+        """The pipeline's state after the last batch given, to be passed as the `checkpoint` of a
+        pipeline that is defined alike. After the last batch of an epoch it is the state at the
+        beginning of the next one.
         """
         return self._dali.checkpoints()[0]
 
@@ -217,4 +216,4 @@ class Loader:
             self._pipeline._shutdown()
             if not concerns_images(str(error)):
                 raise
-            raise ImageError(explain(str(error), self._index)) from error
+            raise ImageError(self._remedy(explain(str(error), self._index))) from error

@@ -1,7 +1,8 @@
-"""The second sample of a mix inside a DALI graph, for the samples that are mixed and no others.
+"""The partner of a sample, the second image of a mix, inside a DALI graph.
 
-Its file is read, decoded and cropped on its own behind a DALI conditional, so the pipeline must be
-defined with `enable_conditionals=True`. Which sample, and with what weight, is in the plan.
+Its file is read, decoded and cropped behind a DALI conditional, for the samples that are mixed and
+no others, so the pipeline must be defined with `enable_conditionals=True`. The plan says which
+sample is the partner, and with what weight it is mixed in.
 """
 
 from __future__ import annotations
@@ -19,24 +20,42 @@ from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import conditionals
 from scae_dali.methods.base import DataNode, Status
+from scae_dali.stage.images import cut
 from scae_dali.stage.table import Planner
 
-# (encoded, start int32 [2], shape int32 [2]) -> HWC images, as large as those they go into. There
-# may be none: after a decoder of a GPU that decodes nothing, DALI's operators that want a layout
-# fail, as resize does; a slice passes nothing on.
+# (encoded, start int32 [2], shape int32 [2]) -> the windows of the partners, HWC, as large as the
+# images that they are mixed into. Where a batch has nothing to mix, these are batches of no samples
+# and, behind a GPU decoder, without a layout. fn.resize would fail on them, fn.slice does not:
+# so decode a partner whole and slice its window out, rather than decode the window alone.
 Fetch = Callable[[DataNode, DataNode, DataNode], DataNode]
 
 
 def mix(images: DataNode, plan: Any, crop: CropConfig, fetch: Fetch) -> DataNode:
     """μ·image + (1 - μ)·partner where the plan says so; the other images are left as they are.
 
-    images: HWC, before the flip. plan: ops.PlanNodes. crop: of the second samples. Raises
+    images: HWC, before the flip. plan: PlanNodes. crop: how the partners are cropped. Raises
     ValueError in a pipeline without conditionals, and where the index's files are not on the disk.
     """
     _check(plan.planner.index)
     if plan.scalar("status", types.INT32) == int(Status.MIXED):
         images = _blend(images, plan, crop, fetch)
     return images
+
+
+def decode_crop(
+    encoded: DataNode,
+    start: DataNode,
+    shape: DataNode,
+    images: DataNode,
+    size: tuple[int, int] | None,
+) -> DataNode:
+    """A Fetch: the window (start, shape) of an image, as large as `images` and on their device.
+
+    size: (h, w) of `images` in pixels; None asks them.
+    """
+    device = "cpu" if images.device == "cpu" else "mixed"
+    side = fn.cast(images.shape()[:2], dtype=types.FLOAT) if size is None else list(size)
+    return cut(fn.decoders.image(encoded, device=device), start, shape, side)
 
 
 @do_not_convert

@@ -5,7 +5,6 @@ crop windows (never pixels) and returns a small table, a row a sample, that nati
 What is planned is for `planner` and the methods.
 """
 
-import math
 import os
 import time
 import warnings
@@ -25,6 +24,7 @@ from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD, CropConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import compose
 from scae_dali.methods.base import DataNode, Run, Triple, mixes
+from scae_dali.plan.order import batches_per_epoch
 from scae_dali.plan.random import check_seed
 from scae_dali.stage import partner, wiring
 from scae_dali.stage.graph import Origin
@@ -66,9 +66,10 @@ class PlanNodes:
         """A column on its own, as a scalar."""
         return self._cut(self.planner.columns[name].start, dtype)
 
-    def fills(self, images: DataNode, value: Triple) -> bool:
-        """Whether the boxes of these images will come filled with value, a grey level a channel;
-        where not, it is for the graph to do."""
+    def fill_boxes(self, images: DataNode, value: Triple) -> bool:
+        """Have the boxes of these images filled with value, a grey level a channel, where the
+        images are made. Returns whether they will be; if not, the caller fills them in the graph.
+        """
         return False
 
     def _cut(self, columns: slice | int, dtype: types.DALIDataType) -> DataNode:
@@ -149,7 +150,7 @@ class Stage:
         self.start_epoch = start_epoch
         self.num_shards = num_shards
         self.epoch_size = len(index) if epoch_size is None else epoch_size
-        self.batches_per_epoch = math.ceil(math.ceil(self.epoch_size / num_shards) / batch_size)
+        self.batches_per_epoch = batches_per_epoch(self.epoch_size, batch_size, num_shards)
         self.seconds = 0.0  # spent in the Python operator, in DALI's thread
         self._cache = cache
         self._device = None if backend == "numpy" else torch_device
@@ -223,7 +224,7 @@ class Stage:
                     f"are fetched in [0, 255], got {self._run.mean}; call the stage before the "
                     "normalisation, or set mix_prob=0"
                 )
-            fetch = partial(_decode_crop, images=images, size=size)
+            fetch = partial(partner.decode_crop, images=images, size=size)
             images = partner.mix(images, plan, partner_crop, fetch)
         return self.apply(images, plan), plan.targets
 
@@ -473,15 +474,6 @@ def _require_frame(window: Sequence[DataNode]) -> None:
             f"window must be (start, size, shapes), got {len(window)} entries; shapes is what "
             "fn.peek_image_shape gives"
         )
-
-
-def _decode_crop(encoded, start, shape, images, size):
-    """A window of an image, as large as `images` and on their device."""
-    decoder = "cpu" if images.device == "cpu" else "mixed"
-    size = fn.cast(images.shape()[:2], dtype=types.FLOAT) if size is None else list(size)
-    whole = fn.decoders.image(encoded, device=decoder)
-    window = fn.slice(whole, start, shape, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
-    return fn.resize(window, size=size)
 
 
 def _batch(samples: list[np.ndarray]) -> np.ndarray:

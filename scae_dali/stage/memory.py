@@ -1,24 +1,30 @@
-"""Pipelines that are fed from memory: training, and whole images for validation and saliency pass.
+"""Training images in memory: compiled kernels cut, mix and fill their windows, and feed DALI.
 
-The order is ours here, so training's batches are made many at once, before DALI asks for them:
-NumPy's cost a call is then spread over thousands of samples, and a thread bears it beside DALI's.
+The order is ours here, so batches are made many at once, before DALI asks for them: NumPy's cost a
+call is then spread over thousands of samples, and a thread bears it beside DALI's.
+
+    plan = FedPlan(stage, order, images, size=(32, 32), crop=CropConfig(kind="pad", pad=4))
+    erased = stage.apply(plan.images, plan)
+    outputs = fn.crop_mirror_normalize(erased, mirror=plan.scalar("flip", types.INT32)), plan.row
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali import Pipeline, types
 from nvidia.dali.pipeline import do_not_convert
 
-from pipelines.config import ExecConfig, ImageConfig
-from pipelines.images import check_order, cut, feed, normalise
+from scae_dali.config import CropConfig
+from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods.base import DataNode, Status, Triple
 from scae_dali.plan.order import Order
 from scae_dali.plan.random import compiled
+from scae_dali.stage.feed import check_order, feed
+from scae_dali.stage.images import cut, on_device
 from scae_dali.stage.stage import PlanNodes, Stage
 
 # A block has at most:
@@ -41,39 +47,57 @@ class _Block(NamedTuple):
 
 
 class FedPlan(PlanNodes):
-    """A plan that is made ahead of DALI: every part is fed on its own, which is faster than to cut
-    it out of the row in the graph. `images`, on the pipeline's device, are the crops if `crops`,
-    mixed and, where it takes one colour for all, erased already; otherwise they are whole.
+    """A plan that is made ahead of DALI, for images in memory, and the images themselves.
 
-    DALI asks for what it is fed in the thread that trains, which finds it ready.
+    Make it in the definition of a pipeline. stage, order: they must count the same epochs. images:
+    of the stage's index. size: (h, w) of the crops in pixels. crop: how the stage draws them.
+
+    images: uint8 [h, w, 3], the crops, before the flip, on the pipeline's device. Crops by `pad` of
+    the images' own size are made in memory; they are mixed there already and, where a method fills
+    its boxes with one colour for all, erased. Other crops are cut by DALI out of whole images.
+    Every part of the plan is fed on its own, which is faster than to cut it out of the row in the
+    graph. DALI asks for what it is fed in the thread that trains, which finds it ready.
+
+    Raises ValueError where order, stage and pipeline do not agree, and where images are mixed that
+    DALI is to crop.
     """
 
     def __init__(
         self,
         stage: Stage,
         order: Order,
-        pixels: Pixels,
-        image: ImageConfig,
-        run: ExecConfig,
+        images: ArrayImages,
+        *,
+        size: tuple[int, int],
+        crop: CropConfig,
     ) -> None:
+        check_order(order, stage, Pipeline.current().max_batch_size)
         self._stage, self._order = stage, order
-        self._pixels = np.ascontiguousarray(pixels)
-        self._size, self._crop = image.size, image.crop
-        full_px = pixels.shape[1:3]
+        self._pixels, self._size, self._crop = images.pixels, size, crop
+        full_px = self._pixels.shape[1:3]
         self._full_px = np.array(full_px)
-        self.crops = image.crop.kind == "pad" and full_px == (image.size, image.size)
-        self._many = batches_at_once(pixels, order.batch_size)
+        self._crops_here = crop.kind == "pad" and full_px == size
+        if stage.mixes and not self._crops_here:
+            raise ValueError(
+                f"images in memory are mixed only where crop.kind is pad and size theirs, {full_px}"
+                f", got {crop.kind!r} and {size}; set the method's mix_prob=0, or read the images "
+                "from files (train.py: data.in_memory=false)"
+            )
+        self._many = batches_at_once(self._pixels, order.batch_size)
         self._thread = ThreadPoolExecutor(1, "plan")  # all blocks are made in it, one by one
         self._next: tuple[int, Future[_Block]] | None = None
         self._block: _Block | None = None
         self._parts: list[tuple[slice | int, npt.DTypeLike]] = []
         self._fill: np.ndarray | None = None  # of boxes; None: they are left to the graph
-        self.planner = stage.planner(image.crop, keyed=True)
-        self.images = on_device(self._feed(lambda block: block.images, layout="HWC"), run)
+        self.planner = stage.planner(crop, keyed=True)
+        self.images = on_device(self._feed(lambda block: block.images, layout="HWC"))
         self.row = self._feed(lambda block: block.rows)
+        if not self._crops_here:
+            start, shape = self.part("start", types.FLOAT), self.part("shape", types.FLOAT)
+            self.images = cut(self.images, start, shape, size)
 
-    def fills(self, images: DataNode, value: Triple) -> bool:
-        if images is not self.images or not self.crops:
+    def fill_boxes(self, images: DataNode, value: Triple) -> bool:
+        if images is not self.images or not self._crops_here:
             return False
         self._fill = np.array(value).astype(np.uint8)
         return True
@@ -122,7 +146,7 @@ class FedPlan(PlanNodes):
 
     def _images(self, rows: np.ndarray, full_px: np.ndarray) -> Pixels:
         ids = self._column(rows, "id")
-        if not self.crops:
+        if not self._crops_here:
             return self._pixels[ids]
         start = rows[:, self.planner.columns["start"]].astype(np.int64)
         images = shifted(self._pixels, ids, start)
@@ -147,11 +171,6 @@ def batches_at_once(pixels: Pixels, batch_size: int) -> int:
     """How many batches a block has; one that is used and the next may be made."""
     samples = min(SAMPLES_AT_ONCE, BYTES_AT_ONCE // pixels[0].nbytes)
     return max(1, samples // batch_size)
-
-
-def on_device(images: DataNode, run: ExecConfig) -> DataNode:
-    """Images that are fed, on the pipeline's device."""
-    return images if run.device_id is None else images.gpu()
 
 
 def shifted(pixels: Pixels, ids: np.ndarray, start: np.ndarray) -> Pixels:
@@ -190,68 +209,3 @@ def _fill_boxes(images, boxes, color):
             for column in range(max(0, x), min(width, x + w)):
                 for channel in range(channels):  # a third of the time of a slice
                     images[i, row, column, channel] = color[channel]
-
-
-def train_pipeline(
-    stage: Stage,
-    pixels: Pixels,
-    order: Order,
-    image: ImageConfig,
-    run: ExecConfig,
-    *,
-    checkpoint: bytes | None = None,
-) -> Pipeline:
-    """As pipelines.train.train_pipeline, of pixels uint8 [N, H, W, 3] in this order."""
-    check_order(order, stage, run)
-    full_px = pixels.shape[1:3]
-    if stage.mixes and (image.crop.kind != "pad" or full_px != (image.size, image.size)):
-        raise ValueError(
-            "images in memory are mixed only where image.crop.kind is pad and image.size theirs, "
-            f"{full_px}, got {image.crop.kind!r} and {image.size}; set the method's mix_prob=0, or "
-            "read the images from files (data.in_memory=false)"
-        )
-
-    @pipeline_def(
-        enable_checkpointing=True, enable_conditionals=stage.conditional, **run.arguments()
-    )
-    def define():
-        plan = FedPlan(stage, order, pixels, image, run)
-        images = plan.images
-        if not plan.crops:
-            start, shape = plan.part("start", types.FLOAT), plan.part("shape", types.FLOAT)
-            images = cut(images, start, shape, image)
-        images = stage.apply(images, plan)
-        return normalise(images, image, mirror=plan.scalar("flip", types.INT32)), plan.row
-
-    return define(checkpoint=checkpoint)
-
-
-def whole_pipeline(
-    pixels: Pixels,
-    image: ImageConfig,
-    run: ExecConfig,
-    order: Order,
-    ids: Sequence[int] | None = None,
-    *,
-    stretch: bool,
-) -> Pipeline:
-    """Whole images in turn, as pipelines.val (stretch=False) and pipelines.saliency give them.
-
-    order: of sampling `in_turn` over the ids, None: over all images. Yields images and id.
-    """
-    chosen = np.arange(len(pixels)) if ids is None else np.asarray(ids)
-
-    def batch(info):
-        return chosen[order.keys(info.iteration)]
-
-    @pipeline_def(**run.arguments())
-    def define():
-        images = on_device(feed(lambda info: pixels[batch(info)], layout="HWC"), run)
-        side = image.size if stretch else image.val_resize
-        if pixels.shape[1:3] != (side, side):
-            how = {"size": (side, side)} if stretch else {"mode": "not_smaller", "size": side}
-            images = fn.resize(images, **how)
-        crop = {} if stretch else {"crop": (image.size, image.size)}
-        return normalise(images, image, **crop), feed(lambda info: batch(info)[:, None])
-
-    return define()

@@ -1,0 +1,35 @@
+"""Training from memory: the batches that training from files gives, in an order of ours."""
+
+from nvidia.dali import Pipeline, pipeline_def
+
+from pipelines.config import ExecConfig, ImageConfig
+from pipelines.files import augmented
+from scae_dali.data.pixels import ArrayImages
+from scae_dali.plan.order import Order
+from scae_dali.stage.memory import FedPlan
+from scae_dali.stage.stage import Stage
+
+
+def train_pipeline(
+    stage: Stage,
+    images: ArrayImages,
+    order: Order,
+    image: ImageConfig,
+    execution: ExecConfig,
+    *,
+    checkpoint: bytes | None = None,
+) -> Pipeline:
+    """A pipeline that yields files.OUTPUTS for the samples of `order`.
+
+    images: those of stage.index. checkpoint: what a pipeline of the same arguments gave as its
+    state. Raises ValueError where images are mixed that memory cannot crop, see FedPlan.
+    """
+
+    @pipeline_def(
+        enable_checkpointing=True, enable_conditionals=stage.conditional, **execution.arguments()
+    )
+    def define():
+        plan = FedPlan(stage, order, images, size=(image.size, image.size), crop=image.crop)
+        return augmented(stage, plan.images, plan, image)
+
+    return define(checkpoint=checkpoint)
