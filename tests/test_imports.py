@@ -11,7 +11,7 @@ FLOORS = [
     "scae_dali.config",
     "scae_dali.plan",
     "scae_dali.data",
-    "scae_dali.cache",
+    "scae_dali.cache.cache",
     "scae_dali.methods",
     "scae_dali.stage",
     "scae_dali.saliency",
