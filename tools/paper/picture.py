@@ -16,7 +16,6 @@ epochs erased it, which was chosen by eye.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,6 @@ from matplotlib.patches import Rectangle
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import scae_dali
 from scae_dali.plan.region import saliency_at
