@@ -1,6 +1,8 @@
 """The code of the READMEs for somebody else's loop, run as it stands there on small data."""
 
 import ast
+import dataclasses
+import inspect
 import os
 import re
 import sys
@@ -18,6 +20,7 @@ from torch import nn
 
 import scae_dali
 from scae_dali.data.index import ImageIndex
+from scae_dali.methods import BUILT_IN, load
 
 PAGES = [ROOT / "README.md", ROOT / "scae_dali" / "README.md"]
 FOUND = [
@@ -85,6 +88,16 @@ def test_the_errors_on_the_page_are_those_of_the_library():
     errors = re.findall(r"^\| `(.+?)`", table, flags=re.MULTILINE)
     assert len(errors) > 20
     assert [error for error in errors if error.strip("… ") not in told] == []
+
+
+def test_every_setting_is_on_the_page():
+    named = set(re.findall(r"`(\w+)`", PAGES[1].read_text()))
+    settings = {f.name for name in BUILT_IN for f in dataclasses.fields(load(name).Config)}
+    settings |= {f.name for f in dataclasses.fields(scae_dali.CropConfig)}
+    for function in (scae_dali.Stage, scae_dali.Loader, scae_dali.refresh_cache):
+        settings |= inspect.signature(function).parameters.keys()
+    # The data set and what goes by the names of methods; what is for train.py alone.
+    assert settings - named <= {"settings", "model", "torch_device", "remedy"}
 
 
 @pytest.mark.parametrize(("name", "most"), [("loop", 16), ("webdataset", 8), ("tfrecord", 10)])
