@@ -188,7 +188,7 @@ class Config:
         channels_last: memory format of network and images.
         compile: torch.compile the network in this mode; reduce-overhead captures CUDA graphs, for
             small networks.
-        backend: arrays of the plan; see scae_dali.stage.stage.Stage.
+        backend: the operator that runs the plan; see scae_dali.stage.stage.Stage. numpy is python.
         seed: of everything random.
         checkpoint_every: steps between checkpoints within an epoch; 0: only at its end.
     """
@@ -224,13 +224,15 @@ class Config:
     amp: Literal["none", "bf16", "fp16"] = "none"
     channels_last: bool = False
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
-    backend: Literal["numpy", "torch"] = "numpy"
+    backend: Literal["python", "torch", "numpy"] = "python"
     seed: int = 0
     checkpoint_every: int = 1000
 
     def __post_init__(self) -> None:
         check(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
         check_seed(self.seed)
+        if self.backend == "numpy":
+            object.__setattr__(self, "backend", "python")
         check(
             self.optim.warmup_epochs < self.epochs,
             f"optim.warmup_epochs must be below epochs ({self.epochs}), got "
@@ -303,10 +305,8 @@ class Config:
         }
         return settings if len(settings) > 1 else next(iter(settings.values()))
 
-    def stage(
-        self, data: Data, cache: SaliencyCache | None, *, device: str, num_shards: int
-    ) -> Stage:
-        """The augmentation. device: of the torch backend. num_shards: ranks."""
+    def stage(self, data: Data, cache: SaliencyCache | None, *, num_shards: int) -> Stage:
+        """The augmentation. num_shards: ranks."""
         return Stage(
             data.train,
             self.method,
@@ -319,8 +319,6 @@ class Config:
             mean=self.image.mean,
             std=self.image.std,
             backend=self.backend,
-            torch_device=device,
-            resident=data.train_pixels is not None,  # as the images are
             **self.method_settings(),
         )
 

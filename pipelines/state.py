@@ -110,7 +110,6 @@ class State:
         return self.config.stage(
             self.data,
             None if self.guide is None else self.guide.cache,
-            device=str(self.device),
             num_shards=self.ranks.world,
         )
 

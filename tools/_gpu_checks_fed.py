@@ -34,12 +34,12 @@ from _gpu_checks import (
 from _live import long_tailed, memory_loader, random_cache, random_images
 
 import _path  # noqa: F401
-from pipelines import arrays, saliency
 from pipelines.config import ImageConfig
+from pipelines.data import Data
+from pipelines.loaders import Loaders
 from pipelines.recipe import autocast, make_network
 from scae_dali.config import CropConfig
 from scae_dali.methods import BUILT_IN, Status
-from scae_dali.plan.order import Order
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.harvest import Harvest
 from scae_dali.saliency.refresh import refresh_cache
@@ -161,16 +161,9 @@ def saliency_arrays(setup: Setup, tensor: str) -> str:
             seen: list[Batch] = []
 
             def loader_for(ids, device_id=device_id, seen=seen):
-                order = Order(
-                    tailed.index.labels[np.asarray(ids)],
-                    batch_size=BATCH,
-                    seed=SEED,
-                    sampling="in_turn",
-                )
-                execute = execution(device_id)
-                pipeline = arrays.whole_pipeline(pixels, image, execute, order, ids, stretch=True)
-                outputs, index = saliency.OUTPUTS, tailed.index
-                for batch in Loader(pipeline, outputs, index, drop_last=False, order=order):
+                data = Data(tailed.index, tailed.index, pixels, pixels)
+                loaders = Loaders(data, image, sampling="shuffle", seed=SEED)
+                for batch in loaders.saliency(image, execution(device_id), ids):
                     seen.append(batch)
                     yield replace(batch, images=batch.images.float())
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import _path  # noqa: F401
-from pipelines import arrays, train
+from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.cache.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
@@ -26,6 +26,7 @@ from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import Status
 from scae_dali.plan.order import Order
 from scae_dali.stage.loader import Batch, Loader
+from scae_dali.stage.memory import batches_at_once
 from scae_dali.stage.stage import Stage
 
 __all__ = [
@@ -127,13 +128,14 @@ def memory_loader(
         seed=SEED,
         start_epoch=stage.start_epoch,
     )
-    pipeline = arrays.train_pipeline(stage, pixels, order, image, run)
+    images = ArrayImages(stage.index, pixels)
+    pipeline = memory.train_pipeline(stage, images, order, image, run)
     return Loader(pipeline, files.OUTPUTS, stage.index, drop_last=drop_last, order=order)
 
 
 def planned_ahead(pixels: np.ndarray, batch_size: int) -> int:
     """Batches that a pipeline fed from memory may have made before DALI asks for them."""
-    return 2 * arrays.batches_at_once(pixels, batch_size)
+    return 2 * batches_at_once(pixels, batch_size)
 
 
 def endless(loader: Loader) -> Iterator[Batch]:

@@ -15,15 +15,7 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 import _path  # noqa: F401
 from pipelines.config import ExecConfig, ImageConfig
-from pipelines.images import (
-    READER,
-    crop_planned,
-    decode,
-    normalise,
-    planned,
-    read_shuffled,
-    resolve_decode,
-)
+from pipelines.files import crop_planned, planned, read_shuffled
 from scae_dali.config import (
     AutoAugmentConfig,
     PolicyConfig,
@@ -35,6 +27,7 @@ from scae_dali.data.index import ImageIndex
 from scae_dali.methods.base import DataNode
 from scae_dali.methods.policy import deprecations_hidden
 from scae_dali.plan.random import derive
+from scae_dali.stage.images import READER, decode, decoder, normalise, resolve_decode
 from scae_dali.stage.stage import Stage
 
 __all__ = ["COUNTERPARTS", "augmented_pipeline", "decoded", "plain", "undecoded"]
@@ -95,7 +88,7 @@ def augmented_pipeline(
         encoded, ids = read_shuffled(stage.index, run, SEED)
         images, plan = crop_planned(stage, encoded, ids, image, run)
         images = augment(images, image)
-        images = normalise(images, image, mirror=plan.part("flip", types.INT32))
+        images = normalise(images, **image.tensor, mirror=plan.part("flip", types.INT32))
         return images, plan.row
 
     return define()
@@ -128,12 +121,16 @@ def plain(index: ImageIndex, image: ImageConfig, run: ExecConfig) -> Iterator[to
     def define():
         encoded, labels = read(index, run)
         if resolve_decode(image.decode, run.device_id) == "roi":
-            images = fn.decoders.image_random_crop(encoded, **run.decoder, **window)
+            images = fn.decoders.image_random_crop(
+                encoded, **decoder(run.hw_decoder_load), **window
+            )
             images = fn.resize(images, size=size)
         else:
-            images = fn.random_resized_crop(decode(encoded, run), size=size, **window)
+            images = fn.random_resized_crop(
+                decode(encoded, run.hw_decoder_load), size=size, **window
+            )
         flip = fn.random.coin_flip(probability=crop.flip, seed=derive(SEED, "flip"))
-        return normalise(images, image, mirror=flip), labels
+        return normalise(images, **image.tensor, mirror=flip), labels
 
     batches = DALIGenericIterator(
         [define()],
@@ -167,7 +164,7 @@ def decoded(index: ImageIndex, run: ExecConfig) -> Iterator[Any]:
     @pipeline_def(**run.arguments())
     def define():
         encoded, labels = read(index, run)
-        return decode(encoded, run), labels
+        return decode(encoded, run.hw_decoder_load), labels
 
     return outputs(define())
 

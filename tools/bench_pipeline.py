@@ -59,10 +59,10 @@ import _bench
 import _path  # noqa: F401
 from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.stage.images import resolve_decode
 from scae_dali.cache.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import BUILT_IN
+from scae_dali.stage.images import resolve_decode
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage
 
@@ -87,10 +87,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", default=",".join(BUILT_IN), metavar="A,B,...")
     parser.add_argument(
         "--backends",
-        type=some_of("numpy", "torch"),
-        default="numpy",
+        type=some_of("python", "torch", "numpy"),
+        default="python",
         metavar="A,B",
-        help="of SCAE's plan: numpy, torch or both",
+        help="of SCAE's plan: python (or numpy, its other name), torch or both",
     )
     parser.add_argument(
         "--peers",
@@ -158,10 +158,10 @@ def live_rows(
     ours = partial(files.train_pipeline, seed=SEED)
     out = {}
     for method in args.methods:
-        if method != "scae" or "numpy" in args.backends:
+        if method != "scae" or {"python", "numpy"} & {*args.backends}:
             out[method] = row(ours, method)
         if method == "scae" and "torch" in args.backends:
-            out["scae (torch)"] = row(ours, method, backend="torch", torch_device=device)
+            out["scae (torch)"] = row(ours, method, backend="torch")
     out["none (again)"] = row(ours, "none")
     if "native" in args.peers:
         out["native none"] = Row(_native.plain(index, image, run), ahead)

@@ -123,7 +123,7 @@ def plan_rows(args: argparse.Namespace, index: ImageIndex, cache: str, rank: int
         planner = stage.planner(CropConfig())
         for number, ids in enumerate(batches()):
             iteration = np.full(args.batch_size, number)
-            yield stage.rows(planner, ids, iteration, size_px, full_px)
+            yield planner(ids, iteration, size_px, full_px)
 
     maps = SaliencyCache(cache, index=index)
     out = {name: Row(plans(method), ahead=0) for name, method in PLANS.items()}
@@ -173,12 +173,12 @@ def start(
     """The first call in a process. indices: made-up samples, then those of files, by cache."""
     if args.device_id[rank] is not None:
         torch.cuda.set_device(args.device_id[rank])
-    (plans, made_up), *files = indices.items()
+    (plans, made_up), *others = indices.items()
     alike = plan_rows(args, made_up, plans, rank)
     for n in args.processes:
         if rank < n:
             rows = dict(alike)
-            for cache, index in files:
+            for cache, index in others:
                 rows |= file_rows(args, index, cache, rank, n)
             _live.update({(name, n): row for name, row in rows.items()})
     _barriers.update(barriers)

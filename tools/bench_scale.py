@@ -40,12 +40,12 @@ from _options import count, existing_folder, sizes
 
 from _bench import interleaved, iqr, parse, report, rows, run, settings
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.stage.images import READER
 from pipelines.files import train_pipeline
 from scae_dali.cache.cache import ChunkWriter, SaliencyCache
 from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.plan.order import Order
+from scae_dali.stage.images import READER
 from scae_dali.stage.stage import Stage
 from scae_dali.stage.table import COMMON, columns_of
 

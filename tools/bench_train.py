@@ -180,14 +180,7 @@ class Bench:
         synthetic: bool = False,
     ) -> _live.Row:
         b = self.run.batch_size
-        stage = Stage(
-            self.index,
-            method,
-            batch_size=b,
-            cache=cache,
-            resident=self.pixels is not None,
-            **_live.GUIDED,
-        )
+        stage = Stage(self.index, method, batch_size=b, cache=cache, **_live.GUIDED)
         ahead = self.run.prefetch + 1
         if self.pixels is not None:
             loader = _live.memory_loader(stage, self.pixels, self.image, self.run)

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 import _path  # noqa: F401
 from pipelines.config import ExecConfig
-from pipelines.images import decode, read
 from scae_dali.data.broken import concerns_images, confirmed, faults
 from scae_dali.data.index import DatasetError, ImageIndex
+from scae_dali.stage.images import decode, read
 
 BATCH = 32
 CHUNK = 128 * BATCH  # images a pipeline: a failure costs it, and DALI copies its list of files
@@ -40,8 +40,8 @@ def decoded(index: ImageIndex, ids: Sequence[int], threads: int) -> int:
 
     @pipeline_def(**run.arguments())
     def define():
-        encoded, _ = read(index, run, ids)
-        return fn.peek_image_shape(encoded), decode(encoded, run).shape()
+        encoded, _ = read(index, ids)
+        return fn.peek_image_shape(encoded), decode(encoded).shape()
 
     done = 0
     try:

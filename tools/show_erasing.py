@@ -23,10 +23,11 @@ from nvidia.dali import Pipeline, pipeline_def, types
 
 import _path  # noqa: F401
 from pipelines.config import ExecConfig, ImageConfig
-from pipelines.images import crop_planned, decode, normalise, read
+from pipelines.files import crop_planned
 from scae_dali.cache.cache import CacheError, SaliencyCache
 from scae_dali.data.index import DatasetError, ImageIndex
 from scae_dali.plan.region import centre_range, saliency_at
+from scae_dali.stage.images import decode, normalise, read
 from scae_dali.stage.stage import Stage
 
 SIDE_INCHES = 2.2  # of a panel
@@ -84,10 +85,10 @@ def show_pipeline(stage: Stage, ids: list[int], image: ImageConfig) -> Pipeline:
 
     @pipeline_def(**run.arguments())
     def define():
-        encoded, numbers = read(stage.index, run, ids)
-        upright = decode(encoded, run)
+        encoded, numbers = read(stage.index, ids)
+        upright = decode(encoded)
         images, plan = crop_planned(stage, encoded, numbers, image, run)
-        images = normalise(stage.apply(images, plan), image)
+        images = normalise(stage.apply(images, plan), **image.tensor)
         window = (plan.part(name, types.INT32) for name in ("start", "shape"))
         return upright, *window, plan.part("box", types.FLOAT), images
 

@@ -25,6 +25,7 @@ anything written to a cache that was deleted or replaced since it was opened.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import weakref
@@ -67,7 +68,7 @@ from scae_dali.cache.records import (
     rows,
     split,
 )
-from scae_dali.cache.resident import ResidentCache
+from scae_dali.cache.resident import ResidentCache, Snapshot
 from scae_dali.cache.writer import ChunkWriter, require_no_writer
 from scae_dali.plan.random import Stream, uniforms
 
@@ -501,22 +502,34 @@ class SaliencyCache:
             )
         return np.frombuffer(blob, "<u2").astype(np.uint16).reshape(shape)
 
-    def snapshot(self) -> tuple[Maps, NDArray[np.bool_], int]:
-        """All maps u8[N,h,w], found bool[N], and the number of passes they are of."""
+    @property
+    def map_bytes(self) -> int:
+        """What all maps take in memory, N·h·w."""
+        return self._samples * math.prod(self._grid)
 
-        def copy(txn: lmdb.Transaction) -> tuple[Maps, NDArray[np.bool_], int]:
+    def version(self) -> tuple[int, bytes]:
+        """Changes with everything that anybody writes to the cache: the number of LMDB's last
+        transaction, and the meta record, which tells a cache from one that has replaced it."""
+        return self._view(_version)
+
+    def snapshot(self) -> Snapshot:
+        """All maps, of one moment."""
+
+        def copy(txn: lmdb.Transaction) -> Snapshot:
             maps = np.zeros((self._samples, *self._grid), np.uint8)
             found = np.zeros(self._samples, np.bool_)
             for ids, records in self._scan(txn):
                 maps[ids] = records["map"]
                 found[ids] = True
-            return maps, found, self._meta(txn).passes
+            return Snapshot(maps, found, _version(txn))
 
         return self._view(copy)
 
     def resident(self) -> ResidentCache:
-        """All maps in memory, N*h*w bytes."""
-        return ResidentCache(self)
+        """All maps in memory, N·h·w bytes."""
+        resident = ResidentCache(self)
+        resident.refresh()
+        return resident
 
     def close(self) -> None:
         """Closes LMDB too, unless another SaliencyCache of this process has the same path."""
@@ -664,6 +677,10 @@ class SaliencyCache:
         for ids, records in self._scan(txn):
             stamps[ids] = records["stamp"]
         return stamps
+
+
+def _version(txn: lmdb.Transaction) -> tuple[int, bytes]:
+    return txn.id(), bytes(txn.get(_META, b""))
 
 
 class _Patience:

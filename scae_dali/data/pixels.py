@@ -1,7 +1,6 @@
 """Images in memory: an index and the pixels of its samples, from CIFAR's files or decoded once.
 
-For small images, of which opening a file costs more than decoding it. How pixels get into a
-pipeline is for the pipelines.
+For small images, of which opening a file costs more than decoding it.
 """
 
 from __future__ import annotations

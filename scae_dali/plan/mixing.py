@@ -6,21 +6,17 @@ What is mixed is decided by the methods; the random numbers come in as data.
 import numpy as np
 from scipy.special import betaincinv
 
-from scae_dali.plan.random import Array, array_namespace, on_host
 
-
-def mix_weight(u: Array, alpha: float) -> Array:
+def mix_weight(u: np.ndarray, alpha: float) -> np.ndarray:
     """μ ~ Beta(alpha, alpha), by the inverse of its distribution function.
 
     u: float64 [B] in (0, 1) -> float64 [B] in [0, 1].
     """
-    xp = array_namespace(u)
-    return xp.asarray(betaincinv(alpha, alpha, on_host(u)), device=u.device)
+    return betaincinv(alpha, alpha, u)
 
 
 class Partners:
-    """Draws the second sample from the same class or a neighbouring one; NumPy alone, since few
-    samples of a batch are of the tail.
+    """Draws the second sample from the same class or a neighbouring one.
 
     labels: int64 [N], of every sample. num_classes: K.
     """

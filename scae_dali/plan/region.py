@@ -8,8 +8,7 @@ hundred patches. A proposal is a patch in proportion to its envelope, a pixel un
 and is accepted with exp(λ·Â) over the envelope. Where all PROPOSALS fail, the centre is drawn from
 the full sum over pixels: both branches follow eq. 4, hence so does their mixture.
 
-Functions of arrays (NumPy or torch); random numbers are given. Of NumPy's arrays the rejection is
-compiled by Numba.
+Functions of arrays; random numbers are given. The rejection is compiled by Numba.
 """
 
 import functools
@@ -18,7 +17,7 @@ import math
 import numpy as np
 
 from scae_dali.config import AspectLaw, Border, Range
-from scae_dali.plan.random import Array, array_namespace, compiled, on_host
+from scae_dali.plan.random import compiled
 
 PROPOSALS = 6
 DRAWS = 4 * PROPOSALS + 1  # uniforms that draw_centre reads a sample
@@ -26,8 +25,8 @@ _PATCH_LAMBDA = 2.0  # patches are divided until |λ| times the span of Â is at
 
 
 def draw_size(
-    u: Array, size_px: Array, area: Range, aspect: Range, law: AspectLaw = "uniform"
-) -> tuple[Array, Array]:
+    u: np.ndarray, size_px: np.ndarray, area: Range, aspect: Range, law: AspectLaw = "uniform"
+) -> tuple[np.ndarray, np.ndarray]:
     """Area a ~ U[area] of the crop, aspect r = h/w: h = √(a·HW·r), w = √(a·HW/r).
 
     u: float64 [B, tries, 2] in (0, 1). size_px: int64 [B, 2], (H, W). law: r ~ U[aspect], or
@@ -35,85 +34,80 @@ def draw_size(
     Returns (int64 [B, 2] sizes (h, w) in pixels, bool [B] whether a try fitted; the size is 0 where
     none did).
     """
-    xp = array_namespace(u)
-    height = xp.astype(size_px[:, 0:1], xp.float64)
-    width = xp.astype(size_px[:, 1:2], xp.float64)
+    height, width = size_px[:, 0:1], size_px[:, 1:2]
     a = (area[0] + (area[1] - area[0]) * u[:, :, 0]) * (height * width)
     if law == "log":
         low, high = math.log(aspect[0]), math.log(aspect[1])
-        r = xp.exp(low + (high - low) * u[:, :, 1])
+        r = np.exp(low + (high - low) * u[:, :, 1])
     else:
         r = aspect[0] + (aspect[1] - aspect[0]) * u[:, :, 1]
-    h, w = xp.round(xp.sqrt(a * r)), xp.round(xp.sqrt(a / r))  # [B, tries]
+    h, w = np.round(np.sqrt(a * r)), np.round(np.sqrt(a / r))  # [B, tries]
     fits = (h >= 1) & (h < height) & (w >= 1) & (w < width)
-    rows = _arange(xp, u.shape[0], u)
-    first = xp.argmax(xp.astype(fits, xp.int8), axis=1)
+    rows = np.arange(len(u))
+    first = np.argmax(fits, axis=1)
     fitted = fits[rows, first]
-    size = xp.stack([h[rows, first], w[rows, first]], axis=1)
-    return xp.astype(xp.where(fitted[:, None], size, xp.zeros_like(size)), xp.int64), fitted
+    size = np.stack([h[rows, first], w[rows, first]], axis=1)
+    return np.where(fitted[:, None], size, 0).astype(np.int64), fitted
 
 
-def centre_range(hw_px: Array, size_px: Array, border: Border) -> tuple[Array, Array]:
+def centre_range(
+    hw_px: np.ndarray, size_px: np.ndarray, border: Border
+) -> tuple[np.ndarray, np.ndarray]:
     """The pixels that may be the centre: first and last, inclusive, int64 [B, 2] each.
 
     The centre of a rectangle that begins at pixel y and is h high is pixel y + h // 2.
     """
-    xp = array_namespace(hw_px)
     if border == "clip":
-        return xp.zeros_like(hw_px), size_px - 1
+        return np.zeros_like(hw_px), size_px - 1
     return hw_px // 2, size_px - hw_px + hw_px // 2
 
 
-def box_at(centre: Array, hw_px: Array, size_px: Array) -> Array:
+def box_at(centre: np.ndarray, hw_px: np.ndarray, size_px: np.ndarray) -> np.ndarray:
     """The rectangle around a centre, clipped to the crop. int64 [B, 2] each -> int64 [B, 4]."""
-    xp = array_namespace(centre)
     begin = centre - hw_px // 2
-    end = xp.minimum(begin + hw_px, size_px)
-    begin = xp.maximum(begin, xp.zeros_like(begin))
-    return xp.concat([begin, end - begin], axis=1)
+    end = np.minimum(begin + hw_px, size_px)
+    begin = np.maximum(begin, 0)
+    return np.concatenate([begin, end - begin], axis=1)
 
 
-def saliency_at(saliency: Array, position: Array, axis_window: Array) -> Array:
+def saliency_at(saliency: np.ndarray, position: np.ndarray, axis_window: np.ndarray) -> np.ndarray:
     """Â at pixels of the crop.
 
     saliency: float64 [B, gh, gw]. position: int64 or float64 [B, N, 2], pixels (y, x). axis_window:
     float64 [B, 2, 2]: per axis, v = start + step · (pixel + ½) is the place in the full frame.
     Returns float64 [B, N].
     """
-    xp = array_namespace(saliency)
     b, gh, gw = saliency.shape
     v = axis_window[:, None, :, 0] + axis_window[:, None, :, 1] * (position + 0.5)
-    inside = xp.abs(v - 0.5) <= 0.5
-    grid = xp.asarray(saliency.shape[1:], dtype=xp.float64, device=saliency.device)
-    place = xp.minimum((v * grid - 0.5).clip(min=0.0), grid - 1)  # the centre of cell k is at k
-    low = xp.floor(place)
+    inside = np.abs(v - 0.5) <= 0.5
+    cells = np.array([gh, gw])
+    place = np.clip(v * cells - 0.5, 0.0, cells - 1)  # the centre of cell k is at k
+    low = np.floor(place).astype(np.int64)
     t = place - low
-    ends = xp.stack([low, xp.minimum(low + 1, grid - 1)])  # [2, B, N, 2]
-    base = gh * gw * _arange(xp, b, saliency)[:, None]
-    corner = (ends[:, None, :, :, 0] * gw + ends[None, :, :, :, 1]) + base  # [2, 2, B, N]
-    value = _pick(saliency, xp.astype(corner, xp.int64))
+    ends = np.stack([low, np.minimum(low + 1, cells - 1)])  # [2, B, N, 2]
+    # Of the four cells around each pixel: [2, 2, B, N].
+    value = saliency[np.arange(b)[:, None], ends[:, None, :, :, 0], ends[None, :, :, :, 1]]
     value = value[0] + t[:, :, 0] * (value[1] - value[0])
     value = value[0] + t[:, :, 1] * (value[1] - value[0])
     return value * (inside[:, :, 0] & inside[:, :, 1])
 
 
-def uniform_centre(u: Array, first: Array, last: Array) -> Array:
+def uniform_centre(u: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
     """A pixel uniform in first <= (i, j) <= last. u: float64 [B, 2] in (0, 1) -> int64 [B, 2]."""
-    xp = array_namespace(u)
-    return first + xp.astype(xp.floor(u * (last - first + 1)), xp.int64)
+    return first + np.floor(u * (last - first + 1)).astype(np.int64)
 
 
 def draw_centre(
-    u: Array,
-    saliency: Array,
-    lam: Array,
-    window: Array,
-    size_px: Array,
-    first: Array,
-    last: Array,
+    u: np.ndarray,
+    saliency: np.ndarray,
+    lam: np.ndarray,
+    window: np.ndarray,
+    size_px: np.ndarray,
+    first: np.ndarray,
+    last: np.ndarray,
     *,
     lam_bound: float,
-) -> Array:
+) -> np.ndarray:
     """Eq. 4: a pixel (i, j) with P(i, j) ∝ exp(λ·Â(i, j)) over first <= (i, j) <= last.
 
     u: float64 [B, DRAWS] in (0, 1). saliency: float64 [B, gh, gw] over the full frame. lam: float64
@@ -125,102 +119,66 @@ def draw_centre(
     (y, x).
     """
     where = (saliency, lam, window, size_px, first, last)
-    propose = _propose_by_turns if isinstance(saliency, np.ndarray) else _propose
-    centre, drawn = propose(u[:, :-1], *where, max(1, math.ceil(lam_bound / _PATCH_LAMBDA)))
-    for k in np.flatnonzero(~on_host(drawn)).tolist():
+    centre, drawn = _propose(u[:, :-1], *where, max(1, math.ceil(lam_bound / _PATCH_LAMBDA)))
+    for k in np.flatnonzero(~drawn):
         centre[k] = _draw_exact(u[k, -1], *(array[k] for array in where))
     return centre
 
 
-def peak(saliency: Array, window: Array, size_px: Array) -> Array:
+def peak(saliency: np.ndarray, window: np.ndarray, size_px: np.ndarray) -> np.ndarray:
     """The pixel of the crop where Â is largest, or one of them: int64 [B, 2], (y, x).
 
     saliency: float64 [B, gh, gw]. window: float64 [B, 4]. size_px: int64 [B, 2]. As in draw_centre.
     """
-    xp = array_namespace(saliency)
-    b, gh, gw = saliency.shape
+    b, *grid = saliency.shape
     axis_window = _axis_window(window, size_px)
-    zero, last = xp.zeros_like(size_px), size_px - 1
+    last = size_px - 1
     # Â is bilinear on every patch, so it is largest at a corner of one.
-    edges = xp.astype(_patch_edges((gh, gw), 1, axis_window, zero, last), xp.int64)
     corners = []
-    along_y = gh + 4  # one more than there are patches
-    for axis, edge in enumerate((edges[:, :along_y], edges[:, along_y:])):
-        ends = xp.concat([edge[:, :-1], edge[:, 1:] - 1], axis=1)
-        corners.append(xp.minimum(ends.clip(min=0), last[:, axis : axis + 1]))
+    for axis, cells in enumerate(grid):
+        start, step = axis_window[:, axis : axis + 1, 0], axis_window[:, axis : axis + 1, 1]
+        edges = np.ceil((_patch_ends(cells, 1) - start) / step - 0.5)
+        edges = np.clip(edges, 0, size_px[:, axis : axis + 1]).astype(np.int64)
+        ends = np.concatenate([edges[:, :-1], edges[:, 1:] - 1], axis=1)
+        corners.append(np.clip(ends, 0, last[:, axis : axis + 1]))
     n, m = corners[0].shape[1], corners[1].shape[1]
-    y = xp.broadcast_to(corners[0][:, :, None], (b, n, m))
-    x = xp.broadcast_to(corners[1][:, None, :], (b, n, m))
-    pixels = xp.reshape(xp.stack([y, x], axis=3), (b, n * m, 2))  # b may be 0
-    best = xp.argmax(saliency_at(saliency, pixels, axis_window), axis=1)
-    return pixels[_arange(xp, b, saliency), best]
+    y = np.broadcast_to(corners[0][:, :, None], (b, n, m))
+    x = np.broadcast_to(corners[1][:, None, :], (b, n, m))
+    pixels = np.stack([y, x], axis=3).reshape(b, n * m, 2)  # b may be 0
+    best = np.argmax(saliency_at(saliency, pixels, axis_window), axis=1)
+    return pixels[np.arange(b), best]
 
 
 def _propose(
-    u: Array,
-    saliency: Array,
-    lam: Array,
-    window: Array,
-    size_px: Array,
-    first: Array,
-    last: Array,
+    u: np.ndarray,
+    saliency: np.ndarray,
+    lam: np.ndarray,
+    window: np.ndarray,
+    size_px: np.ndarray,
+    first: np.ndarray,
+    last: np.ndarray,
     per_cell: int,
-) -> tuple[Array, Array]:
+) -> tuple[np.ndarray, np.ndarray]:
     """The first proposal that is accepted, int64 [B, 2], and bool [B], whether one is.
 
     u: float64 [B, 4 · proposals]. per_cell: the envelope's nodes between the centres of two cells.
     The others are as in draw_centre.
     """
-    xp = array_namespace(saliency)
-    b, grid = saliency.shape[0], saliency.shape[1:]
-    u = xp.reshape(u, (b, u.shape[1] // 4, 4))
-    axis_window = _axis_window(window, size_px)
-    edges = _patch_edges(grid, per_cell, axis_window, first, last)
-    top = lam.clip(min=0.0)  # λ·Â is at most this; taken out before exp, which must not overflow
-    bound = _patch_bounds(saliency, lam, top, per_cell)  # [B, ny, nx]
-    _, ny, nx = bound.shape
-    count = edges[:, 1:] - edges[:, :-1]  # between the two axes it is of nothing
-    count_y, count_x = count[:, :ny], count[:, ny + 1 :]
-    mass = xp.matmul(bound, count_x[:, :, None])[:, :, 0] * count_y
-    above = xp.cumulative_sum(mass, axis=1, include_initial=True)  # [B, ny + 1]
-
-    rows = _arange(xp, b, saliency)[:, None]
-    target = u[:, :, 0] * above[:, -1:]  # [B, P]
-    py = _count_below(above[:, None, 1:-1], target)
-    row = rows * ny + py
-    column = xp.take(xp.reshape(bound, (b * ny, nx)), xp.reshape(row, (-1,)), axis=0)
-    column = xp.cumulative_sum(xp.reshape(column, (b, -1, nx)) * count_x[:, None, :], axis=2)
-    target = (target - _pick(above, row + rows)) / _pick(count_y, row)
-    # Rounding may leave target at the row's very end: hold it below.
-    target = xp.minimum(target, column[:, :, -1] * (1 - 2.0**-52))
-    px = _count_below(column[:, :, :-1], target)
-    patch = xp.stack([py, px + ny + 1], axis=2) + rows[:, :, None] * edges.shape[1]
-    begin, end = _pick(edges, patch), _pick(edges, patch + 1)
-    proposal = begin + xp.floor(u[:, :, 1:3] * (end - begin))  # [B, P, 2]
-    exponent = lam[:, None] * saliency_at(saliency, proposal, axis_window) - top[:, None]
-    accepted = u[:, :, 3] * _pick(bound, row * nx + px) <= xp.exp(exponent)
-    first_one = xp.argmax(xp.astype(accepted, xp.int8), axis=1)
-    chosen = xp.astype(proposal[rows[:, 0], first_one], xp.int64)
-
-    chosen = xp.where(lam[:, None] == 0, uniform_centre(u[:, 0, :2], first, last), chosen)
-    return chosen, (lam == 0) | xp.any(accepted, axis=1)
-
-
-def _propose_by_turns(u, saliency, lam, window, size_px, first, last, per_cell):
-    """`_propose` of NumPy's arrays: a sample after the other, with the proposals that it takes."""
-    places, axis = _places(*saliency.shape[1:], per_cell)
+    _, gh, gw = saliency.shape
     centre, drawn = np.empty((len(u), 2), np.int64), np.empty(len(u), np.bool_)
     axis_window = _axis_window(window, size_px)
-    by_axis = places[axis == 0], places[axis == 1]
-    _fill_centres(centre, drawn, u, saliency, lam, axis_window, first, last, *by_axis, per_cell)
+    ends = _patch_ends(gh, per_cell), _patch_ends(gw, per_cell)
+    _fill_centres(centre, drawn, u, saliency, lam, axis_window, first, last, *ends, per_cell)
     return centre, drawn
 
 
 @compiled
 def _fill_centres(
-    centre, drawn, u, saliency, lam, axis_window, first, last, places_y, places_x, per_cell
+    centre, drawn, u, saliency, lam, axis_window, first, last, ends_y, ends_x, per_cell
 ):
-    ny, nx = len(places_y) - 1, len(places_x) - 1  # patches
+    """`_propose` into centre and drawn, a sample after the other, with as many proposals as it
+    takes. ends_y, ends_x: of `_patch_ends`."""
+    ny, nx = len(ends_y) - 1, len(ends_x) - 1  # patches
     edges_y, edges_x = np.empty(ny + 1), np.empty(nx + 1)
     node, bound = np.empty((ny - 3, nx - 3)), np.empty((ny, nx))
     above, column = np.zeros(ny + 1), np.empty(nx)
@@ -231,15 +189,18 @@ def _fill_centres(
                 pixels = last[k, axis] - first[k, axis] + 1
                 centre[k, axis] = first[k, axis] + np.floor(u[k, axis] * pixels)
             continue
-        _fill_edges(edges_y, places_y, axis_window[k, 0], first[k, 0], last[k, 0])
-        _fill_edges(edges_x, places_x, axis_window[k, 1], first[k, 1], last[k, 1])
+        _fill_edges(edges_y, ends_y, axis_window[k, 0], first[k, 0], last[k, 0])
+        _fill_edges(edges_x, ends_x, axis_window[k, 1], first[k, 1], last[k, 1])
         (y0, y1), (x0, x1) = _reach(edges_y), _reach(edges_x)
+        # λ·Â is at most `top`, which is taken out before exp, for that must not overflow.
         own, top = saliency[k], max(lam[k], 0.0)
         for i in range(max(y0 - 2, 0), min(y1 - 1, ny - 3)):
             for j in range(max(x0 - 2, 0), min(x1 - 1, nx - 3)):
                 value = own[i, j] if per_cell == 1 else _between(own, i / per_cell, j / per_cell)
                 node[i, j] = np.exp(lam[k] * value - top)
-        bound[:] = np.exp(-top)  # as in _patch_bounds
+        # The upper bound of exp(λ·Â - top) on every patch; Â is 0 outside the image. A node bounds
+        # the patches on both its sides; the outermost ones reach to the image's border.
+        bound[:] = np.exp(-top)
         for i in range(max(y0, 1), min(y1, ny - 1)):
             low, high = max(i - 2, 0), min(i - 1, ny - 4)
             for j in range(max(x0, 1), min(x1, nx - 1)):
@@ -263,6 +224,7 @@ def _fill_centres(
                 total += bound[i, j] * (edges_x[j + 1] - edges_x[j])
                 column[j] = total
             target = (target - above[i]) / (edges_y[i + 1] - edges_y[i])
+            # Rounding may leave target at the row's very end: hold it below.
             target = min(target, total * (1 - 2.0**-52))
             j = 0
             while j < nx - 1 and column[j] <= target:
@@ -287,10 +249,11 @@ def _reach(edges):
 
 
 @compiled
-def _fill_edges(edges, places, frame, first, last):
-    """`_patch_edges` of one axis. frame: start and step."""
-    for i in range(len(places)):
-        edge = np.ceil((places[i] - frame[0]) / frame[1] - 0.5)
+def _fill_edges(edges, ends, frame, first, last):
+    """Along one axis, the first pixel of each patch, and one past the last. frame: start and step.
+    ends: of `_patch_ends`."""
+    for i in range(len(ends)):
+        edge = np.ceil((ends[i] - frame[0]) / frame[1] - 0.5)
         edges[i] = min(max(edge, float(first)), last + 1.0)
 
 
@@ -320,112 +283,39 @@ def _between(saliency, i, j):
     return a + (j - left) * (b - a)
 
 
-def _axis_window(window, size_px) -> Array:
+def _axis_window(window: np.ndarray, size_px: np.ndarray) -> np.ndarray:
     """What saliency_at takes, of a window and size: float64 [B, axis, (start, step)]."""
-    xp = array_namespace(window)
-    return xp.stack([window[:, :2], window[:, 2:] / xp.astype(size_px, xp.float64)], axis=2)
-
-
-def _patch_edges(grid, per_cell, axis_window, first, last) -> Array:
-    """First pixel of each patch along y, and one past the last; then those along x: float64
-    [B, ny + 1 + nx + 1], whole numbers.
-
-    Patches end at the image's borders and at the nodes of the envelope.
-    """
-    xp, device = array_namespace(first), first.device
-    place, axis = (xp.asarray(array, device=device) for array in _places(*grid, per_cell))
-    frame = xp.take(axis_window, axis, axis=1)
-    begin, end = (xp.take(array, axis, axis=1) for array in (first, last + 1))
-    edges = xp.ceil((place - frame[:, :, 0]) / frame[:, :, 1] - 0.5)
-    return xp.minimum(xp.maximum(edges, begin), end)
-
-
-def _patch_bounds(saliency, lam, top, per_cell) -> Array:
-    """Upper bound of exp(λ·Â - top) on every patch, float64 [B, ny, nx]."""
-    xp = array_namespace(saliency)
-    b, gh, gw = saliency.shape
-    node = saliency
-    if per_cell > 1:
-        rows = xp.asarray(_refinement(gh, per_cell), device=lam.device)
-        columns = xp.asarray(_refinement(gw, per_cell), device=lam.device)
-        node = xp.matmul(xp.matmul(rows, node), columns.T)
-    node = xp.exp(lam[:, None, None] * node - top[:, None, None])
-    # A node bounds the patches on both its sides; the outermost ones reach to the image's border.
-    bound = xp.empty((b, node.shape[1] + 3, node.shape[2] + 3), dtype=node.dtype, device=lam.device)
-    bound[...] = xp.exp(-top)[:, None, None]  # Â is 0 outside the image
-    rows = xp.concat([node[:, :1], xp.maximum(node[:, 1:], node[:, :-1]), node[:, -1:]], axis=1)
-    bound[:, 1:-1, 1] = rows[:, :, 0]
-    bound[:, 1:-1, 2:-2] = xp.maximum(rows[:, :, 1:], rows[:, :, :-1])
-    bound[:, 1:-1, -2] = rows[:, :, -1]
-    return bound
+    return np.stack([window[:, :2], window[:, 2:] / size_px], axis=2)
 
 
 @functools.cache
-def _places(gh: int, gw: int, per_cell: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where patches may end in the full frame, along y and then along x: float64 and int64 [n],
-    the place and the axis."""
-    along = [[-np.inf, 0.0, *_nodes(g, per_cell), 1.0, np.inf] for g in (gh, gw)]
-    return np.concatenate(along), np.repeat([0, 1], [len(places) for places in along])
+def _patch_ends(cells: int, per_cell: int) -> np.ndarray:
+    """Where patches may end along one axis of the full frame, float64 [n]: at the image's borders
+    and at the nodes of the envelope, which are the cells' centres and places between."""
+    nodes = (np.arange((cells - 1) * per_cell + 1) / per_cell + 0.5) / cells
+    return np.array([-np.inf, 0.0, *nodes, 1.0, np.inf])
 
 
-@functools.cache
-def _nodes(g: int, per_cell: int) -> np.ndarray:
-    """Where the envelope's nodes lie in the full frame: the cells' centres and places between."""
-    return (np.arange((g - 1) * per_cell + 1) / per_cell + 0.5) / g
-
-
-@functools.cache
-def _refinement(g: int, per_cell: int) -> np.ndarray:
-    """Linear interpolation from the g cells to the nodes: float64 [nodes, g]."""
-    return _cell_weights(_nodes(g, per_cell), g)
-
-
-def _draw_exact(u, saliency, lam, window, size_px, first, last) -> Array:
+def _draw_exact(u, saliency, lam, window, size_px, first, last) -> np.ndarray:
     """Eq. 4 for one sample by the sum over all pixels. Returns int64 [2]."""
-    xp, device = array_namespace(saliency), saliency.device
     (start_y, step_y), (start_x, step_x) = _axis_window(window[None], size_px[None])[0]
-    y = xp.arange(int(first[0]), int(last[0]) + 1, dtype=xp.int64, device=device)
-    x = xp.arange(int(first[1]), int(last[1]) + 1, dtype=xp.int64, device=device)
+    y, x = (np.arange(first[axis], last[axis] + 1) for axis in (0, 1))
     rows = _cell_weights(start_y + step_y * (y + 0.5), saliency.shape[0])
     columns = _cell_weights(start_x + step_x * (x + 0.5), saliency.shape[1])
-    exponent = lam * xp.matmul(xp.matmul(rows, saliency), columns.T)
-    mass = xp.exp(exponent - xp.max(exponent))
-    row = xp.cumulative_sum(xp.sum(mass, axis=1), include_initial=True)
+    exponent = lam * (rows @ saliency @ columns.T)
+    mass = np.exp(exponent - exponent.max())
+    row = np.cumulative_sum(mass.sum(axis=1), include_initial=True)
     target = u * row[-1]
-    i = int(xp.sum(xp.astype(row[1:-1] <= target, xp.int64)))
-    column = xp.cumulative_sum(mass[i])
-    j = int(xp.sum(xp.astype(column[:-1] <= target - row[i], xp.int64)))
-    return xp.stack([y[i], x[j]])
+    i = np.count_nonzero(row[1:-1] <= target)
+    column = np.cumsum(mass[i])
+    j = np.count_nonzero(column[:-1] <= target - row[i])
+    return np.array([y[i], x[j]])
 
 
-def _cell_weights(v, cells) -> Array:
+def _cell_weights(v: np.ndarray, cells: int) -> np.ndarray:
     """Along one axis, the weight of each cell at places of the full frame; 0 outside the image.
     float64 [n] -> float64 [n, cells].
     """
-    xp = array_namespace(v)
-    place = (v * cells - 0.5).clip(0.0, cells - 1.0)
-    cell = xp.arange(cells, dtype=xp.float64, device=v.device)
-    weight = (1 - xp.abs(place[:, None] - cell)).clip(min=0.0)
-    return weight * (xp.abs(v - 0.5) <= 0.5)[:, None]
-
-
-def _count_below(cumulative, target) -> Array:
-    """How many cumulative values are not above target. [B, 1 or P, n], [B, P] -> int64 [B, P].
-
-    A product with ones, for a sum along a short axis takes several times as long.
-    """
-    xp = array_namespace(target)
-    below = xp.astype(cumulative <= target[:, :, None], xp.float64)
-    ones = xp.ones((below.shape[2],), dtype=xp.float64, device=target.device)
-    return xp.astype(xp.matmul(below, ones), xp.int64)
-
-
-def _pick(array, index) -> Array:
-    """Elements by their place in the flattened array: of the shape of index."""
-    xp = array_namespace(array)
-    flat = xp.take(xp.reshape(array, (-1,)), xp.reshape(index, (-1,)))
-    return xp.reshape(flat, index.shape)
-
-
-def _arange(xp, n, like) -> Array:
-    return xp.arange(n, dtype=xp.int64, device=like.device)
+    place = np.clip(v * cells - 0.5, 0.0, cells - 1.0)
+    weight = np.maximum(1 - np.abs(place[:, None] - np.arange(cells)), 0.0)
+    return weight * (np.abs(v - 0.5) <= 0.5)[:, None]

@@ -6,8 +6,6 @@ methods.
 
 import numpy as np
 
-from scae_dali.plan.random import array_namespace
-
 
 def lam(epoch, epochs: int, lam_max):
     """Eq. 5: λ(t) = λ_max · t/T. epoch: whole epochs t >= 0, int or int64 [B]; epochs: T; lam_max:
@@ -16,10 +14,7 @@ def lam(epoch, epochs: int, lam_max):
     Returns float64 of epoch's shape. t is held at T from there on (a pipeline reads ahead of the
     last epoch).
     """
-    epoch = epoch if hasattr(epoch, "dtype") else np.asarray(epoch)
-    xp = array_namespace(epoch)
-    t = xp.astype(epoch.clip(max=epochs), xp.float64)
-    return lam_max * t / epochs
+    return lam_max * np.minimum(epoch, epochs).astype(np.float64) / epochs
 
 
 def frequency(class_counts) -> np.ndarray:

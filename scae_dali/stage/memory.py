@@ -46,6 +46,34 @@ class _Block(NamedTuple):
     parts: list[np.ndarray]
 
 
+def check_memory(
+    stage: Stage,
+    order: Order,
+    images: ArrayImages,
+    *,
+    size: tuple[int, int],
+    crop: CropConfig,
+    batch_size: int,
+) -> None:
+    """Raise ValueError where a FedPlan would: order, stage and pipeline must agree, and images may
+    be mixed only where they are cropped in memory. batch_size: the pipeline's.
+
+    Called before a pipeline with conditionals is defined, it spares its caller AutoGraph's trace.
+    """
+    check_order(order, stage, batch_size)
+    if stage.mixes and not _crops_here(images, size, crop):
+        raise ValueError(
+            "images in memory are mixed only where crop.kind is pad and size theirs, "
+            f"{images.pixels.shape[1:3]}, got {crop.kind!r} and {size}; set the method's "
+            "mix_prob=0, or read the images from files (train.py: data.in_memory=false)"
+        )
+
+
+def _crops_here(images: ArrayImages, size: tuple[int, int], crop: CropConfig) -> bool:
+    """Whether crops are made in memory: windows of the images' own size, shifted."""
+    return crop.kind == "pad" and images.pixels.shape[1:3] == tuple(size)
+
+
 class FedPlan(PlanNodes):
     """A plan that is made ahead of DALI, for images in memory, and the images themselves.
 
@@ -58,8 +86,7 @@ class FedPlan(PlanNodes):
     Every part of the plan is fed on its own, which is faster than to cut it out of the row in the
     graph. DALI asks for what it is fed in the thread that trains, which finds it ready.
 
-    Raises ValueError where order, stage and pipeline do not agree, and where images are mixed that
-    DALI is to crop.
+    Raises ValueError as check_memory does.
     """
 
     def __init__(
@@ -71,18 +98,12 @@ class FedPlan(PlanNodes):
         size: tuple[int, int],
         crop: CropConfig,
     ) -> None:
-        check_order(order, stage, Pipeline.current().max_batch_size)
+        batch_size = Pipeline.current().max_batch_size
+        check_memory(stage, order, images, size=size, crop=crop, batch_size=batch_size)
         self._stage, self._order = stage, order
         self._pixels, self._size, self._crop = images.pixels, size, crop
-        full_px = self._pixels.shape[1:3]
-        self._full_px = np.array(full_px)
-        self._crops_here = crop.kind == "pad" and full_px == size
-        if stage.mixes and not self._crops_here:
-            raise ValueError(
-                f"images in memory are mixed only where crop.kind is pad and size theirs, {full_px}"
-                f", got {crop.kind!r} and {size}; set the method's mix_prob=0, or read the images "
-                "from files (train.py: data.in_memory=false)"
-            )
+        self._full_px = np.array(self._pixels.shape[1:3])
+        self._crops_here = _crops_here(images, size, crop)
         self._many = batches_at_once(self._pixels, order.batch_size)
         self._thread = ThreadPoolExecutor(1, "plan")  # all blocks are made in it, one by one
         self._next: tuple[int, Future[_Block]] | None = None
@@ -103,9 +124,9 @@ class FedPlan(PlanNodes):
         return True
 
     def _cut(self, columns: slice | int, dtype: types.DALIDataType) -> DataNode:
-        place = len(self._parts)
+        number = len(self._parts)
         self._parts.append((columns, types.to_numpy_type(dtype)))
-        return self._feed(lambda block: block.parts[place])
+        return self._feed(lambda block: block.parts[number])
 
     def _feed(self, part: Callable[[_Block], np.ndarray], layout: str = "") -> DataNode:
         def source(info: Any) -> np.ndarray:
@@ -133,8 +154,7 @@ class FedPlan(PlanNodes):
         start = time.perf_counter()
         keys = self._order.keys(first, self._many)
         full_px = np.tile(self._full_px, (len(keys), 1))
-        rows = self._stage.rows(
-            self.planner,
+        rows = self.planner(
             keys,
             first + np.arange(len(keys)) // self._order.batch_size,
             np.full((len(keys), 2), self._size),

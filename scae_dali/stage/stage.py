@@ -30,6 +30,8 @@ from scae_dali.stage import partner, wiring
 from scae_dali.stage.graph import Origin
 from scae_dali.stage.table import Planner
 
+RESIDENT_BYTES = 10**9  # maps of at most this size are kept in memory, unless told otherwise
+
 
 class Targets(NamedTuple):
     """What the loss needs, as DALI nodes: μ·label + (1 - μ)·partner.
@@ -102,9 +104,12 @@ class Stage:
     epoch_size: samples of an epoch, of all shards; None: every sample once.
     start_epoch: the epoch of the pipeline's first batch, where it does not come from a checkpoint.
     mean, std: of the images as the stage gets them; the default is ImageNet's in [0, 255].
-    backend: `numpy`, or `torch` on `torch_device`; the plan is the same.
-    resident: whether all maps are kept in memory (there), taken anew after every pass; otherwise
-    they are looked up in the cache. The torch backend always keeps them.
+    backend: the operator that runs the plan, `python` (fn.python_function; `numpy` is another name
+    of it) or `torch` (fn.dl_tensor_python_function). The plan is the same, and runs on the CPU.
+    torch_device: `cpu` or None.
+    resident: whether all maps are kept in memory, h·w bytes a sample in every process and for every
+    stage, taken anew after each pass; otherwise they are looked up in the cache. None: where they
+    take at most RESIDENT_BYTES. What is planned is the same.
 
     The reader must pad its shards (`pad_last_batch=True`), so that every epoch has
     `batches_per_epoch` batches; the epoch is computed from that.
@@ -124,9 +129,9 @@ class Stage:
         start_epoch: int = 0,
         mean: Triple = IMAGENET_MEAN,
         std: Triple = IMAGENET_STD,
-        backend: Literal["numpy", "torch"] = "numpy",
-        torch_device: str = "cpu",
-        resident: bool = False,
+        backend: Literal["python", "torch", "numpy"] = "python",
+        torch_device: str | None = None,
+        resident: bool | None = None,
         **settings: Any,
     ) -> None:
         for name, value in (
@@ -140,8 +145,13 @@ class Stage:
         check_seed(seed)
         if start_epoch < 0:
             raise ValueError(f"start_epoch must be at least 0, got {start_epoch}")
-        if backend not in ("numpy", "torch"):
-            raise ValueError(f"backend must be numpy or torch, got {backend!r}")
+        if backend not in ("python", "torch", "numpy"):
+            raise ValueError(f"backend must be python or torch, got {backend!r}")
+        if str(torch_device or "cpu") != "cpu":
+            raise ValueError(
+                f"torch_device must be cpu, got {torch_device!r}: the plan runs on the CPU, "
+                "whatever the backend; leave it out"
+            )
         named = cache
         if cache is not None and not isinstance(cache, SaliencyCache):
             cache = SaliencyCache(cache, index=index)
@@ -153,8 +163,7 @@ class Stage:
         self.batches_per_epoch = batches_per_epoch(self.epoch_size, batch_size, num_shards)
         self.seconds = 0.0  # spent in the Python operator, in DALI's thread
         self._cache = cache
-        self._device = None if backend == "numpy" else torch_device
-        self._stream: Any = None  # of a GPU, once there are plans
+        self._by_torch = backend == "torch"
         self._run = Run(
             seed=seed,
             epochs=epochs,
@@ -162,7 +171,7 @@ class Stage:
             class_counts=index.class_counts,
             mean=mean,
             std=std,
-            saliency=_saliency_source(cache, resident, self._device),
+            saliency=_saliency_source(cache, resident),
             neighbors=None if cache is None else cache.read_neighbors,
         )
         self._method = compose.make(method, settings, self._run)
@@ -276,14 +285,10 @@ class Stage:
             told=told,
         )
         inputs = (ids, self._iteration(), *frames, *sizes)
-        if self._device is None:
-            row, single = fn.python_function(
-                *inputs, function=operator.numpy, num_outputs=2, batch_processing=True
-            )
-        else:
-            row, single = fn.dl_tensor_python_function(
-                *inputs, function=operator.torch, num_outputs=2, batch_processing=True
-            )
+        run, function = fn.python_function, operator.python
+        if self._by_torch:
+            run, function = fn.dl_tensor_python_function, operator.torch
+        row, single = run(*inputs, function=function, num_outputs=2, batch_processing=True)
         return PlanNodes(row, single, operator.planner)
 
     def planner(self, random_crop: CropConfig | None = None, *, keyed: bool = False) -> Planner:
@@ -298,20 +303,6 @@ class Stage:
             random_crop=random_crop,
             keyed=keyed,
         )
-
-    def rows(self, planner: Planner, *arrays: np.ndarray | None) -> np.ndarray:
-        """What the planner gives for these arguments, by the stage's backend."""
-        if self._device is None:
-            return planner(*arrays)
-        import torch
-
-        if self._stream is None and torch.device(self._device).type == "cuda":
-            self._stream = torch.cuda.Stream(self._device)
-        move = partial(torch.Tensor.to, device=self._device)
-        # On torch's own stream the plan would wait for what the training has queued there.
-        with torch.cuda.stream(self._stream):
-            rows = planner(*(a if a is None else move(torch.from_numpy(a)) for a in arrays))
-            return rows.cpu().numpy()
 
     def apply(self, images: DataNode, plan: PlanNodes) -> DataNode:
         """Erase in images (HWC, CPU or GPU) as planned."""
@@ -383,26 +374,27 @@ class Operator:
         if not known and stage.epoch_size <= len(stage.index):  # no sample is wanted twice
             self._once = wiring.EachOnce(stage.index)
 
-    def numpy(self, *inputs: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def python(self, *inputs: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         start = time.perf_counter()
-        rows = self.stage.rows(self.planner, *self.arguments(inputs))
+        rows = self.planner(*self.arguments(inputs))
         row, single = list(rows), list(rows.astype(np.float32))
         self.stage.seconds += time.perf_counter() - start
         return row, single
 
     def torch(self, *inputs: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Likewise, of DLPack capsules: the plan reads their memory and gives out its own."""
         import torch
         from torch.utils import dlpack
 
         start = time.perf_counter()
         arrays = [[dlpack.from_dlpack(one).numpy() for one in samples] for samples in inputs]
-        rows = torch.from_numpy(self.stage.rows(self.planner, *self.arguments(arrays)))
+        rows = torch.from_numpy(self.planner(*self.arguments(arrays)))
         row, single = ([*map(dlpack.to_dlpack, table)] for table in (rows, rows.float()))
         self.stage.seconds += time.perf_counter() - start
         return row, single
 
     def arguments(self, inputs: Sequence[list[np.ndarray]]) -> tuple[Any, ...]:
-        """What the planner takes, of NumPy."""
+        """What the planner takes."""
         ids, iteration, *rest = inputs
         b, number = len(ids), iteration[0].item()
         if self._reader is not None:
@@ -501,27 +493,11 @@ def _look_at(cache: SaliencyCache, samples: int, refresh_every: int) -> None:
 
 
 def _saliency_source(
-    cache: SaliencyCache | None, resident: bool, device: str | None
-) -> Callable[[Any], tuple[Any, Any]] | None:
-    """ids -> (maps, found), in arrays of NumPy, or of torch on a device."""
+    cache: SaliencyCache | None, resident: bool | None
+) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None:
+    """ids -> (maps, found)."""
     if cache is None:
         return None
-    if device is None:
-        return _Resident(cache, np.asarray) if resident else cache.read
-    import torch
-
-    return _Resident(cache, lambda array: torch.from_numpy(array.copy()).to(device))
-
-
-class _Resident:
-    """All maps of a cache as arrays that are indexed, up to date with its passes."""
-
-    def __init__(self, cache: SaliencyCache, to_array: Callable[[np.ndarray], Any]) -> None:
-        self._cache, self._to_array = cache, to_array
-        self._copy: ResidentCache | None = None
-
-    def __call__(self, ids: Any) -> tuple[Any, Any]:
-        if self._copy is None or self._copy.stale():
-            self._copy = self._cache.resident()
-            self._maps, self._found = map(self._to_array, (self._copy.maps, self._copy.found))
-        return self._maps[ids], self._found[ids]
+    if resident is None:
+        resident = cache.map_bytes <= RESIDENT_BYTES
+    return ResidentCache(cache).read if resident else cache.read

@@ -5,7 +5,6 @@ pipeline and out of it is for `ops` and `iterator`.
 """
 
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from scae_dali.data.index import ImageIndex
 from scae_dali.methods.base import Method, Run, Samples, mixes
 from scae_dali.plan import crop
 from scae_dali.plan.order import ID
-from scae_dali.plan.random import Array, Stream, Table, array_namespace, uniforms
+from scae_dali.plan.random import Stream, uniforms
 
 # Of every plan, in this order, with their widths; `box` is (y, x, h, w) in pixels of the crop,
 # `window` the crop in shares of the full frame, and `flip` 0 where it is not drawn here.
@@ -65,16 +64,16 @@ class Planner:
         self._width = max(part.stop for part in self.columns.values())
         self._method, self._run, self._batch_size = method, run, batch_size
         self._batches_per_epoch, self._start_epoch = batches_per_epoch, start_epoch
-        self._labels = Table(index.labels)
+        self._labels = index.labels
 
     def __call__(
         self,
-        ids: Array,
-        iteration: Array,
-        size_px: Array,
-        window: Array | None = None,
-    ) -> Array:
-        """The plan of a batch, in the array library of `ids` (NumPy or torch).
+        ids: np.ndarray,
+        iteration: np.ndarray,
+        size_px: np.ndarray,
+        window: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The plan of a batch.
 
         ids: int64 [B], or keys, of one batch or of several full ones. iteration: int64 [B], the
         number of the batch. size_px: int64 [B, 2], (H, W) of the crop as the network sees it.
@@ -82,26 +81,29 @@ class Planner:
         [B, 2], that shape alone, where the crop is drawn here; None: the whole image is seen.
         Raises IndexError for an id outside the index.
         """
-        xp = array_namespace(ids)
-        b, device = ids.shape[0], ids.device
+        b = len(ids)
         keys, ids = ids, ids & ID if self.keyed else ids
-        labels = self._label(xp, ids, keys)
+        labels = self._label(ids, keys)
         iteration = iteration + self._start_epoch * self._batches_per_epoch
         epoch = iteration // self._batches_per_epoch
-        extra: dict[str, Array] = {}
-        flip = xp.zeros((b,), dtype=xp.bool, device=device)
+        extra: dict[str, np.ndarray] = {}
+        flip = np.zeros(b, np.bool_)
         if self.random_crop is not None:
+            if window is None:
+                raise ValueError(
+                    "window must be the shapes of the upright images where the crop is drawn here, "
+                    "got None"
+                )
             cut, flip = self._crop(Stream.CROP, keys, epoch, window, self.random_crop)
             extra = {"start": cut[:, :2], "shape": cut[:, 2:]}
-            window = xp.concat([xp.astype(cut, xp.float64), window], axis=1)
+            window = np.concatenate([cut, window], axis=1)
         if self.mixes:
             extra |= {"key": keys, "epoch": epoch}
         if window is None:
-            share = xp.zeros((b, 4), dtype=xp.float64, device=device)
-            share[:, 2:] = 1.0
+            share = np.tile([0.0, 0.0, 1.0, 1.0], (b, 1))
         else:
-            share = window[:, :4] / xp.concat([window[:, 4:], window[:, 4:]], axis=1)
-        place = xp.arange(b, dtype=xp.int64, device=device)
+            share = window[:, :4] / np.tile(window[:, 4:], 2)
+        place = np.arange(b)
         plan = self._method.plan(
             Samples(
                 ids=ids,
@@ -117,10 +119,10 @@ class Planner:
         )
         partner = labels
         if "partner_id" in plan:
-            partner = self._label(xp, plan["partner_id"], ids)
+            partner = self._label(plan["partner_id"], ids)
         elif "source" in plan:
             partner = labels[place - place % self._batch_size + plan["source"]]
-        table = xp.empty((b, self._width), dtype=xp.float64, device=device)
+        table = np.empty((b, self._width))
         for name, value in {
             "label": labels,
             "partner": partner,
@@ -134,7 +136,7 @@ class Planner:
             wide = COMMON[name] > 1
             table[:, self.columns[name] if wide else self.columns[name].start] = value
         for name, value in (extra | {name: plan[name] for name in self._method.fields}).items():
-            table[:, self.columns[name]] = xp.reshape(value, (b, -1))
+            table[:, self.columns[name]] = value.reshape(b, -1)
         return table
 
     def partner_crop(
@@ -153,16 +155,21 @@ class Planner:
         return window, flip
 
     def _crop(
-        self, stream: Stream, keys: Array, epoch: Array, full_px: Array, config: CropConfig
-    ) -> tuple[Array, Array]:
+        self,
+        stream: Stream,
+        keys: np.ndarray,
+        epoch: np.ndarray,
+        full_px: np.ndarray,
+        config: CropConfig,
+    ) -> tuple[np.ndarray, np.ndarray]:
         u = uniforms(self._run.seed, stream, epoch, keys, crop.draws_per_sample(config))
         return crop.crop_and_flip(u, full_px, config)
 
-    def _label(self, xp: Any, ids: Array, given: Array) -> Array:
+    def _label(self, ids: np.ndarray, given: np.ndarray) -> np.ndarray:
         bad = (ids < 0) | (ids >= len(self._labels))
-        if xp.any(bad):
+        if bad.any():
             raise IndexError(
                 f"ids must be in [0, {len(self._labels)}), the places in the index, got "
                 f"{int(given[bad][0])}; let the reader read index.files without labels"
             )
-        return self._labels.at(ids)
+        return self._labels[ids]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import arrays, train
+from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
@@ -173,13 +173,13 @@ def test_validation_and_saliency_pass_are_the_same_of_files_and_arrays(sources):
 
 def test_a_stage_that_would_count_other_epochs_is_refused(tailed, sources):
     stage = Stage(tailed, "none", epochs=3, batch_size=10, seed=0)
-    pixels = sources["memory"].train_pixels
+    images = ArrayImages(tailed, sources["memory"].train_pixels)
 
     def make(run, **keywords):
         order = Order(tailed.labels, seed=0, **{"batch_size": 10} | keywords)
         return (
-            lambda: arrays.train_pipeline(stage, pixels, order, IMAGE, run),
-            lambda: train.train_pipeline(stage, IMAGE, run, seed=0, order=order),
+            lambda: memory.train_pipeline(stage, images, order, IMAGE, run),
+            lambda: files.train_pipeline(stage, IMAGE, run, seed=0, order=order),
         )
 
     run = ExecConfig(batch_size=10, threads=1)

@@ -1,6 +1,6 @@
-"""Pipelines that are fed from memory: what comes out, and that it is what files give.
+"""Training from memory: what comes out, and that it is what files give.
 
-Mixing, resumes and shards of training are in test_second.
+Mixing, resumes and shards are in test_partner.
 """
 
 import dataclasses
@@ -8,13 +8,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import write_pngs
 from nvidia.dali import fn
 
-from pipelines import arrays, saliency, train, val
+from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.config import CropConfig
-from scae_dali.data.index import ImageIndex
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import BUILT_IN, Status
 from scae_dali.plan.order import Order
@@ -29,74 +27,16 @@ def pixels(tailed):
     return ArrayImages.from_index(tailed, threads=1).pixels
 
 
-def batches_of(pipeline, index, order=None, outputs=val.OUTPUTS):
-    return list(Loader(pipeline, outputs, index, drop_last=False, order=order))
-
-
-def check_same(mine, other):
-    for one, two in zip(mine, other, strict=True):
-        assert one.ids.tolist() == two.ids.tolist()
-        assert one.labels.tolist() == two.labels.tolist()
-        assert one.images.shape == two.images.shape
-        assert one.images.dtype == two.images.dtype
-        assert one.images.stride() == two.images.stride()
-        torch.testing.assert_close(one.images, two.images, rtol=0, atol=0)
-
-
-IMAGES = [
-    {"size": 24, "val_resize": 24},
-    {"size": 20, "val_resize": 24},
-    {"size": 16, "val_resize": 21},
-    {"size": 32, "val_resize": 40, "dtype": "fp16", "layout": "NHWC"},
-]
-
-
-@pytest.mark.parametrize("settings", IMAGES)
-def test_whole_images_are_those_of_the_validation_pipeline(tailed, pixels, settings):
-    image, run = ImageConfig(**settings), ExecConfig(batch_size=16, threads=1)
-    order = Order(tailed.labels, batch_size=16, seed=0, sampling="in_turn")
-    mine = arrays.whole_pipeline(pixels, image, run, order, stretch=False)
-    check_same(
-        batches_of(mine, tailed, order), batches_of(val.val_pipeline(tailed, image, run), tailed)
-    )
-
-
-@pytest.mark.parametrize("settings", IMAGES)
-def test_stretched_ones_those_of_the_saliency_pipeline(tailed, pixels, settings):
-    """Some samples in an order of their own, one of them twice."""
-    ids = [62, 7, 3, 3, 40, 41, 0]
-    image, run = ImageConfig(**settings), ExecConfig(batch_size=3, threads=1)
-    order = Order(tailed.labels[ids], batch_size=3, seed=0, sampling="in_turn")
-    mine = arrays.whole_pipeline(pixels, image, run, order, ids, stretch=True)
-    other = saliency.saliency_pipeline(tailed, image, run, ids)
-    check_same(batches_of(mine, tailed, order), batches_of(other, tailed))
-
-
-@pytest.mark.parametrize("side", [20, 26])
-def test_images_that_are_not_square(tmp_path, side):
-    write_pngs(tmp_path, {"a": 3, "b": 4}, (20, 31))
-    index = ImageIndex(tmp_path)
-    pixels = ArrayImages.from_index(index, threads=1).pixels
-    image, run = ImageConfig(size=side, val_resize=side), ExecConfig(batch_size=4, threads=1)
-    order = Order(index.labels, batch_size=4, seed=0, sampling="in_turn")
-    for stretch, other in (
-        (False, val.val_pipeline(index, image, run)),
-        (True, saliency.saliency_pipeline(index, image, run)),
-    ):
-        mine = arrays.whole_pipeline(pixels, image, run, order, stretch=stretch)
-        check_same(batches_of(mine, index, order), batches_of(other, index))
-
-
 def train_batches(kind, index, pixels, image, *, name="scae", epochs=2, **settings):
     """id -> (image, everything else), of every epoch."""
     stage = Stage(index, name, epochs=3, batch_size=16, seed=4, **settings)
     run = ExecConfig(batch_size=16, threads=1)
     order = None if kind == "files" else Order(index.labels, batch_size=16, seed=4)
     if kind == "memory":
-        pipeline = arrays.train_pipeline(stage, pixels, order, image, run)
+        pipeline = memory.train_pipeline(stage, ArrayImages(index, pixels), order, image, run)
     else:
-        pipeline = train.train_pipeline(stage, image, run, seed=4, order=order)
-    loader = Loader(pipeline, train.OUTPUTS, index, drop_last=False, order=order)
+        pipeline = files.train_pipeline(stage, image, run, seed=4, order=order)
+    loader = Loader(pipeline, files.OUTPUTS, index, drop_last=False, order=order)
     out = []
     for _ in range(epochs):
         seen = {}
@@ -184,7 +124,7 @@ def test_boxes_of_one_colour_are_left_to_no_operator(
     run = ExecConfig(batch_size=16, device_id=device_id)
     for image, expected in ((TRAINED[0], operators), (TRAINED[1], 1)):
         stage = Stage(tailed, "random_erasing", epochs=3, batch_size=16, seed=4, fill=fill)
-        arrays.train_pipeline(stage, pixels, order, image, run)
+        memory.train_pipeline(stage, ArrayImages(tailed, pixels), order, image, run)
         assert len(calls) == expected
         calls.clear()
 
@@ -204,60 +144,15 @@ def test_each_epoch_has_an_order_of_its_own(tailed, pixels):
 
 
 @pytest.mark.parametrize(
-    ("samples", "batch_size", "shards", "steps"),
-    [(50, 16, 1, 3), (49, 8, 3, 2), (33, 8, 2, 2), (31, 15, 2, 1), (33, 16, 2, 1), (7, 3, 2, 1)],
-)
-def test_shards_give_every_sample_once_and_as_many_full_batches(samples, batch_size, shards, steps):
-    """Also where they differ by one sample, on either side of a full batch."""
-    pixels = np.zeros((samples, 4, 4, 3), np.uint8)
-    pixels[:, 0, 0, 0] = np.arange(samples)
-    index = ImageIndex.from_arrays([f"{i}" for i in range(samples)], np.arange(samples) % 3)
-    image = ImageConfig(size=4, val_resize=4, mean=(0.0,) * 3, std=(1.0,) * 3)
-
-    def loaders(drop_last):
-        for shard in range(shards):
-            order = Order(
-                index.labels, batch_size=batch_size, seed=1, shard=shard, num_shards=shards
-            )
-            run = ExecConfig(batch_size=batch_size, threads=1, shard=shard, num_shards=shards)
-            pipeline = arrays.whole_pipeline(pixels, image, run, order, stretch=True)
-            yield Loader(pipeline, val.OUTPUTS, index, drop_last=drop_last, order=order)
-
-    every, full = list(loaders(False)), list(loaders(True))
-    assert [len(loader) for loader in full] == [steps] * shards
-    for _ in range(3):
-        ids = []
-        for batch in (batch for loader in every for batch in loader):
-            assert 0 < len(batch.ids) <= batch_size
-            assert batch.images[:, 0, 0, 0].long().tolist() == batch.ids.tolist()
-            assert batch.labels.tolist() == index.labels[batch.ids.numpy()].tolist()
-            ids += batch.ids.tolist()
-        assert sorted(ids) == list(range(samples))
-        given = [[len(batch.ids) for batch in loader] for loader in full]
-        assert given == [[batch_size] * steps] * shards
-
-
-def test_a_batch_that_no_shard_can_fill_is_refused():
-    index = ImageIndex.from_arrays(["a", "b", "c"], [0, 0, 1])
-    pixels = np.zeros((3, 4, 4, 3), np.uint8)
-    order = Order(index.labels, batch_size=4, seed=1)
-    image = ImageConfig(size=4, val_resize=4)
-    run = ExecConfig(batch_size=4, threads=1)
-    pipeline = arrays.whole_pipeline(pixels, image, run, order, stretch=True)
-    with pytest.raises(ValueError, match="batch_size must be at most the 3 images of a shard"):
-        Loader(pipeline, val.OUTPUTS, index, drop_last=True, order=order)
-
-
-@pytest.mark.parametrize(
     ("image", "got"),
     [
-        ({"size": 24, "val_resize": 24}, "got 'resized' and 24"),
-        ({"size": 32, "val_resize": 32, "crop": PAD}, "got 'pad' and 32"),
+        ({"size": 24, "val_resize": 24}, r"got 'resized' and \(24, 24\)"),
+        ({"size": 32, "val_resize": 32, "crop": PAD}, r"got 'pad' and \(32, 32\)"),
     ],
 )
 def test_arrays_are_mixed_in_padded_crops_of_their_own_size_alone(tailed, pixels, image, got):
     message = (
-        r"images in memory are mixed only where image.crop.kind is pad and image.size theirs, "
+        r"images in memory are mixed only where crop.kind is pad and size theirs, "
         rf"\(24, 24\), {got}; set the method's mix_prob=0, or read the images from files"
     )
     with pytest.raises(ValueError, match=message):

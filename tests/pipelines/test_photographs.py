@@ -6,6 +6,7 @@ shared/data/imagenet500.tar beside the checkout.
 
 import os
 import tarfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,14 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.models import shufflenet_v2_x0_5
 
-from pipelines import saliency, train, val
+from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.cache.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import Status
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.refresh import refresh_cache
+from scae_dali.saliency.whole import whole_loader
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage
 
@@ -50,8 +52,7 @@ def cache(index, tmp_path_factory):
     cache = SaliencyCache.create(path, index, grid=grid)
 
     def loader_for(ids):
-        pipeline = saliency.saliency_pipeline(index, IMAGE, RUN, ids)
-        return Loader(pipeline, saliency.OUTPUTS, index, drop_last=False)
+        return whole_loader(index, ids, size=IMAGE.size, **asdict(RUN))
 
     report = refresh_cache(model, cache, index, loader_for, epoch=1)
     assert report.images == len(index)
@@ -62,10 +63,10 @@ def test_every_photograph_is_upright_and_whole_in_the_saliency_pass(index):
     """Against Pillow: all sizes, greyscale and EXIF orientations."""
     ids = np.arange(0, len(index), 7).tolist()
     ids += [i for i, name in enumerate(index.files) if odd(f"{index.root}/{name}")]
-    pipeline = saliency.saliency_pipeline(index, IMAGE, RUN, ids)
+    loader = whole_loader(index, ids, size=IMAGE.size, **asdict(RUN))
     mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGE.mean, IMAGE.std))
     seen = 0
-    for batch in Loader(pipeline, saliency.OUTPUTS, index, drop_last=False):
+    for batch in loader:
         for i, picture in zip(batch.ids.tolist(), batch.images * std + mean, strict=True):
             with Image.open(f"{index.root}/{index.files[i]}") as file:
                 upright = ImageOps.exif_transpose(file).convert("RGB")
@@ -85,7 +86,7 @@ def test_training_erases_at_the_planned_places_on_all_photographs(index, cache):
     stage = Stage(index, "scae", epochs=4, batch_size=50, seed=1, cache=cache, start_epoch=2)
     plain = Stage(index, "none", epochs=4, batch_size=50, seed=1, start_epoch=2)
     loaders = [
-        Loader(train.train_pipeline(one, IMAGE, RUN, seed=1), train.OUTPUTS, index, drop_last=False)
+        Loader(files.train_pipeline(one, IMAGE, RUN, seed=1), files.OUTPUTS, index, drop_last=False)
         for one in (stage, plain)
     ]
     ids, erased, unguided = [], 0, 0
@@ -105,7 +106,7 @@ def test_training_erases_at_the_planned_places_on_all_photographs(index, cache):
 
 
 def test_validation_gives_each_once(index):
-    pipeline = val.val_pipeline(index, IMAGE, RUN)
-    batches = list(Loader(pipeline, val.OUTPUTS, index, drop_last=False))
+    loader = whole_loader(index, size=IMAGE.size, resize=IMAGE.val_resize, **asdict(RUN))
+    batches = list(loader)
     assert torch.cat([b.ids for b in batches]).tolist() == list(range(len(index)))
     assert all(b.images.isfinite().all() for b in batches)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from nvidia.dali import fn, pipeline_def
-from PIL import Image
 
-from pipelines import saliency, train, val
+from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
-from pipelines.images import read, resolve_decode
+from pipelines.data import Data
+from pipelines.loaders import Loaders
+from scae_dali.stage.images import read, resolve_decode
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage
 
@@ -23,8 +24,12 @@ def train_loader(index, image, run=RUN, *, seed=3, drop_last=False):
     stage = Stage(
         index, "none", epochs=3, batch_size=run.batch_size, seed=seed, num_shards=run.num_shards
     )
-    pipeline = train.train_pipeline(stage, image, run, seed=seed)
-    return Loader(pipeline, train.OUTPUTS, index, drop_last=drop_last)
+    pipeline = files.train_pipeline(stage, image, run, seed=seed)
+    return Loader(pipeline, files.OUTPUTS, index, drop_last=drop_last)
+
+
+def loaders(index, image):
+    return Loaders(Data(index, index), image, sampling="shuffle", seed=3)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -34,12 +39,8 @@ def test_types_and_layouts_of_every_pipeline(index, dtype, layout):
     plain = ImageConfig(size=32, val_resize=36)
     for make in (
         lambda image: train_loader(index, image),
-        lambda image: Loader(
-            val.val_pipeline(index, image, RUN), val.OUTPUTS, index, drop_last=False
-        ),
-        lambda image: Loader(
-            saliency.saliency_pipeline(index, image, RUN), saliency.OUTPUTS, index, drop_last=False
-        ),
+        lambda image: loaders(index, image).val(RUN),
+        lambda image: loaders(index, image).saliency(image, RUN, range(50)),
     ):
         for batch, reference in zip(make(image), make(plain), strict=True):
             assert batch.images.shape == (len(batch.ids), 3, 32, 32)
@@ -86,52 +87,10 @@ def test_all_ranks_take_as_many_full_steps(index, samples, batch_size, shards, s
     assert [len(loader) for loader in loaders] == [steps] * shards
 
 
-def test_every_sample_is_validated_once_on_any_number_of_ranks(index):
-    image = ImageConfig(size=16, val_resize=16)
-    for shards in (1, 3, 4):
-        for _ in range(2):
-            ids = []
-            for shard in range(shards):
-                run = ExecConfig(batch_size=16, threads=1, shard=shard, num_shards=shards)
-                loader = Loader(
-                    val.val_pipeline(index, image, run), val.OUTPUTS, index, drop_last=False
-                )
-                ids += torch.cat([batch.ids for batch in loader]).tolist()
-            assert sorted(ids) == list(range(50))
-
-
-def test_validation_is_the_usual_resize_and_central_crop(index):
-    image = ImageConfig(size=32, val_resize=36)
-    batches = Loader(val.val_pipeline(index, image, RUN), val.OUTPUTS, index, drop_last=False)
-    picture = torch.cat([batch.images for batch in batches])[7]
-    mean, std = (torch.tensor(v)[:, None, None] for v in (image.mean, image.std))
-    mine = (picture * std + mean).numpy()
-    with Image.open(f"{index.root}/{index.files[7]}") as file:
-        scale = 36 / min(file.size)
-        size = tuple(round(side * scale) for side in file.size)
-        resized = file.resize(size, Image.Resampling.BILINEAR)
-    left, top = (size[0] - 32) // 2, (size[1] - 32) // 2
-    other = np.asarray(resized.crop((left, top, left + 32, top + 32))).transpose(2, 0, 1)
-    assert np.abs(mine - other).mean() < 2
-
-
-def test_the_saliency_pipeline_keeps_the_order_it_is_given_and_sees_the_whole_image(index):
-    ids = [7, 3, 3, 49, 0]
-    image = ImageConfig(size=24, val_resize=24)
-    pipeline = saliency.saliency_pipeline(index, image, ExecConfig(batch_size=2), ids)
-    batches = list(Loader(pipeline, saliency.OUTPUTS, index, drop_last=False))
-    assert torch.cat([batch.ids for batch in batches]).tolist() == ids
-    mean, std = (torch.tensor(v)[:, None, None] for v in (image.mean, image.std))
-    mine = (batches[0].images[0] * std + mean).numpy()
-    with Image.open(f"{index.root}/{index.files[7]}") as file:
-        other = np.asarray(file.resize((24, 24), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-    assert np.abs(mine - other).mean() < 2
-
-
 def test_auto_decodes_regions_on_the_cpu_and_avoids_the_gpus_known_crash(monkeypatch):
     assert resolve_decode("auto", None) == "roi"
     for version, path in (("0.9.0.20", "full"), ("0.8.0", "roi"), ("0.10.1", "roi")):
-        monkeypatch.setattr("pipelines.images.metadata.version", lambda name, v=version: v)
+        monkeypatch.setattr("scae_dali.stage.images.metadata.version", lambda name, v=version: v)
         assert resolve_decode("auto", 0) == path
         assert resolve_decode("roi", 0) == "roi"
     only_13 = {"nvidia-nvimgcodec-cu13": "0.9.1"}
@@ -141,7 +100,7 @@ def test_auto_decodes_regions_on_the_cpu_and_avoids_the_gpus_known_crash(monkeyp
             raise metadata.PackageNotFoundError(name)
         return only_13[name]
 
-    monkeypatch.setattr("pipelines.images.metadata.version", version)
+    monkeypatch.setattr("scae_dali.stage.images.metadata.version", version)
     assert resolve_decode("auto", 0) == "full"
     only_13.clear()
     assert resolve_decode("auto", 0) == "roi"
@@ -191,7 +150,7 @@ def test_targets_that_a_pipeline_gives_itself(index):
 
     @pipeline_def(batch_size=3, num_threads=1, device_id=None)
     def define():
-        _, ids = read(index, RUN)
+        _, ids = read(index)
         images = fn.constant(fdata=0.0, shape=(3, 4, 4))
         nodes = [fn.external_source(source=itertools.repeat(values)) for values in given.values()]
         return images, ids, *nodes

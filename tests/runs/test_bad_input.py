@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from PIL import Image
 from torch import nn
 
 import train as train_script
-from pipelines import saliency, train, val
+from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali import SCAE
 from scae_dali.cache.cache import CacheError, SaliencyCache
@@ -33,6 +34,7 @@ from scae_dali.methods import Status
 from scae_dali.stage.stage import Stage
 from scae_dali.stage.table import Planner
 from scae_dali.saliency.refresh import refresh_cache
+from scae_dali.saliency.whole import whole_loader
 
 ROOT = Path(__file__).parents[2]
 PIPELINES = ("train", "val", "saliency")
@@ -57,12 +59,10 @@ def loader(kind: str, index: ImageIndex, batch_size: int | None = None) -> Loade
     run = ExecConfig(batch_size=batch_size or len(index), threads=2)
     if kind == "train":
         stage = Stage(index, "none", epochs=1, batch_size=run.batch_size, seed=1)
-        pipeline = train.train_pipeline(stage, image, run, seed=1)
-        return Loader(pipeline, train.OUTPUTS, index, drop_last=True)
-    if kind == "val":
-        return Loader(val.val_pipeline(index, image, run), val.OUTPUTS, index, drop_last=False)
-    pipeline = saliency.saliency_pipeline(index, image, run)
-    return Loader(pipeline, saliency.OUTPUTS, index, drop_last=False)
+        pipeline = files.train_pipeline(stage, image, run, seed=1)
+        return Loader(pipeline, files.OUTPUTS, index, drop_last=True)
+    resize = image.val_resize if kind == "val" else None
+    return whole_loader(index, size=32, resize=resize, **asdict(run))
 
 
 # Files that cannot be decoded
@@ -374,7 +374,7 @@ def test_batch_sizes_that_do_not_fit(index):
     stage = Stage(index, "none", epochs=1, batch_size=8, seed=1)
     run = ExecConfig(batch_size=16, threads=2)
     with pytest.raises(ValueError, match=r"of the stage is 8, of the pipeline 16; give both the s"):
-        train.train_pipeline(stage, ImageConfig(), run, seed=1)
+        files.train_pipeline(stage, ImageConfig(), run, seed=1)
     with pytest.raises(ValueError, match="at most the 50 images of a shard, got 64"):
         loader("train", index, 64)
 

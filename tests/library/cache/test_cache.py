@@ -21,7 +21,7 @@ import pytest
 
 from scae_dali.cache import cache as cache_module
 from scae_dali.cache import environment
-from scae_dali.cache.cache import CacheError, CacheMeta, ChunkWriter, SaliencyCache
+from scae_dali.cache.cache import CacheError, CacheMeta, ChunkWriter, ResidentCache, SaliencyCache
 from scae_dali.plan.random import Stream, uniforms
 
 GRID = (7, 7)
@@ -404,6 +404,66 @@ def test_resident_copy(cache):
     resident.refresh()
     assert not resident.stale()
     np.testing.assert_array_equal(resident.maps, maps_of(range(100), 1))
+
+
+def test_a_resident_reader_sees_what_a_lookup_sees(cache):
+    """Before, during and after passes of this object, of another, and of another process."""
+    resident, ids = ResidentCache(cache), np.arange(100)
+
+    def same():
+        for mine, looked_up in zip(resident.read(ids), cache.read(ids), strict=True):
+            np.testing.assert_array_equal(mine, looked_up)
+        return resident._copy
+
+    assert same() is None  # no pass yet: there is nothing to keep
+    cache.begin_pass(1)
+    cache.write(ids[:40], maps_of(ids[:40], 1), epoch=1)
+    assert same() is None
+    cache.write(ids[40:], maps_of(ids[40:], 1), epoch=1)
+    cache.end_pass(1)
+    first = same()
+    assert first is same()  # one copy for all batches
+    cache.begin_pass(2, ids=ids[:50])
+    for k in (0, 1):
+        cache.write(ids[k::2][:25], maps_of(ids[k::2][:25], 2), epoch=2)
+        assert same() is first
+    cache.end_pass(2)
+    second = same()
+    assert second is not first
+    environment.environment(
+        os.path.realpath(cache.path)
+    ).disclaim()  # so that another process may write
+    in_process(
+        """
+        with SaliencyCache(path, index=FakeIndex()) as cache:
+            cache.begin_pass(3)
+            cache.write(range(100), maps_of(range(100), 3), epoch=3)
+            cache.end_pass(3)
+        """,
+        cache.path,
+    )
+    third = same()
+    np.testing.assert_array_equal(third.maps, maps_of(ids, 3))
+    # Maps that a pass withdraws and does not make anew, as it was killed.
+    cache.begin_pass(3, weights="other", ids=ids[:10])
+    cache.write(ids[:3], maps_of(ids[:3], 4), epoch=3)
+    assert same() is third
+    assert resident.read(ids)[1].sum() == 3
+
+
+def test_a_resident_reader_follows_a_cache_that_was_made_anew(cache):
+    fill(cache, 1, salt=1)
+    resident, ids = ResidentCache(cache), np.arange(100)
+    np.testing.assert_array_equal(resident.read(ids)[0], maps_of(ids, 1))
+    os.rename(cache.path, cache.path + ".old")
+    np.testing.assert_array_equal(resident.read(ids)[0], cache.read(ids)[0])
+    with SaliencyCache.create(cache.path, FakeIndex(), grid=GRID, naming=cache.meta.naming) as anew:
+        fill(anew, 1, salt=5, weights="bb")
+        np.testing.assert_array_equal(cache.read(ids)[0], maps_of(ids, 5))
+        np.testing.assert_array_equal(resident.read(ids)[0], maps_of(ids, 5))
+    cache.close()
+    with pytest.raises(CacheError, match="is closed"):
+        resident.read(ids)
 
 
 def test_chunk_writer_commits_in_chunks_and_loses_nothing_on_error(cache):

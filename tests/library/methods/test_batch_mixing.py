@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 from test_region import brute_saliency
 
@@ -311,28 +310,14 @@ def test_the_official_preset_is_one_box_at_chance_for_the_batch():
         check_equal(one.plan(these), method("cutmix", prob=0.5, per="batch").plan(these))
 
 
-@pytest.mark.parametrize("per", ["sample", "batch"])
 @pytest.mark.parametrize("name", NAMES)
-def test_torch_plans_the_same(name, per):
-    """Also where no sample of the batch is mixed."""
-    these = samples(12, 16)
-    fields = {key: torch.from_numpy(value) for key, value in vars(these).items()}
-    for prob in (0.0, 0.5):
-        wanted = method(name, prob=prob, per=per).plan(these)
-        one = method(name, lambda ids: tuple(map(torch.from_numpy, stored(ids.numpy()))))
-        one.config = dataclasses.replace(one.config, prob=prob, per=per)
-        check_equal({key: v.numpy() for key, v in one.plan(Samples(**fields)).items()}, wanted)
-
-
-@pytest.mark.parametrize("backend", ["numpy", "torch"])
-@pytest.mark.parametrize("name", NAMES)
-def test_the_partner_is_the_label_of_the_second_sample(name, backend):
+def test_the_partner_is_the_label_of_the_second_sample(name):
     labels = np.random.default_rng(0).permutation(96)  # a class each, and neither is the id
     index = ImageIndex.from_arrays([f"{k}" for k in range(96)], labels)
-    stage = Stage(index, name, epochs=9, batch_size=16, seed=1, backend=backend, prob=0.5)
+    stage = Stage(index, name, epochs=9, batch_size=16, seed=1, prob=0.5)
     planner = stage.planner()
     ids, iteration = np.random.default_rng(1).permutation(96), 2 + np.arange(96) // 16
-    rows = stage.rows(planner, ids, iteration, np.full((96, 2), 32))
+    rows = planner(ids, iteration, np.full((96, 2), 32))
     part = {key: rows[:, where].squeeze() for key, where in planner.columns.items()}
     second = ids.reshape(6, 16)[np.arange(96) // 16, part["source"].astype(int)]
     np.testing.assert_array_equal(part["label"], labels[ids])

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from nvidia.dali import fn, pipeline_def
 
-from pipelines import arrays, train
+from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.config import CropConfig
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import Status
 from scae_dali.plan.order import Order
+from scae_dali.stage import memory as engine
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage
 
@@ -24,7 +25,7 @@ class Data:
 
     def __init__(self, index, cache):
         self.index, self.cache = index, cache
-        self.pixels = ArrayImages.from_index(index, threads=1).pixels
+        self.images = ArrayImages.from_index(index, threads=1)
 
     def stage(self, name, num_shards=1, **settings):
         shared = {"epochs": 3, "batch_size": BATCH, "seed": 8, "num_shards": num_shards}
@@ -38,13 +39,13 @@ class Data:
         image = ImageConfig(size=SIZE, val_resize=SIZE, crop=crop, layout=layout)
         if kind.startswith("files"):
             order = None
-            pipeline = train.train_pipeline(stage, image, run, seed=8, checkpoint=state)
+            pipeline = files.train_pipeline(stage, image, run, seed=8, checkpoint=state)
         else:
             order = Order(
                 self.index.labels, batch_size=BATCH, seed=8, shard=shard, num_shards=num_shards
             )
-            pipeline = arrays.train_pipeline(
-                stage, self.pixels, order, image, run, checkpoint=state
+            pipeline = memory.train_pipeline(
+                stage, self.images, order, image, run, checkpoint=state
             )
         return pipeline, order, stage.planner(crop).columns
 
@@ -60,7 +61,7 @@ class Data:
     def loader(self, *what, position=0, **keywords):
         pipeline, order, _ = self.pipeline(*what, **keywords)
         shared = {"drop_last": False, "position": position, "order": order}
-        return Loader(pipeline, train.OUTPUTS, self.index, **shared)
+        return Loader(pipeline, files.OUTPUTS, self.index, **shared)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_a_picture_is_mixed_of_two_crops_each_in_its_own_flip(data, kind, name, 
     assert min(check_pictures(data, kind, name, layout=layout, prob=0.8)) > 20
 
 
-@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize("backend", ["python", "torch"])
 @pytest.mark.parametrize("name", NAMES)
 def test_also_with_one_draw_for_the_batch(data, name, backend):
     """Some batches are mixed, some are not."""
@@ -182,11 +183,11 @@ def test_a_resume_gives_the_same_batches(data, kind, name, per, position):
 def test_making_fewer_batches_at_once_changes_nothing(data, monkeypatch):
     wanted = [told(given) for given in data.loader("memory pad", "saliency_mix")]
     for at_once in (1, 32, 48):  # 1, 2 and 3 of the 4 batches of an epoch
-        monkeypatch.setattr(arrays, "SAMPLES_AT_ONCE", at_once)
+        monkeypatch.setattr(engine, "SAMPLES_AT_ONCE", at_once)
         assert [told(given) for given in data.loader("memory pad", "saliency_mix")] == wanted
 
 
-@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize("backend", ["python", "torch"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stage_called_in_somebody_elses_pipeline(index, cache, name, backend):
     """Crops of its own, not square, of JPEGs of many sizes; no flip, and no conditionals."""
@@ -214,7 +215,7 @@ def test_a_stage_called_in_somebody_elses_pipeline(index, cache, name, backend):
         ids = ids[:, 0].astype(np.int64)
         window = np.concatenate(window, axis=1).astype(np.float64)
         size_px = np.tile([20, 28], (BATCH, 1))
-        rows = stage.rows(planner, ids, np.full(BATCH, k), size_px, window)
+        rows = planner(ids, np.full(BATCH, k), size_px, window)
         part = {key: rows[:, where].squeeze() for key, where in planner.columns.items()}
         part["flip"] = np.zeros(BATCH)
         source = part["source"].astype(int)

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 from conftest import fill_cache
 from scipy import stats
 from test_methods import method, samples
@@ -12,7 +11,7 @@ from test_policies import H, N, W, pixels, stage_of, transformed  # noqa: F401
 from test_region import brute_saliency
 
 from scae_dali.config import KeepAugmentConfig
-from scae_dali.methods import Run, Samples, Status, compose
+from scae_dali.methods import Run, Status, compose
 from scae_dali.methods.keep_augment import importance
 from scae_dali.plan.random import Stream
 
@@ -195,7 +194,7 @@ def test_what_is_salient_is_left_alone_and_put_back_as_the_crop_shows_it():
 
 
 @pytest.mark.parametrize("mode", ["cut", "paste"])
-def test_a_plan_hangs_on_the_sample_alone_and_torch_agrees(mode):
+def test_a_plan_hangs_on_the_sample_alone(mode):
     settings = {"mode": mode, "prob": 0.8, "fill": "color"}
     one, rng = method("keep_augment", some_maps, **settings), np.random.default_rng(0)
     ids = rng.integers(0, 999, 600)
@@ -213,17 +212,6 @@ def test_a_plan_hangs_on_the_sample_alone_and_torch_agrees(mode):
     for part in [*np.array_split(rows, 7), *rows[:40, None]]:
         for key, value in one.plan(batch.take(part)).items():
             np.testing.assert_array_equal(value, plan[key][part])
-
-    def torch_maps(ids):
-        maps, found = some_maps(ids.numpy())
-        return torch.from_numpy(maps), torch.from_numpy(found)
-
-    by_torch = method("keep_augment", torch_maps, **settings)
-    fields = {key: torch.from_numpy(value) for key, value in vars(batch).items()}
-    by_torch = by_torch.plan(Samples(**fields))
-    assert by_torch.keys() == plan.keys()
-    for key, value in by_torch.items():
-        np.testing.assert_array_equal(value.numpy(), plan[key])
 
 
 @pytest.mark.parametrize("mode", ["cut", "paste"])

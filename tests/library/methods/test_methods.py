@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 
 from scae_dali.methods import BUILT_IN, Run, Samples, Status, load, make_config
@@ -48,16 +47,11 @@ def method(name, saliency=None, counts=(100,), epochs=10, **settings):
 
 
 def check_pure(one, batch, parts):
-    """A part's plan is that of the whole batch, and torch's is NumPy's. Returns the whole's."""
+    """A part's plan is that of the whole batch. Returns the whole's."""
     whole = one.plan(batch)
     for part in parts:
         for key, value in one.plan(batch.take(part)).items():
             np.testing.assert_array_equal(value, whole[key][part])
-    fields = {name: torch.from_numpy(value) for name, value in vars(batch).items()}
-    by_torch = one.plan(Samples(**fields))
-    assert by_torch.keys() == whole.keys()
-    for key, value in by_torch.items():
-        np.testing.assert_array_equal(value.numpy(), whole[key])
     return whole
 
 
@@ -317,7 +311,7 @@ def test_neighbours_are_asked_for_anew_in_every_batch():
 
 
 def test_a_mixed_plan_does_not_depend_on_the_batch():
-    """Also where epochs and occurrences of a sample meet in one batch; NumPy and torch agree."""
+    """Also where epochs and occurrences of a sample meet in one batch."""
     one = tail_method(near=[[1, 2]] * 6, tail=1.0, mix_prob=0.7, fill="color")
     rng = np.random.default_rng(1)
     ids = rng.integers(0, len(LABELS), 400)

@@ -14,7 +14,7 @@ from nvidia.dali.auto_aug import auto_augment as policies
 from scipy import stats
 from test_methods import check_pure, method, samples
 
-from pipelines import arrays, train
+from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali import config
 from scae_dali.config import CropConfig
@@ -125,7 +125,7 @@ def test_auto_augment_draws_sub_policies_and_applies_each_operation_at_its_rate(
 
 
 @pytest.mark.parametrize(("name", "settings"), EVERY)
-def test_a_plan_hangs_on_the_sample_alone_and_torch_agrees(name, settings):
+def test_a_plan_hangs_on_the_sample_alone(name, settings):
     one, batch = method(name, **settings), samples(500)
     rows = np.random.default_rng(0).permutation(500)
     check_pure(one, batch, [*np.array_split(rows, 7), *rows[:20, None]])
@@ -279,14 +279,14 @@ def test_training_pipelines_of_files_and_of_arrays_give_the_same_samples(tailed,
     """In two epochs, and other ones in each."""
     image = ImageConfig(size=24, val_resize=24, crop=CropConfig(kind="pad"), layout=layout)
     run = ExecConfig(batch_size=16, threads=1)
-    memory = ArrayImages.from_index(tailed, threads=1).pixels
+    images = ArrayImages.from_index(tailed, threads=1)
     order = Order(tailed.labels, batch_size=16, seed=2)
 
     def stage():
         return Stage(tailed, "rand_augment", epochs=2, batch_size=16, seed=2)
 
     def records(pipeline):
-        loader = Loader(pipeline, train.OUTPUTS, tailed, drop_last=False, order=order)
+        loader = Loader(pipeline, files.OUTPUTS, tailed, drop_last=False, order=order)
         return [
             {
                 i: pixels.numpy().tobytes()
@@ -296,9 +296,9 @@ def test_training_pipelines_of_files_and_of_arrays_give_the_same_samples(tailed,
             for _ in range(2)
         ]
 
-    files = records(train.train_pipeline(stage(), image, run, seed=2, order=order))
-    assert records(arrays.train_pipeline(stage(), memory, order, image, run)) == files
-    first, second = files
+    wanted = records(files.train_pipeline(stage(), image, run, seed=2, order=order))
+    assert records(memory.train_pipeline(stage(), images, order, image, run)) == wanted
+    first, second = wanted
     assert len(first) == len(second) == len(tailed)
     assert sum(first[i] != second[i] for i in first) > 0.9 * len(first)
 

@@ -86,17 +86,6 @@ def test_without_padding_the_whole_image_is_seen():
     assert (padded(100, 0)[0] == [0, 0, 32, 40]).all()
 
 
-def test_torch_draws_the_same_windows():
-    full = np.random.default_rng(0).integers(1, 200, (500, 2))
-    for kind in ("resized", "pad"):
-        config = CropConfig(kind=kind)
-        u = uniforms(1, Stream.CROP, 3, np.arange(500), crop.draws_per_sample(config))
-        drawn = crop.crop_and_flip(u, full, config)
-        tensors = crop.crop_and_flip(torch.from_numpy(u), torch.from_numpy(full), config)
-        for mine, other in zip(tensors, drawn, strict=True):
-            np.testing.assert_array_equal(mine.numpy(), other)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

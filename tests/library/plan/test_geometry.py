@@ -13,7 +13,7 @@ import torch
 from nvidia.dali import fn, pipeline_def
 from PIL import Image, ImageDraw
 
-from pipelines import train
+from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.cache.cache import SaliencyCache
 from scae_dali.config import CropConfig
@@ -124,8 +124,8 @@ def test_train_pipeline_covers_the_object_as_often_as_eq_4_says(scene, decode):
     epochs = 6
     image = ImageConfig(size=SIZE, val_resize=SIZE, crop=CropConfig(area=(0.3, 1.0)), decode=decode)
     stage = Stage(index, "scae", epochs=epochs, batch_size=32, seed=5, cache=cache, **SCAE_SETTINGS)
-    pipeline = train.train_pipeline(stage, image, ExecConfig(batch_size=32, threads=2), seed=5)
-    loader = Loader(pipeline, train.OUTPUTS, index, drop_last=False)
+    pipeline = files.train_pipeline(stage, image, ExecConfig(batch_size=32, threads=2), seed=5)
+    loader = Loader(pipeline, files.OUTPUTS, index, drop_last=False)
     maps, _ = cache.read(np.arange(N))
     shapes = upright(index)
     planner = stage.planner(image.crop)

@@ -6,7 +6,7 @@ from scipy import stats
 
 from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
-from scae_dali.plan.order import ID, Order, epoch_size
+from scae_dali.plan.order import ID, Order, batches_per_epoch, epoch_size
 from scae_dali.stage.stage import Stage
 
 # 30, 15, none, 5 and 1 of the classes 0, 1, 2, 3, 4; not sorted by class.
@@ -148,3 +148,14 @@ def test_arguments_are_checked():
         ValueError, match="sampling must be one of shuffle, class_balanced, in_turn; got 'random'"
     ):
         order(sampling="random")
+
+
+@pytest.mark.parametrize("samples", [1, 7, 16, 48, 49, 63])
+def test_batches_per_epoch_are_those_that_the_shards_give(samples):
+    for batch_size in (1, 3, 16):
+        for shards in range(1, 1 + min(samples, 4)):
+            sizes = [samples * (s + 1) // shards - samples * s // shards for s in range(shards)]
+            padded = max(-(-size // batch_size) for size in sizes)
+            full = min(size // batch_size for size in sizes)
+            assert batches_per_epoch(samples, batch_size, shards) == padded
+            assert batches_per_epoch(samples, batch_size, shards, drop_last=True) == full

@@ -13,10 +13,11 @@ import torchvision
 from conftest import TWO_PROCESSES, batch_of
 from test_refresh import Net, fresh, loaders  # noqa: F401 - a fixture
 
-from pipelines import arrays, train
+from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
+from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import Status
 from scae_dali.plan.order import Order
 from scae_dali.saliency.gradcam import GradCAM
@@ -456,10 +457,10 @@ def test_windows_and_flips_say_what_a_pixel_of_a_crop_shows(kind):
     )
     stage = Stage(index, "none", epochs=1, batch_size=n, seed=3)
     order = Order(index.labels, batch_size=n, seed=3)
-    pipeline = arrays.train_pipeline(
-        stage, pixels, order, image, ExecConfig(batch_size=n, threads=1)
+    pipeline = memory.train_pipeline(
+        stage, ArrayImages(index, pixels), order, image, ExecConfig(batch_size=n, threads=1)
     )
-    (batch,) = Loader(pipeline, train.OUTPUTS, index, drop_last=True, order=order)
+    (batch,) = Loader(pipeline, files.OUTPUTS, index, drop_last=True, order=order)
     assert 5 < batch.flips.sum() < n - 5
     middle = (np.arange(side) + 0.5) / side
     for picture, (y, x, h, w), flip in zip(

@@ -7,16 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines import saliency
-from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.cache.cache import SaliencyCache
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.refresh import METHODS, nearest_classes, refresh_cache, weights_digest
 from scae_dali.saliency.scorecam import ScoreCAM
-from scae_dali.stage.loader import Loader
+from scae_dali.saliency.whole import whole_loader
 from scae_dali.training.second_stage import ScaledLinear
-
-IMAGE = ImageConfig(size=28, val_resize=28)
 
 
 class Net(nn.Module):
@@ -40,10 +36,7 @@ def fresh(index, tmp_path):
 def loaders(index, asked, batch_size=16):
     def loader_for(ids):
         asked.append(list(ids))
-        pipeline = saliency.saliency_pipeline(
-            index, IMAGE, ExecConfig(batch_size=batch_size, threads=2), ids
-        )
-        return Loader(pipeline, saliency.OUTPUTS, index, drop_last=False)
+        return whole_loader(index, ids, size=28, batch_size=batch_size, threads=2)
 
     return loader_for
 

@@ -8,13 +8,14 @@ from conftest import write_pngs
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
-from pipelines import arrays, train
+from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import Status
 from scae_dali.plan.order import Order
+from scae_dali.stage import memory as engine
 from scae_dali.stage.loader import ImageError, Loader
 from scae_dali.stage.stage import Stage
 
@@ -33,7 +34,7 @@ class Data:
 
     def __init__(self, index, cache):
         self.index, self.cache = index, cache
-        self.pixels = ArrayImages.from_index(index, threads=1).pixels
+        self.images = ArrayImages.from_index(index, threads=1)
 
     def stage(self, batch_size=16, num_shards=1, **settings):
         return Stage(
@@ -71,13 +72,13 @@ class Data:
                 shard=shard,
                 num_shards=num_shards,
             )
-            pipeline = arrays.train_pipeline(
-                stage, self.pixels, order, image, run, checkpoint=state
+            pipeline = memory.train_pipeline(
+                stage, self.images, order, image, run, checkpoint=state
             )
         else:
-            pipeline = train.train_pipeline(stage, image, run, seed=SEED, checkpoint=state)
+            pipeline = files.train_pipeline(stage, image, run, seed=SEED, checkpoint=state)
         return Loader(
-            pipeline, train.OUTPUTS, self.index, drop_last=False, position=position, order=order
+            pipeline, files.OUTPUTS, self.index, drop_last=False, position=position, order=order
         )
 
 
@@ -167,8 +168,8 @@ def test_the_pixels_are_those_of_an_oracle(data, references, resize, kind):
         second, second_flip = planner.partner_crop(rows, np.full((n, 2), 24), image.crop)
         flip = rows[:, columns["flip"]][:, 0] == 1
         if image.crop.kind == "pad":
-            a = [shifted(data.pixels[i], w) for i, w in zip(ids, window, strict=True)]
-            b = [shifted(data.pixels[i], w) for i, w in zip(partners, second, strict=True)]
+            a = [shifted(data.images.pixels[i], w) for i, w in zip(ids, window, strict=True)]
+            b = [shifted(data.images.pixels[i], w) for i, w in zip(partners, second, strict=True)]
         else:
             a, b = resize(ids, window), resize(partners, second)
         mean, std = np.array(image.mean), np.array(image.std)
@@ -218,14 +219,14 @@ def test_a_partners_flip_is_the_drawn_one_whatever_the_samples_own(data, kind):
 
 
 def test_files_and_arrays_give_the_same_samples(references):
-    for files, memory in zip(references["files pad"], references["memory pad"], strict=True):
-        assert sorted(files) == sorted(memory) == list(range(63))
-        for i, one in files.items():
-            assert one[1:] == memory[i][1:]
+    for mine, other in zip(references["files pad"], references["memory pad"], strict=True):
+        assert sorted(mine) == sorted(other) == list(range(63))
+        for i, one in mine.items():
+            assert one[1:] == other[i][1:]
             if one[4] != Status.MIXED:
-                assert one[0] == memory[i][0]
+                assert one[0] == other[i][0]
             else:
-                a, b = (np.frombuffer(o[0], np.float32) for o in (one, memory[i]))
+                a, b = (np.frombuffer(o[0], np.float32) for o in (one, other[i]))
                 differ = np.abs(a - b)
                 assert differ.max() < 1.01 / 57  # one grey level, where a half is rounded
                 assert (differ > 0.01).mean() < 0.001
@@ -276,7 +277,7 @@ def test_and_after_a_resume(data, references, kind, position):
 
 def test_making_fewer_batches_at_once_changes_nothing(data, references, monkeypatch):
     for samples in (1, 32, 48):  # 1, 2 and 3 of the 4 batches of an epoch
-        monkeypatch.setattr(arrays, "SAMPLES_AT_ONCE", samples)
+        monkeypatch.setattr(engine, "SAMPLES_AT_ONCE", samples)
         loader = data.loader("memory pad")
         assert [whole(loader) for _ in range(EPOCHS)] == references["memory pad"]
 
@@ -325,8 +326,8 @@ def test_a_second_sample_is_cropped_upright_in_its_own_frame(tmp_path, decode):
     index, shapes = gradients(tmp_path)
     image = ImageConfig(size=SIZE, val_resize=SIZE, crop=CROPS["resized"], decode=decode)
     stage = Stage(index, "scae", epochs=9, batch_size=4, seed=1, tail=0.6, mix_prob=1.0)
-    pipeline = train.train_pipeline(stage, image, ExecConfig(batch_size=4, threads=1), seed=1)
-    loader = Loader(pipeline, train.OUTPUTS, index, drop_last=False)
+    pipeline = files.train_pipeline(stage, image, ExecConfig(batch_size=4, threads=1), seed=1)
+    loader = Loader(pipeline, files.OUTPUTS, index, drop_last=False)
     planner = stage.planner(image.crop)
     columns, ids = planner.columns, np.arange(8, 12)
     mean, std = (torch.tensor(v)[:, None, None] for v in (image.mean, image.std))
@@ -375,6 +376,6 @@ def test_a_second_sample_that_does_not_decode_is_named(tmp_path):
     stage = Stage(index, "scae", epochs=1, batch_size=4, seed=0, tail=0.5, mix_prob=1.0)
     order = FirstOfTail(index.labels, batch_size=4, seed=0)
     run = ExecConfig(batch_size=4, threads=1)
-    pipeline = train.train_pipeline(stage, image_config("files pad"), run, seed=0, order=order)
+    pipeline = files.train_pipeline(stage, image_config("files pad"), run, seed=0, order=order)
     with pytest.raises(ImageError, match=r"b/01.png' is cut off .*\n.*Mend or remove it"):
-        next(iter(Loader(pipeline, train.OUTPUTS, index, drop_last=False, order=order)))
+        next(iter(Loader(pipeline, files.OUTPUTS, index, drop_last=False, order=order)))

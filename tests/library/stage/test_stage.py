@@ -6,14 +6,17 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from scipy import stats
 from timm.data.random_erasing import RandomErasing as TimmErasing
+from torch.utils import dlpack
 
-from pipelines import train
+from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD, CropConfig
+from scae_dali.methods import BUILT_IN
 from scae_dali.plan import crop
 from scae_dali.plan.random import Stream, uniforms
+from scae_dali.stage import stage as ops
 from scae_dali.stage.loader import Loader
-from scae_dali.stage.stage import SCAE, Stage
+from scae_dali.stage.stage import SCAE, Operator, Stage
 
 IMAGE = ImageConfig(size=48, val_resize=48)
 EPOCHS = 4
@@ -27,8 +30,8 @@ def stage(index, cache, batch_size, name="scae", **keywords):
 
 def loader(one, index, *, shard=0, num_shards=1, state=None, position=0, image=IMAGE):
     run = ExecConfig(batch_size=one.batch_size, threads=2, shard=shard, num_shards=num_shards)
-    pipeline = train.train_pipeline(one, image, run, seed=11, checkpoint=state)
-    return Loader(pipeline, train.OUTPUTS, index, drop_last=False, position=position)
+    pipeline = files.train_pipeline(one, image, run, seed=11, checkpoint=state)
+    return Loader(pipeline, files.OUTPUTS, index, drop_last=False, position=position)
 
 
 def records(batches):
@@ -72,8 +75,60 @@ def test_and_whatever_the_number_of_shards(index, cache, reference):
     assert not any(set(a) & set(b) for a, b in zip(*shards, strict=True))
 
 
-def test_and_by_the_torch_backend(index, cache, reference):
-    assert epochs(stage(index, cache, 16, backend="torch"), index) == reference
+@pytest.mark.parametrize(
+    "how", [{"backend": "torch"}, {"backend": "numpy"}, {"resident": False}, {"resident": True}]
+)
+def test_and_by_any_backend_and_wherever_the_maps_are(index, cache, reference, how):
+    assert epochs(stage(index, cache, 16, **how), index) == reference
+
+
+@pytest.mark.parametrize("name", [*BUILT_IN, "rand_augment+scae", "scae+mixup"])
+def test_both_operators_give_the_same_rows(index, cache, name):
+    ids = np.random.default_rng(0).permutation(50)
+    settings = {"scae": {"mix_prob": 0.0}} if "scae+" in name else {}
+    given = []
+    for backend in ("python", "torch"):
+        one = stage(index, cache, 10, name, backend=backend, **settings)
+        given.append(Operator(one, one.planner(CropConfig()), 1, (48, 48)))
+    by_python, by_torch = given
+    told = set()
+    for step, batch in enumerate(ids.reshape(5, 10)):
+        arrays = (
+            [np.array([i], np.int32) for i in batch],
+            [np.array([15 + step])] * 10,  # of the last epoch
+            [np.array([60 + i, 70, 3]) for i in batch],
+        )
+        wanted = by_python.python(*arrays)
+        capsules = ([dlpack.to_dlpack(torch.from_numpy(a)) for a in part] for part in arrays)
+        for mine, other in zip(wanted, by_torch.torch(*capsules), strict=True):
+            other = [dlpack.from_dlpack(row).numpy() for row in other]
+            assert {row.dtype for row in mine} == {row.dtype for row in other}
+            np.testing.assert_array_equal(np.stack(mine), np.stack(other))
+        status = by_python.planner.columns["status"].start
+        told |= {row[status] for row in wanted[0]}
+    assert any(told) or name in ("none", "rand_augment", "auto_augment", "trivial_augment")
+
+
+def test_maps_are_kept_in_memory_where_they_are_small(index, cache, monkeypatch):
+    def lookups(**how):
+        """Samples that are looked up in LMDB."""
+        seen = []
+
+        def read(ids):
+            seen.extend(ids)
+            return type(cache).read(cache, ids)
+
+        monkeypatch.setattr(cache, "read", read)
+        one = stage(index, cache, 50, p_min=1.0, p_max=1.0, **how)
+        one.planner()(np.arange(50), np.full(50, 3), np.full((50, 2), 48))
+        return len(seen)
+
+    assert lookups() == 0 < lookups(resident=False)
+    monkeypatch.setattr(ops, "RESIDENT_BYTES", 50 * 49)
+    assert lookups() == 0
+    monkeypatch.setattr(ops, "RESIDENT_BYTES", 50 * 49 - 1)
+    assert lookups() == 50
+    assert lookups(resident=True) == 0
 
 
 def test_and_with_a_full_decode(index, cache, reference):
@@ -261,8 +316,11 @@ def test_colours_differ_between_images(index, cache):
 def test_arguments_are_checked(index, cache, tmp_path):
     with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
         Stage(index, "none", epochs=0, batch_size=2, seed=0)
-    with pytest.raises(ValueError, match="backend must be numpy or torch, got 'jax'"):
+    with pytest.raises(ValueError, match="backend must be python or torch, got 'jax'"):
         Stage(index, "none", epochs=1, batch_size=2, seed=0, backend="jax")
+    with pytest.raises(ValueError, match="torch_device must be cpu, got 'cuda:0': the plan runs"):
+        Stage(index, "none", epochs=1, batch_size=2, seed=0, backend="torch", torch_device="cuda:0")
+    Stage(index, "none", epochs=1, batch_size=2, seed=0, backend="torch", torch_device="cpu")
     with pytest.raises(TypeError, match="seed"):
         Stage(index, "none", epochs=1, batch_size=2)
     with pytest.raises(ValueError, match="no saliency cache"):
@@ -279,7 +337,7 @@ def test_arguments_are_checked(index, cache, tmp_path):
     stage(index, cache, 16, fill="color", mean=(0.0, 0.0, 0.0), std=(255.0, 255.0, 255.0))
     one = stage(index, cache, 16)
     with pytest.raises(ValueError, match="batch_size of the stage is 16, of the pipeline 8"):
-        train.train_pipeline(one, IMAGE, ExecConfig(batch_size=8), seed=0)
+        files.train_pipeline(one, IMAGE, ExecConfig(batch_size=8), seed=0)
     with pytest.raises(IndexError, match=r"ids must be in \[0, 50\).*got 50"):
         one.planner()(np.array([50]), np.array([0]), np.array([[48, 48]]))
 
