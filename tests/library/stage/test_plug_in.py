@@ -1,83 +1,189 @@
-"""The README's code for somebody else's loader, run as it stands there on small data."""
+"""The code of the READMEs for somebody else's loop, run as it stands there on small data."""
 
+import ast
+import dataclasses
+import inspect
 import os
 import re
+import sys
 import tarfile
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import fill_cache
+from conftest import ROOT, fill_cache
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 from torch import nn
 
 import scae_dali
 from scae_dali.data.index import ImageIndex
+from scae_dali.methods import BUILT_IN, load
 
-README = (Path(__file__).parents[3] / "README.md").read_text()
-BLOCKS = dict(re.findall(r"```python (\w+)\n(.*?)```", README, flags=re.DOTALL))
+PAGES = [ROOT / "README.md", ROOT / "scae_dali" / "README.md"]
+FOUND = [
+    block
+    for page in PAGES
+    for block in re.findall(r"```python (\w+)\n(.*?)```", page.read_text(), flags=re.DOTALL)
+]
+BLOCKS = dict(FOUND)
 MEAN, STD = [124.0, 116.0, 104.0], [58.0, 57.0, 57.0]
 
 
-def run(name, changes, **names):
-    """Execute a block with other paths, a small batch and no GPU; returns its names."""
-    code = BLOCKS[name]
-    code = re.sub(r"batch_size=\d+", "batch_size=10", code)
-    always = {"device_id=0": "device_id=None", '"mixed"': '"cpu"'}
-    for old, new in (always | changes).items():
+def code_of(name, changes):
+    """A block for small images, small batches and no GPU, and with changes, each of something."""
+    code = re.sub(r"batch_size=\d+", "batch_size=10", BLOCKS[name])
+    for old, new in {
+        "device_id=0": "device_id=None", '"mixed"': '"cpu"', ".cuda()": "", "resnet50": "resnet18",
+        "224": "64", "(7, 7)": "(2, 2)",
+    }.items():  # fmt: skip
+        code = code.replace(old, new)
+    for old, new in changes.items():
         assert old in code
         code = code.replace(old, new)
-    exec(compile(code, f"README: {name}", "exec"), names)
+    return code
+
+
+def run(name, changes, **names):
+    """Execute a block with changes; returns its names."""
+    exec(compile(code_of(name, changes), f"README: {name}", "exec"), names)
     return names
 
 
-def check(names, index, cache, batches=10):
-    """Two epochs: all samples, right labels, rectangles where the cache and the epoch say."""
-    pipeline = names["train"]()
-    black = 0
+def check(pipeline, index, scae, batches=10):
+    """Two epochs: right labels, rectangles in the mean's grey where the epoch says."""
+    erased = 0
     for _ in range(batches):
-        images, label, partner, mu = (np.asarray(o.as_array()) for o in pipeline.run())
-        assert images.shape == (10, 3, 224, 224)
+        images, *_, label, partner, mu = (np.asarray(o.as_array()) for o in pipeline.run())
+        assert images.shape == (10, 3, 64, 64)
         assert (label == partner).all()
         assert (mu == 1).all()
         assert np.isin(label, index.labels).all()
-        black += (images[:, :, ::8, ::8] == [[[124]], [[116]], [[104]]]).all(1).any((1, 2)).sum()
-    assert 0 < black < 10 * batches
-    assert names["scae"].seconds > 0
-    return pipeline
+        erased += (np.abs(images[:, :, ::4, ::4]) < 0.0085).all(1).any((1, 2)).sum()
+    assert 0 < erased < 10 * batches
+    assert scae.seconds > 0
 
 
-@pytest.mark.parametrize("name", ["file", "webdataset", "tfrecord"])
-def test_at_most_ten_lines_are_added(name):
+def test_every_block_is_run_here():
+    """No name comes twice, and none without a test below."""
+    tested = {"loop", "webdataset", "tfrecord", "memory", "ranks", "save", "resume", "refresh_tar"}
+    assert sorted(name for name, _ in FOUND) == sorted(tested | {"harvest", "compose", "my_method"})
+    for page in PAGES:
+        assert page.read_text().count("```") == 2 * page.read_text().count("```python ")
+
+
+def test_the_errors_on_the_page_are_those_of_the_library():
+    text = PAGES[1].read_text()
+    table = text[text.index("| the error says |") :].partition("\n\n")[0]
+    told = " ".join(
+        "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        if isinstance(node, ast.JoinedStr)
+        else str(getattr(node, "value", ""))
+        for path in (ROOT / "scae_dali").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.JoinedStr | ast.Constant)
+    )
+    errors = re.findall(r"^\| `(.+?)`", table, flags=re.MULTILINE)
+    assert len(errors) > 20
+    assert [error for error in errors if error.strip("… ") not in told] == []
+
+
+def test_every_setting_is_on_the_page():
+    named = set(re.findall(r"`(\w+)`", PAGES[1].read_text()))
+    settings = {f.name for name in BUILT_IN for f in dataclasses.fields(load(name).Config)}
+    settings |= {f.name for f in dataclasses.fields(scae_dali.CropConfig)}
+    for function in (scae_dali.Stage, scae_dali.Loader, scae_dali.refresh_cache):
+        settings |= inspect.signature(function).parameters.keys()
+    # The data set and what goes by the names of methods; what is for train.py alone.
+    assert settings - named <= {"settings", "model", "torch_device", "remedy"}
+
+
+@pytest.mark.parametrize(("name", "most"), [("loop", 16), ("webdataset", 8), ("tfrecord", 10)])
+def test_few_lines_are_added(name, most):
     lines = BLOCKS[name].splitlines()
-    assert 1 <= sum(line.endswith("#+") for line in lines) <= 10
+    assert 1 <= sum(line.endswith("#+") for line in lines) <= most
     own = "\n".join(line for line in lines if not line.endswith("#+"))
     assert "scae" not in own
 
 
-def test_file_reader(folder, index, cache):
-    changes = {"/data/imagenet/train": str(folder), "imagenet.lmdb": cache.path}
-    names = run("file", changes)
-    check(names, index, cache)
-
-
-def test_the_loop_reads_whole_epochs(folder, index, cache):
-    changes = {"/data/imagenet/train": str(folder), "imagenet.lmdb": cache.path}
-    names = run("file", changes | {"images, *targets": "images, ids, *targets"})
+@pytest.fixture(scope="module")
+def loop(folder, tmp_path_factory):
+    """The names of the first page's loop after two epochs, with a pass before the second one."""
     torch.manual_seed(0)
-    names["model"], seen = Net(), []
-    names["model"].register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    exec(BLOCKS["loop"].replace("range(100)", "range(2)"), names)
-    assert sum(seen) == 2 * len(index)
-    assert names["loss"].isfinite()
-    assert names["batch"].labels.tolist() == index.labels[names["batch"].ids].tolist()
+    path = tmp_path_factory.mktemp("loop") / "maps.lmdb"
+    changes = {"/data/imagenet/train": str(folder), "maps.lmdb": str(path)}
+    return run("loop", changes | {"range(100)": "range(2)", "% 10": "% 1"})
+
+
+def test_the_loop_trains_and_makes_maps(loop, index):
+    assert loop["cache"].meta.epoch == 1
+    assert loop["cache"].coverage().found == len(index)
+    assert loop["loss"].isfinite()
+    assert loop["batch"].labels.tolist() == index.labels[loop["batch"].ids].tolist()
+    check(loop["train"](), index, loop["scae"])
+
+
+def test_a_checkpoint_goes_on_within_the_epoch(loop, index):
+    names = {**loop, "epoch": 0, "given": 2}
+    names["loader"] = scae_dali.Loader(
+        loop["train"](), ["images", "id", "label", "partner", "mu"], index, drop_last=True
+    )
+    batches = iter(names["loader"])
+    begun = [next(batches).ids.tolist() for _ in range(2)]
+    exec(code_of("save", {}), names)
+    rest = [batch.ids.tolist() for batch in batches]
+    assert sorted(np.concatenate(begun + rest).tolist()) == list(range(len(index)))
+    exec(code_of("resume", {}), names)
+    assert [batch.ids.tolist() for batch in names["loader"]] == rest
+
+
+def test_harvest(loop, index):
+    """Half of the maps come out of the crops that the network was trained on."""
+    names = {**loop, "epochs": 1}
+    changes = {"range(100)": "range(1)", "% 10 == 9": "% 1 == 0", "share=0.1": "share=0.5"}
+    code = code_of("harvest", changes)
+    exec(code.replace("scae_dali.refresh_cache(", "report = scae_dali.refresh_cache("), names)
+    assert names["report"].images == 25
+    assert names["report"].harvested == 25
+    assert names["batch"].windows.shape == (10, 4)
+
+
+def test_one_process_of_several(index, tmp_path, monkeypatch):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    store = f'"gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1'
+    changes = {'"nccl"': store, "maps.lmdb": str(tmp_path / "maps.lmdb")}
+    changes["torch.cuda.set_device(local)"] = ""
+    try:
+        names = run("ranks", changes, scae_dali=scae_dali, index=index)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert names["scae"].num_shards == 1
+    assert names["cache"].meta.samples == len(index)
+
+
+def test_images_in_memory(tmp_path):
+    """A tail is mixed, and rectangles have the mean's grey."""
+    labels = np.array([0] * 40 + [1] * 2)
+    pixels = np.random.default_rng(0).integers(0, 100, (42, 32, 32, 3), np.uint8)
+    given = {"names": [str(i) for i in range(42)], "labels": labels, "pixels": pixels}
+    changes = {"maps.lmdb": str(tmp_path / "maps.lmdb")}
+    names = run("memory", changes, **given, MEAN=MEAN, STD=STD)
+    batches = [batch for _ in range(5) for batch in names["loader"]]
+    assert len(batches) == 5 * 4
+    mu, classes = (torch.cat([getattr(b, name) for b in batches]) for name in ("mu", "labels"))
+    assert (mu[classes == 0] == 1).all()
+    assert (mu[classes == 1] < 1).any()
+    one = batches[-1]
+    boxes = one.boxes[(one.status & 1).bool()]
+    assert len(boxes)
+    assert (boxes[:, 2:] > 0).all()
 
 
 def test_composition(index, cache):
-    names = {"scae_dali": scae_dali, "index": index}
-    exec(BLOCKS["compose"].replace("imagenet.lmdb", cache.path), names)
+    names = run("compose", {"maps.lmdb": cache.path}, scae_dali=scae_dali, index=index)
     stage = names["stage"]
     planner = stage.planner()
     assert stage.conditional
@@ -85,6 +191,23 @@ def test_composition(index, cache):
     ids = np.arange(len(index))
     rows = planner(ids, 0 * ids, np.full((len(ids), 2), 224))
     assert (rows[:, planner.columns["box"]].prod(axis=1) > 0).any()
+
+
+def test_a_method_of_ones_own(greys, monkeypatch):
+    module = types.ModuleType("my_package.my_method")
+    monkeypatch.setitem(sys.modules, "my_package", types.ModuleType("my_package"))
+    monkeypatch.setitem(sys.modules, "my_package.my_method", module)
+    exec(BLOCKS["my_method"], module.__dict__)
+    index, _, grey = greys
+    stage = scae_dali.Stage(
+        index, "my_package.my_method", epochs=4, batch_size=10, seed=7, prob=0.5
+    )
+    images, ids, *_ = given(own_pipeline(greys, stage=stage))
+    middle = images[:, 8:24, 8:24].reshape(len(images), -1)
+    erased = (middle == 0).all(1)
+    assert 0.3 < erased.mean() < 0.7
+    assert (images[:, 0, 0, 0] == grey[ids]).all()
+    assert (middle[~erased, 0] == grey[ids][~erased]).all()
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +230,10 @@ def test_webdataset_by_path_keys(tar):
     changes = {
         "samples.txt": str(tar / "samples.txt"),
         "train.tar": str(tar / "train.tar"),
-        "imagenet.lmdb": cache.path,
+        "maps.lmdb": cache.path,
     }
-    check(run("webdataset", changes), index, cache)
+    names = run("webdataset", changes, MEAN=MEAN, STD=STD)
+    check(names["train"](), index, names["scae"])
 
 
 def varint(value):
@@ -141,8 +265,9 @@ def test_tfrecord_by_path_keys(folder, tmp_path):
     record = str(tmp_path / "train.tfrecord")
     index = ImageIndex.from_arrays([f"{record} at index {o}" for o, _ in offsets], files.labels)
     cache = fill_cache(tmp_path / "maps.lmdb", index, naming="path")
-    changes = {"train.tfrecord": record, "imagenet.lmdb": cache.path}
-    check(run("tfrecord", changes, labels=files.labels), index, cache)
+    changes = {"train.tfrecord": record, "maps.lmdb": cache.path}
+    names = run("tfrecord", changes, labels=files.labels, MEAN=MEAN, STD=STD)
+    check(names["train"](), index, names["scae"])
 
 
 class Net(nn.Module):
@@ -156,23 +281,18 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])
-@pytest.mark.parametrize("name", ["refresh", "refresh_tar"])
-def test_a_pass_sees_the_samples_that_it_wants_and_no_others(tar, folder, tmp_path, name, share):
+def test_a_pass_sees_the_samples_that_it_wants_and_no_others(tar, tmp_path, share):
     torch.manual_seed(0)
     changes = {
-        "imagenet.lmdb": str(tmp_path / "maps.lmdb"),
+        "maps.lmdb": str(tmp_path / "maps.lmdb"),
         "epoch=0": f'epoch=0, layer="features", share={share}',
+        "samples.txt": str(tar / "samples.txt"),
+        "train.tar": str(tar / "train.tar"),
     }
-    if name == "refresh":
-        changes["/data/imagenet/train"] = str(folder)
-    else:
-        changes["samples.txt"] = str(tar / "samples.txt")
-        changes["train.tar"] = str(tar / "train.tar")
     net, seen = Net(), []
     net.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    names = run(name, changes, model=net, MEAN=MEAN, STD=STD)
-    if name == "refresh_tar":
-        names["archive"].close()
+    names = run("refresh_tar", changes, model=net, MEAN=MEAN, STD=STD)
+    names["archive"].close()
     cache = names["cache"]
     assert cache.meta.epoch == 0
     assert cache.read(np.arange(50))[1].sum() == sum(seen) == np.ceil(50 * share)
@@ -192,15 +312,18 @@ def greys(tmp_path_factory):
 
 
 def own_pipeline(
-    greys, *, size=(32, 32), window=True, conditionals=True, index=None, crop=None, **settings
-):
+    greys, *, size=(32, 32), window=True, conditionals=True, index=None, crop=None, stage=None,
+    **settings,
+):  # fmt: skip
     """A pipeline as the README has it, on data with a tail. Yields flat images, ids and targets."""
     files, cache, _ = greys
     if index is not None:
         cache = None  # it is of the files
     partner = {} if crop is None else {"partner_crop": crop}
     settings = {"tail": 0.5, "fill": "zero", "mix_alpha": 2.0} | settings
-    scae = scae_dali.SCAE(index or files, cache, epochs=4, batch_size=10, seed=7, **settings)
+    scae = stage
+    if stage is None:
+        scae = scae_dali.SCAE(index or files, cache, epochs=4, batch_size=10, seed=7, **settings)
 
     @pipeline_def(
         batch_size=10,
