@@ -1,6 +1,8 @@
-"""Every command in the READMEs, taken apart by its own parser and not run: its options exist."""
+"""The READMEs: what a command or a link names is there. Commands are taken apart by their own
+parsers, and not run."""
 
 import argparse
+import dataclasses
 import importlib
 import re
 import shlex
@@ -13,22 +15,25 @@ import yaml
 from conftest import ROOT
 
 import train
+from pipelines.recipe import Config
+from scae_dali.methods import BUILT_IN
 
-PAGES = ("README.md", "scae_dali/README.md", "pipelines/README.md", "tools/README.md")
-PAGES += ("tools/results/README.md", "tests/field/README.md")
+FOLDERS = (".", "scae_dali", "pipelines", "tools", "tools/results", "tests/field")
+PAGES = [page for folder in FOLDERS if (page := ROOT / folder / "README.md").is_file()]
 SCRIPT = re.compile(r"(?:python|torchrun(?: --[\w-]+ \d+)*) (train\.py|tools/\w+\.py)(?= |$)")
 
 
 def commands(page: Path) -> list[str]:
     """The commands of a page's indented code and code spans, each on one line."""
     text = page.read_text()
-    code = re.findall(r"^    (.*(?:\\\n.*)*)", text, flags=re.MULTILINE)
+    code = re.findall(r"^    ((?:.*\\\n)*.*)", text, flags=re.MULTILINE)
     spans = re.findall(r"`([^`]+)`", text)
     joined = (re.sub(r"\s*\\\n\s*", " ", one) for one in code)
-    return [line for line in (*joined, *spans) if SCRIPT.match(line)]
+    found = [line for line in (*joined, *spans) if SCRIPT.match(line)]
+    return [line for line in found if "benchmark.py NAME" not in line]
 
 
-FOUND = [(name, line) for name in PAGES if (ROOT / name).is_file() for line in commands(ROOT / name)]
+FOUND = [(page, line) for page in PAGES for line in commands(page)]
 
 
 class Parsed(Exception):  # noqa: N818 - no error
@@ -56,7 +61,10 @@ def parse_train(options: list[str]) -> None:
     for needed in ("--data.root", "--out"):
         if needed not in options:
             options = [*options, needed, "x"]
-    train.make_parser().parse_args(options)
+    parser = train.make_parser()
+    settings = parser.instantiate(parser.parse_args(options))
+    if settings.method in BUILT_IN or "+" in settings.method:
+        Config(**{field.name: settings[field.name] for field in dataclasses.fields(Config)})
 
 
 def parse_tool(name: str, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +95,7 @@ def check(line: str, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
         parse_tool(Path(script).stem, [one for one in options if one != "--help"], monkeypatch)
 
 
-@pytest.mark.parametrize(("page", "line"), FOUND, ids=lambda value: value[:60])
+@pytest.mark.parametrize(("page", "line"), FOUND, ids=lambda value: str(value)[-50:])
 def test_a_command_is_understood(page, line, folder, monkeypatch):
     try:
         check(line, folder, monkeypatch)
@@ -109,17 +117,41 @@ def test_a_command_that_is_not_is_found(line, folder, monkeypatch):
         check(line, folder, monkeypatch)
 
 
-def test_the_settings_that_the_page_on_training_lists_are_the_defaults():
+def test_the_settings_on_the_page_on_training_exist_with_these_defaults():
     text = (ROOT / "pipelines" / "README.md").read_text()
-    listed = re.findall(r"^\| `--([\w.]+) (\S+)` \|", text, flags=re.MULTILINE)
     defaults = {action.dest: action.default for action in train.make_parser()._actions}
+    table = text[text.index("## Settings") : text.index("## Bad images")]
+    listed = dict(re.findall(r"^\| `--([\w.]+) (\S+)` \|", table, flags=re.MULTILINE))
     assert len(listed) > 20
-    for name, value in listed:
-        if name in defaults:
-            assert defaults[name] == yaml.safe_load(value), name
-    named = set(re.findall(r"`--([\w.]+)[ `]", text)) - {"nproc"}
-    assert not {name for name in named if name.replace("-", "_") not in defaults} - NOT_OF_TRAIN
+    assert {name: defaults[name] for name in listed} == {
+        name: yaml.safe_load(value) for name, value in listed.items()
+    }
+    named = set(re.findall(r"`--([\w.]+)[ `]", text))
+    assert named - {*defaults} == {"decode"}  # of tools/check_images.py
 
 
-# Options of other commands that the page names.
-NOT_OF_TRAIN = {"decode"}
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    titles = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.M
+    )
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        there = page.parent / path if path else page
+        assert there.exists(), target
+        if anchor:
+            there = there / "README.md" if there.is_dir() else there
+            assert anchor in anchors(there), target
+
+
+def test_the_page_of_results_names_every_file_there_and_no_other():
+    folder = ROOT / "tools" / "results"
+    named = set(re.findall(r"\b[a-z]\w+\.json", (folder / "README.md").read_text()))
+    assert named == {path.name for path in folder.glob("*.json")}
