@@ -95,7 +95,7 @@ def check(line: str, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
         parse_tool(Path(script).stem, [one for one in options if one != "--help"], monkeypatch)
 
 
-@pytest.mark.parametrize(("page", "line"), FOUND, ids=lambda value: str(value)[-50:])
+@pytest.mark.parametrize(("page", "line"), FOUND, ids=lambda value: str(value)[-40:])
 def test_a_command_is_understood(page, line, folder, monkeypatch):
     try:
         check(line, folder, monkeypatch)
@@ -138,7 +138,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=str)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if target.startswith("https://"):
