@@ -44,15 +44,17 @@ class SaliencyConfig:
     """The saliency cache and what fills it.
 
     Args:
-        source: `pass`: Grad-CAM of the whole images, in passes of their own. `harvest`: out of the
-            training's own forward passes, for networks that end in a pooling and one linear layer.
-            `both`: a pass over `share`, and what was harvested of the rest.
-        share: of the samples, seen by a pass; the stalest first.
-        cache: LMDB cache; None: `saliency.lmdb` in the run's folder, one a node.
-        layer: module whose features Grad-CAM weighs; None: the family's default.
-        batch_size: of the pass, a rank; None: the training's, or more on a GPU where images are
-            small.
-        size: side in pixels to which the whole image is stretched; None: the crop's.
+        source: `pass` makes the maps by Grad-CAM on whole images, in separate passes. `harvest`
+            takes them from the forward passes of training; the network must end in a pooling and
+            one linear layer. `both` makes passes over `share` of the images and harvests the rest.
+        share: Share of the images that each pass sees, those with the oldest maps first.
+        cache: LMDB cache of the maps. null puts saliency.lmdb into the run's folder, one for each
+            node.
+        layer: Name of the module whose output Grad-CAM looks at. null takes the usual one of the
+            network's family.
+        batch_size: Batch size of a pass in one process. null takes that of training, or a larger
+            one on a GPU if the images are small.
+        size: Side in pixels that a pass stretches whole images to. null takes image.size.
     """
 
     source: Literal["pass", "harvest", "both"] = "pass"
@@ -92,43 +94,48 @@ class Config:
     """A training run.
 
     Args:
-        data: the images.
-        out: folder of the run: checkpoint, metrics, weights, saliency cache.
-        model: a network of torchvision by name, or one for 32 px of scae_dali.training.networks.
-        method: one of scae_dali.methods.BUILT_IN, or the dotted name of a module of yours; several
-            are joined by +, rand_augment+scae.
-        scae: settings of the method of this name, as are those that follow.
-        semantic_grid_mask: SCAE with a grid.
-        random_erasing: Random Erasing.
-        cutout: Cutout.
-        grid_mask: GridMask.
-        mixup: MixUp.
-        cutmix: CutMix.
-        saliency_mix: SaliencyMix.
-        keep_augment: KeepAugment.
-        rand_augment: RandAugment.
-        auto_augment: AutoAugment.
-        trivial_augment: TrivialAugment.
-        method_args: settings of a module of yours; where several methods are joined, by its name.
-        image: how images become tensors.
-        optim: optimiser and schedule.
-        loss: weights of the classes and smoothing of the labels.
-        second_stage: trains the classifier again on the features of a first run.
-        sampling: shuffle gives every sample once an epoch; class_balanced every class equally
-            often, as often as the largest has samples.
-        saliency: saliency cache and pass.
-        epochs: T.
-        batch_size: of a rank.
-        threads: of DALI, a rank.
-        hw_decoder_load: share of a batch that the JPEG engine of the GPU decodes, where it has one.
-        device: auto takes the GPU where there is one.
-        amp: autocast to this type.
-        channels_last: memory format of network and images.
-        compile: torch.compile the network in this mode; reduce-overhead captures CUDA graphs, for
-            small networks.
-        backend: the operator that runs the plan; see scae_dali.stage.stage.Stage. numpy is python.
-        seed: of everything random.
-        checkpoint_every: steps between checkpoints within an epoch; 0: only at its end.
+        data: The images
+        out: Folder of the run, for its checkpoint, metrics, weights and saliency cache. It must be
+            new, or hold a run that is resumed.
+        model: Name of a classification network of torchvision, or of one for 32 px: cifar_resnet20,
+            cifar_resnet32, cifar_resnet44, cifar_resnet56 or cifar_resnet18.
+        method: Augmentation, by its name (scae, random_erasing, …; none is crop and flip alone), or
+            the dotted name of a module of your own. Several are joined by a plus sign, such as
+            rand_augment+scae.
+        scae: SCAE, with --method scae
+        semantic_grid_mask: SCAE that erases a grid, with --method semantic_grid_mask
+        random_erasing: Random Erasing, with --method random_erasing
+        cutout: Cutout, with --method cutout
+        grid_mask: GridMask, with --method grid_mask
+        mixup: MixUp, with --method mixup
+        cutmix: CutMix, with --method cutmix
+        saliency_mix: SaliencyMix, with --method saliency_mix
+        keep_augment: KeepAugment, with --method keep_augment
+        rand_augment: RandAugment, with --method rand_augment
+        auto_augment: AutoAugment, with --method auto_augment
+        trivial_augment: TrivialAugment, with --method trivial_augment
+        method_args: Settings of a module of your own, as JSON. If several methods are joined, they
+            stand under the module's name.
+        image: How images become tensors
+        optim: Optimiser (SGD) and schedule of the learning rate
+        loss: Label smoothing and weights of the classes
+        second_stage: Second stage, which trains the classifier again on the features of a first run
+        sampling: `shuffle` shows every image once in an epoch. `class_balanced` shows every class
+            equally often, as often as the largest class has images.
+        saliency: Saliency maps, for methods that look at them
+        epochs: Number of epochs, T in eq. 5.
+        batch_size: Batch size of one process.
+        threads: DALI's CPU threads in one process.
+        hw_decoder_load: Share of a batch that the GPU's JPEG engine decodes, if the GPU has one.
+        device: Where to train; `auto` takes a GPU if there is one.
+        amp: Mixed precision, as the type that torch.autocast computes in.
+        channels_last: Keep the network's weights and the images in channels-last memory format.
+        compile: Mode of torch.compile. `reduce-overhead` captures CUDA graphs, which helps small
+            networks.
+        backend: DALI operator that runs the augmentation's Python code. The plan is the same.
+        seed: Seed of everything random.
+        checkpoint_every: Steps between two checkpoints within an epoch. 0 makes one at the end of
+            an epoch only.
     """
 
     data: DataConfig

@@ -20,16 +20,18 @@ class OptimConfig:
     """SGD with Nesterov momentum.
 
     Args:
-        lr: learning rate for the whole batch of all ranks.
-        momentum: Nesterov's.
-        weight_decay: L2.
-        decay_norms: whether weight decay acts on norms and biases too.
-        schedule: `step` multiplies by `factor` at `milestones`, `cosine` falls to `lr_min`.
-        milestones: epochs.
-        factor: of `step`.
-        lr_min: of `cosine`.
-        warmup_epochs: linear warm-up before either.
-        ema: decay of an averaged copy of the weights that is validated and saved; 0: none.
+        lr: Learning rate, for the batches of all processes together.
+        momentum: Nesterov momentum.
+        weight_decay: Weight decay (L2).
+        decay_norms: Whether weight decay also acts on biases and on the weights of norm layers.
+        schedule: `step` multiplies the learning rate by `factor` at each of the `milestones`.
+            `cosine` lowers it to `lr_min` along a cosine.
+        milestones: Epochs at which schedule=step lowers the learning rate.
+        factor: What schedule=step multiplies the learning rate by.
+        lr_min: Learning rate at the end of schedule=cosine.
+        warmup_epochs: Epochs over which the learning rate first rises linearly to lr.
+        ema: Decay, for each step, of an averaged copy of the weights, which is then the one
+            validated and saved. 0 averages nothing.
     """
 
     lr: float = 0.1
