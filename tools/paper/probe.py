@@ -8,7 +8,6 @@ import time
 import torch
 from torch.nn.functional import cross_entropy
 
-import _path  # noqa: F401
 from pipelines.recipe import Config, autocast, make_network
 from scae_dali.ranks import pick_device
 
