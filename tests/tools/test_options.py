@@ -5,10 +5,7 @@ from argparse import ArgumentTypeError
 import pytest
 import torch
 
-
-@pytest.fixture
-def options(tool):
-    return tool("_options")
+from tools.common import options
 
 
 @pytest.mark.parametrize(
@@ -27,9 +24,9 @@ def options(tool):
         ("existing_folder", ".", "."),
     ],
 )
-def test_what_an_option_means(options, monkeypatch, kind, text, value):
+def test_what_an_option_means(monkeypatch, kind, text, value):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert getattr(options, kind)(text) == value
+    assert getattr(kind)(text) == value
 
 
 @pytest.mark.parametrize(
@@ -51,13 +48,13 @@ def test_what_an_option_means(options, monkeypatch, kind, text, value):
         ("existing_file", "/no/where", "must be a file, and there is none at '/no/where'"),
     ],
 )
-def test_what_an_option_refuses(options, monkeypatch, kind, text, message):
+def test_what_an_option_refuses(monkeypatch, kind, text, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ArgumentTypeError, match=message):
-        getattr(options, kind)(text)
+        getattr(kind)(text)
 
 
-def test_some_of(options):
+def test_some_of():
     parse = options.some_of("a", "b")
     assert parse("b,b,a") == ["b", "a"]
     with pytest.raises(ArgumentTypeError, match="must be some of a, b, joined by commas, got c"):
