@@ -100,6 +100,17 @@ def test_errors_that_are_no_images_fault(run, tmp_path):
     assert lines[-1].startswith(f"error: root='{tmp_path}/nowhere' does not exist; give the folder")
 
 
+def test_the_root_of_train_and_val(run, data):
+    (data / "a" / "69.jpg").rename(data.parent / "cut.jpg")
+    write_images(data.parent / "val", {"a": 2, "b": 1})
+    status, lines = run("--data", data.parent)
+    assert (status, lines[-1]) == (1, "1 of 79 images are broken")
+    assert run("--data", data.parent, "--split", "val") == (0, ["0 of 3 images are broken"])
+    status, lines = run("--data", data.parent, "--split", "test")
+    assert status == 2
+    assert f"root='{data.parent}/test' does not exist" in lines[-1]
+
+
 def test_from_the_command_line(data):
     command = [sys.executable, "-W", "error", TOOLS / "check_images.py", "--data", data]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
