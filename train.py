@@ -22,15 +22,16 @@ from tqdm import tqdm
 from pipelines import resume as resuming
 from pipelines.recipe import Config, autocast
 from pipelines.state import State
-from scae_dali import checkpoint, lock, schedule
 from scae_dali.config import check
-from scae_dali.divergence import check_finite, sound
-from scae_dali.evaluation import Evaluation
-from scae_dali.iterator import Batch, ImageError
-from scae_dali.metrics import closing, save_picture, summary
-from scae_dali.ranks import Ranks
-from scae_dali.second_stage import set_train_mode
-from scae_dali.verify import look
+from scae_dali.data.broken import look
+from scae_dali.plan import schedule
+from scae_dali.stage.loader import Batch, ImageError
+from scae_dali.training import checkpoint, lock
+from scae_dali.training.divergence import check_finite, sound
+from scae_dali.training.evaluation import Evaluation
+from scae_dali.training.log import closing, save_picture, summary
+from scae_dali.training.ranks import Ranks
+from scae_dali.training.second_stage import set_train_mode
 
 LOOK_S = 5.0  # at the files of validation, before an epoch is trained in vain
 

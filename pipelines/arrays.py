@@ -17,9 +17,9 @@ from nvidia.dali.pipeline import do_not_convert
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.images import check_order, cut, feed, normalise
 from scae_dali.methods.base import DataNode, Status, Triple
-from scae_dali.ops import PlanNodes, Stage
-from scae_dali.order import Order
-from scae_dali.rng import compiled
+from scae_dali.plan.order import Order
+from scae_dali.plan.random import compiled
+from scae_dali.stage.stage import PlanNodes, Stage
 
 # A block has at most:
 SAMPLES_AT_ONCE = 2048
@@ -109,8 +109,7 @@ class FedPlan(PlanNodes):
         start = time.perf_counter()
         keys = self._order.keys(first, self._many)
         full_px = np.tile(self._full_px, (len(keys), 1))
-        rows = self._stage.rows(
-            self.planner,
+        rows = self.planner(
             keys,
             first + np.arange(len(keys)) // self._order.batch_size,
             np.full((len(keys), 2), self._size),

@@ -18,7 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
-from scae_dali.dataset import DatasetError, ImageIndex
+from scae_dali.data.index import DatasetError, ImageIndex
 
 _NUMBER = re.compile(r"(\d+)")
 

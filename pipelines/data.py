@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.classes import check_list_and_folders, check_lists
-from scae_dali.arrays import ArrayImages
 from scae_dali.config import check, check_choice
-from scae_dali.dataset import DatasetError, ImageIndex
-from scae_dali.longtail import choose, imbalanced
-from scae_dali.verify import of_validation
+from scae_dali.data.broken import of_validation
+from scae_dali.data.index import DatasetError, ImageIndex
+from scae_dali.data.longtail import choose, imbalanced
+from scae_dali.data.pixels import ArrayImages
 
 Ids = npt.NDArray[np.int64]
 OF_FILES = {"train_dir", "val_dir", "train_list", "val_list", "exclude", "val_exclude"}

@@ -19,17 +19,17 @@ from tqdm import tqdm
 from pipelines.config import ExecConfig
 from pipelines.loaders import Loaders
 from pipelines.recipe import Config, autocast
-from scae_dali import schedule
-from scae_dali.cache import SaliencyCache
-from scae_dali.cache_meta import describe_pass, pass_token
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache.limits import check_last_pass, check_neighbors
+from scae_dali.cache.meta import describe_pass, pass_token
 from scae_dali.config import check
-from scae_dali.dataset import ImageIndex
-from scae_dali.gradcam import GradCAM
-from scae_dali.harvest import Harvest
-from scae_dali.layers import unwrap
-from scae_dali.limits import check_last_pass, check_neighbors
-from scae_dali.ranks import Ranks, together
-from scae_dali.refresh import PassReport, refresh_cache, weights_digest
+from scae_dali.data.index import ImageIndex
+from scae_dali.plan import schedule
+from scae_dali.saliency.gradcam import GradCAM
+from scae_dali.saliency.harvest import Harvest
+from scae_dali.saliency.layers import unwrap
+from scae_dali.saliency.refresh import PassReport, refresh_cache, weights_digest
+from scae_dali.training.ranks import Ranks, together
 
 
 class Guide:

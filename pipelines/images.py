@@ -14,11 +14,11 @@ from nvidia.dali.pipeline import do_not_convert
 
 from pipelines.config import Decode, ExecConfig, ImageConfig
 from scae_dali.config import check
-from scae_dali.dataset import ImageIndex
+from scae_dali.data.index import ImageIndex
 from scae_dali.methods.base import DataNode
-from scae_dali.ops import PlanNodes, Stage
-from scae_dali.order import ID, Order
-from scae_dali.rng import derive
+from scae_dali.plan.order import ID, Order
+from scae_dali.plan.random import derive
+from scae_dali.stage.stage import PlanNodes, Stage
 
 READER = "Reader"
 # Of a slice whose start and shape are whole numbers in float32.

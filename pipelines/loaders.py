@@ -8,10 +8,10 @@ import numpy as np
 from pipelines import arrays, saliency, train, val
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data
-from scae_dali.iterator import ImageError, Loader
-from scae_dali.ops import Stage
-from scae_dali.order import Order, Sampling
-from scae_dali.verify import of_training, of_validation
+from scae_dali.data.broken import of_training, of_validation
+from scae_dali.plan.order import Order, Sampling
+from scae_dali.stage.loader import ImageError, Loader
+from scae_dali.stage.stage import Stage
 
 T = TypeVar("T")
 

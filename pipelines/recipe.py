@@ -14,8 +14,7 @@ from torch import nn
 
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data, DataConfig
-from scae_dali import models
-from scae_dali.cache import SaliencyCache
+from scae_dali.cache.cache import SaliencyCache
 from scae_dali.config import (
     AutoAugmentConfig,
     CutmixConfig,
@@ -32,13 +31,14 @@ from scae_dali.config import (
     check,
     check_choice,
 )
-from scae_dali.losses import LossConfig
 from scae_dali.methods import BUILT_IN, compose, load, make_config
-from scae_dali.models import MODELS
-from scae_dali.ops import Stage
-from scae_dali.order import epoch_size
-from scae_dali.rng import check_seed
-from scae_dali.second_stage import SecondStageConfig
+from scae_dali.plan.order import epoch_size
+from scae_dali.plan.random import check_seed
+from scae_dali.stage.stage import Stage
+from scae_dali.training import networks
+from scae_dali.training.losses import LossConfig
+from scae_dali.training.networks import MODELS
+from scae_dali.training.second_stage import SecondStageConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ class Config:
     Args:
         data: the images.
         out: folder of the run: checkpoint, metrics, weights, saliency cache.
-        model: a network of torchvision by name, or one for 32 px of scae_dali.models.
+        model: a network of torchvision by name, or one for 32 px of scae_dali.training.networks.
         method: one of scae_dali.methods.BUILT_IN, or the dotted name of a module of yours; several
             are joined by +, rand_augment+scae.
         scae: settings of the method of this name, as are those that follow.
@@ -188,7 +188,7 @@ class Config:
         channels_last: memory format of network and images.
         compile: torch.compile the network in this mode; reduce-overhead captures CUDA graphs, for
             small networks.
-        backend: arrays of the plan; see scae_dali.ops.Stage.
+        backend: the operator that runs the plan; see scae_dali.stage.stage.Stage. numpy is python.
         seed: of everything random.
         checkpoint_every: steps between checkpoints within an epoch; 0: only at its end.
     """
@@ -224,13 +224,15 @@ class Config:
     amp: Literal["none", "bf16", "fp16"] = "none"
     channels_last: bool = False
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
-    backend: Literal["numpy", "torch"] = "numpy"
+    backend: Literal["python", "torch", "numpy"] = "python"
     seed: int = 0
     checkpoint_every: int = 1000
 
     def __post_init__(self) -> None:
         check(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
         check_seed(self.seed)
+        if self.backend == "numpy":
+            object.__setattr__(self, "backend", "python")
         check(
             self.optim.warmup_epochs < self.epochs,
             f"optim.warmup_epochs must be below epochs ({self.epochs}), got "
@@ -303,10 +305,8 @@ class Config:
         }
         return settings if len(settings) > 1 else next(iter(settings.values()))
 
-    def stage(
-        self, data: Data, cache: SaliencyCache | None, *, device: str, num_shards: int
-    ) -> Stage:
-        """The augmentation. device: of the torch backend. num_shards: ranks."""
+    def stage(self, data: Data, cache: SaliencyCache | None, *, num_shards: int) -> Stage:
+        """The augmentation. num_shards: ranks."""
         return Stage(
             data.train,
             self.method,
@@ -319,8 +319,6 @@ class Config:
             mean=self.image.mean,
             std=self.image.std,
             backend=self.backend,
-            torch_device=device,
-            resident=data.train_pixels is not None,  # as the images are
             **self.method_settings(),
         )
 
@@ -333,7 +331,7 @@ class Config:
 def make_network(name: str, classes: int) -> nn.Module:
     """A classification network with random weights, its logits the only output."""
     if name in MODELS:
-        return models.make(name, classes)
+        return networks.make(name, classes)
     known = torchvision.models.list_models(torchvision.models)
     close = difflib.get_close_matches(name, [*known, *MODELS])
     check(

@@ -24,8 +24,8 @@ from torch import Tensor
 from pipelines.data import Data, DataConfig
 from pipelines.recipe import Config
 from scae_dali.config import check
-from scae_dali.dataset import ImageIndex, path_key
-from scae_dali.ranks import Ranks
+from scae_dali.data.index import ImageIndex, path_key
+from scae_dali.training.ranks import Ranks
 
 # Where things lie and what computes them. Which images and weights these are is compared by itself.
 _PLACES = {"data.root", "data.index_cache", "threads", "hw_decoder_load"}
@@ -143,6 +143,7 @@ def saved_settings(out: Path, state: Mapping[str, Any] | None) -> dict[str, Any]
                 f"{str(path)!r} cannot be read ({error}); restore it from a copy, or start in a "
                 "new folder"
             ) from error
+    settings = _renamed(settings)
     if "epochs" not in settings:
         return settings or None
     return flat(Config(data=DataConfig(root=""), out="")) | settings
@@ -210,6 +211,13 @@ def _changed(content: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> li
     ]
 
 
+def _renamed(settings: Any) -> Any:
+    """Saved settings with the values that go by another name today."""
+    if isinstance(settings, dict) and settings.get("backend") == "numpy":
+        return settings | {"backend": "python"}
+    return settings
+
+
 def _flag(name: str, value: Any) -> str:
     return shlex.quote(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
 
@@ -232,7 +240,7 @@ def write_config(out: Path, config: Config, epoch: int) -> None:
     path, settings = out / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
     if path.exists():
         try:
-            if _same(json.loads(path.read_text()), settings):
+            if _same(_renamed(json.loads(path.read_text())), settings):
                 return
         except ValueError:
             pass  # damaged: kept too

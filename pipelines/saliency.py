@@ -6,7 +6,7 @@ from nvidia.dali import Pipeline, fn, pipeline_def
 
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.images import decode, normalise, read
-from scae_dali.dataset import ImageIndex
+from scae_dali.data.index import ImageIndex
 
 OUTPUTS = ("images", "id")
 

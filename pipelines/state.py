@@ -18,16 +18,16 @@ from pipelines.data import Data
 from pipelines.guide import Guide
 from pipelines.loaders import Loaders
 from pipelines.recipe import Config, make_network
-from scae_dali import checkpoint
 from scae_dali.config import check
-from scae_dali.ema import EMA
-from scae_dali.iterator import ImageError, Loader
-from scae_dali.losses import Loss
-from scae_dali.metrics import Log, Meter, known_rows
-from scae_dali.ops import Stage
-from scae_dali.ranks import Ranks
-from scae_dali.rng import derive
-from scae_dali.second_stage import prepare
+from scae_dali.plan.random import derive
+from scae_dali.stage.loader import ImageError, Loader
+from scae_dali.stage.stage import Stage
+from scae_dali.training import checkpoint
+from scae_dali.training.ema import EMA
+from scae_dali.training.log import Log, Meter, known_rows
+from scae_dali.training.losses import Loss
+from scae_dali.training.ranks import Ranks
+from scae_dali.training.second_stage import prepare
 
 
 class State:
@@ -110,7 +110,6 @@ class State:
         return self.config.stage(
             self.data,
             None if self.guide is None else self.guide.cache,
-            device=str(self.device),
             num_shards=self.ranks.world,
         )
 

@@ -17,9 +17,9 @@ from pipelines.images import (
     read_in_order,
     read_shuffled,
 )
-from scae_dali import second
-from scae_dali.ops import Stage
-from scae_dali.order import Order
+from scae_dali.plan.order import Order
+from scae_dali.stage import partner
+from scae_dali.stage.stage import Stage
 
 OUTPUTS = ("images", "plan")
 
@@ -42,7 +42,7 @@ def train_pipeline(
 
     if order is not None:
         check_order(order, stage, run)
-    fetch = partial(decode_crop, image=replace(image, decode="full"), run=run)  # see second.Fetch
+    fetch = partial(decode_crop, image=replace(image, decode="full"), run=run)  # see partner.Fetch
 
     @pipeline_def(
         enable_checkpointing=True, enable_conditionals=stage.conditional, **run.arguments()
@@ -54,7 +54,7 @@ def train_pipeline(
             encoded, ids = read_in_order(stage.index, order)
         images, plan = crop_planned(stage, encoded, ids, image, run, keyed=order is not None)
         if stage.mixes:
-            images = second.mix(images, plan, image.crop, fetch)
+            images = partner.mix(images, plan, image.crop, fetch)
         images = stage.apply(images, plan)
         flip = plan.part("flip", types.INT32)
         return normalise(images, image, mirror=flip), plan.row

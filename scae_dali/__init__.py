@@ -7,15 +7,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scae_dali.cache import SaliencyCache
+    from scae_dali.cache.cache import SaliencyCache
     from scae_dali.config import CropConfig
-    from scae_dali.dataset import ImageIndex
-    from scae_dali.gradcam import GradCAM
-    from scae_dali.iterator import Batch, Loader
-    from scae_dali.losses import mixed_cross_entropy
-    from scae_dali.ops import SCAE, Stage, Targets
-    from scae_dali.refresh import refresh_cache
-    from scae_dali.scorecam import ScoreCAM
+    from scae_dali.data.index import ImageIndex
+    from scae_dali.saliency.gradcam import GradCAM
+    from scae_dali.saliency.refresh import refresh_cache
+    from scae_dali.saliency.scorecam import ScoreCAM
+    from scae_dali.stage.loader import Batch, Loader
+    from scae_dali.stage.stage import SCAE, Stage, Targets
+    from scae_dali.training.losses import mixed_cross_entropy
 
 __all__ = [
     "SCAE",
@@ -33,18 +33,18 @@ __all__ = [
 ]
 
 _HOME = {
-    "Batch": "iterator",
+    "Batch": "stage.loader",
     "CropConfig": "config",
-    "GradCAM": "gradcam",
-    "ImageIndex": "dataset",
-    "Loader": "iterator",
-    "SCAE": "ops",
-    "SaliencyCache": "cache",
-    "ScoreCAM": "scorecam",
-    "Stage": "ops",
-    "Targets": "ops",
-    "mixed_cross_entropy": "losses",
-    "refresh_cache": "refresh",
+    "GradCAM": "saliency.gradcam",
+    "ImageIndex": "data.index",
+    "Loader": "stage.loader",
+    "SCAE": "stage.stage",
+    "SaliencyCache": "cache.cache",
+    "ScoreCAM": "saliency.scorecam",
+    "Stage": "stage.stage",
+    "Targets": "stage.stage",
+    "mixed_cross_entropy": "training.losses",
+    "refresh_cache": "saliency.refresh",
 }
 
 

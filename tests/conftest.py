@@ -12,11 +12,14 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from scae_dali.cache import SaliencyCache
-from scae_dali.dataset import ImageIndex
-from scae_dali.iterator import Batch
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.data.index import ImageIndex
+from scae_dali.stage.loader import Batch
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ROOT / "tools"
+# Tests share what they need with others, wherever these lie.
+sys.path[:0] = sorted({str(path.parent) for path in (ROOT / "tests").rglob("*.py")})
 
 
 def run(tool, *arguments, status=0, timeout=300):

@@ -1,56 +1,25 @@
-"""The import rule: a module imports only from earlier ranks of the design."""
+"""The import rule: a folder is a floor, and a module imports from floors below its own alone."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parents[1]
-RANKS = [
-    {"scae_dali.config", "scae_dali.rng", "scae_dali.isolation", "scae_dali.look"},
-    {f"scae_dali.{name}" for name in ("scan", "cache_meta", "records", "longtail", "layout")},
-    {"scae_dali.names", "scae_dali.reach"},
-    {"scae_dali.dataset", "scae_dali.schedule", "scae_dali.store", "scae_dali.layers"},
-    {f"scae_dali.{name}" for name in ("resident", "chunk_writer", "cam", "limits")},
-    {f"scae_dali.{n}" for n in ("region", "crop", "mixing", "order", "gradcam", "cache", "verify")},
-    {"scae_dali.scorecam"},
-    {
-        "scae_dali.losses",
-        "scae_dali.models",
-        "scae_dali.ranks",
-        "scae_dali.checkpoint",
-        "scae_dali.ema",
-        "scae_dali.arrays",
-    },
-    {f"scae_dali.{name}" for name in ("second_stage", "evaluation", "lock", "divergence")},
-    {"scae_dali.methods.base", "scae_dali.conditionals", "scae_dali.graph"},
-    {f"scae_dali.methods.{n}" for n in ("rectangle", "guidance", "batch", "paste", "policy")},
-    {f"scae_dali.methods.{n}" for n in ("none", "random_erasing", "scae", "mixup", "cutmix")},
-    {f"scae_dali.methods.{n}" for n in ("cutout", "grid")},
-    {f"scae_dali.methods.{n}" for n in ("grid_mask", "semantic_grid_mask")},
-    {f"scae_dali.methods.{n}" for n in ("rand_augment", "auto_augment", "trivial_augment")},
-    {"scae_dali.methods.saliency_mix", "scae_dali.methods.keep_augment"},
-    {"scae_dali.methods.compose"},
-    {"scae_dali.methods"},
-    {"scae_dali.planner"},
-    {"scae_dali.history"},
-    {"scae_dali.wiring"},
-    {"scae_dali.second", "scae_dali.iterator", "scae_dali.metrics"},
-    {"scae_dali.ops", "scae_dali.harvest"},
-    {"scae_dali.refresh"},
-    {"scae_dali"},
-    {"pipelines.config", "pipelines.classes"},
-    {"pipelines.data"},
-    {"pipelines.images", "pipelines.recipe"},
-    {f"pipelines.{name}" for name in ("train", "val", "saliency", "arrays", "resume")},
-    {"pipelines.loaders"},
-    {"pipelines.guide"},
-    {"pipelines.state"},
-    {"pipelines"},
-    {"train"},
+FLOORS = [
+    "scae_dali.config",
+    "scae_dali.plan",
+    "scae_dali.data",
+    "scae_dali.cache",
+    "scae_dali.methods",
+    "scae_dali.stage",
+    "scae_dali.saliency",
+    "scae_dali.training",
+    "scae_dali",
+    "pipelines",
+    "train",
 ]
-RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
-NUMPY_ALONE = ("rng", "schedule", "region", "crop", "config", "longtail")
 
 
 def module_name(path: Path) -> str:
@@ -58,31 +27,59 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(path: Path) -> set[str]:
-    """Every module or package member that a file imports, anywhere in it."""
+SOURCES = sorted([*ROOT.glob("scae_dali/**/*.py"), *ROOT.glob("pipelines/*.py"), ROOT / "train.py"])
+MODULES = {module_name(path) for path in SOURCES}
+
+
+def floor(name: str) -> int:
+    """The number of a module's floor. ValueError where it has none."""
+    parts = name.split(".")
+    return FLOORS.index(".".join(parts[:2]) if parts[0] == "scae_dali" else parts[0])
+
+
+def imported(source: str) -> set[str]:
+    """Every module or package member that a source imports, anywhere in it."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             full = {f"{node.module}.{alias.name}" for alias in node.names}
-            names |= {name if name in RANK else node.module for name in full}
+            names |= {name if name in MODULES else node.module for name in full}
     return names
 
 
-SOURCES = sorted([*ROOT.glob("scae_dali/**/*.py"), *ROOT.glob("pipelines/*.py"), ROOT / "train.py"])
+def of_project(source: str) -> set[str]:
+    return {n for n in imported(source) if n.split(".")[0] in ("scae_dali", "pipelines", "train")}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: module_name(path))
-def test_a_module_imports_only_from_earlier_ranks(path):
-    name = module_name(path)
-    assert name in RANK, f"give {name} a rank"
-    project = {n for n in imported(path) if n.split(".")[0] in ("scae_dali", "pipelines", "train")}
-    late = {n for n in project if RANK[n] >= RANK[name]}
-    assert not late
+def above(name: str, source: str) -> set[str]:
+    """What a module imports from floors above its own."""
+    return {n for n in of_project(source) if floor(n) > floor(name)}
 
 
-@pytest.mark.parametrize("name", NUMPY_ALONE)
-def test_the_pure_core_needs_only_numpy(name):
-    top = {n.split(".")[0] for n in imported(ROOT / "scae_dali" / f"{name}.py")}
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_a_module_imports_from_no_floor_above(path):
+    assert not above(module_name(path), path.read_text())
+
+
+def test_the_rule_can_fail():
+    assert above("scae_dali.plan.region", "def f():\n    from scae_dali.data import index\n")
+    assert above("scae_dali.cache", "import scae_dali.stage.stage")
+    with pytest.raises(ValueError, match="not in list"):
+        floor("scae_dali.somewhere.else")
+
+
+def test_modules_import_in_no_circle():
+    uses = {module_name(path): of_project(path.read_text()) for path in SOURCES}
+    graphlib.TopologicalSorter(uses).prepare()  # raises CycleError
+
+
+def test_few_modules_lie_beside_the_folders():
+    assert len(list((ROOT / "scae_dali").glob("*.py"))) <= 6
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("scae_dali/plan/*.py")), ids=module_name)
+def test_a_plan_needs_neither_dali_nor_torch_nor_lmdb(path):
+    top = {name.split(".")[0] for name in imported(path.read_text())}
     assert not top & {"torch", "torchvision", "nvidia", "lmdb"}

@@ -22,19 +22,19 @@ from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
 from pipelines.recipe import autocast, make_network
-from scae_dali.arrays import ArrayImages
-from scae_dali.cache import SaliencyCache
-from scae_dali.cache_meta import settings_of
-from scae_dali.cam import CAM
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache.limits import check_neighbors
+from scae_dali.cache.meta import settings_of
+from scae_dali.cache.records import EPOCHS
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
-from scae_dali.dataset import ImageIndex
-from scae_dali.iterator import ImageError
-from scae_dali.limits import check_neighbors
-from scae_dali.longtail import imbalanced
-from scae_dali.models import classifier_of
-from scae_dali.records import EPOCHS
-from scae_dali.refresh import METHODS, flat_note, refresh_cache, weights_digest
-from scae_dali.scorecam import ScoreCAM
+from scae_dali.data.index import ImageIndex
+from scae_dali.data.longtail import imbalanced
+from scae_dali.data.pixels import ArrayImages
+from scae_dali.saliency.cam import CAM
+from scae_dali.saliency.layers import classifier_of
+from scae_dali.saliency.refresh import METHODS, flat_note, refresh_cache, weights_digest
+from scae_dali.saliency.scorecam import ScoreCAM
+from scae_dali.stage.loader import ImageError
 from tools.common.options import (
     add_batch_size,
     add_data,

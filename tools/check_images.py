@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from pipelines.config import ExecConfig
 from pipelines.images import decode, read
-from scae_dali.dataset import DatasetError, ImageIndex
-from scae_dali.verify import concerns_images, confirmed, faults
+from scae_dali.data.broken import concerns_images, confirmed, faults
+from scae_dali.data.index import DatasetError, ImageIndex
 from tools.common.options import add_data, count, parser_of, train_folder
 
 BATCH = 32

@@ -32,8 +32,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scae_dali.cache import SaliencyCache
-from scae_dali.dataset import ImageIndex
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.data.index import ImageIndex
 from tools.common.about import about, write_json
 from tools.common.options import add_data, add_device, count, device, parser_of, positive
 from tools.gpu import of_files, of_memory  # noqa: F401 - they register their checks

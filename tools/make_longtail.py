@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from scae_dali.dataset import DatasetError, ImageIndex
-from scae_dali.longtail import FEW, MANY, imbalanced, shots
+from scae_dali.data.index import DatasetError, ImageIndex
+from scae_dali.data.longtail import FEW, MANY, imbalanced, shots
 from tools.common.options import add_data, parser_of
 
 ROWS, BAR = 20, 50  # of the histogram: lines, and columns of the longest

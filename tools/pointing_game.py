@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from scae_dali.cache import CacheError, SaliencyCache
-from scae_dali.dataset import DatasetError, ImageIndex
+from scae_dali.cache.cache import CacheError, SaliencyCache
+from scae_dali.data.index import DatasetError, ImageIndex
 from tools.common.about import write_json
 from tools.common.options import add_data, parser_of
 

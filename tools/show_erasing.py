@@ -23,10 +23,10 @@ from nvidia.dali import Pipeline, pipeline_def, types
 
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.images import crop_planned, decode, normalise, read
-from scae_dali.cache import CacheError, SaliencyCache
-from scae_dali.dataset import DatasetError, ImageIndex
-from scae_dali.ops import Stage
-from scae_dali.region import centre_range, saliency_at
+from scae_dali.cache.cache import CacheError, SaliencyCache
+from scae_dali.data.index import DatasetError, ImageIndex
+from scae_dali.plan.region import centre_range, saliency_at
+from scae_dali.stage.stage import Stage
 from tools.common.options import add_data, parser_of
 
 SIDE_INCHES = 2.2  # of a panel

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from scae_dali.cache import CacheError, SaliencyCache
+from scae_dali.cache.cache import CacheError, SaliencyCache
 
 
 def summary(cache: SaliencyCache) -> dict[str, Any]:

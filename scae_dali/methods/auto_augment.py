@@ -7,7 +7,7 @@ from nvidia.dali.auto_aug import auto_augment as policies
 from scae_dali.config import AutoAugmentConfig as Config
 from scae_dali.methods import policy
 from scae_dali.methods.base import Run, Samples
-from scae_dali.rng import Array, Stream, array_namespace
+from scae_dali.plan.random import Stream
 
 __all__ = ["Config", "Method"]
 
@@ -40,18 +40,13 @@ class Method(policy.Policy):
             levels.append(level)
         super().__init__(config, run, levels, learned.num_magnitude_bins)
 
-    def plan(self, samples: Samples) -> dict[str, Array]:
-        xp = array_namespace(samples.ids)
-        op, prob, magnitude = (
-            xp.asarray(table, device=samples.ids.device)
-            for table in (self._op, self._prob, self._bin)
-        )
+    def plan(self, samples: Samples) -> dict[str, np.ndarray]:
         u = samples.draw(self.run, Stream.POLICY, 1 + 2 * len(self.levels))
-        sub = xp.astype(xp.floor(u[:, 0] * op.shape[0]), xp.int64)
-        plan = {"status": xp.zeros_like(samples.ids)}
+        sub = np.floor(u[:, 0] * len(self._op)).astype(np.int64)
+        plan = {"status": np.zeros_like(samples.ids)}
         for k, level in enumerate(self.levels):
-            applied = u[:, 1 + 2 * k] < prob[sub, k]
-            plan[f"op{k}"] = xp.where(applied, op[sub, k], len(level) - 1.0)
-            plan[f"sign{k}"] = xp.floor(2 * u[:, 2 + 2 * k])
-            plan[f"bin{k}"] = magnitude[sub, k]
+            applied = u[:, 1 + 2 * k] < self._prob[sub, k]
+            plan[f"op{k}"] = np.where(applied, self._op[sub, k], len(level) - 1.0)
+            plan[f"sign{k}"] = np.floor(2 * u[:, 2 + 2 * k])
+            plan[f"bin{k}"] = self._bin[sub, k]
         return plan

@@ -13,8 +13,10 @@ from enum import IntFlag
 from types import ModuleType
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
-from scae_dali.rng import Array, Stream, array_namespace, uniforms
+from scae_dali.plan.random import Stream, uniforms
 
 DataNode = Any
 Triple = tuple[float, float, float]
@@ -65,7 +67,7 @@ class Run:
     class_counts: Any
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
-    saliency: Callable[[Array], tuple[Array, Array]] | None = None
+    saliency: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
     neighbors: Callable[[], Any] | None = None
 
     @property
@@ -76,7 +78,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """A batch as the plan sees it: arrays of NumPy or of torch.
+    """A batch as the plan sees it.
 
     ids, labels, epoch: int64 [B]. window: float64 [B, 4], the crop (y, x, h, w) as shares of the
     full frame. size_px: int64 [B, 2], (H, W) of the crop as the network sees it.
@@ -86,22 +88,22 @@ class Samples:
     flip: bool [B], whether the crop is flipped later, as far as the stage knows.
     """
 
-    ids: Array
-    keys: Array
-    labels: Array
-    epoch: Array
-    window: Array
-    size_px: Array
-    iteration: Array
-    place: Array
-    flip: Array
+    ids: np.ndarray
+    keys: np.ndarray
+    labels: np.ndarray
+    epoch: np.ndarray
+    window: np.ndarray
+    size_px: np.ndarray
+    iteration: np.ndarray
+    place: np.ndarray
+    flip: np.ndarray
 
-    def take(self, rows: Array) -> "Samples":
+    def take(self, rows: np.ndarray) -> "Samples":
         """The samples of these rows (int64 [n] or bool [B])."""
         fields = {f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)}
         return Samples(**fields)
 
-    def draw(self, run: Run, stream: Stream, n: int) -> Array:
+    def draw(self, run: Run, stream: Stream, n: int) -> np.ndarray:
         """Uniforms in (0, 1) of one stream: float64 [B, n]."""
         return uniforms(run.seed, stream, self.epoch, self.keys, n)
 
@@ -134,7 +136,7 @@ class Method(Protocol):
     @property
     def fields(self) -> Mapping[str, int]: ...
 
-    def plan(self, samples: Samples) -> dict[str, Array]: ...
+    def plan(self, samples: Samples) -> dict[str, np.ndarray]: ...
 
     def apply(self, images: DataNode, plan: Any) -> DataNode: ...
 
@@ -175,9 +177,3 @@ def make_config(module: ModuleType, settings: Mapping[str, Any]) -> Any:
 def mixes(method: Method) -> bool:
     """Whether a method mixes in second samples, which the pipeline must fetch."""
     return MIX_FIELDS.keys() <= method.fields.keys()
-
-
-def zeros(like: Array, *shape: int) -> Array:
-    """float64 zeros on the device of `like`."""
-    xp = array_namespace(like)
-    return xp.zeros(shape, dtype=xp.float64, device=like.device)

@@ -7,19 +7,22 @@ authors' code.
 
 from typing import Any
 
+import numpy as np
 from nvidia.dali import fn, types
 
 from scae_dali.config import BatchMixConfig
 from scae_dali.methods.base import DataNode, Run, Samples
-from scae_dali.mixing import mix_weight
-from scae_dali.rng import Array, Stream, array_namespace, uniforms
+from scae_dali.plan.mixing import mix_weight
+from scae_dali.plan.random import Stream, uniforms
 
 # `source`: the place of the second image; `source_flip`: whether it is turned against the first.
 FIELDS = {"source": 1, "source_flip": 1}
 DRAWS = 4  # of a sample or a batch: whether, the weight, and two for the method
 
 
-def draw(samples: Samples, run: Run, config: BatchMixConfig) -> tuple[Array, Array, Array]:
+def draw(
+    samples: Samples, run: Run, config: BatchMixConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which samples are mixed, bool [B]; their weights by Beta(alpha, alpha), float64 [B]; and two
     more uniforms, float64 [B, 2]."""
     if config.per == "batch":
@@ -29,16 +32,16 @@ def draw(samples: Samples, run: Run, config: BatchMixConfig) -> tuple[Array, Arr
     return u[:, 0] < config.prob, mix_weight(u[:, 1], config.alpha), u[:, 2:]
 
 
-def second(samples: Samples, run: Run, mixed: Array) -> tuple[Array, dict[str, Array]]:
+def second(
+    samples: Samples, run: Run, mixed: np.ndarray
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The rows of the second samples, int64 [B], and FIELDS; a sample's own where not mixed."""
-    xp = array_namespace(samples.place)
     u = uniforms(run.seed, Stream.PERMUTATION, samples.iteration, samples.place, 1)[:, 0]
     # A plan may be of several batches: they stay apart.
-    batch = xp.astype(xp.cumulative_sum(xp.astype(samples.place == 0, xp.int64)), xp.float64)
-    rows = xp.arange(u.shape[0], dtype=xp.int64, device=u.device)
-    rows = xp.where(mixed, xp.argsort(batch + u, stable=True), rows)
+    batch = np.cumsum(samples.place == 0)
+    rows = np.where(mixed, np.argsort(batch + u, stable=True), np.arange(len(u)))
     flip = samples.flip != samples.flip[rows]
-    return rows, {"source": samples.place[rows], "source_flip": xp.astype(flip, xp.float64)}
+    return rows, {"source": samples.place[rows], "source_flip": flip.astype(np.float64)}
 
 
 def images(first: DataNode, plan: Any) -> DataNode:

@@ -8,9 +8,10 @@ that. Saliency is that of the crop before the policy.
 from collections.abc import Mapping
 from typing import Any, get_args
 
+import numpy as np
+
 from scae_dali.config import GuidedConfig
 from scae_dali.methods.base import DataNode, Kind, Method, Run, Samples, load, make_config
-from scae_dali.rng import Array
 
 _WHY_ONE = {
     "policy": "an image is transformed by one policy",
@@ -99,7 +100,7 @@ class Composition:
         self.conditional = any(getattr(method, "conditional", False) for method in methods)
         self.fields = {name: width for method in methods for name, width in method.fields.items()}
 
-    def plan(self, samples: Samples) -> dict[str, Array]:
+    def plan(self, samples: Samples) -> dict[str, np.ndarray]:
         plans = [method.plan(samples) for method in self.methods]
         status = plans[0]["status"]
         for plan in plans[1:]:

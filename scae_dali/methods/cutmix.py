@@ -2,11 +2,12 @@
 
 from typing import Any, ClassVar
 
-from scae_dali import region
+import numpy as np
+
 from scae_dali.config import CutmixConfig as Config
 from scae_dali.methods import batch, paste
 from scae_dali.methods.base import DataNode, Kind, Run, Samples, Status
-from scae_dali.rng import Array, array_namespace
+from scae_dali.plan import region
 
 __all__ = ["Config", "Method"]
 
@@ -24,28 +25,26 @@ class Method:
         self.config = config
         self.run = run
 
-    def plan(self, samples: Samples) -> dict[str, Array]:
-        xp = array_namespace(samples.ids)
+    def plan(self, samples: Samples) -> dict[str, np.ndarray]:
         mixed, lam, u = batch.draw(samples, self.run, self.config)
         rows, source = batch.second(samples, self.run, mixed)
         size_px = samples.size_px
-        centre = region.uniform_centre(u, xp.zeros_like(size_px), size_px - 1)
+        centre = region.uniform_centre(u, np.zeros_like(size_px), size_px - 1)
         centre, status = self._centre(samples, rows, mixed, centre)
         box = paste.box_of_share(1 - lam, centre, size_px)
-        box = xp.where(mixed[:, None], box, xp.zeros_like(box))
-        area = xp.astype(box[:, 2] * box[:, 3], xp.float64)
-        mu = 1 - area / xp.astype(size_px[:, 0] * size_px[:, 1], xp.float64)
-        status = xp.where(mixed, status | int(Status.MIXED_IN_BATCH), xp.zeros_like(status))
+        box = np.where(mixed[:, None], box, 0)
+        mu = 1 - box[:, 2] * box[:, 3] / (size_px[:, 0] * size_px[:, 1])
+        status = np.where(mixed, status | int(Status.MIXED_IN_BATCH), 0)
         return {"status": status, "mu": mu} | source | paste.plan_of("paste", box, size_px)
 
     def apply(self, images: DataNode, plan: Any) -> DataNode:
         return paste.paste("paste", images, batch.images(images, plan), plan)
 
     def _centre(
-        self, samples: Samples, rows: Array, mixed: Array, uniform: Array
-    ) -> tuple[Array, Array]:
+        self, samples: Samples, rows: np.ndarray, mixed: np.ndarray, uniform: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Centres of the boxes, int64 [B, 2], and status, int64 [B].
 
         rows: int64 [B], of the second samples. uniform: int64 [B, 2], pixels anywhere.
         """
-        return uniform, array_namespace(uniform).zeros_like(samples.ids)
+        return uniform, np.zeros_like(samples.ids)

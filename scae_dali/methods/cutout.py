@@ -1,10 +1,12 @@
 """Cutout (DeVries and Taylor, 2017): a square whose centre is any pixel, clipped at the border."""
 
-from scae_dali import region
+import numpy as np
+
 from scae_dali.config import CutoutConfig as Config
 from scae_dali.methods import rectangle
-from scae_dali.methods.base import Samples, Status, zeros
-from scae_dali.rng import Array, Stream, array_namespace
+from scae_dali.methods.base import Samples, Status
+from scae_dali.plan import region
+from scae_dali.plan.random import Stream
 
 __all__ = ["Config", "Method"]
 
@@ -14,16 +16,15 @@ class Method(rectangle.Erasing):
 
     config: Config
 
-    def plan(self, samples: Samples) -> dict[str, Array]:
-        xp = array_namespace(samples.ids)
-        status = xp.zeros_like(samples.ids)
-        box = zeros(samples.ids, samples.ids.shape[0], 4)
-        erased = xp.nonzero(samples.draw(self.run, Stream.ERASE, 1)[:, 0] < self.config.prob)[0]
+    def plan(self, samples: Samples) -> dict[str, np.ndarray]:
+        status = np.zeros_like(samples.ids)
+        box = np.zeros((len(samples.ids), 4))
+        erased = np.flatnonzero(samples.draw(self.run, Stream.ERASE, 1)[:, 0] < self.config.prob)
         chosen = samples.take(erased)
-        hw = xp.full_like(chosen.size_px, self.config.length)
+        hw = np.full_like(chosen.size_px, self.config.length)
         first, last = region.centre_range(hw, chosen.size_px, "clip")
         centre = region.uniform_centre(chosen.draw(self.run, Stream.CENTRE, 2), first, last)
-        box[erased] = xp.astype(region.box_at(centre, hw, chosen.size_px), xp.float64)
+        box[erased] = region.box_at(centre, hw, chosen.size_px)
         status[erased] = int(Status.ERASED)
         return {"status": status, "box": box} | rectangle.fill_fields(
             samples, self.run, self.config

@@ -21,67 +21,62 @@ from nvidia.dali import fn, types
 
 from scae_dali.config import GridConfig
 from scae_dali.methods import rectangle
-from scae_dali.methods.base import DataNode, Run, Samples, zeros
-from scae_dali.rng import Array, Stream, array_namespace
+from scae_dali.methods.base import DataNode, Run, Samples
+from scae_dali.plan.random import Stream
 
 # d, share of its side that is erased, θ in radians, shift_y, shift_x, and (H, W) of the crop.
 FIELDS = {"grid": 7}
 _CELL, _SHARE, _ANGLE, _SHIFT_Y, _SHIFT_X = range(5)
 _DRAWS = 4  # of Stream.GRID
-# By whole degrees, where the libraries' own cosines may differ in the last bit.
-_DEGREES = np.arange(361)
-_COS, _SIN = np.cos(np.radians(_DEGREES)), np.sin(np.radians(_DEGREES))
+_RADIANS = np.radians(np.arange(361))  # by whole degrees
+_COS, _SIN = np.cos(_RADIANS), np.sin(_RADIANS)
 
 
-def none(samples: Samples) -> Array:
+def none(samples: Samples) -> np.ndarray:
     """`grid` of samples that are left as they are: squares of no size. float64 [B, 7]."""
-    xp = array_namespace(samples.ids)
-    grid = zeros(samples.ids, samples.ids.shape[0], FIELDS["grid"])
+    grid = np.zeros((len(samples.ids), FIELDS["grid"]))
     grid[:, _CELL] = 1.0
-    grid[:, 5:] = xp.astype(samples.size_px, xp.float64)
+    grid[:, 5:] = samples.size_px
     return grid
 
 
-def draw(samples: Samples, run: Run, config: GridConfig) -> Array:
+def draw(samples: Samples, run: Run, config: GridConfig) -> np.ndarray:
     """`grid` of samples that are erased, d, offset and θ uniform: float64 [B, 7]."""
-    xp = array_namespace(samples.ids)
     u = samples.draw(run, Stream.GRID, _DRAWS)
-    cell = config.d_min + xp.floor(u[:, 0] * (config.d_max - config.d_min))
-    side = cell - xp.ceil(cell * config.ratio)
-    degrees = xp.astype(xp.floor(u[:, 1] * config.rotate), xp.int64)
+    cell = config.d_min + np.floor(u[:, 0] * (config.d_max - config.d_min))
+    side = cell - np.ceil(cell * config.ratio)
+    degrees = np.floor(u[:, 1] * config.rotate).astype(np.int64)
     grid = none(samples)
     grid[:, _CELL] = cell
     grid[:, _SHARE] = side / cell
-    grid[:, _ANGLE] = xp.asarray(np.radians(_DEGREES), device=u.device)[degrees]
+    grid[:, _ANGLE] = _RADIANS[degrees]
     # Where a square begins: a whole pixel of the upright grid, which is turned about the centre.
-    offset = xp.floor(u[:, 2:] * cell[:, None])
-    half = xp.astype(samples.size_px, xp.float64) / 2
+    offset = np.floor(u[:, 2:] * cell[:, None])
+    half = samples.size_px / 2
     return _shifted(grid, degrees, half - 0.5, half - offset)
 
 
-def place_draws(samples: Samples, run: Run) -> Array:
+def place_draws(samples: Samples, run: Run) -> np.ndarray:
     """Two uniforms that `draw` leaves, float64 [B, 2]."""
     return samples.draw(run, Stream.GRID, _DRAWS + 2)[:, _DRAWS:]
 
 
-def centred(grid: Array, centre: Array) -> Array:
+def centred(grid: np.ndarray, centre: np.ndarray) -> np.ndarray:
     """The same grids, with the centre of a square at a pixel. centre: int64 [B, 2], (y, x).
 
     The centre of a square that begins at pixel y and is h high is pixel y + h // 2, as in `region`.
     """
-    xp = array_namespace(grid)
-    degrees = xp.astype(xp.round(grid[:, _ANGLE] * (180 / np.pi)), xp.int64)
-    side = xp.round(grid[:, _CELL] * grid[:, _SHARE])
-    half = (side // 2 + 0.5)[:, None]
-    place = xp.concat([half, half], axis=1)
-    copy = xp.asarray(grid, copy=True)
-    return _shifted(copy, degrees, xp.astype(centre, xp.float64), place)
+    degrees = np.round(grid[:, _ANGLE] * (180 / np.pi)).astype(np.int64)
+    side = np.round(grid[:, _CELL] * grid[:, _SHARE])
+    half = side // 2 + 0.5
+    return _shifted(grid.copy(), degrees, centre, np.stack([half, half], axis=1))
 
 
-def _shifted(grid: Array, degrees: Array, pixel: Array, place: Array) -> Array:
+def _shifted(
+    grid: np.ndarray, degrees: np.ndarray, pixel: np.ndarray, place: np.ndarray
+) -> np.ndarray:
     """`grid` with the shifts for which a pixel lies at this place (g_y, g_x), float64 [B, 2]."""
-    xp = array_namespace(grid)
-    cos, sin = (xp.asarray(of, device=grid.device)[degrees] for of in (_COS, _SIN))
+    cos, sin = _COS[degrees], _SIN[degrees]
     y, x = pixel[:, 0], pixel[:, 1]
     grid[:, _SHIFT_Y] = (x * sin + y * cos - place[:, 0]) % grid[:, _CELL]
     grid[:, _SHIFT_X] = (x * cos - y * sin - place[:, 1]) % grid[:, _CELL]

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import numpy as np
+
 from scae_dali.config import GridMaskConfig as Config
 from scae_dali.methods import grid, rectangle
 from scae_dali.methods.base import DataNode, Run, Samples, Status
-from scae_dali.rng import Array, Stream, array_namespace
+from scae_dali.plan.random import Stream
 
 __all__ = ["Config", "Method"]
 
@@ -19,14 +21,12 @@ class Method(rectangle.Erasing):
         super().__init__(config, run)
         self.fields |= grid.FIELDS
 
-    def plan(self, samples: Samples) -> dict[str, Array]:
-        xp = array_namespace(samples.ids)
-        prob: float | Array = self.config.prob
+    def plan(self, samples: Samples) -> dict[str, np.ndarray]:
+        prob: float | np.ndarray = self.config.prob
         if self.config.ramp_epochs:
-            epoch = xp.astype(samples.epoch, xp.float64)
-            prob = prob * (epoch / self.config.ramp_epochs).clip(max=1.0)
-        rows = xp.nonzero(samples.draw(self.run, Stream.ERASE, 1)[:, 0] < prob)[0]
-        grids, status = grid.none(samples), xp.zeros_like(samples.ids)
+            prob = prob * np.minimum(samples.epoch / self.config.ramp_epochs, 1.0)
+        rows = np.flatnonzero(samples.draw(self.run, Stream.ERASE, 1)[:, 0] < prob)
+        grids, status = grid.none(samples), np.zeros_like(samples.ids)
         grids[rows] = grid.draw(samples.take(rows), self.run, self.config)
         status[rows] = int(Status.ERASED)
         fill = rectangle.fill_fields(samples, self.run, self.config)

@@ -10,11 +10,13 @@ erases any of the rectangles, as Random Erasing does, and `paste` puts nothing b
 import math
 from typing import Any
 
-from scae_dali import region
+import numpy as np
+
 from scae_dali.config import KeepAugmentConfig as Config
 from scae_dali.methods import guidance, paste, rand_augment, rectangle
-from scae_dali.methods.base import DataNode, Kind, Run, Samples, Status, zeros
-from scae_dali.rng import Array, Stream, array_namespace
+from scae_dali.methods.base import DataNode, Kind, Run, Samples, Status
+from scae_dali.plan import region
+from scae_dali.plan.random import Stream
 
 __all__ = ["Config", "Method", "importance"]
 
@@ -39,19 +41,18 @@ class Method:
             self._policy = rand_augment.Method(config, run)
             self.fields = paste.fields("kept") | self._policy.fields
 
-    def plan(self, samples: Samples) -> dict[str, Array]:
-        xp = array_namespace(samples.ids)
-        status = xp.zeros_like(samples.ids)
-        box = zeros(samples.ids, samples.ids.shape[0], 4)
+    def plan(self, samples: Samples) -> dict[str, np.ndarray]:
+        status = np.zeros_like(samples.ids)
+        box = np.zeros((len(samples.ids), 4))
         rows, hw, fitted = rectangle.choose(samples, self.run, self.config, self.config.prob)
         status[rows] = int(Status.NO_FIT)
         rows, hw = rows[fitted], hw[fitted]
-        if rows.shape[0]:
+        if len(rows):
             box[rows], status[rows] = self._place(samples.take(rows), hw)
         if self.config.mode == "cut":
             fill = rectangle.fill_fields(samples, self.run, self.config)
             return {"status": status, "box": box} | fill
-        kept = paste.plan_of("kept", xp.astype(box, xp.int64), samples.size_px)
+        kept = paste.plan_of("kept", box.astype(np.int64), samples.size_px)
         return self._policy.plan(samples) | kept | {"status": status}
 
     def apply(self, images: DataNode, plan: Any) -> DataNode:
@@ -59,13 +60,12 @@ class Method:
             return rectangle.erase(images, plan, self.run, self.config)
         return paste.paste("kept", self._policy.apply(images, plan), images, plan)
 
-    def _place(self, samples: Samples, hw: Array) -> tuple[Array, Array]:
+    def _place(self, samples: Samples, hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Boxes float64 [B, 4] and status int64 [B], for rectangles of sizes hw, int64 [B, 2]."""
-        xp = array_namespace(hw)
-        b, n = hw.shape[0], self.config.candidates
+        b, n = len(hw), self.config.candidates
         saliency, known, status = guidance.maps(samples, self.run)
         first, last = region.centre_range(hw, samples.size_px, "inside")
-        u = xp.reshape(samples.draw(self.run, Stream.REGION, 2 * n), (b, n, 2))
+        u = samples.draw(self.run, Stream.REGION, 2 * n).reshape(b, n, 2)
         centre = region.uniform_centre(u, first[:, None, :], last[:, None, :])
         begin = centre - (hw // 2)[:, None, :]  # [B, n, 2]
         value = importance(saliency, begin, hw, samples.window, samples.size_px)
@@ -74,13 +74,18 @@ class Method:
             wanted, status = ~important, status + int(Status.ERASED)
         else:
             wanted = important
-        chosen = xp.argmax(xp.astype(wanted, xp.int8), axis=1)
-        rows = xp.arange(b, dtype=xp.int64, device=hw.device)
-        box = xp.concat([begin[rows, chosen], hw], axis=1)
-        return xp.astype(box * xp.any(wanted, axis=1)[:, None], xp.float64), status
+        chosen = np.argmax(wanted, axis=1)
+        box = np.concatenate([begin[np.arange(b), chosen], hw], axis=1)
+        return (box * wanted.any(axis=1)[:, None]).astype(np.float64), status
 
 
-def importance(saliency: Array, begin: Array, hw: Array, window: Array, size_px: Array) -> Array:
+def importance(
+    saliency: np.ndarray,
+    begin: np.ndarray,
+    hw: np.ndarray,
+    window: np.ndarray,
+    size_px: np.ndarray,
+) -> np.ndarray:
     """The mean of Â over rectangles, exactly, as a multiple of 2⁻²⁰: float64 [B, n].
 
     saliency: float64 [B, gh, gw], over the full frame. begin: int64 [B, n, 2], (y, x). hw: int64
@@ -88,37 +93,37 @@ def importance(saliency: Array, begin: Array, hw: Array, window: Array, size_px:
     Â is as in region.saliency_at: bilinear, so its mean over a rectangle is w_yᵀ Â w_x, with the
     mean weight of each row and column of the map.
     """
-    xp = array_namespace(saliency)
     rows = _weights(saliency.shape[1], begin[:, :, 0], hw[:, 0], window[:, 0::2], size_px[:, 0])
     columns = _weights(saliency.shape[2], begin[:, :, 1], hw[:, 1], window[:, 1::2], size_px[:, 1])
-    mean = xp.sum(xp.matmul(rows, saliency) * columns, axis=2)
-    return xp.round(mean * _STEPS) / _STEPS
+    mean = np.sum(rows @ saliency * columns, axis=2)
+    return np.round(mean * _STEPS) / _STEPS
 
 
-def _weights(cells: int, begin: Array, length: Array, window: Array, size_px: Array) -> Array:
+def _weights(
+    cells: int, begin: np.ndarray, length: np.ndarray, window: np.ndarray, size_px: np.ndarray
+) -> np.ndarray:
     """Along one axis, the mean weight of each cell of a map: float64 [B, n, cells].
 
     begin: int64 [B, n]. length, size_px: int64 [B]. window: float64 [B, 2], start and extent.
     """
-    xp = array_namespace(begin)
     # In cells, with the centre of cell k at k.
-    pixel = (window[:, 1] * cells / xp.astype(size_px, xp.float64))[:, None]
-    first = (window[:, 0] * cells - 0.5)[:, None] + pixel * xp.astype(begin, xp.float64)
-    extent = pixel * xp.astype(length, xp.float64)[:, None]
-    ends = xp.stack([first, first + extent]).clip(-0.5, cells - 0.5)  # [2, B, n], in the image
+    pixel = (window[:, 1] * cells / size_px)[:, None]
+    first = (window[:, 0] * cells - 0.5)[:, None] + pixel * begin
+    extent = pixel * length[:, None]
+    ends = np.stack([first, first + extent]).clip(-0.5, cells - 0.5)  # [2, B, n], in the image
     # Of the weight 1 - |t|, the integral; one cell more at each border repeats the outermost one.
-    cell = xp.arange(-1, cells + 1, dtype=xp.float64, device=begin.device)
+    cell = np.arange(-1.0, cells + 1)
     t = (ends[..., None] - cell).clip(-1.0, 1.0)
-    integral = t * (1 - 0.5 * xp.abs(t))
+    integral = t * (1 - 0.5 * np.abs(t))
     weight = (integral[1] - integral[0]) / extent[..., None]
     weight[..., 1] += weight[..., 0]
     weight[..., -2] += weight[..., -1]
     return weight[..., 1:-1]
 
 
-def _quantile(values: Array, tau: float) -> Array:
+def _quantile(values: np.ndarray, tau: float) -> np.ndarray:
     """Of each row, linear between two values: float64 [B, n] -> [B, 1]."""
-    ordered = array_namespace(values).sort(values, axis=1)
+    ordered = np.sort(values, axis=1)
     place = tau * (values.shape[1] - 1)
     low, high = math.floor(place), math.ceil(place)
     lower = ordered[:, low : low + 1]

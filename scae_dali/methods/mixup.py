@@ -2,12 +2,12 @@
 
 from typing import Any, ClassVar
 
+import numpy as np
 from nvidia.dali import types
 
 from scae_dali.config import MixupConfig as Config
 from scae_dali.methods import batch
 from scae_dali.methods.base import DataNode, Kind, Run, Samples, Status
-from scae_dali.rng import Array, array_namespace
 
 __all__ = ["Config", "Method"]
 
@@ -23,12 +23,11 @@ class Method:
         self.config = config
         self.run = run
 
-    def plan(self, samples: Samples) -> dict[str, Array]:
-        xp = array_namespace(samples.ids)
+    def plan(self, samples: Samples) -> dict[str, np.ndarray]:
         mixed, mu, _ = batch.draw(samples, self.run, self.config)
         _, source = batch.second(samples, self.run, mixed)
-        mu = xp.where(mixed, mu, xp.ones_like(mu))
-        status = xp.where(mixed, int(Status.MIXED_IN_BATCH), xp.zeros_like(samples.ids))
+        mu = np.where(mixed, mu, 1.0)
+        status = np.where(mixed, int(Status.MIXED_IN_BATCH), 0)
         return {"status": status, "mu": mu, "weight": mu} | source
 
     def apply(self, images: DataNode, plan: Any) -> DataNode:

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+import numpy as np
 from nvidia.dali import fn, types
 
 from scae_dali.methods.base import DataNode
-from scae_dali.rng import Array, array_namespace
 
 
 def fields(name: str) -> dict[str, int]:
@@ -13,33 +13,30 @@ def fields(name: str) -> dict[str, int]:
     return {f"{name}_anchors": 4, f"{name}_shapes": 4}
 
 
-def box_of_share(share: Array, centre: Array, size_px: Array) -> Array:
+def box_of_share(share: np.ndarray, centre: np.ndarray, size_px: np.ndarray) -> np.ndarray:
     """A box of about this share of the image and of its aspect, clipped at its borders.
 
     share: float64 [B]. centre, size_px: int64 [B, 2]. As CutMix's authors round: the sides are
     whole pixels, and half of them lie on each side of the centre, whole pixels too. Returns int64
     [B, 4], (y, x, h, w).
     """
-    xp = array_namespace(share)
-    sides = xp.astype(size_px, xp.float64) * xp.sqrt(share)[:, None]
-    half = xp.astype(sides, xp.int64) // 2
-    begin = (centre - half).clip(min=0)
-    end = xp.minimum(centre + half, size_px)
-    return xp.concat([begin, end - begin], axis=1)
+    half = (size_px * np.sqrt(share)[:, None]).astype(np.int64) // 2
+    begin = np.maximum(centre - half, 0)
+    end = np.minimum(centre + half, size_px)
+    return np.concatenate([begin, end - begin], axis=1)
 
 
-def plan_of(name: str, box: Array, size_px: Array) -> dict[str, Array]:
+def plan_of(name: str, box: np.ndarray, size_px: np.ndarray) -> dict[str, np.ndarray]:
     """The fields for boxes int64 [B, 4] of images of size_px, int64 [B, 2]; a box of no area pastes
     nothing."""
-    xp = array_namespace(box)
     # DALI's GPU kernel takes an empty region for one that reaches to the end of the image: let it
     # begin there.
-    empty = (box[:, 2:] == 0).any(1)[:, None]
-    anchor = xp.where(empty, size_px, box[:, :2])
-    shape = xp.where(empty, xp.zeros_like(size_px), box[:, 2:])
+    empty = (box[:, 2:] == 0).any(axis=1)[:, None]
+    anchor = np.where(empty, size_px, box[:, :2])
+    shape = np.where(empty, 0, box[:, 2:])
     return {
-        f"{name}_anchors": xp.concat([xp.zeros_like(size_px), anchor], axis=1),
-        f"{name}_shapes": xp.concat([size_px, shape], axis=1),
+        f"{name}_anchors": np.concatenate([np.zeros_like(size_px), anchor], axis=1),
+        f"{name}_shapes": np.concatenate([size_px, shape], axis=1),
     }
 
 

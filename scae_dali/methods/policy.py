@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import numpy as np
 from nvidia.dali import types
 from nvidia.dali.auto_aug.core import select, signed_bin
 
-from scae_dali import conditionals
 from scae_dali.config import PolicyConfig
+from scae_dali.methods import conditionals
 from scae_dali.methods.base import DataNode, Kind, Run, Samples
-from scae_dali.rng import Array, Stream, array_namespace
+from scae_dali.plan.random import Stream
 
 Operation = Any  # an Augmentation of nvidia.dali.auto_aug
 
@@ -59,14 +60,13 @@ class Policy:
                 self._values[f"bin{k}"] = bins
         self.fields = dict.fromkeys(self._values, 1)
 
-    def plan(self, samples: Samples) -> dict[str, Array]:
-        xp = array_namespace(samples.ids)
+    def plan(self, samples: Samples) -> dict[str, np.ndarray]:
         u = samples.draw(self.run, Stream.POLICY, len(self._values))
         drawn = {
-            name: xp.floor(u[:, j] * values)
+            name: np.floor(u[:, j] * values)
             for j, (name, values) in enumerate(self._values.items())
         }
-        return {"status": xp.zeros_like(samples.ids)} | drawn
+        return {"status": np.zeros_like(samples.ids)} | drawn
 
     def apply(self, images: DataNode, plan: Any) -> DataNode:
         """images: HWC uint8, CPU or GPU. Raises ValueError in a pipeline without conditionals."""

@@ -2,12 +2,13 @@
 
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 from nvidia.dali import fn, types
 
-from scae_dali import region
 from scae_dali.config import Fill, RectangleConfig
 from scae_dali.methods.base import DataNode, Kind, Run, Samples
-from scae_dali.rng import Array, Stream, array_namespace, derive
+from scae_dali.plan import region
+from scae_dali.plan.random import Stream, derive
 
 _FIRST_TRIES = 3  # nearly always enough; more are drawn for the samples that need them
 
@@ -47,20 +48,19 @@ class Erasing:
 
 
 def choose(
-    samples: Samples, run: Run, config: RectangleConfig, prob: float | Array
-) -> tuple[Array, Array, Array]:
+    samples: Samples, run: Run, config: RectangleConfig, prob: float | np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which samples are erased, and how large the rectangle is.
 
     prob: of erasing, float or float64 [B]. Returns int64 [n], rows of `samples`; int64 [n, 2],
     (h, w) in pixels, see region.draw_size; bool [n], whether a size fitted.
     """
-    xp = array_namespace(samples.ids)
     tries = min(_FIRST_TRIES, config.tries)
     u = samples.draw(run, Stream.ERASE, 1 + 2 * tries)
-    rows = xp.nonzero(u[:, 0] < prob)[0]
+    rows = np.flatnonzero(u[:, 0] < prob)
     hw, fitted = _sizes(u[rows, 1:], samples.size_px[rows], config)
-    again = xp.nonzero(~fitted)[0]
-    if again.shape[0] and config.tries > tries:
+    again = np.flatnonzero(~fitted)
+    if len(again) and config.tries > tries:
         unfit = samples.take(rows[again])
         u = unfit.draw(run, Stream.ERASE, 1 + 2 * config.tries)
         hw[again], fitted[again] = _sizes(u[:, 1:], unfit.size_px, config)
@@ -68,11 +68,11 @@ def choose(
 
 
 def _sizes(u, size_px, config):
-    pairs = array_namespace(u).reshape(u, (u.shape[0], u.shape[1] // 2, 2))
+    pairs = u.reshape(len(u), u.shape[1] // 2, 2)
     return region.draw_size(pairs, size_px, config.area, config.aspect, config.aspect_law)
 
 
-def fill_fields(samples: Samples, run: Run, config: Filled) -> dict[str, Array]:
+def fill_fields(samples: Samples, run: Run, config: Filled) -> dict[str, np.ndarray]:
     """The plan's `color`, float64 [B, 3] in grey levels, where the fill needs it."""
     if config.fill != "color":
         return {}

@@ -6,11 +6,12 @@ for the whole batch: that is the preset `official`. `paper` takes each image's o
 
 import dataclasses
 
-from scae_dali import region
+import numpy as np
+
 from scae_dali.config import SaliencyMixConfig as Config
 from scae_dali.methods import cutmix, guidance
 from scae_dali.methods.base import Run, Samples
-from scae_dali.rng import Array, array_namespace
+from scae_dali.plan import region
 
 __all__ = ["Config", "Method"]
 
@@ -27,18 +28,17 @@ class Method(cutmix.Method):
         super().__init__(config, run)
 
     def _centre(
-        self, samples: Samples, rows: Array, mixed: Array, uniform: Array
-    ) -> tuple[Array, Array]:
-        xp = array_namespace(uniform)
-        status = xp.zeros_like(samples.ids)
+        self, samples: Samples, rows: np.ndarray, mixed: np.ndarray, uniform: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        status = np.zeros_like(samples.ids)
         if not self._guided:
             return uniform, status
-        chosen = xp.nonzero(mixed)[0]
+        chosen = np.flatnonzero(mixed)
         second = samples.take(rows[chosen])
         saliency, known, status[chosen] = guidance.maps(second, self.run)
         peak = region.peak(saliency, second.window, second.size_px)
         turned = second.flip != samples.flip[chosen]
-        peak[:, 1] = xp.where(turned, second.size_px[:, 1] - 1 - peak[:, 1], peak[:, 1])
-        centre = xp.asarray(uniform, copy=True)
-        centre[chosen] = xp.where(known[:, None], peak, uniform[chosen])
+        peak[:, 1] = np.where(turned, second.size_px[:, 1] - 1 - peak[:, 1], peak[:, 1])
+        centre = uniform.copy()
+        centre[chosen] = np.where(known[:, None], peak, uniform[chosen])
         return centre, status

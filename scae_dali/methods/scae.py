@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from scae_dali import region, schedule
 from scae_dali.config import ClassAdaptiveConfig
 from scae_dali.config import ScaeConfig as Config
 from scae_dali.methods import guidance, rectangle
-from scae_dali.methods.base import MIX_FIELDS, DataNode, Kind, Run, Samples, Status, zeros
-from scae_dali.mixing import Partners, mix_weight
-from scae_dali.rng import Array, Stream, Table, array_namespace, on_host
+from scae_dali.methods.base import MIX_FIELDS, DataNode, Kind, Run, Samples, Status
+from scae_dali.plan import region, schedule
+from scae_dali.plan.mixing import Partners, mix_weight
+from scae_dali.plan.random import Stream
 
 __all__ = ["ClassAdaptive", "Config", "Method"]
 
@@ -43,15 +43,15 @@ class ClassAdaptive:
             erase_prob[tail] = 1.0
         if config.tail_lambda is not None:
             lam_max[tail] = config.tail_lambda
-        self._tail, self._erase_prob, self._lam_max = map(Table, (tail, erase_prob, lam_max))
+        self._tail, self._erase_prob, self._lam_max = tail, erase_prob, lam_max
         self.mixes = bool(config.mix_prob and tail.any())
         self.kinds: tuple[Kind, ...] = ("erase", "mix") if self.mixes else ("erase",)
         if self.mixes:
             self.partners = Partners(run.labels, len(frequency))
             self.fields |= MIX_FIELDS
 
-    def plan(self, samples: Samples) -> dict[str, Array]:
-        prob = self._erase_prob.at(samples.labels)
+    def plan(self, samples: Samples) -> dict[str, np.ndarray]:
+        prob = self._erase_prob[samples.labels]
         if not self.mixes:
             return self._erase(samples, prob)
         rows, mix = self._mix(samples)
@@ -60,54 +60,46 @@ class ClassAdaptive:
         plan["status"][rows] = int(Status.MIXED)
         return plan
 
-    def _erase(self, samples: Samples, prob: Array) -> dict[str, Array]:
+    def _erase(self, samples: Samples, prob: np.ndarray) -> dict[str, np.ndarray]:
         """The plan without mixing. prob: float64 [B], of erasing."""
         raise NotImplementedError
 
-    def _mix(self, samples: Samples):
+    def _mix(self, samples: Samples) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Eq. 8: which samples are mixed, int64 [n] rows, and the plan's `mu` and `partner_id`."""
-        xp = array_namespace(samples.ids)
-        device = samples.ids.device
-        tail = xp.nonzero(self._tail.at(samples.labels))[0]
-        chosen = samples.take(tail)
-        u, v, ids, labels = map(
-            on_host,
-            (
-                chosen.draw(self.run, Stream.MIX, 2),
-                chosen.draw(self.run, Stream.PARTNER, 2),
-                chosen.ids,
-                chosen.labels,
-            ),
-        )
-        k = np.flatnonzero(u[:, 0] < self.config.mix_prob)
-        rows = tail[xp.asarray(k, device=device)]
-        mu = zeros(samples.ids, samples.ids.shape[0]) + 1.0
-        mu[rows] = xp.asarray(mix_weight(u[k, 1], self.config.mix_alpha), device=device)
-        partner = xp.asarray(samples.ids, copy=True)
-        partner[rows] = xp.asarray(
-            self.partners.draw(v[k], ids[k], labels[k], self._neighbors()), device=device
-        )
+        tail = np.flatnonzero(self._tail[samples.labels])
+        u = samples.take(tail).draw(self.run, Stream.MIX, 2)
+        mixed = u[:, 0] < self.config.mix_prob
+        rows, chosen = tail[mixed], samples.take(tail[mixed])
+        mu = np.ones(len(samples.ids))
+        mu[rows] = mix_weight(u[mixed, 1], self.config.mix_alpha)
+        v = chosen.draw(self.run, Stream.PARTNER, 2)
+        partner = samples.ids.copy()
+        partner[rows] = self.partners.draw(v, chosen.ids, chosen.labels, self._neighbors())
         return rows, {"mu": mu, "partner_id": partner}
 
-    def _neighbors(self):
+    def _neighbors(self) -> np.ndarray | None:
         """int [K, m] of the nearest classes, or None before they are known."""
         known = self.run.neighbors() if self.config.neighbors and self.run.neighbors else None
         return None if known is None else known[:, : self.config.neighbors]
 
-    def _guidance(self, samples: Samples) -> tuple[Array, Array, Array]:
+    def _guidance(self, samples: Samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """λ float64 [B], Â float64 [B, gh, gw], status int64 [B]; λ = 0 where there is no map."""
-        xp = array_namespace(samples.ids)
-        status = xp.full_like(samples.ids, int(Status.ERASED))
-        lam = schedule.lam(samples.epoch, self.run.epochs, self._lam_max.at(samples.labels))
-        if not xp.any(lam != 0):
-            return lam, zeros(lam, lam.shape[0], 1, 1), status
+        status = np.full_like(samples.ids, int(Status.ERASED))
+        lam = schedule.lam(samples.epoch, self.run.epochs, self._lam_max[samples.labels])
+        if not lam.any():
+            return lam, np.zeros((len(lam), 1, 1)), status
         saliency, known, missing = guidance.maps(samples, self.run)
-        status = status + xp.where(lam != 0, missing, xp.zeros_like(missing))
-        return xp.where(known, lam, xp.zeros_like(lam)), saliency, status
+        status = status + np.where(lam != 0, missing, 0)
+        return np.where(known, lam, 0.0), saliency, status
 
     def _draw_centre(
-        self, samples: Samples, saliency: Array, lam: Array, first: Array, last: Array
-    ) -> Array:
+        self,
+        samples: Samples,
+        saliency: np.ndarray,
+        lam: np.ndarray,
+        first: np.ndarray,
+        last: np.ndarray,
+    ) -> np.ndarray:
         """Eq. 4; see region.draw_centre."""
         return region.draw_centre(
             samples.draw(self.run, Stream.CENTRE, region.DRAWS),
@@ -132,22 +124,20 @@ class Method(ClassAdaptive):
     def apply(self, images: DataNode, plan: Any) -> DataNode:
         return rectangle.erase(images, plan, self.run, self.config)
 
-    def _erase(self, samples: Samples, prob: Array) -> dict[str, Array]:
-        xp = array_namespace(samples.ids)
-        status = xp.zeros_like(samples.ids)
-        box = zeros(samples.ids, samples.ids.shape[0], 4)
+    def _erase(self, samples: Samples, prob: np.ndarray) -> dict[str, np.ndarray]:
+        status = np.zeros_like(samples.ids)
+        box = np.zeros((len(samples.ids), 4))
         erased, hw, fitted = rectangle.choose(samples, self.run, self.config, prob)
         status[erased] = int(Status.NO_FIT)
         erased, hw = erased[fitted], hw[fitted]
-        if erased.shape[0]:
+        if len(erased):
             box[erased], status[erased] = self._place(samples.take(erased), hw)
         fill = rectangle.fill_fields(samples, self.run, self.config)
         return {"status": status, "box": box} | fill
 
-    def _place(self, samples: Samples, hw: Array) -> tuple[Array, Array]:
-        """Boxes float64 [B, 4] and status int64 [B] for samples that are erased, of sizes hw."""
-        xp = array_namespace(samples.ids)
+    def _place(self, samples: Samples, hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes int64 [B, 4] and status int64 [B] for samples that are erased, of sizes hw."""
         lam, saliency, status = self._guidance(samples)
         first, last = region.centre_range(hw, samples.size_px, self.config.border)
         centre = self._draw_centre(samples, saliency, lam, first, last)
-        return xp.astype(region.box_at(centre, hw, samples.size_px), xp.float64), status
+        return region.box_at(centre, hw, samples.size_px), status

@@ -7,11 +7,13 @@ the whole crop, some offsets would have more pixels than others, and λ = 0 woul
 
 from typing import Any
 
-from scae_dali import region
+import numpy as np
+
 from scae_dali.config import SemanticGridMaskConfig as Config
 from scae_dali.methods import grid, rectangle, scae
 from scae_dali.methods.base import DataNode, Run, Samples
-from scae_dali.rng import Array, Stream, array_namespace
+from scae_dali.plan import region
+from scae_dali.plan.random import Stream
 
 __all__ = ["Config", "Method"]
 
@@ -31,27 +33,24 @@ class Method(scae.ClassAdaptive):
     def apply(self, images: DataNode, plan: Any) -> DataNode:
         return grid.erase(images, plan, self.run, self.config)
 
-    def _erase(self, samples: Samples, prob: Array) -> dict[str, Array]:
-        xp = array_namespace(samples.ids)
-        rows = xp.nonzero(samples.draw(self.run, Stream.ERASE, 1)[:, 0] < prob)[0]
-        grids, status = grid.none(samples), xp.zeros_like(samples.ids)
-        if rows.shape[0]:
+    def _erase(self, samples: Samples, prob: np.ndarray) -> dict[str, np.ndarray]:
+        rows = np.flatnonzero(samples.draw(self.run, Stream.ERASE, 1)[:, 0] < prob)
+        grids, status = grid.none(samples), np.zeros_like(samples.ids)
+        if len(rows):
             grids[rows], status[rows] = self._place(samples.take(rows))
         fill = rectangle.fill_fields(samples, self.run, self.config)
         return {"status": status, "grid": grids} | fill
 
-    def _place(self, samples: Samples) -> tuple[Array, Array]:
+    def _place(self, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
         """Grids float64 [B, 7] and status int64 [B] for samples that are erased."""
-        xp = array_namespace(samples.ids)
         grids = grid.draw(samples, self.run, self.config)
         lam, saliency, status = self._guidance(samples)
-        guided = xp.nonzero(lam != 0)[0]
-        if guided.shape[0]:
+        guided = np.flatnonzero(lam)
+        if len(guided):
             chosen = samples.take(guided)
-            period = xp.astype(grids[guided, :1], xp.int64)
-            period = xp.minimum(chosen.size_px, period)  # [n, 2]
+            period = np.minimum(chosen.size_px, grids[guided, :1].astype(np.int64))  # [n, 2]
             u = grid.place_draws(chosen, self.run)
-            first = region.uniform_centre(u, xp.zeros_like(period), chosen.size_px - period)
+            first = region.uniform_centre(u, np.zeros_like(period), chosen.size_px - period)
             last = first + period - 1
             centre = self._draw_centre(chosen, saliency[guided], lam[guided], first, last)
             grids[guided] = grid.centred(grids[guided], centre)

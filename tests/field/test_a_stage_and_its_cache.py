@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scae_dali import SCAE, SaliencyCache, Stage
-from scae_dali.dataset import ImageIndex
+from scae_dali.data.index import ImageIndex
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from tiny_run import arguments, assert_same_run, rows, start
 
 import train
 from pipelines.data import DataConfig
-from scae_dali import metrics, verify
-from scae_dali.dataset import ImageIndex
+from scae_dali.data import broken
+from scae_dali.data.index import ImageIndex
+from scae_dali.training import log as metrics
 
 images, tiny, whole = tiny_run.images, tiny_run.tiny, tiny_run.whole  # fixtures
 
@@ -162,12 +163,12 @@ def test_what_looks_broken_and_decodes_is_sound(tmp_path, monkeypatch):
     whole = (tmp_path / "a" / "1.jpg").read_bytes()
     (tmp_path / "a" / "1.jpg").write_bytes(whole[:-2] + bytes(16))  # no end marker
     index = ImageIndex(tmp_path)
-    assert [name for name, _ in verify.faults(index)] == ["a/1.jpg"]
-    verify.look(index, 5.0)
+    assert [name for name, _ in broken.faults(index)] == ["a/1.jpg"]
+    broken.look(index, 5.0)
     for number in range(3):
         (tmp_path / "a" / f"{number + 2}.jpg").write_bytes(whole[: 100 + number])
-    monkeypatch.setattr(verify, "_NAMED_AT_ONCE", 2)
+    monkeypatch.setattr(broken, "_NAMED_AT_ONCE", 2)
     with pytest.raises(
         ValueError, match=r"^at least 3 of the 5 .*(?s:.*)a/3.jpg' is cut(?s:.*)and"
     ):
-        verify.look(ImageIndex(tmp_path), 5.0)
+        broken.look(ImageIndex(tmp_path), 5.0)

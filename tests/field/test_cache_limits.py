@@ -17,11 +17,11 @@ from test_refresh import Net, fresh  # noqa: F401 - a fixture
 from pipelines.data import DataConfig
 from pipelines.guide import Guide
 from pipelines.recipe import Config
-from scae_dali import schedule
-from scae_dali.cache import SaliencyCache
-from scae_dali.dataset import ImageIndex
-from scae_dali.limits import check_last_pass, check_neighbors
-from scae_dali.refresh import nearest_classes, refresh_cache
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache.limits import check_last_pass, check_neighbors
+from scae_dali.data.index import ImageIndex
+from scae_dali.plan import schedule
+from scae_dali.saliency.refresh import nearest_classes, refresh_cache
 
 MANY = r"neighbors must be 0 where there are more than 65,536 classes .*neighbors=2 and 70,001"
 

@@ -34,11 +34,11 @@ from pipelines.config import ExecConfig
 from pipelines.data import DataConfig
 from pipelines.guide import Guide, path_of_node
 from pipelines.recipe import Config, SaliencyConfig, make_network
-from scae_dali import cache as cache_module
-from scae_dali.cache import CacheError, ChunkWriter, SaliencyCache
-from scae_dali.cache_meta import to_json
-from scae_dali.dataset import ImageIndex
-from scae_dali.refresh import weights_digest
+from scae_dali.cache import cache as cache_module
+from scae_dali.cache.cache import CacheError, ChunkWriter, SaliencyCache
+from scae_dali.cache.meta import to_json
+from scae_dali.data.index import ImageIndex
+from scae_dali.saliency.refresh import weights_digest
 
 ALL = np.arange(100)
 
@@ -234,8 +234,8 @@ def test_a_file_system_without_locks_is_written_to(path, monkeypatch, code):
 def test_a_claim_ends_with_its_process_though_a_fork_of_it_lives(path):
     done = in_process(
         """
-        import scae_dali.cache
-        scae_dali.cache.PATIENCE = 0.1
+        import scae_dali.cache.cache
+        scae_dali.cache.cache.PATIENCE = 0.1
         cache = SaliencyCache(path, index=FakeIndex())
         cache.begin_pass(1, weights="aa")
         child = os.fork()
@@ -267,8 +267,8 @@ def test_a_claim_ends_with_its_process_though_a_fork_of_it_lives(path):
 
 
 RACE = """
-import scae_dali.cache
-scae_dali.cache.PATIENCE = 0.3
+import scae_dali.cache.cache
+scae_dali.cache.cache.PATIENCE = 0.3
 weights = {weights!r}
 cache = SaliencyCache(path, index=FakeIndex())
 open(path + "." + {name!r}, "w").close()

@@ -7,7 +7,7 @@ https://github.com/CSAILVision/places365/issues/22
 import pytest
 
 from pipelines.data import DataConfig
-from scae_dali.dataset import DatasetError
+from scae_dali.data.index import DatasetError
 
 NUMBERS = [str(number) for number in range(12)]
 ANIMALS = ["bee", "cat", "dog"]

@@ -10,10 +10,10 @@ import torch
 from tiny_run import Tiny, arguments, assert_same_run, rows, start
 
 import train
-from scae_dali.divergence import check_finite, sound
-from scae_dali.evaluation import Evaluation
-from scae_dali.ranks import Ranks
-from scae_dali.second_stage import SecondStageConfig, prepare
+from scae_dali.training.divergence import check_finite, sound
+from scae_dali.training.evaluation import Evaluation
+from scae_dali.training.ranks import Ranks
+from scae_dali.training.second_stage import SecondStageConfig, prepare
 
 images, tiny, whole = tiny_run.images, tiny_run.tiny, tiny_run.whole  # fixtures
 

@@ -21,12 +21,12 @@ from test_refresh import Net, fresh  # noqa: F401 - a fixture
 from pipelines.data import DataConfig
 from pipelines.guide import Guide
 from pipelines.recipe import Config, SaliencyConfig, make_network
-from scae_dali.cache import SaliencyCache
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache.records import flat
 from scae_dali.commands import inspect_cache
-from scae_dali.dataset import ImageIndex
-from scae_dali.harvest import Harvest
-from scae_dali.records import flat
-from scae_dali.refresh import refresh_cache
+from scae_dali.data.index import ImageIndex
+from scae_dali.saliency.harvest import Harvest
+from scae_dali.saliency.refresh import refresh_cache
 
 
 def partly(blank):

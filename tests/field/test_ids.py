@@ -15,9 +15,9 @@ from nvidia.dali import fn, pipeline_def, tfrecord, types
 from nvidia.dali.pipeline import Pipeline
 
 from scae_dali import Loader
-from scae_dali.dataset import DatasetError, ImageIndex
-from scae_dali.ops import Stage
-from scae_dali.wiring import EachOnce
+from scae_dali.data.index import DatasetError, ImageIndex
+from scae_dali.stage.stage import Stage
+from scae_dali.stage.wiring import EachOnce
 
 BATCH = 5
 

@@ -16,7 +16,7 @@ from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
 from scae_dali import Loader
-from scae_dali.ops import Stage
+from scae_dali.stage.stage import Stage
 
 IMAGE = ImageConfig(size=16, val_resize=16)
 EPOCHS = 4

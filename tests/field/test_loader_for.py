@@ -13,8 +13,8 @@ import torch
 from test_bad_input import batches
 from test_refresh import Net, fresh  # noqa: F401 - a fixture
 
-from scae_dali import refresh
-from scae_dali.refresh import refresh_cache
+from scae_dali.saliency import refresh
+from scae_dali.saliency.refresh import refresh_cache
 
 REMEDY = "read the ids that loader_for is given, all of them and in their order"
 

@@ -11,7 +11,7 @@ import tiny_run
 import torch
 from tiny_run import arguments, rows, start
 
-from scae_dali.metrics import Log, LogError, read_rows
+from scae_dali.training.log import Log, LogError, read_rows
 from tools import compare_runs
 
 images, tiny, whole = tiny_run.images, tiny_run.tiny, tiny_run.whole  # fixtures

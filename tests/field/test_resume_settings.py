@@ -18,8 +18,8 @@ import train
 from pipelines import resume
 from pipelines.data import DataConfig
 from pipelines.recipe import Config, OptimConfig
-from scae_dali import checkpoint
-from scae_dali.ranks import Ranks
+from scae_dali.training import checkpoint
+from scae_dali.training.ranks import Ranks
 
 images, tiny, whole = tiny_run.images, tiny_run.tiny, tiny_run.whole  # fixtures
 
@@ -151,6 +151,26 @@ def test_a_checkpoint_of_an_older_version_is_compared_by_its_config(images, out)
         start(*arguments(images, out, epochs=3, **{"optim.ema": 0.5}), "--resume")
     start(*arguments(images, out, epochs=3), "--resume")
     assert [row["epoch"] for row in rows(out)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("given", [{}, {"backend": "numpy"}])
+def test_a_run_whose_backend_has_its_older_name_goes_on(images, out, capsys, given):
+    path = out / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    assert state["of"]["backend"] == "python"
+    state["of"]["backend"] = "numpy"
+    torch.save(state, path)
+    config = json.loads((out / "config.json").read_text()) | {"backend": "numpy", "out": str(out)}
+    (out / "config.json").write_text(json.dumps(config))
+    start(*arguments(images, out, **given), "--resume")
+    assert "backend was" not in capsys.readouterr().err
+    assert not list(out.glob("config.until*"))
+    for name in ("checkpoint.pt", "metrics.jsonl", "weights.pt"):  # before the first checkpoint
+        (out / name).unlink()
+    start(*arguments(images, out, **given), "--resume")
+    assert [row["epoch"] for row in rows(out)] == [0, 1]
+    with pytest.raises(SystemExit, match="backend='python', not 'torch'"):
+        start(*arguments(images, out, backend="torch"), "--resume")
 
 
 def test_before_the_first_checkpoint_the_config_is_compared(images, out):

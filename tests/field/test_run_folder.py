@@ -20,8 +20,8 @@ import tiny_run
 from tiny_run import arguments, rows, start
 
 import train
-from scae_dali import checkpoint, lock, ranks
-from scae_dali.ranks import Ranks
+from scae_dali.training import checkpoint, lock, ranks
+from scae_dali.training.ranks import Ranks
 
 images, tiny, whole = tiny_run.images, tiny_run.tiny, tiny_run.whole  # fixtures
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ SCRIPT = """
 import ctypes, json, os, signal, sys, time
 from pathlib import Path
 import pipelines.state, train
-from scae_dali import lock
+from scae_dali.training import lock
 from tiny_run import Tiny
 
 pipelines.state.make_network = lambda name, classes: Tiny(classes)

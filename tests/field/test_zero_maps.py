@@ -17,9 +17,9 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from scae_dali.gradcam import GradCAM, default_layer
-from scae_dali.harvest import Harvest
-from scae_dali.scorecam import ScoreCAM
+from scae_dali.saliency.gradcam import GradCAM, default_layer
+from scae_dali.saliency.harvest import Harvest
+from scae_dali.saliency.scorecam import ScoreCAM
 
 CLASSES, SIDE = 5, 32
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import pipelines.state
 import train
-from scae_dali import lock
+from scae_dali.training import lock
 
 gc.freeze()  # what has been imported: a collection then takes a moment
 COUNTS = {"a": 8, "b": 5, "c": 3}

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.config import CropConfig
-from scae_dali.dataset import ImageIndex
+from scae_dali.data.index import ImageIndex
 from tools.benchmarks import native, peers, pipeline, processes
 
 

@@ -6,12 +6,12 @@ import torch
 from conftest import weights_of, write_pngs
 from PIL import Image
 
-from scae_dali.arrays import ArrayImages
-from scae_dali.cache import SaliencyCache
-from scae_dali.dataset import ImageIndex
-from scae_dali.gradcam import GradCAM
-from scae_dali.refresh import nearest_classes
-from scae_dali.scorecam import ScoreCAM
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.data.index import ImageIndex
+from scae_dali.data.pixels import ArrayImages
+from scae_dali.saliency.gradcam import GradCAM
+from scae_dali.saliency.refresh import nearest_classes
+from scae_dali.saliency.scorecam import ScoreCAM
 
 MEAN, STD = (129.0, 124.0, 112.0), (68.0, 65.0, 70.0)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import TOOLS, write_images
 
-from scae_dali.dataset import ImageIndex
+from scae_dali.data.index import ImageIndex
 from tools import check_images
 
 

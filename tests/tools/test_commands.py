@@ -7,8 +7,8 @@ import pytest
 from conftest import run
 from PIL import Image
 
-from scae_dali.cache import SaliencyCache
-from scae_dali.dataset import ImageIndex
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.data.index import ImageIndex
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipelines.data import DataConfig
 from pipelines.recipe import Config, ImageConfig, make_network
-from scae_dali.dataset import ImageIndex
+from scae_dali.data.index import ImageIndex
 from tools import erasing_effect as effect
 
 SIZE = 24

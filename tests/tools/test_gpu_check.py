@@ -22,7 +22,7 @@ def test_gpu_check_lists_every_method():
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("train/scae/roi/fp16-NHWC", ["numpy cpu: 24 images", "torch cpu: 24 images"]),
+        ("train/scae/roi/fp16-NHWC", ["python: 24 images", "torch: 24 images"]),
         ("mix/roi/fp16-NHWC", ["72 images", "mixed", "batches had none"]),
         ("user-mix", ["72 images", "mixed"]),
         ("arrays/scae/fp16-NHWC", ["45 images", "mixed"]),

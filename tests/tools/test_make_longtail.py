@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipelines.data import DataConfig
-from scae_dali.dataset import ImageIndex
+from scae_dali.data.index import ImageIndex
 from tools import make_longtail
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from conftest import write_images, write_pngs
 
-from scae_dali import schedule
-from scae_dali.longtail import profile
+from scae_dali.data.longtail import profile
 from scae_dali.methods import Run, compose
+from scae_dali.plan import schedule
 from tools import reproduce
 from tools.paper import jobs as making
 from tools.paper.tables import LONG_TAIL_INDEPENDENT, LONG_TAIL_PAPER, TABLES

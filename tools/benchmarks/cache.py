@@ -31,9 +31,9 @@ from typing import Any
 import lmdb
 import numpy as np
 
-from scae_dali.cache import CHUNK, ChunkWriter, SaliencyCache
-from scae_dali.records import Maps, split
-from scae_dali.store import DATA_FILE
+from scae_dali.cache.cache import CHUNK, ChunkWriter, SaliencyCache
+from scae_dali.cache.environment import DATA_FILE
+from scae_dali.cache.records import Maps, split
 from tools.benchmarks.growth import SyntheticIndex, draw, maps_of, salts
 from tools.common import bench
 from tools.common.bench import interleaved, iqr, rows

@@ -20,8 +20,8 @@ import torch
 import torchvision
 
 from pipelines.recipe import autocast
-from scae_dali.gradcam import GradCAM
-from scae_dali.scorecam import ScoreCAM
+from scae_dali.saliency.gradcam import GradCAM
+from scae_dali.saliency.scorecam import ScoreCAM
 from tools.common import bench
 from tools.common.options import add_batch_size, add_device, count
 

@@ -29,11 +29,11 @@ from scae_dali.config import (
     RandomErasingConfig,
     TrivialAugmentConfig,
 )
-from scae_dali.dataset import ImageIndex
+from scae_dali.data.index import ImageIndex
 from scae_dali.methods.base import DataNode
 from scae_dali.methods.policy import deprecations_hidden
-from scae_dali.ops import Stage
-from scae_dali.rng import derive
+from scae_dali.plan.random import derive
+from scae_dali.stage.stage import Stage
 from tools.common.made_up import SEED
 
 __all__ = ["COUNTERPARTS", "augmented_pipeline", "decoded", "plain", "undecoded"]

@@ -5,8 +5,8 @@
 The operator erases as SCAE does where λ is largest, crop and flip drawn by itself, half of the
 images erased, maps of a cache of --samples in LMDB. `ratio` is to this row, `operator`; its pieces
 are `gather` (arrays out of what DALI hands over), `plan`, of which `read` is the maps, and
-`assemble` (what DALI takes). Beside it: with all maps in memory, by torch, and of methods that need
-no maps.
+`assemble` (what DALI takes). Beside it: with the maps looked up in LMDB, by torch, and of methods
+that need no maps.
 
 --batches of them take turns, for what a plan costs hangs on what is drawn.
 
@@ -35,12 +35,12 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
-from scae_dali import region
-from scae_dali.cache import SaliencyCache
+from scae_dali.cache.cache import SaliencyCache
 from scae_dali.config import CropConfig, ScaeConfig
-from scae_dali.dataset import ImageIndex
-from scae_dali.ops import Operator, Stage
-from scae_dali.rng import Stream, uniforms
+from scae_dali.data.index import ImageIndex
+from scae_dali.plan import region
+from scae_dali.plan.random import Stream, uniforms
+from scae_dali.stage.stage import Operator, Stage
 from tools.common import bench
 from tools.common.live import GUIDED
 from tools.common.made_up import SEED, random_cache, smooth_maps
@@ -102,7 +102,7 @@ def pieces(
     return {
         "gather": in_turn(lambda *inputs: of.arguments(inputs), batches),
         "plan": in_turn(of.planner, arrays),
-        "read": in_turn(cache.read, [(ids,) for ids in erased]),
+        "read": in_turn(cache.resident().read, [(ids,) for ids in erased]),
         "assemble": in_turn(assembled, [(table,) for table in tables]),
     }
 
@@ -222,16 +222,16 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cache = random_cache(os.path.join(folder, "maps.lmdb"), index)
         ours = operator(index, args, "scae", cache=cache)
-        resident = operator(index, args, "scae", cache=cache, resident=True)
+        looked_up = operator(index, args, "scae", cache=cache, resident=False)
         by_torch = operator(index, args, "scae", cache=cache, backend="torch")
-        calls: dict[str, Callable[[], object]] = {"operator": in_turn(ours.numpy, batches)}
+        calls: dict[str, Callable[[], object]] = {"operator": in_turn(ours.python, batches)}
         calls |= pieces(ours, batches, cache)
-        calls["operator, maps in memory"] = in_turn(resident.numpy, batches)
+        calls["operator, maps looked up"] = in_turn(looked_up.python, batches)
         tensors = [tuple(list(map(torch.from_numpy, one)) for one in part) for part in batches]
         calls["operator, torch"] = in_turn(by_torch.torch, tensors)
         for method in ("none", "random_erasing"):
-            calls[f"operator, {method}"] = in_turn(operator(index, args, method).numpy, batches)
-        width = ours.numpy(*batches[0])[0][0].size
+            calls[f"operator, {method}"] = in_turn(operator(index, args, method).python, batches)
+        width = ours.python(*batches[0])[0][0].size
         calls["graph, scae"] = graph(ours, args, ids).run
         calls["graph, empty function"] = empty_graph(args, (1, 1, 3), width).run
         calls["graph, empty function of one input"] = empty_graph(args, (5,), width).run

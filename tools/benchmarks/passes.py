@@ -13,11 +13,11 @@ from torch import nn
 
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.loaders import Loaders
-from scae_dali.cache import SaliencyCache
-from scae_dali.dataset import ImageIndex
-from scae_dali.gradcam import GradCAM
-from scae_dali.iterator import Batch
-from scae_dali.refresh import refresh_cache
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.data.index import ImageIndex
+from scae_dali.saliency.gradcam import GradCAM
+from scae_dali.saliency.refresh import refresh_cache
+from scae_dali.stage.loader import Batch
 from tools.common import live
 
 __all__ = ["Passes"]

@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 from pipelines.config import ImageConfig
 from scae_dali.config import RandomErasingConfig
-from scae_dali.dataset import ImageIndex
+from scae_dali.data.index import ImageIndex
 
 __all__ = ["AHEAD", "BY_TIMM", "BY_TORCHVISION", "DECODERS", "has_timm", "timm", "torchvision"]
 

@@ -60,8 +60,8 @@ import torch
 
 from pipelines.config import ExecConfig
 from pipelines.images import resolve_decode
-from scae_dali.cache import SaliencyCache
-from scae_dali.dataset import ImageIndex
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.data.index import ImageIndex
 from scae_dali.methods import BUILT_IN
 from tools.benchmarks import peers
 from tools.benchmarks.pipeline_rows import Rows
@@ -98,10 +98,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", default=",".join(BUILT_IN), metavar="A,B,...")
     parser.add_argument(
         "--backends",
-        type=some_of("numpy", "torch"),
-        default="numpy",
+        type=some_of("python", "torch", "numpy"),
+        default="python",
         metavar="A,B",
-        help="of SCAE's plan: numpy, torch or both",
+        help="of SCAE's plan: python (or numpy, its other name), torch or both",
     )
     parser.add_argument(
         "--peers",

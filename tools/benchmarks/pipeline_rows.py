@@ -11,13 +11,13 @@ from nvidia.dali import Pipeline
 
 from pipelines import train
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.cache import SaliencyCache
+from scae_dali.cache.cache import SaliencyCache
 from scae_dali.config import ScaeConfig
-from scae_dali.dataset import ImageIndex
-from scae_dali.iterator import Loader
-from scae_dali.longtail import profile
-from scae_dali.ops import Stage
-from scae_dali.schedule import frequency
+from scae_dali.data.index import ImageIndex
+from scae_dali.data.longtail import profile
+from scae_dali.plan.schedule import frequency
+from scae_dali.stage.loader import Loader
+from scae_dali.stage.stage import Stage
 from tools.benchmarks import native, peers
 from tools.common.live import GUIDED, Counter, Row, endless
 from tools.common.made_up import long_tailed, with_profile
@@ -53,10 +53,10 @@ class Rows:
     def add_methods(self, methods: Sequence[str], backends: Sequence[str]) -> None:
         """A row a method, and `none` a second time."""
         for method in methods:
-            if method != "scae" or "numpy" in backends:
+            if method != "scae" or {"python", "numpy"} & {*backends}:
                 self._ours(method, method)
             if method == "scae" and "torch" in backends:
-                self._ours("scae (torch)", method, backend="torch", torch_device=self._device)
+                self._ours("scae (torch)", method, backend="torch")
         self._ours("none (again)", "none")
 
     def add_long_tail(self) -> None:
@@ -137,7 +137,6 @@ class Rows:
             method,
             batch_size=self._run.batch_size,
             cache=cache or self._cache,
-            resident=self._source.pixels is not None,
             **GUIDED,
             **settings,
         )

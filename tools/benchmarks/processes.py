@@ -34,11 +34,11 @@ import torch
 
 from pipelines import train
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.cache import SaliencyCache
+from scae_dali.cache.cache import SaliencyCache
 from scae_dali.config import CropConfig
-from scae_dali.dataset import ImageIndex
-from scae_dali.iterator import Loader
-from scae_dali.ops import Stage
+from scae_dali.data.index import ImageIndex
+from scae_dali.stage.loader import Loader
+from scae_dali.stage.stage import Stage
 from tools.common import bench
 from tools.common.live import GUIDED, Row, endless, settle
 from tools.common.made_up import SEED, epoch_index, evened, random_cache
@@ -112,7 +112,7 @@ def plan_rows(args: argparse.Namespace, index: ImageIndex, cache: str, rank: int
         planner = stage.planner(CropConfig())
         for number, ids in enumerate(batches()):
             iteration = np.full(args.batch_size, number)
-            yield stage.rows(planner, ids, iteration, size_px, full_px)
+            yield planner(ids, iteration, size_px, full_px)
 
     maps = SaliencyCache(cache, index=index)
     out = {name: Row(plans(method), ahead=0) for name, method in PLANS.items()}

@@ -37,8 +37,8 @@ from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
 from pipelines.recipe import autocast
-from scae_dali.cache import SaliencyCache
-from scae_dali.refresh import agreement
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.saliency.refresh import agreement
 from tools.benchmarks.passes import Passes
 from tools.build_cache import load_model
 from tools.common import bench, live

@@ -38,12 +38,12 @@ import numpy as np
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.images import READER
 from pipelines.train import train_pipeline
-from scae_dali.cache import ChunkWriter, SaliencyCache
+from scae_dali.cache.cache import ChunkWriter, SaliencyCache
 from scae_dali.config import CropConfig
-from scae_dali.dataset import ImageIndex
-from scae_dali.ops import Stage
-from scae_dali.order import Order
-from scae_dali.planner import COMMON, columns_of
+from scae_dali.data.index import ImageIndex
+from scae_dali.plan.order import Order
+from scae_dali.stage.stage import Stage
+from scae_dali.stage.table import COMMON, columns_of
 from tools.benchmarks.growth import SyntheticIndex, draw, labels_of, maps_of, names_of, salts
 from tools.common import bench, memory
 from tools.common.bench import interleaved, iqr, rows

@@ -33,13 +33,13 @@ from pipelines.config import ExecConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
 from pipelines.recipe import OptimConfig, autocast, make_network
-from scae_dali.cache import SaliencyCache
-from scae_dali.dataset import ImageIndex
-from scae_dali.gradcam import GradCAM
-from scae_dali.harvest import Harvest
-from scae_dali.iterator import Batch
-from scae_dali.losses import Loss, LossConfig
-from scae_dali.ops import Stage
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.data.index import ImageIndex
+from scae_dali.saliency.gradcam import GradCAM
+from scae_dali.saliency.harvest import Harvest
+from scae_dali.stage.loader import Batch
+from scae_dali.stage.stage import Stage
+from scae_dali.training.losses import Loss, LossConfig
 from tools.benchmarks.passes import Passes
 from tools.common import bench
 from tools.common.live import GUIDED, Row, endless, medians, settle
@@ -177,7 +177,6 @@ class Bench:
             method,
             batch_size=self.run.batch_size,
             cache=cache,
-            resident=self.source.pixels is not None,
             **GUIDED,
         )
         loader = self.source.loader(stage, self.image, self.run)

@@ -19,10 +19,10 @@ import torch
 
 from pipelines import arrays, train
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.iterator import Batch, Loader
 from scae_dali.methods import Status
-from scae_dali.ops import Stage
-from scae_dali.order import Order
+from scae_dali.plan.order import Order
+from scae_dali.stage.loader import Batch, Loader
+from scae_dali.stage.stage import Stage
 from tools.common.made_up import SEED
 
 __all__ = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from scae_dali.arrays import ArrayImages
-from scae_dali.cache import SaliencyCache
-from scae_dali.dataset import ImageIndex
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.data.index import ImageIndex
+from scae_dali.data.pixels import ArrayImages
 
 __all__ = [
     "SEED",

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from scae_dali import checkpoint
 from scae_dali.methods import BUILT_IN
-from scae_dali.metrics import LogError, known_rows, read_rows
+from scae_dali.training import checkpoint
+from scae_dali.training.log import LogError, known_rows, read_rows
 
 __all__ = [
     "FIGURES",
@@ -112,7 +112,7 @@ def epochs_done(path: Path) -> int:
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Those that a result depends on, by their names on the command line."""
     used = config["method"].split("+")  # as train.py joins several
-    unused = {"out", "seed", "threads", "checkpoint_every", *BUILT_IN} - {*used}
+    unused = {"out", "seed", "threads", "backend", "checkpoint_every", *BUILT_IN} - {*used}
     return _flat({key: value for key, value in config.items() if key not in unused})
 
 

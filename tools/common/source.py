@@ -10,11 +10,11 @@ import numpy as np
 
 from pipelines import train
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.arrays import ArrayImages
 from scae_dali.config import CropConfig
-from scae_dali.dataset import ImageIndex
-from scae_dali.iterator import Loader
-from scae_dali.ops import Stage
+from scae_dali.data.index import ImageIndex
+from scae_dali.data.pixels import ArrayImages
+from scae_dali.stage.loader import Loader
+from scae_dali.stage.stage import Stage
 from tools.common.live import memory_loader, planned_ahead
 from tools.common.made_up import SEED, epoch_index, evened, random_images
 from tools.common.options import add_data, count

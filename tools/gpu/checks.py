@@ -19,11 +19,11 @@ from nvidia.dali import Pipeline, fn, pipeline_def
 
 from pipelines import train
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.cache import SaliencyCache
+from scae_dali.cache.cache import SaliencyCache
 from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
-from scae_dali.dataset import ImageIndex
-from scae_dali.iterator import Batch, Loader
-from scae_dali.ops import Stage
+from scae_dali.data.index import ImageIndex
+from scae_dali.stage.loader import Batch, Loader
+from scae_dali.stage.stage import Stage
 
 SEED = 7
 BATCH = 8

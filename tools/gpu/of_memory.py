@@ -20,14 +20,14 @@ from pipelines import arrays, saliency
 from pipelines.config import ImageConfig
 from pipelines.recipe import autocast, make_network
 from scae_dali.config import CropConfig
-from scae_dali.ema import EMA
-from scae_dali.gradcam import GradCAM
-from scae_dali.harvest import Harvest
-from scae_dali.iterator import Batch, Loader
-from scae_dali.losses import Loss, LossConfig
 from scae_dali.methods import BUILT_IN, Status
-from scae_dali.order import Order
-from scae_dali.refresh import refresh_cache
+from scae_dali.plan.order import Order
+from scae_dali.saliency.gradcam import GradCAM
+from scae_dali.saliency.harvest import Harvest
+from scae_dali.saliency.refresh import refresh_cache
+from scae_dali.stage.loader import Batch, Loader
+from scae_dali.training.ema import EMA
+from scae_dali.training.losses import Loss, LossConfig
 from tools.common.live import memory_loader
 from tools.common.made_up import long_tailed, random_cache, random_images
 from tools.gpu.checks import (

@@ -18,8 +18,8 @@ from typing import Any
 import train
 from pipelines.data import DataConfig
 from pipelines.recipe import Config
-from scae_dali.dataset import ImageIndex
-from scae_dali.order import epoch_size
+from scae_dali.data.index import ImageIndex
+from scae_dali.plan.order import epoch_size
 from tools import ROOT
 from tools.common import runs
 from tools.paper.tables import TABLES, Cell, Section

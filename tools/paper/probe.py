@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from pipelines.recipe import Config, autocast, make_network
-from scae_dali.ranks import pick_device
+from scae_dali.training.ranks import pick_device
 
 __all__ = ["pace"]
 

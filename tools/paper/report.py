@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scae_dali.metrics import LogError
+from scae_dali.training.log import LogError
 from tools.common import runs
 from tools.common.about import hardware, versions
 from tools.paper.jobs import existing, read_starts

@@ -1,0 +1,1 @@
+"""The index of images, whole or long-tailed: from folders, lists or arrays; its broken files."""

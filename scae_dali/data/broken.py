@@ -1,0 +1,234 @@
+"""Which image files are broken: a quick look at their first and last bytes, without decoding.
+
+It finds files that are missing, empty, no image, damaged in the header, or cut off. A decoder may
+mend some of them: `decodes` asks it, of one file. What a decoder makes of the rest is its own
+business; `explain` turns what it says into an error for the user, whose remedy is that of training
+files unless `of_validation` changes it.
+"""
+
+import itertools
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
+
+from nvidia.dali import fn, pipeline_def
+
+from scae_dali.data.index import ImageIndex
+
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+_SIGNATURES = (
+    _JPEG,
+    _PNG,
+    b"BM",
+    b"RIFF",  # WebP
+    b"II*\x00",  # TIFF
+    b"MM\x00*",
+    b"II+\x00",  # BigTIFF
+    b"MM\x00+",
+    b"P3",
+    b"P6",
+)
+_TAIL = 4096  # cameras and tools may append to an image
+_SOS, _BARE = 0xDA, {0x01, *range(0xD0, 0xD9)}  # scan data begins; markers without a length
+_SOF = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # frame headers, of every kind of JPEG
+_THREADS, _SHARE = 16, 64  # files are opened side by side: storage may be far away
+_BLOCK = _THREADS * _SHARE
+_NAMED_AT_ONCE = 20  # files in an error
+_SECONDS = 30.0  # that an error may wait for its explanation
+
+_OPTION = "(train.py: --data.exclude)"
+_UNDECODABLE = "does not decode"  # though its bytes look sound
+_OPERATOR = re.compile(r"operator `([^`]+)`")
+_READS = re.compile(r"readers|decoders|peek_image_shape|io\.file")
+_NO_IMAGE = re.compile(r"CUDA (runtime|driver) API error|cudaError|[Cc]an't allocate")
+_NAMED = re.compile(
+    r"(?:Failed to decode sample #\d+ : |File mapping failed: |Failed to open file:? )(.+)"
+)
+_NOISE = re.compile(r"\s*(Critical error in pipeline|C\+\+ context|Current pipeline object|$)")
+
+
+def fault(path: str) -> str | None:
+    """What is wrong with an image file, or None where nothing was found."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(16)
+            size = os.fstat(file.fileno()).st_size
+            if not size:
+                return "is empty"
+            if not head.startswith(_SIGNATURES):
+                return f"is no image (it begins with {head[:4]!r})"
+            if head.startswith(_JPEG):
+                return _jpeg_fault(file, size)
+            file.seek(max(0, size - _TAIL))
+            tail = file.read()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if head.startswith(_PNG) and b"IEND" not in tail:
+        return "is cut off (a PNG without an end chunk)"
+    if head.startswith(b"RIFF") and int.from_bytes(head[4:8], "little") + 8 > size:
+        return "is cut off (a WebP shorter than it says)"
+    return None
+
+
+def _jpeg_fault(file: BinaryIO, size: int) -> str | None:
+    """Walks the segments up to the first scan, as strictly as DALI's parser; then seeks the end."""
+    place, framed = 2, False
+    while True:
+        file.seek(place)
+        segment = file.read(9)
+        if len(segment) < 4:
+            return "is cut off (a JPEG that ends in its header)"
+        marker = segment[1]
+        if segment[0] != 0xFF or marker in (0x00, 0xD9):
+            return "has a damaged header"
+        if marker == 0xFF:  # a fill byte
+            place += 1
+        elif marker in _BARE:
+            place += 2
+        elif marker == _SOS:
+            break
+        else:
+            if marker in _SOF:
+                framed = True
+                if segment[5:7] == b"\0\0" or segment[7:9] == b"\0\0":
+                    return "has a damaged header (a JPEG of no size)"
+            place += 2 + int.from_bytes(segment[2:4], "big")
+    if not framed:
+        return "has a damaged header (a JPEG without a frame)"
+    for start in (max(place, size - _TAIL), place):  # mostly the tail is enough
+        file.seek(start)
+        if b"\xff\xd9" in file.read():
+            return None
+    return "is cut off (a JPEG without an end marker)"
+
+
+def faults(
+    index: ImageIndex,
+    seconds: float = float("inf"),
+    progress: Callable[[int], object] = lambda files: None,
+) -> Iterator[tuple[str, str]]:
+    """(relative path, what is wrong) of every broken file, in order; stops after `seconds`.
+
+    progress: called with the number of files looked at since its last call.
+    """
+    end = time.monotonic() + seconds
+
+    def look(first: int) -> list[tuple[str, str | None]]:
+        names = index.files[first : first + _SHARE]
+        return [(name, fault(os.path.join(index.root, name))) for name in names]
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(index), _BLOCK):
+            stop = min(start + _BLOCK, len(index))
+            for looked in pool.map(look, range(start, stop, _SHARE)):
+                yield from ((name, wrong) for name, wrong in looked if wrong is not None)
+            progress(stop - start)
+            if time.monotonic() > end:
+                return
+
+
+def concerns_images(message: str) -> bool:
+    """Whether DALI's message tells of reading or decoding, rather than of the machine or a plan."""
+    operator = _OPERATOR.search(message)
+    return bool(operator and _READS.search(operator[1]) and not _NO_IMAGE.search(message))
+
+
+def explain(message: str, index: ImageIndex) -> str:
+    """DALI's message for the user: the files at fault first, then the remedy, then DALI's words.
+
+    DALI names a file that it cannot decode, but not one whose header it cannot parse: then all
+    files are looked at, for half a minute at most.
+    """
+    known = set(index.files)
+    named = [_relative(name.strip(), index.root) for name in _NAMED.findall(message)]
+    broken = [
+        (name, fault(os.path.join(index.root, name)) or _UNDECODABLE)
+        for name in dict.fromkeys(named)
+        if name in known
+    ]
+    if not broken and os.path.exists(os.path.join(index.root, index.files[0])):
+        broken = list(faults(index, seconds=_SECONDS))  # unless the names are those of an archive
+    if broken:
+        what = [f"{os.path.join(index.root, name)!r} {wrong}" for name, wrong in broken[:3]]
+        more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
+        lines = ["; ".join(what) + more + "."]
+    else:
+        lines = [f"A file in {index.root!r} cannot be read or decoded; a quick look found none."]
+    them = "them" if len(broken) > 1 else "it"
+    deep = "" if any(wrong != _UNDECODABLE for _, wrong in broken) else " --decode"
+    lines.append(
+        f"Mend or remove {them}, or leave {them} out with exclude= {_OPTION}; "
+        f"tools/check_images.py{deep} finds every such file and writes the list."
+    )
+    operator = _OPERATOR.search(message)
+    where = f" in {operator[1].removeprefix('nvidia.dali.')}" if operator else ""
+    said = message.rpartition("encountered:")[2].splitlines()  # after the definition's traceback
+    lines.append(f"DALI{where}: {' '.join(s.strip() for s in said if not _NOISE.match(s))}")
+    return "\n".join(lines)
+
+
+def of_validation(explained: str) -> str:
+    """What `explain` says of a file, with train.py's option that leaves out files of validation."""
+    return explained.replace(_OPTION, _OPTION.replace("exclude", "val_exclude"))
+
+
+def of_training(explained: str) -> str:
+    """What `explain` says of a file, with what is left to a run that has begun."""
+    return (
+        f"{explained}\nA run that has begun goes on with the same images alone: put a sound one in "
+        "the place of each, or start in a new folder."
+    )
+
+
+def decodes(path: str) -> bool:
+    """Whether DALI decodes an image file on the CPU, mended or as it is."""
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def define():
+        encoded, _ = fn.readers.file(files=[os.path.abspath(path)])
+        return fn.peek_image_shape(encoded), fn.decoders.image(encoded).shape()
+
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return False  # the reader would pass over it
+    try:
+        define().run()
+    except RuntimeError as error:
+        if not concerns_images(str(error)):
+            raise
+        return False
+    return True
+
+
+def confirmed(index: ImageIndex, suspects: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Those of `faults` that the decoder cannot mend."""
+    return (pair for pair in suspects if not decodes(os.path.join(index.root, pair[0])))
+
+
+def look(index: ImageIndex, seconds: float) -> None:
+    """Raise ValueError that names the broken files of validation found within `seconds`."""
+    suspects = confirmed(index, faults(index, seconds))
+    broken = list(itertools.islice(suspects, _NAMED_AT_ONCE + 1))
+    if not broken:
+        return
+    lines = [
+        f"{os.path.join(index.root, name)!r} {wrong}" for name, wrong in broken[:_NAMED_AT_ONCE]
+    ]
+    least = ""
+    if len(broken) > len(lines):
+        least = "at least "
+        lines.append("and more")
+    raise ValueError(
+        f"{least}{len(broken)} of the {len(index)} validation images are broken, as far as a look "
+        f"of {seconds:g} s can tell:\n"
+        + "\n".join(lines)
+        + "\nMend or remove them, or leave them out "
+        "with --data.val_exclude and a file of their paths, one a line; tools/check_images.py "
+        "writes it"
+    )
+
+
+def _relative(name: str, root: str) -> str:
+    return name.removeprefix(os.path.join(root, "")) if root else name

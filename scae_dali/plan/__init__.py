@@ -1,0 +1,1 @@
+"""Pure draws: random numbers, crops, rectangles, mixing weights, schedules and orders."""

@@ -1,0 +1,62 @@
+"""The random crop and flip: which window of the full frame the network sees, and how.
+
+The random numbers come in as data, so that a sample's window does not depend on its place in a
+batch.
+"""
+
+import math
+
+import numpy as np
+
+from scae_dali.config import CropConfig
+
+
+def draws_per_sample(config: CropConfig) -> int:
+    """How many uniforms `crop_and_flip` reads a sample."""
+    return 3 if config.kind == "pad" else 3 + 2 * config.tries
+
+
+def crop_and_flip(
+    u: np.ndarray, full_px: np.ndarray, config: CropConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a window and whether to flip it.
+
+    u: float64 [B, draws_per_sample] in (0, 1), the place, the flip, then the tries. full_px: int64
+    [B, 2], (h, w) of the upright image. Returns int64 [B, 4], (y, x, h, w) in pixels of the full
+    frame, and bool [B], whether to flip. A window of kind `pad` may reach over the image's border.
+    """
+    draw = _shifted if config.kind == "pad" else _resized
+    return draw(u, full_px, config), u[:, 2] < config.flip
+
+
+def _shifted(u, full_px, config):
+    """The whole frame, shifted by -pad … pad pixels along each axis, all equally likely."""
+    shift = np.floor(u[:, :2] * (2 * config.pad + 1)).astype(np.int64) - config.pad
+    return np.concatenate([shift, full_px.astype(np.int64)], axis=1)
+
+
+def _resized(u, full_px, config):
+    """Area a ~ U, aspect w/h log-uniform, and the first try that fits counts (Szegedy et al.,
+    "Going deeper with convolutions", 2015, as torchvision and DALI have it). Where no try fits: the
+    largest centred window whose aspect is in range.
+    """
+    full = full_px.astype(np.float64)
+    height, width = full[:, 0:1], full[:, 1:2]
+    (a0, a1), (r0, r1) = config.area, config.aspect
+    area = (a0 + (a1 - a0) * u[:, 3::2]) * height * width  # [B, tries]
+    log_r0, log_r1 = math.log(r0), math.log(r1)
+    aspect = np.exp(log_r0 + (log_r1 - log_r0) * u[:, 4::2])
+    h, w = np.round(np.sqrt(area / aspect)), np.round(np.sqrt(area * aspect))
+    fits = (h >= 1) & (h <= height) & (w >= 1) & (w <= width)
+
+    rows = np.arange(len(u))
+    first = np.argmax(fits, axis=1)
+    some = fits[rows, first]
+    height, width = height[:, 0], width[:, 0]
+    fall_h = np.minimum(np.maximum(np.round(width / r0), 1), height)
+    fall_w = np.minimum(np.maximum(np.round(height * r1), 1), width)
+    h = np.where(some, h[rows, first], fall_h)
+    w = np.where(some, w[rows, first], fall_w)
+    y = np.where(some, np.floor(u[:, 0] * (height - h + 1)), np.floor((height - h) / 2))
+    x = np.where(some, np.floor(u[:, 1] * (width - w + 1)), np.floor((width - w) / 2))
+    return np.stack([y, x, h, w], axis=1).astype(np.int64)

@@ -1,0 +1,53 @@
+"""MixUp's draws (Zhang et al., ICLR 2018): the weight, and the second sample of eq. 8.
+
+What is mixed is decided by the methods; the random numbers come in as data.
+"""
+
+import numpy as np
+from scipy.special import betaincinv
+
+
+def mix_weight(u: np.ndarray, alpha: float) -> np.ndarray:
+    """μ ~ Beta(alpha, alpha), by the inverse of its distribution function.
+
+    u: float64 [B] in (0, 1) -> float64 [B] in [0, 1].
+    """
+    return betaincinv(alpha, alpha, u)
+
+
+class Partners:
+    """Draws the second sample from the same class or a neighbouring one.
+
+    labels: int64 [N], of every sample. num_classes: K.
+    """
+
+    def __init__(self, labels: np.ndarray, num_classes: int) -> None:
+        self._members = np.argsort(labels, kind="stable")  # class by class
+        self._counts = np.bincount(labels, minlength=num_classes)
+        self._begin = np.cumsum(self._counts) - self._counts
+        self._place = np.empty_like(self._members)  # of a sample within its class
+        self._place[self._members] = np.arange(len(labels)) - self._begin[labels[self._members]]
+
+    def draw(
+        self, u: np.ndarray, ids: np.ndarray, labels: np.ndarray, neighbors: np.ndarray | None
+    ) -> np.ndarray:
+        """Partners of samples: int64 [B].
+
+        u: float64 [B, 2] in (0, 1). ids, labels: int64 [B]. neighbors: int [K, m], the classes next
+        to each; None: unknown. First a class is drawn, own and neighbours equally likely, then one
+        of its samples. A neighbour without samples counts as the own class. A sample never gets
+        itself where its class has another; where it has none, the class is a neighbour's, if any.
+        """
+        chosen = labels
+        if neighbors is not None and neighbors.shape[1]:
+            near = neighbors.astype(np.int64)[labels]  # [B, m]
+            near = np.where(self._counts[near] > 0, near, labels[:, None])
+            classes = np.concatenate([labels[:, None], near], axis=1)
+            alone = self._counts[labels] == 1
+            m = near.shape[1]
+            which = np.where(alone, 1 + np.floor(u[:, 0] * m), np.floor(u[:, 0] * (m + 1)))
+            chosen = classes[np.arange(len(ids)), which.astype(np.int64)]
+        own = (chosen == labels) & (self._counts[labels] > 1)
+        k = np.floor(u[:, 1] * (self._counts[chosen] - own)).astype(np.int64)
+        k += own & (k >= self._place[ids])  # leaves the sample itself out
+        return self._members[self._begin[chosen] + k]

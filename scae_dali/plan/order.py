@@ -1,0 +1,94 @@
+"""Which sample comes when: the order of every epoch as a pure function of (seed, epoch).
+
+For pipelines that feed DALI themselves: images in memory, and sampling by class. DALI's file reader
+has an order of its own.
+"""
+
+import math
+from typing import Literal, get_args
+
+import numpy as np
+
+from scae_dali.config import check, check_choice
+from scae_dali.plan.random import Stream, uniforms
+
+ID = 0xFFFFFFFF  # of a key: the sample's place in the index
+Sampling = Literal["shuffle", "class_balanced", "in_turn"]
+
+
+class Order:
+    """The batches of one shard.
+
+    labels: int64 [N]. sampling: `shuffle`, every sample once an epoch; `in_turn`, the same without
+    shuffling; or `class_balanced`, the classes in turn, in a new random order each round, and a
+    class's samples in turn, so that an epoch has as many samples of every class as the largest one
+    has (Kang et al., ICLR 2020). Every shard gets `batches` full batches; the samples past its
+    `shard_size` pad them.
+    """
+
+    def __init__(
+        self,
+        labels: np.ndarray,
+        *,
+        batch_size: int,
+        seed: int,
+        sampling: Sampling = "shuffle",
+        shard: int = 0,
+        num_shards: int = 1,
+        start_epoch: int = 0,
+    ) -> None:
+        check_choice("sampling", sampling, get_args(Sampling))
+        self.batch_size, self.num_shards, self.start_epoch = batch_size, num_shards, start_epoch
+        self.epoch_size = epoch_size(labels, sampling)
+        self.batches = math.ceil(math.ceil(self.epoch_size / num_shards) / batch_size)
+        first, last = (self.epoch_size * s // num_shards for s in (shard, shard + 1))
+        self.shard_size = last - first
+        check(
+            self.shard_size > 0,
+            f"num_shards must be at most the {self.epoch_size} samples of an epoch, got "
+            f"{num_shards}",
+        )
+        self._labels, self._seed, self._sampling = labels, seed, sampling
+        self._mine = slice(first, last)
+        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def keys(self, first: int, batches: int = 1) -> np.ndarray:
+        """The samples of batches `first` … `first + batches - 1`, counted from the run's start.
+
+        Returns int64 [batches * batch_size]: the id in the low 32 bits, and above them how often
+        the sample came before within its epoch. The batches must be of one epoch.
+        """
+        epoch, step = divmod(first, self.batches)
+        if self._epoch[0] != epoch:
+            keys = self._draw(epoch + self.start_epoch)[self._mine]
+            self._epoch = epoch, np.resize(keys, self.batches * self.batch_size)
+        return self._epoch[1][step * self.batch_size : (step + batches) * self.batch_size]
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        n = len(self._labels)
+        if self._sampling == "in_turn":
+            return np.arange(n)
+        u = self._uniforms(epoch, np.arange(n))
+        if self._sampling == "shuffle":
+            return np.argsort(u, kind="stable")
+        members = np.lexsort((u, self._labels))  # class by class, shuffled within
+        counts = np.bincount(self._labels)
+        present = np.flatnonzero(counts)
+        rounds = counts.max()
+        # Rounds of the classes, each shuffled; their numbers lie behind those of the samples.
+        u = self._uniforms(epoch, n + np.arange(rounds * len(present)))
+        classes = present[np.argsort(u.reshape(rounds, -1), axis=1, kind="stable")]
+        before, place = np.divmod(np.arange(rounds)[:, None], counts[classes])
+        begin = np.cumsum(counts) - counts
+        return (members[begin[classes] + place] + (before << 32)).ravel()
+
+    def _uniforms(self, epoch: int, numbers: np.ndarray) -> np.ndarray:
+        return uniforms(self._seed, Stream.ORDER, epoch, numbers, 1)[:, 0]
+
+
+def epoch_size(labels: np.ndarray, sampling: Sampling) -> int:
+    """Samples that an epoch has, of all shards."""
+    if sampling != "class_balanced":
+        return len(labels)
+    counts = np.bincount(labels)
+    return int(counts.max() * np.count_nonzero(counts))

@@ -1,0 +1,1 @@
+"""Saliency maps of a network: which layer, by which method, and the pass that writes them."""

@@ -1,0 +1,184 @@
+"""Which layer of a network a saliency method looks at: by its name, or by the network's family.
+
+Decides the default, what a wrapped network's names are, and which layer an error points to. Whether
+the layer gives a map, and what becomes of it, is for `cam`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from scae_dali.saliency.isolation import isolated
+from scae_dali.saliency.reach import image_channels, probe_images, serving
+
+__all__ = ["classifier_of", "default_layer", "find_layer", "serving_layer", "unwrap"]
+
+# By class name, so that subclasses and look-alikes (timm's ResNet) are served too. Of several names
+# the first that the network has; torchvision's and timm's networks share class names. "-1" is the
+# last child of what precedes it.
+_LAYERS = {
+    "AlexNet": ("features",),
+    "Beit": ("blocks.-1.norm1",),
+    "CifarResNet": ("layer3",),
+    "ConvNeXt": ("features", "stages"),
+    "DenseNet": ("features",),
+    "EfficientNet": ("features", "bn2"),
+    "Eva": ("blocks.-1.norm1",),
+    "GoogLeNet": ("inception5b",),
+    "Inception3": ("Mixed_7c",),
+    "InceptionV3": ("Mixed_7c",),
+    "MaxVit": ("blocks.-1",),
+    "MaxxVit": ("norm",),
+    "MNASNet": ("layers",),
+    "MobileNetV2": ("features",),
+    "MobileNetV3": ("features", "blocks"),
+    "RegNet": ("trunk_output", "final_conv"),
+    "ResNet": ("layer4",),
+    "ResNetV2": ("norm",),
+    "ShuffleNetV2": ("conv5",),
+    "SqueezeNet": ("features",),
+    "SwinTransformer": ("permute", "norm"),
+    "SwinTransformerV2": ("norm",),
+    "VGG": ("features",),
+    # Past the last attention the patch tokens no longer reach the logits; before it they do.
+    "VisionTransformer": ("encoder.layers.-1.ln_1", "blocks.-1.norm1"),
+}
+
+
+def default_layer(model: nn.Module) -> str:
+    """Name of the last feature map of a classification network of torchvision or timm.
+
+    Raises ValueError for a class that is not in the table, or that lacks the table's layer.
+    """
+    model = unwrap(model)
+    name = _of_family(model)
+    if name is None:
+        raise ValueError(
+            f"no default layer is known for {type(model).__name__}; pass layer=NAME, the "
+            f"module whose output is the last feature map, such as {_suggestions(model)}"
+        )
+    return name
+
+
+def find_layer(model: nn.Module, layer: str | None) -> tuple[str, nn.Module]:
+    """Dotted name and module of `layer`; None: `default_layer(model)`.
+
+    Raises ValueError for an unknown layer.
+    """
+    layer = default_layer(model) if layer is None else layer
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if not layer or layer not in modules:
+        close = difflib.get_close_matches(layer, modules, n=5, cutoff=0.4)
+        raise ValueError(
+            f"layer {layer!r} is no module of {type(model).__name__}; "
+            f"did you mean {', '.join(close) or _suggestions(model)}?"
+        )
+    return layer, modules[layer]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside the wrappers of torch, in any order."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+    while True:
+        inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def serving_layer(
+    model: nn.Module, images: Tensor, channels: int, *, unlike: str = ""
+) -> str | None:
+    """The default layer, or else the last to run, whose maps have a gradient; None: there is none.
+
+    images: float[B,3,H,W]. channels: of a layer that is to be preferred, such as the width of a
+    transformer. unlike: the layer that does not serve. Call it in `isolated`.
+    """
+    serve = serving(model, images)
+    serve.pop(unlike, None)
+    default = _of_family(model)
+    if default in serve:
+        return default
+    as_wide = [name for name, width in serve.items() if width == channels]
+    return next(iter(as_wide or serve), None)
+
+
+def _of_family(model: nn.Module) -> str | None:
+    """The table's layer, by the class or those that it is derived from."""
+    for cls in type(model).__mro__:
+        for pattern in _LAYERS.get(cls.__name__, ()):
+            name = _resolve(model, pattern)
+            if name:
+                return name
+    return None
+
+
+def _resolve(model: nn.Module, pattern: str) -> str:
+    """Module name of a pattern of `_LAYERS`, or "" where the model has no such module."""
+    names: list[str] = []
+    for part in filter(None, pattern.split(".")):
+        children = [name for name, _ in model.named_children()]
+        name = children[-1] if part == "-1" and children else part
+        if name not in children:
+            return ""
+        names.append(name)
+        model = model.get_submodule(name)
+    return ".".join(names)
+
+
+def _suggestions(model: nn.Module) -> str:
+    """A few names for an error: those that were seen to serve, or else that look like it."""
+    parameter = next(model.parameters(), None)
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    channels = linear[-1].in_features if linear else 0
+    if parameter is not None and parameter.device.type != "meta":
+        for size in _sizes(model):
+            with isolated(model, parameter.device.type):
+                colours = image_channels(model, parameter.new_zeros(1, 3, *size))
+                images = probe_images(parameter.new_empty(1, colours, *size))
+                name = serving_layer(model, images, channels)
+            if name:
+                return name
+    return ", ".join(_candidates(model)) or "(it has none)"
+
+
+def _sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
+    """(H, W) of images that the network may take; timm's say so."""
+    declared = getattr(model, "default_cfg", None)
+    if isinstance(declared, dict) and "input_size" in declared:
+        yield tuple(declared["input_size"][1:])
+    yield from ((side, side) for side in (224, 64, 32))
+
+
+def _candidates(model: nn.Module) -> list[str]:
+    """The last top-level modules with weights, and the last convolution."""
+    top = [
+        name
+        for name, child in model.named_children()
+        if not isinstance(child, nn.Linear) and next(child.parameters(), None) is not None
+    ]
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    return list(dict.fromkeys(filter(None, top[-4:] + convolutions[-1:])))
+
+
+def classifier_of(net: nn.Module, num_classes: int) -> tuple[str, nn.Linear]:
+    """Dotted name and module of the last linear layer with num_classes outputs.
+
+    The last by registration, which is the classifier in torchvision's networks. Names are those
+    inside `net`, so unwrap DistributedDataParallel and the like before. Raises ValueError where
+    there is none.
+    """
+    linear = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.Linear)]
+    for name, module in reversed(linear):
+        if module.out_features == num_classes:
+            return name, module
+    found = ", ".join(f"{name} ({m.out_features})" for name, m in linear[-3:]) or "none"
+    raise ValueError(
+        f"net must have a linear classifier of {num_classes} outputs; the last linear layers of "
+        f"{type(net).__name__}, with their outputs, are: {found}; take a network that ends in one, "
+        "such as resnet50, or make it with that number of classes"
+    )

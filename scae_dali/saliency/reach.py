@@ -1,0 +1,222 @@
+"""Whether a gradient of the logits comes back to a layer's map, and to which layers it does.
+
+Behind the last attention of a transformer only the class token goes on to the head: the patches'
+gradient is zero there, whatever the weights and images. What is zero by its weights alone (a
+classifier that starts from zero) is told from that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scae_dali.saliency.layout import Layout, leading_tokens, of_tokens, readings
+from scae_dali.saliency.look import probe_images
+
+__all__ = [
+    "image_channels",
+    "inference_told",
+    "leaf_of",
+    "logits_of",
+    "probe_images",
+    "reached",
+    "require_finite",
+    "serving",
+    "zero_weights",
+]
+
+# Keeps fp16 gradients out of the subnormal range, as in `gradcam`.
+_SCALE = 1024.0
+
+
+def image_channels(model: nn.Module, like: Tensor) -> int:
+    """Channels of the images that the first convolution to run takes; 3 where none says so.
+
+    like: float[B,3,H,W], of the images' size. Call it in `isolated`.
+    """
+    first = next((one for one in model.modules() if isinstance(one, nn.Conv2d)), None)
+    if first is None or first.in_channels == 3:
+        return 3
+    channels: list[int] = []
+
+    def told(module: nn.Module, args: Any) -> None:
+        if not channels and args and args[0].shape[1:2] == like.shape[1:2]:
+            channels.append(getattr(module, "in_channels", 3))
+        raise _Told
+
+    handles = [
+        module.register_forward_pre_hook(told)
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    try:
+        model(like[:1])
+    except Exception:  # the question is only what the first convolution takes
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return channels[0] if channels else 3
+
+
+class _Told(Exception):  # noqa: N818 - no error: the first convolution is about to run
+    pass
+
+
+def leaf_of(output: Tensor) -> tuple[Tensor, Tensor]:
+    """A leaf of the layer's values, and the copy of it that the head gets: a leaf can't be changed
+    in place, and some heads do. Both take part in a graph, also where the network forbids one."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = output.clone() if output.is_inference() else output.detach()
+        return leaf.requires_grad_(), leaf.clone()
+
+
+@contextlib.contextmanager
+def inference_told(model: nn.Module) -> Iterator[None]:
+    """Raises ValueError where the head needs a gradient of what was made in inference mode."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Inference tensors" not in str(error):
+            raise
+        raise ValueError(
+            f"a part of {type(model).__name__} runs under torch.inference_mode, which no gradient "
+            "comes through; use torch.no_grad there, or pass the layer whose output leaves the part"
+        ) from error
+
+
+def reached(
+    model: nn.Module,
+    module: nn.Module,
+    layout: Layout,
+    images: Tensor,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    features: bool = True,
+) -> bool:
+    """Whether any logit has a gradient at any place of the layer's map, for any of the images.
+
+    weights: take the place of the model's own. features: False puts noise in the place of the
+    layer's output, so that the answer is of what follows the layer alone. Call it in `isolated`.
+    """
+    leaves: list[Tensor] = []
+
+    def cut(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        value = output if features else _noise(tuple(output.shape), output)
+        leaf, copy = leaf_of(value)
+        leaves.append(leaf)
+        torch.set_grad_enabled(True)  # for what follows, also in a part that forbids a graph
+        return copy
+
+    handle = module.register_forward_hook(cut)
+    try:
+        with torch.enable_grad(), inference_told(model):
+            logits = logits_of(torch.func.functional_call(model, dict(weights or {}), (images,)))
+            if not logits.requires_grad:
+                return False
+            cotangent = _SCALE * _noise(tuple(logits.shape), logits)
+            (gradient,) = torch.autograd.grad(logits, leaves[-1:], cotangent, allow_unused=True)
+    finally:
+        handle.remove()
+    return gradient is not None and bool((layout.maps(gradient) != 0).any())
+
+
+def zero_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Noise for every parameter that is zero throughout, by name, in the model's order."""
+    return {
+        name: 0.02 * _noise(tuple(parameter.shape), parameter)
+        for name, parameter in model.named_parameters()
+        if not parameter.detach().any()
+    }
+
+
+def require_finite(model: nn.Module, *, infinite_buffers: bool = True) -> None:
+    """Raises ValueError for a parameter or a buffer with values that are not finite, and names it.
+
+    infinite_buffers: whether an infinite buffer counts: some are masks.
+    """
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if not value.is_floating_point():
+            continue
+        buffer = not isinstance(value, nn.Parameter)
+        wrong = value.isnan() if buffer and not infinite_buffers else ~value.isfinite()
+        if wrong.any():
+            raise ValueError(
+                f"{name!r} of {type(model).__name__} holds values that are not finite, so it gives "
+                "no maps: the network has diverged; take the weights of an earlier epoch"
+            )
+
+
+def serving(model: nn.Module, images: Tensor) -> dict[str, int]:
+    """The layers whose maps have a gradient, with their channels, the last to run first.
+
+    images: float[B,3,H,W]. Empty where the network does not run with them. Call it in `isolated`.
+    """
+    runs: Counter[str] = Counter()
+    convolved: list[tuple[int, int]] = []
+    found: list[tuple[str, Tensor, Layout]] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            runs[name] += 1
+            if not isinstance(output, Tensor) or output.ndim not in (3, 4):
+                return
+            if len(output) != len(images):
+                return
+            if isinstance(module, nn.Conv2d) and output.ndim == 4:
+                convolved.append((output.shape[2], output.shape[3]))
+            size = (images.shape[2], images.shape[3])
+            # The shape does not tell [B,C,N], nor a map from an attention matrix.
+            layouts = [
+                layout
+                for layout in readings(tuple(output.shape), size, leading, convolved)
+                if layout.axes != "[B,C,N]"
+                and not (output.ndim == 4 and of_tokens(layout, size, leading, convolved))
+            ]
+            if layouts and output.requires_grad:
+                found.append((name, output, layouts[0]))
+
+        return hook
+
+    leading = leading_tokens(model)
+    handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if name]
+    weights = zero_weights(model)
+    try:
+        with torch.enable_grad():
+            leaf = images.detach().clone().requires_grad_()
+            logits = logits_of(torch.func.functional_call(model, weights, (leaf.clone(),)))
+            gradients = torch.autograd.grad(
+                logits,
+                [output for _, output, _ in found],
+                _SCALE * _noise(tuple(logits.shape), logits),
+                allow_unused=True,
+            )
+    except Exception:  # the search is for a message, and the network may take other images
+        return {}
+    finally:
+        for handle in handles:
+            handle.remove()
+    serve: dict[str, int] = {}
+    for (name, _, layout), gradient in reversed(list(zip(found, gradients, strict=True))):
+        if gradient is None or runs[name] > 1 or layout.grid == (1, 1):
+            continue
+        maps = layout.maps(gradient)
+        if (maps != 0).any():
+            serve[name] = maps.shape[1]
+    return serve
+
+
+def logits_of(output: Any) -> Any:
+    """The model's output, or its .logits."""
+    return getattr(output, "logits", output)
+
+
+def _noise(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Standard normal, the same at every call."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return values.to(like.device, like.dtype)

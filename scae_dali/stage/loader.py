@@ -1,0 +1,220 @@
+"""From a DALI pipeline to torch batches, epoch by epoch, with a state that can be saved."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from nvidia.dali import Pipeline
+from nvidia.dali.plugin.base_iterator import LastBatchPolicy
+from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+from scae_dali.data.broken import concerns_images, explain
+from scae_dali.data.index import ImageIndex
+from scae_dali.plan.order import Order
+from scae_dali.stage.table import COMMON, COMMON_WIDTH, columns_of
+from scae_dali.stage.wiring import EachOnce
+
+T = TypeVar("T")
+
+_COLUMNS = columns_of(COMMON)
+_TARGETS = {"label", "partner", "mu"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A batch: what the network and the loss need on the pipeline's device, the rest on the CPU.
+
+    images: float [B, 3, H, W], channels-last in memory where the pipeline gives NHWC.
+    labels, partners: int64 [B], classes of the sample and of the one mixed into it.
+    mu: float32 [B], the weight of `labels`.
+    On the CPU: ids: int64 [B], places in the index. status: int64 [B] of methods.Status.
+    boxes: float32 [B, 4], (y, x, h, w) in pixels before the flip, of no area where none.
+    windows: float32 [B, 4], (y, x, h, w) of the crop in shares of the full frame. flips: bool [B].
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    partners: torch.Tensor
+    mu: torch.Tensor
+    ids: torch.Tensor
+    status: torch.Tensor
+    boxes: torch.Tensor
+    windows: torch.Tensor
+    flips: torch.Tensor
+
+
+class ImageError(RuntimeError):
+    """An image that DALI could not read or decode."""
+
+
+class Loader:
+    """Iterates over a pipeline whose reader is named "Reader" and pads its shards, or over one that
+    is fed in an `order`.
+
+    outputs: the pipeline's, by name: `images`, and either `plan` (ops.PlanNodes.row) or `id`, this
+    one maybe with `label`, `partner` and `mu` (ops.Targets).
+    drop_last: give only the batches that are full on every shard, so that all ranks take as many
+    steps; without it the last batch may be smaller, and an empty one is left out. Samples that pad
+    a shard never appear. position: batches of the epoch that a restored pipeline has given already;
+    where that is all of them, the first `for` loop gives nothing.
+
+    A `for` loop gives an epoch, or what is left of it. The epoch is over once its last batch is
+    given, whether or not anybody asks for another. Raises ImageError where DALI cannot read or
+    decode an image; the pipeline is lost then.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        outputs: Sequence[str],
+        index: ImageIndex,
+        *,
+        drop_last: bool,
+        position: int = 0,
+        order: Order | None = None,
+    ) -> None:
+        if not {"images"} < {*outputs} <= {"images", "plan", "id", *_TARGETS} or (
+            ("plan" in outputs) == ("id" in outputs)
+        ):
+            raise ValueError(
+                "outputs must be images and either plan, or id with label, partner and mu or "
+                f"without, got {', '.join(outputs)}"
+            )
+        self._index, self._pipeline = index, pipeline
+        self._labels = torch.from_numpy(index.labels.copy())
+        self._once: EachOnce | None = None
+        if order is None:
+            meta = pipeline.reader_meta("Reader")
+            shards, epoch_size = meta["number_of_shards"], meta["epoch_size"]
+            # DALI's own DROP goes by the smallest shard and then leaves batches of the larger ones
+            # to the next epoch; PARTIAL keeps all shards in step.
+            length: dict[str, Any] = {
+                "reader_name": "Reader",
+                "last_batch_policy": LastBatchPolicy.PARTIAL,
+            }
+            self._valid = None
+            if "id" in outputs and epoch_size <= len(index):
+                self._once = EachOnce(index)
+        else:
+            shards, epoch_size = order.num_shards, order.epoch_size
+            length = {"size": order.batches * order.batch_size}
+            self._valid = order.shard_size
+        self._batch_size = pipeline.max_batch_size
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Please set `reader_name`")  # there is no reader
+            self._dali = self._run(
+                lambda: DALIGenericIterator([pipeline], list(outputs), auto_reset=True, **length)
+            )
+        self._batches = len(self._dali)
+        if drop_last:
+            shard = epoch_size // shards
+            self._batches = shard // self._batch_size
+            if self._batches == 0:
+                raise ValueError(
+                    f"batch_size must be at most the {shard} images of a shard, got "
+                    f"{self._batch_size}"
+                )
+
+        self._position = position  # of the next batch, within the epoch
+        self._nothing_left = position >= self._batches
+        # A state of the epoch's end, as it was once saved, may have batches left to drop.
+        if self._nothing_left and self._dali._counter > self._batch_size:
+            self._finish_epoch()
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return self._batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._nothing_left:
+            self._nothing_left, self._position = False, 0
+            return
+        last = False
+        while not last:
+            try:
+                (out,) = self._run(self._dali.__next__)
+            except StopIteration:
+                self._position = 0
+                return
+            if self._valid is not None:
+                left = max(0, self._valid - self._position * self._batch_size)
+                out = {name: value[:left] for name, value in out.items()}
+            self._position += 1
+            last = self._position == self._batches
+            batch = self._batch(out) if len(out["images"]) else None
+            if last:  # before it is given: whoever counts batches asks for no more
+                self._once = None
+                self._finish_epoch()
+            if batch is not None:
+                yield batch
+
+    def state(self) -> bytes:
+        """The pipeline's state after the last batch given; see `checkpoint` of the pipelines.
+
+        After the last batch of an epoch it is that of the next one's beginning.
+        """
+        return self._dali.checkpoints()[0]
+
+    def _finish_epoch(self) -> None:
+        """Drop what is left of the epoch; DALI's iterator then begins the next one by itself."""
+        with suppress(StopIteration):
+            while True:
+                self._run(self._dali.__next__)
+        self._position = 0
+
+    def _batch(self, out: dict[str, torch.Tensor]) -> Batch:
+        images = out["images"]
+        if images.shape[1] != 3:
+            images = images.permute(0, 3, 1, 2)
+        n = len(images)
+        if "plan" in out:
+            plan = out["plan"]
+        else:
+            plan = torch.zeros(n, COMMON_WIDTH, dtype=torch.float64)
+            ids = out["id"].reshape(n, 1).long().cpu()
+            self._check_ids(ids[:, 0])
+            plan[:, _COLUMNS["id"]] = ids.double()
+            plan[:, _COLUMNS["label"]] = plan[:, _COLUMNS["partner"]] = self._labels[ids].double()
+            plan[:, _COLUMNS["mu"]] = 1.0
+            plan[:, _COLUMNS["window"]] = torch.tensor([0.0, 0.0, 1.0, 1.0])
+            for name in _TARGETS & out.keys():
+                plan[:, _COLUMNS[name]] = out[name].reshape(n, 1).double()
+        part = {name: plan[:, columns] for name, columns in _COLUMNS.items()}
+        move = partial(torch.Tensor.to, device=images.device, non_blocking=True)
+        return Batch(
+            images=images,
+            labels=move(part["label"][:, 0].long()),
+            partners=move(part["partner"][:, 0].long()),
+            mu=move(part["mu"][:, 0].float()),
+            ids=part["id"][:, 0].long(),
+            status=part["status"][:, 0].long(),
+            boxes=part["box"].float(),
+            windows=part["window"].float(),
+            flips=part["flip"][:, 0].bool(),
+        )
+
+    def _check_ids(self, ids: torch.Tensor) -> None:
+        """Raise where they are no places in the index, or come twice in the first epoch."""
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self._index):
+            raise IndexError(
+                f"id must be in [0, {len(self._index)}), the places in the index, got "
+                f"{int(ids.min())} … {int(ids.max())}; let the reader read index.files without "
+                "labels, or with places as its labels"
+            )
+        if self._once is not None:
+            self._once.look(ids.numpy())
+
+    def _run(self, step: Callable[[], T]) -> T:
+        try:
+            return step()
+        except RuntimeError as error:
+            # The traceback may keep it until the garbage collector comes, maybe in a thread of this
+            # very pipeline: that cannot wait for its own end, and would take the process with it.
+            self._pipeline._shutdown()
+            if not concerns_images(str(error)):
+                raise
+            raise ImageError(explain(str(error), self._index)) from error

@@ -1,0 +1,82 @@
+"""The second sample of a mix inside a DALI graph, for the samples that are mixed and no others.
+
+Its file is read, decoded and cropped on its own behind a DALI conditional, so the pipeline must be
+defined with `enable_conditionals=True`. Which sample, and with what weight, is in the plan.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import do_not_convert
+
+from scae_dali.config import CropConfig
+from scae_dali.data.index import ImageIndex
+from scae_dali.methods import conditionals
+from scae_dali.methods.base import DataNode, Status
+from scae_dali.stage.table import Planner
+
+# (encoded, start int32 [2], shape int32 [2]) -> HWC images, as large as those they go into. There
+# may be none: after a decoder of a GPU that decodes nothing, DALI's operators that want a layout
+# fail, as resize does; a slice passes nothing on.
+Fetch = Callable[[DataNode, DataNode, DataNode], DataNode]
+
+
+def mix(images: DataNode, plan: Any, crop: CropConfig, fetch: Fetch) -> DataNode:
+    """μ·image + (1 - μ)·partner where the plan says so; the other images are left as they are.
+
+    images: HWC, before the flip. plan: ops.PlanNodes. crop: of the second samples. Raises
+    ValueError in a pipeline without conditionals, and where the index's files are not on the disk.
+    """
+    _check(plan.planner.index)
+    if plan.scalar("status", types.INT32) == int(Status.MIXED):
+        images = _blend(images, plan, crop, fetch)
+    return images
+
+
+@do_not_convert
+def _check(index: ImageIndex) -> None:
+    conditionals.require("samples are mixed", "set the method's mix_prob=0")
+    rarest = int(index.class_counts[index.labels].argmin())  # some class of the tail, if any is
+    path = os.path.join(index.root, index.files[rarest])
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"the files of the index must be on the disk where samples are mixed, and {path!r} is "
+            "not: index the files themselves, or set the method's mix_prob=0"
+        )
+
+
+def _blend(images, plan, crop, fetch):
+    encoded = fn.io.file.read(
+        fn.python_function(plan.row, function=partial(_paths, plan.planner), batch_processing=True)
+    )
+    start, shape, flip = fn.python_function(
+        plan.row,
+        fn.peek_image_shape(encoded),
+        function=partial(_crops, plan.planner, crop),
+        num_outputs=3,
+        batch_processing=True,
+    )
+    other = fn.flip(fetch(encoded, start, shape), horizontal=flip)
+    mu = plan.scalar("mu", types.FLOAT)
+    return fn.cast_like(images * mu + other * (1.0 - mu), images)
+
+
+def _paths(planner: Planner, rows: list[np.ndarray]) -> list[np.ndarray]:
+    """The partners' files."""
+    column = planner.columns["partner_id"].start
+    return planner.index.encoded_paths([int(row[column]) for row in rows])
+
+
+def _crops(planner: Planner, crop: CropConfig, rows, shapes) -> tuple[list, list, list]:
+    """Start and shape, int32 [2], and whether to flip, int32 scalar."""
+    full_px = np.stack(shapes)[:, :2].astype(np.int64)
+    window, flip = planner.partner_crop(np.stack(rows), full_px, crop)
+    window = window.astype(np.int32)
+    flips = [np.array(f, np.int32) for f in flip]  # DALI takes no NumPy scalars
+    return list(window[:, :2]), list(window[:, 2:]), flips

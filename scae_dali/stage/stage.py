@@ -1,0 +1,511 @@
+"""The DALI shell: puts a method's plan into a graph.
+
+A `Stage` adds one Python operator on the CPU to a pipeline. It receives ids, the iteration and the
+crop windows (never pixels) and returns a small table, a row a sample, that native operators use.
+What is planned is for `planner` and the methods.
+"""
+
+import math
+import os
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from nvidia.dali import Pipeline, fn, types
+from nvidia.dali.pipeline import do_not_convert
+
+from scae_dali.cache import limits
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.cache.resident import ResidentCache
+from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD, CropConfig
+from scae_dali.data.index import ImageIndex
+from scae_dali.methods import compose
+from scae_dali.methods.base import DataNode, Run, Triple, mixes
+from scae_dali.plan.random import check_seed
+from scae_dali.stage import partner, wiring
+from scae_dali.stage.graph import Origin
+from scae_dali.stage.table import Planner
+
+RESIDENT_BYTES = 10**9  # maps of at most this size are kept in memory, unless told otherwise
+
+
+class Targets(NamedTuple):
+    """What the loss needs, as DALI nodes: μ·label + (1 - μ)·partner.
+
+    label, partner: int64 [1]. mu: float32 [1]; 1 where the sample is not mixed.
+    """
+
+    label: DataNode
+    partner: DataNode
+    mu: DataNode
+
+
+class PlanNodes:
+    """A plan inside a graph: `row`, float64 [K] a sample on the CPU, and its parts by name.
+
+    DALI hands every sample of every operator on the CPU to its threads, which costs more than what
+    they do with it, and the more the more threads there are. So parts are cut when asked for, those
+    in float32 from a row of that type, and a pipeline had better give out the row whole:
+    `iterator.Loader` takes it apart. single: the row in float32.
+    """
+
+    def __init__(self, row: DataNode, single: DataNode, planner: Planner) -> None:
+        self.row = row
+        self.planner = planner
+        self._single = single
+
+    def part(self, name: str, dtype: types.DALIDataType, within: slice = slice(None)) -> DataNode:
+        """The columns of a name (see planner), or some of them."""
+        whole = self.planner.columns[name]
+        begin, end, _ = within.indices(whole.stop - whole.start)
+        return self._cut(slice(whole.start + begin, whole.start + end), dtype)
+
+    def scalar(self, name: str, dtype: types.DALIDataType) -> DataNode:
+        """A column on its own, as a scalar."""
+        return self._cut(self.planner.columns[name].start, dtype)
+
+    def fills(self, images: DataNode, value: Triple) -> bool:
+        """Whether the boxes of these images will come filled with value, a grey level a channel;
+        where not, it is for the graph to do."""
+        return False
+
+    def _cut(self, columns: slice | int, dtype: types.DALIDataType) -> DataNode:
+        if dtype == types.FLOAT:
+            return self._single[columns]
+        return fn.cast(self.row[columns], dtype=dtype)
+
+    @property
+    def id(self) -> DataNode:
+        """int64 [1], the sample's place in the index."""
+        return self.part("id", types.INT64)
+
+    @property
+    def targets(self) -> Targets:
+        return Targets(
+            self.part("label", types.INT64),
+            self.part("partner", types.INT64),
+            self.part("mu", types.FLOAT),
+        )
+
+
+class Stage:
+    """One augmentation of one data set, ready to be put into a DALI pipeline.
+
+    index: the data set; its order gives the ids. method: see methods.load; its settings are
+    further keywords. Several are joined by +, `rand_augment+scae` (see methods.compose); then the
+    settings of each are a mapping under its name, scae={"lam_max": 1.0}.
+    cache: a SaliencyCache of this index or its path; None: no maps.
+    epochs: T of eq. 5. batch_size: the pipeline's. num_shards: the reader's. seed: of all plans.
+    epoch_size: samples of an epoch, of all shards; None: every sample once.
+    start_epoch: the epoch of the pipeline's first batch, where it does not come from a checkpoint.
+    mean, std: of the images as the stage gets them; the default is ImageNet's in [0, 255].
+    backend: the operator that runs the plan, `python` (fn.python_function; `numpy` is another name
+    of it) or `torch` (fn.dl_tensor_python_function). The plan is the same, and runs on the CPU.
+    torch_device: `cpu` or None.
+    resident: whether all maps are kept in memory, h·w bytes a sample in every process and for every
+    stage, taken anew after each pass; otherwise they are looked up in the cache. None: where they
+    take at most RESIDENT_BYTES. What is planned is the same.
+
+    The reader must pad its shards (`pad_last_batch=True`), so that every epoch has
+    `batches_per_epoch` batches; the epoch is computed from that.
+    """
+
+    def __init__(
+        self,
+        index: ImageIndex,
+        method: str,
+        *,
+        epochs: int,
+        batch_size: int,
+        seed: int,
+        cache: SaliencyCache | str | os.PathLike[str] | None = None,
+        num_shards: int = 1,
+        epoch_size: int | None = None,
+        start_epoch: int = 0,
+        mean: Triple = IMAGENET_MEAN,
+        std: Triple = IMAGENET_STD,
+        backend: Literal["python", "torch", "numpy"] = "python",
+        torch_device: str | None = None,
+        resident: bool | None = None,
+        **settings: Any,
+    ) -> None:
+        for name, value in (
+            ("epochs", epochs),
+            ("batch_size", batch_size),
+            ("num_shards", num_shards),
+            ("epoch_size", epoch_size),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_seed(seed)
+        if start_epoch < 0:
+            raise ValueError(f"start_epoch must be at least 0, got {start_epoch}")
+        if backend not in ("python", "torch", "numpy"):
+            raise ValueError(f"backend must be python or torch, got {backend!r}")
+        if str(torch_device or "cpu") != "cpu":
+            raise ValueError(
+                f"torch_device must be cpu, got {torch_device!r}: the plan runs on the CPU, "
+                "whatever the backend; leave it out"
+            )
+        named = cache
+        if cache is not None and not isinstance(cache, SaliencyCache):
+            cache = SaliencyCache(cache, index=index)
+        self.index = index
+        self.batch_size = batch_size
+        self.start_epoch = start_epoch
+        self.num_shards = num_shards
+        self.epoch_size = len(index) if epoch_size is None else epoch_size
+        self.batches_per_epoch = math.ceil(math.ceil(self.epoch_size / num_shards) / batch_size)
+        self.seconds = 0.0  # spent in the Python operator, in DALI's thread
+        self._cache = cache
+        self._by_torch = backend == "torch"
+        self._run = Run(
+            seed=seed,
+            epochs=epochs,
+            labels=index.labels,
+            class_counts=index.class_counts,
+            mean=mean,
+            std=std,
+            saliency=_saliency_source(cache, resident),
+            neighbors=None if cache is None else cache.read_neighbors,
+        )
+        self._method = compose.make(method, settings, self._run)
+        self.mixes = mixes(self._method)
+        if cache is not None:
+            for config in compose.guides(self._method):
+                neighbors = getattr(config, "neighbors", 0) if self.mixes else 0
+                limits.check_neighbors(neighbors, index.num_classes)
+                limits.check_last_pass(epochs, config.refresh_every)
+                if cache is not named:  # whoever opened it has looked
+                    _look_at(cache, len(index), config.refresh_every)
+        self.moves_pixels = "policy" in getattr(self._method, "kinds", ())
+        self.conditional = self.mixes or getattr(self._method, "conditional", False)
+
+    def __call__(
+        self,
+        images: DataNode,
+        ids: DataNode,
+        window: tuple[DataNode, DataNode, DataNode] | None = None,
+        size: tuple[int, int] | None = None,
+        partner_crop: CropConfig = CropConfig(),  # noqa: B008 - frozen
+    ) -> tuple[DataNode, Targets]:
+        """Augment images inside a pipeline definition.
+
+        images: HWC, after crop and resize, before flip and normalisation, CPU or GPU.
+        ids: int [1], the sample's place in the index, or its name as `source_info` gives it.
+        window: (start, size, shapes), the crop in pixels and the shape of the upright image, each
+        (y, x)/(h, w) on the CPU; None: the whole image is seen.
+        size: (h, w) of the images in pixels; None asks them, which lets the plan wait for them.
+        Returns (images, Targets).
+        Where the method mixes (SCAE, and the data set has tail classes), the pipeline must be
+        defined with `enable_conditionals=True`; the second sample is a file of the index, cropped
+        by `partner_crop`.
+        Raises ValueError where the graph shows that ids are none, that images are not as above, or
+        that window or size are not theirs; see `wiring`.
+        """
+        size = wiring.checked_size(size)
+        wiring.check_sources(images, ids, window)
+        if window is not None:
+            _require_frame(window)
+        known = wiring.check_images(
+            images,
+            window=window,
+            size=size,
+            run=self._run,
+            guided=self._cache is not None,
+            fills=self.mixes or "erase" in getattr(self._method, "kinds", ()),
+        )
+        plan = self.plan(
+            ids,
+            window=window,
+            size=images.shape() if size is None or not known else size,
+            told=size,
+        )
+        if self.mixes:
+            if not self._run.grey_levels:
+                raise ValueError(
+                    "mean must be in grey levels where tail classes are mixed, for second images "
+                    f"are fetched in [0, 255], got {self._run.mean}; call the stage before the "
+                    "normalisation, or set mix_prob=0"
+                )
+            fetch = partial(_decode_crop, images=images, size=size)
+            images = partner.mix(images, plan, partner_crop, fetch)
+        return self.apply(images, plan), plan.targets
+
+    def plan(
+        self,
+        ids: DataNode,
+        *,
+        size: tuple[int, int] | DataNode,
+        window: tuple[DataNode, DataNode, DataNode] | None = None,
+        shapes: DataNode | None = None,
+        random_crop: CropConfig | None = None,
+        keyed: bool = False,
+        told: tuple[int, int] | None = None,
+    ) -> PlanNodes:
+        """Decide for a batch. With `shapes` (of the upright images) the stage draws crop and flip
+        itself by `random_crop`, as purely as all else: then a sample's whole augmentation depends
+        on nothing but (seed, epoch, id), and the plan has the parts `start`, `shape` and `flip`.
+        keyed: ids are keys, as of `Order.keys`. told: what a size that is a node must turn out to
+        be.
+
+        When the pipeline runs, its first batch raises where the reader's epochs are not the
+        stage's, and ids that a reader gives twice in an epoch raise: they may be class labels.
+        """
+        pipeline = Pipeline.current()
+        if pipeline is not None and pipeline.max_batch_size != self.batch_size:
+            raise ValueError(
+                f"batch_size of the stage is {self.batch_size}, of the pipeline "
+                f"{pipeline.max_batch_size}; give both the same"
+            )
+        if getattr(ids, "device", "cpu") != "cpu":
+            raise ValueError("ids must be on the CPU, got those on the GPU; pass the reader's own")
+        if (shapes is None) != (random_crop is None):
+            raise ValueError("shapes and random_crop go together; give both or neither")
+        if window is not None and shapes is not None:
+            raise ValueError(
+                "window is a crop that was drawn elsewhere, shapes and random_crop have the stage "
+                "draw it; give window, or the other two"
+            )
+        if window is not None:
+            _require_frame(window)
+        frames = window if window is not None else () if shapes is None else (shapes,)
+        sizes = () if isinstance(size, tuple) else (size,)
+        operator = Operator(
+            self,
+            self.planner(random_crop, keyed=keyed),
+            len(frames),
+            size if isinstance(size, tuple) else None,
+            wiring.check_ids(ids, self.index),
+            told=told,
+        )
+        inputs = (ids, self._iteration(), *frames, *sizes)
+        run, function = fn.python_function, operator.python
+        if self._by_torch:
+            run, function = fn.dl_tensor_python_function, operator.torch
+        row, single = run(*inputs, function=function, num_outputs=2, batch_processing=True)
+        return PlanNodes(row, single, operator.planner)
+
+    def planner(self, random_crop: CropConfig | None = None, *, keyed: bool = False) -> Planner:
+        """The plan outside any pipeline. keyed: for ids that are keys, as of `Order.keys`."""
+        return Planner(
+            self.index,
+            self._method,
+            self._run,
+            batch_size=self.batch_size,
+            batches_per_epoch=self.batches_per_epoch,
+            start_epoch=self.start_epoch,
+            random_crop=random_crop,
+            keyed=keyed,
+        )
+
+    def apply(self, images: DataNode, plan: PlanNodes) -> DataNode:
+        """Erase in images (HWC, CPU or GPU) as planned."""
+        return self._method.apply(images, plan)
+
+    @do_not_convert
+    def _iteration(self) -> DataNode:
+        """The number of the batch in the run, int64 [1] a sample; a checkpoint restores it.
+
+        Where a reader goes round, DALI counts iterations on. Where a source ends its epochs with
+        StopIteration, DALI counts epochs, and in each of them iterations from 0.
+        """
+        b, batches = self.batch_size, self.batches_per_epoch
+        longest = 0
+
+        def number(info: Any) -> np.ndarray:
+            nonlocal longest
+            # DALI asks once more when another source ends: that number is not used.
+            longest = max(longest, info.iteration)
+            if info.epoch_idx and longest > batches:
+                raise ValueError(
+                    f"the stage counts epochs of {batches} batches, and a source in the pipeline "
+                    f"ended its epoch after {longest}; give the stage the epoch_size of that source"
+                )
+            return np.full((b, 1), info.epoch_idx * batches + info.iteration, np.int64)
+
+        return fn.external_source(
+            source=number, batch=True, batch_info=True, dtype=types.INT64, ndim=1
+        )
+
+
+class SCAE(Stage):
+    """The stage of SCAE. Keywords are those of Stage and the fields of ScaeConfig.
+
+    scae = SCAE(index, cache="imagenet.lmdb", epochs=100, batch_size=256, seed=7)
+    images, targets = scae(images, ids, window=(start, size, shapes))
+    """
+
+    def __init__(
+        self, index: ImageIndex, cache: SaliencyCache | str | os.PathLike[str], **keywords: Any
+    ) -> None:
+        super().__init__(index, "scae", cache=cache, **keywords)
+
+
+class Operator:
+    """The Python operator: lists of small arrays in, `Planner`, rows in float64 and float32 out.
+
+    frames: how many inputs describe the crop. size: of the crops where it is one for all. origin:
+    of the ids, where it is known. told: what a size that is an input must be.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        planner: Planner,
+        frames: int,
+        size: tuple[int, int] | None,
+        origin: Origin | None = None,
+        told: tuple[int, int] | None = None,
+    ) -> None:
+        self.stage, self.planner = stage, planner
+        self._frames, self._size, self._told = frames, size, told
+        self._names = stage.index.names()
+        # A function that holds its pipeline would keep it alive for good.
+        self._pipeline = weakref.ref(pipeline) if (pipeline := Pipeline.current()) else None
+        self._reader = None if origin is None else origin.reader
+        self._once: wiring.EachOnce | None = None
+        known = origin is None or self._reader is None or origin.kind == "File"
+        if not known and stage.epoch_size <= len(stage.index):  # no sample is wanted twice
+            self._once = wiring.EachOnce(stage.index)
+
+    def python(self, *inputs: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        start = time.perf_counter()
+        rows = self.planner(*self.arguments(inputs))
+        row, single = list(rows), list(rows.astype(np.float32))
+        self.stage.seconds += time.perf_counter() - start
+        return row, single
+
+    def torch(self, *inputs: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Likewise, of DLPack capsules: the plan reads their memory and gives out its own."""
+        import torch
+        from torch.utils import dlpack
+
+        start = time.perf_counter()
+        arrays = [[dlpack.from_dlpack(one).numpy() for one in samples] for samples in inputs]
+        rows = torch.from_numpy(self.planner(*self.arguments(arrays)))
+        row, single = ([*map(dlpack.to_dlpack, table)] for table in (rows, rows.float()))
+        self.stage.seconds += time.perf_counter() - start
+        return row, single
+
+    def arguments(self, inputs: Sequence[list[np.ndarray]]) -> tuple[Any, ...]:
+        """What the planner takes."""
+        ids, iteration, *rest = inputs
+        b, number = len(ids), iteration[0].item()
+        if self._reader is not None:
+            self._check_reader()
+        if ids[0].dtype == np.uint8:  # names, as source_info gives them
+            positions = self._names.ids([bytes(name).decode() for name in ids])
+        else:
+            positions = self._positions(ids, number)
+        frames = [_batch(samples) for samples in rest[: self._frames]]
+        if self._size is None:
+            size_px = _batch(rest[-1])[:, :2].astype(np.int64)
+            if self._told is not None and (wrong := (size_px != self._told).any(axis=1)).any():
+                raise ValueError(
+                    f"size must be (h, w) of the images, got {self._told}, and images of "
+                    f"{tuple(size_px[wrong][0].tolist())}; pass theirs, or leave size out"
+                )
+        else:
+            size_px = np.full((b, 2), self._size)
+        window = None
+        if frames:
+            frames[-1] = frames[-1][:, :2]  # HWC
+            if any(frame.shape[1] != 2 for frame in frames):
+                raise ValueError(
+                    "window must be (start, size, shapes) of (y, x) and (h, w) each, got "
+                    f"{[frame.shape[1] for frame in frames]} numbers"
+                )
+            window = np.concatenate(frames, axis=1).astype(np.float64)
+            if len(frames) > 1:
+                wiring.check_frames(window)
+        # The number is that of the batch, and so the same for all.
+        return positions, np.full(b, number), size_px, window
+
+    def _positions(self, ids: list[np.ndarray], number: int) -> np.ndarray:
+        """Ids that are numbers, int64 [B]."""
+        flat = _batch(ids)[:, 0]
+        samples = len(self.stage.index)
+        if flat.dtype.kind not in "iu" or np.iinfo(flat.dtype).max < samples - 1:
+            raise TypeError(
+                f"ids must be integers that hold the places 0 … {samples - 1}, got {flat.dtype}; "
+                "pass the reader's own, or cast them to INT64"
+            )
+        positions = flat.astype(np.int64)
+        within = (positions >= 0) & (positions < samples)  # of others the planner tells
+        if self._once is not None:
+            stage, step = self.stage, number % self.stage.batches_per_epoch
+            left = stage.epoch_size // stage.num_shards - step * stage.batch_size
+            self._once.look(positions[: max(0, left)][within[: max(0, left)]])  # the rest pads
+            if step + 1 == stage.batches_per_epoch:
+                self._once = None
+        return positions
+
+    def _check_reader(self) -> None:
+        """Once, at the first batch: only a pipeline that is built can be asked."""
+        name, self._reader = self._reader, None
+        pipeline = None if self._pipeline is None else self._pipeline()
+        if pipeline is not None and name is not None:
+            wiring.check_reader(
+                name,
+                pipeline.reader_meta(name),
+                epoch_size=self.stage.epoch_size,
+                num_shards=self.stage.num_shards,
+                batch_size=self.stage.batch_size,
+            )
+
+
+def _require_frame(window: Sequence[DataNode]) -> None:
+    if len(window) != 3:
+        raise ValueError(
+            f"window must be (start, size, shapes), got {len(window)} entries; shapes is what "
+            "fn.peek_image_shape gives"
+        )
+
+
+def _decode_crop(encoded, start, shape, images, size):
+    """A window of an image, as large as `images` and on their device."""
+    decoder = "cpu" if images.device == "cpu" else "mixed"
+    size = fn.cast(images.shape()[:2], dtype=types.FLOAT) if size is None else list(size)
+    whole = fn.decoders.image(encoded, device=decoder)
+    window = fn.slice(whole, start, shape, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
+    return fn.resize(window, size=size)
+
+
+def _batch(samples: list[np.ndarray]) -> np.ndarray:
+    """Arrays of one size -> [B, size]; np.stack takes three times as long."""
+    flat = samples if samples[0].ndim == 1 else [one.reshape(-1) for one in samples]
+    return np.concatenate(flat).reshape(len(samples), -1)
+
+
+def _look_at(cache: SaliencyCache, samples: int, refresh_every: int) -> None:
+    """Warn of a cache that lacks maps of some samples. Raises ValueError where it has none, and
+    gets none."""
+    found = cache.coverage().found
+    if not found and not refresh_every:
+        raise ValueError(
+            f"saliency cache {cache.path!r} has no maps, and gets none with refresh_every=0: build "
+            "it by tools/build_cache.py or refresh_cache, or leave refresh_every out"
+        )
+    if 0 < found < samples:
+        warnings.warn(
+            f"saliency cache {cache.path!r} has maps of {found:,} of {samples:,} samples; the "
+            "others are erased uniformly until a pass makes theirs",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _saliency_source(
+    cache: SaliencyCache | None, resident: bool | None
+) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None:
+    """ids -> (maps, found)."""
+    if cache is None:
+        return None
+    if resident is None:
+        resident = cache.map_bytes <= RESIDENT_BYTES
+    return ResidentCache(cache).read if resident else cache.read

@@ -1,0 +1,175 @@
+"""A batch's whole plan as one table, outside any graph: crop, flip, labels, and the method's part.
+
+Pure: a row depends on (seed, epoch, id, window, saliency) alone. How the table gets into a DALI
+pipeline and out of it is for `ops` and `iterator`.
+"""
+
+from itertools import accumulate
+
+import numpy as np
+
+from scae_dali.config import CropConfig
+from scae_dali.data.index import ImageIndex
+from scae_dali.methods.base import Method, Run, Samples, mixes
+from scae_dali.plan import crop
+from scae_dali.plan.order import ID
+from scae_dali.plan.random import Stream, uniforms
+
+# Of every plan, in this order, with their widths; `box` is (y, x, h, w) in pixels of the crop,
+# `window` the crop in shares of the full frame, and `flip` 0 where it is not drawn here.
+COMMON = {"label": 1, "partner": 1, "id": 1, "status": 1, "mu": 1, "box": 4, "window": 4, "flip": 1}
+COMMON_WIDTH = sum(COMMON.values())
+# Where the crop is drawn here: start (y, x) and shape (h, w) in pixels of the full frame.
+DRAWN = {"start": 2, "shape": 2}
+# Where the method mixes: what the crop of the second sample is drawn from.
+DRAW = {"key": 1, "epoch": 1}
+
+
+def columns_of(widths: dict[str, int]) -> dict[str, slice]:
+    """Where each name lies in a row."""
+    ends = list(accumulate(widths.values()))
+    return {
+        name: slice(end - width, end)
+        for (name, width), end in zip(widths.items(), ends, strict=True)
+    }
+
+
+class Planner:
+    """Ids, iteration and crop windows -> float64 [B, K], laid out by `columns`.
+
+    The epoch is iteration // batches_per_epoch + start_epoch, and the number of the batch in the
+    run goes on from there likewise. random_crop: how to draw crop and flip; None: the window is
+    given. keyed: ids are keys, as of `Order.keys`, where a sample may come twice in an epoch.
+    """
+
+    def __init__(
+        self,
+        index: ImageIndex,
+        method: Method,
+        run: Run,
+        *,
+        batch_size: int,
+        batches_per_epoch: int,
+        start_epoch: int = 0,
+        random_crop: CropConfig | None = None,
+        keyed: bool = False,
+    ) -> None:
+        self.index = index
+        self.keyed = keyed
+        self.random_crop = random_crop
+        self.mixes = mixes(method)
+        drawn = {} if random_crop is None else DRAWN
+        draw = DRAW if self.mixes else {}
+        self.columns = columns_of(COMMON | drawn | draw | dict(method.fields))
+        self._width = max(part.stop for part in self.columns.values())
+        self._method, self._run, self._batch_size = method, run, batch_size
+        self._batches_per_epoch, self._start_epoch = batches_per_epoch, start_epoch
+        self._labels = index.labels
+
+    def __call__(
+        self,
+        ids: np.ndarray,
+        iteration: np.ndarray,
+        size_px: np.ndarray,
+        window: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The plan of a batch.
+
+        ids: int64 [B], or keys, of one batch or of several full ones. iteration: int64 [B], the
+        number of the batch. size_px: int64 [B, 2], (H, W) of the crop as the network sees it.
+        window: float64 [B, 6], start, shape and the shape of the upright image, in pixels;
+        [B, 2], that shape alone, where the crop is drawn here; None: the whole image is seen.
+        Raises IndexError for an id outside the index.
+        """
+        b = len(ids)
+        keys, ids = ids, ids & ID if self.keyed else ids
+        labels = self._label(ids, keys)
+        iteration = iteration + self._start_epoch * self._batches_per_epoch
+        epoch = iteration // self._batches_per_epoch
+        extra: dict[str, np.ndarray] = {}
+        flip = np.zeros(b, np.bool_)
+        if self.random_crop is not None:
+            if window is None:
+                raise ValueError(
+                    "window must be the shapes of the upright images where the crop is drawn here, "
+                    "got None"
+                )
+            cut, flip = self._crop(Stream.CROP, keys, epoch, window, self.random_crop)
+            extra = {"start": cut[:, :2], "shape": cut[:, 2:]}
+            window = np.concatenate([cut, window], axis=1)
+        if self.mixes:
+            extra |= {"key": keys, "epoch": epoch}
+        if window is None:
+            share = np.tile([0.0, 0.0, 1.0, 1.0], (b, 1))
+        else:
+            share = window[:, :4] / np.tile(window[:, 4:], 2)
+        place = np.arange(b)
+        plan = self._method.plan(
+            Samples(
+                ids=ids,
+                keys=keys,
+                labels=labels,
+                epoch=epoch,
+                window=share,
+                size_px=size_px,
+                iteration=iteration,
+                place=place % self._batch_size,
+                flip=flip,
+            )
+        )
+        partner = labels
+        if "partner_id" in plan:
+            partner = self._label(plan["partner_id"], ids)
+        elif "source" in plan:
+            partner = labels[place - place % self._batch_size + plan["source"]]
+        table = np.empty((b, self._width))
+        for name, value in {
+            "label": labels,
+            "partner": partner,
+            "id": ids,
+            "status": plan["status"],
+            "mu": plan.get("mu", 1.0),
+            "box": plan.get("box", 0.0),
+            "window": share,
+            "flip": flip,
+        }.items():
+            wide = COMMON[name] > 1
+            table[:, self.columns[name] if wide else self.columns[name].start] = value
+        for name, value in (extra | {name: plan[name] for name in self._method.fields}).items():
+            table[:, self.columns[name]] = value.reshape(b, -1)
+        return table
+
+    def partner_crop(
+        self, rows: np.ndarray, full_px: np.ndarray, config: CropConfig
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Crop and flip of the second samples, drawn on their own.
+
+        rows: float64 [n, K] of mixed samples. full_px: int64 [n, 2], of their partners. Returns
+        window and flip as crop_and_flip does. Where the own flip is drawn here too it comes after
+        mixing, and the partner's is relative to it.
+        """
+        key, epoch = (rows[:, self.columns[name].start].astype(np.int64) for name in DRAW)
+        window, flip = self._crop(Stream.PARTNER_CROP, key, epoch, full_px, config)
+        if self.random_crop is not None:
+            flip = flip != (rows[:, self.columns["flip"].start] == 1)
+        return window, flip
+
+    def _crop(
+        self,
+        stream: Stream,
+        keys: np.ndarray,
+        epoch: np.ndarray,
+        full_px: np.ndarray,
+        config: CropConfig,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        u = uniforms(self._run.seed, stream, epoch, keys, crop.draws_per_sample(config))
+        return crop.crop_and_flip(u, full_px, config)
+
+    def _label(self, ids: np.ndarray, given: np.ndarray) -> np.ndarray:
+        bad = (ids < 0) | (ids >= len(self._labels))
+        if bad.any():
+            raise IndexError(
+                f"ids must be in [0, {len(self._labels)}), the places in the index, got "
+                f"{int(given[bad][0])}; let the reader read index.files without labels"
+            )
+        return self._labels[ids]

@@ -1,0 +1,156 @@
+"""The mixed cross-entropy, with what the long-tail field adds to it: class weights and smoothing.
+
+Label-aware smoothing (Zhong et al., MiSLAS, 2021) and class-balanced weights (Cui et al., 2019),
+from an epoch on if wanted (deferred re-weighting; Cao et al., 2019). How often a class is drawn,
+and which labels are mixed, is for others.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scae_dali.config import check
+from scae_dali.plan.schedule import frequency
+
+
+def mixed_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    partners: Tensor,
+    mu: Tensor,
+    label_smoothing: float | Tensor = 0.0,
+    *,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Mean of μ·CE(label) + (1 - μ)·CE(partner), which is CE against the mixed label.
+
+    logits: float [B, K]. labels, partners: int64 [B] or, as DALI gives them, [B, 1], on any device.
+    mu: float32 alike, in [0, 1]; 1 leaves the label as it is. label_smoothing: ε in [0, 1], or
+    float32 [K], one a class. weight: float32 [K] of class weights; None: all 1. Returns a float32
+    scalar.
+
+    CE(y) = (1 - ε_y)·(-log p_y) + ε_y·mean_k(-log p_k), with the ε of the class itself. With
+    weights, the sum of μ·w_y·CE(y) + (1 - μ)·w_j·CE(j) is divided by that of μ·w_y + (1 - μ)·w_j.
+    So a sample's weight acts on its smoothed part too; torch.nn.functional.cross_entropy, which
+    weights that part's terms by their own classes k, is the same only without smoothing.
+    """
+    log_p = logits.log_softmax(1, dtype=torch.float32)
+    labels, partners, mu = (t.to(logits.device).reshape(-1) for t in (labels, partners, mu))
+    classes = torch.stack([labels, partners], 1)  # [B, 2], as all that follows
+    share = torch.stack([mu, 1 - mu], 1)
+    loss = -log_p.gather(1, classes)
+    if isinstance(label_smoothing, Tensor):
+        eps = label_smoothing.to(logits.device)[classes]
+        loss = torch.lerp(loss, -log_p.mean(1, keepdim=True), eps)
+    elif label_smoothing:
+        loss = torch.lerp(loss, -log_p.mean(1, keepdim=True), label_smoothing)
+    if weight is None:
+        return (share * loss).sum() / len(logits)
+    share = share * weight.to(logits.device)[classes]
+    return (share * loss).sum() / share.sum()
+
+
+def class_balanced_weights(class_counts, beta: float = 0.9999) -> np.ndarray:
+    """Cui et al. (2019): w_k = (1 - β)/(1 - β^n_k), scaled to a mean of 1.
+
+    class_counts: int [K]. beta: in [0, 1); 0 weighs all classes alike, 1 would be 1/n_k. Returns
+    float64 [K] of sum K. A class without samples gets 0 and does not count: the sum is then the
+    number of the others. Raises ValueError for other counts or beta.
+    """
+    check(0 <= beta < 1, f"beta must be in [0, 1), got {beta}; the paper's is 0.9999")
+    present = frequency(class_counts) > 0
+    counts = np.asarray(class_counts)[present]
+    weights = np.zeros(len(present))
+    # 1 - β^n without the cancellation near β = 1; the numerator goes with the scale.
+    weights[present] = -1 / np.expm1(counts * (math.log(beta) if beta else -math.inf))
+    return weights * (present.sum() / weights.sum())
+
+
+def label_aware_smoothing(class_counts, head: float, tail: float) -> np.ndarray:
+    """MiSLAS, concave form: ε_k = tail + (head - tail)·sin(π/2 · (n_k - n_K)/(n_1 - n_K)).
+
+    class_counts: int [K]; n_1 is the largest and n_K the smallest that is not 0 (ε is `tail` at 0
+    too). head, tail: ε of those two, in [0, 1). Returns float64 [K]; all `head` where the classes
+    are equally large. Raises ValueError for other counts.
+    """
+    f = frequency(class_counts)
+    low = f[f > 0].min()
+    if low == 1:
+        return np.where(f > 0, head, tail)
+    return tail + (head - tail) * np.sin(np.pi / 2 * (f - low).clip(0) / (1 - low))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The loss: cross-entropy against the mixed labels.
+
+    Args:
+        label_smoothing: share of the label spread over all classes.
+        smoothing_head: instead, share by class (MiSLAS): that of the largest class.
+        smoothing_tail: that of the smallest class; between them a sine of the count.
+        class_balanced: beta of the class-balanced weights, 0.9999 in their paper; 0: none.
+        defer: epoch from which the class-balanced weights act (deferred re-weighting).
+    """
+
+    label_smoothing: float = 0.0
+    smoothing_head: float | None = None
+    smoothing_tail: float | None = None
+    class_balanced: float = 0.0
+    defer: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("label_smoothing", "smoothing_head", "smoothing_tail", "class_balanced"):
+            value = getattr(self, name)
+            check(value is None or 0 <= value < 1, f"loss.{name} must be in [0, 1), got {value}")
+        check(
+            (self.smoothing_head is None) == (self.smoothing_tail is None),
+            "loss.smoothing_head and loss.smoothing_tail go together, got "
+            f"{self.smoothing_head} and {self.smoothing_tail}: give both or neither",
+        )
+        check(
+            self.smoothing_head is None or self.label_smoothing == 0,
+            "loss.label_smoothing must be 0 beside loss.smoothing_head and loss.smoothing_tail, "
+            f"got {self.label_smoothing}: they set the smoothing of every class",
+        )
+        check(self.defer >= 0, f"loss.defer must be an epoch >= 0, got {self.defer}")
+        check(
+            self.defer == 0 or self.class_balanced > 0,
+            f"loss.defer={self.defer} defers the class-balanced weights, got "
+            "loss.class_balanced=0: set it (0.9999 in its paper), or leave defer at 0",
+        )
+
+
+class Loss:
+    """The loss of a training run, by epoch.
+
+        loss = Loss(config, index.class_counts, device)
+        criterion = loss.at(epoch)
+        criterion(logits, labels, partners, mu)
+
+    class_counts: int [K] of the training data. The tensors are made once, here, on `device`.
+    Raises ValueError for counts that are negative or all 0.
+    """
+
+    def __init__(self, config: LossConfig, class_counts, device: torch.device | str) -> None:
+        self.config = config
+        self.smoothing: float | Tensor = config.label_smoothing
+        self.weight: Tensor | None = None
+
+        def tensor(values: np.ndarray) -> Tensor:
+            return torch.as_tensor(values, dtype=torch.float32, device=device)
+
+        if config.smoothing_head is not None and config.smoothing_tail is not None:
+            head, tail = config.smoothing_head, config.smoothing_tail
+            self.smoothing = tensor(label_aware_smoothing(class_counts, head, tail))
+        if config.class_balanced:
+            self.weight = tensor(class_balanced_weights(class_counts, config.class_balanced))
+
+    def at(self, epoch: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """`mixed_cross_entropy` of (logits, labels, partners, mu) as it is in this epoch."""
+        weight = self.weight if epoch >= self.config.defer else None
+        return partial(mixed_cross_entropy, label_smoothing=self.smoothing, weight=weight)

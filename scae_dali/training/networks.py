@@ -1,0 +1,93 @@
+"""Networks for images of 32 px.
+
+ResNet-20 to 56 of He et al. (2016, sec. 4.2), of which ResNet-32 is the long-tail field's, and the
+ResNet-18 of ImageNet with a stem for 32 px. How they are trained, and whether in channels-last or
+mixed precision, is for others.
+"""
+
+import torchvision
+from torch import Tensor, nn
+from torch.nn.functional import pad, relu
+
+from scae_dali.config import check, check_choice
+
+MODELS = (
+    "cifar_resnet20",
+    "cifar_resnet32",
+    "cifar_resnet44",
+    "cifar_resnet56",
+    "cifar_resnet18",
+)
+
+
+def make(name: str, num_classes: int) -> nn.Module:
+    """A network of `MODELS` with random weights: float [B,3,32,32] -> logits [B,num_classes].
+
+    Raises ValueError for another name, and for num_classes < 1.
+    """
+    check_choice("model", name, MODELS)
+    check(num_classes >= 1, f"num_classes must be at least 1, got {num_classes}")
+    if name != "cifar_resnet18":
+        return CifarResNet(int(name.removeprefix("cifar_resnet")), num_classes)
+    net = torchvision.models.resnet18(num_classes=num_classes)
+    net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    net.maxpool = nn.Identity()
+    return net
+
+
+class CifarResNet(nn.Module):
+    """ResNet of 6n + 2 layers and widths 16-32-64, with shortcuts without parameters (option A).
+
+    Convolutions and classifier start from Kaiming's normal distribution (fan in, gain √2), as the
+    long-tail field's do (LDAM-DRW, MiSLAS). Maps of 32 px images: 32², 16² and 8² after `layer1`,
+    `layer2` and `layer3`. Raises ValueError for a depth that is not 6n + 2.
+    """
+
+    def __init__(self, depth: int, num_classes: int) -> None:
+        super().__init__()
+        blocks, rest = divmod(depth - 2, 6)
+        check(
+            blocks >= 1 and rest == 0,
+            f"depth must be 6n + 2 with n >= 1, got {depth}; the paper's are 20, 32, 44, 56, 110",
+        )
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(16, 16, blocks)
+        self.layer2 = _stage(16, 32, blocks)
+        self.layer3 = _stage(32, 64, blocks)
+        self.fc = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: float [B,3,H,W] -> logits [B,num_classes]."""
+        x = relu(self.bn1(self.conv1(images)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(x.mean((2, 3)))  # [B,64,H/4,W/4] -> [B,64]
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions beside the identity; a wider block halves the map."""
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        stride = 1 if width == width_in else 2
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.pad = (width - width_in) // 2  # zero channels on either side
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(relu(self.bn1(self.conv1(x)))))
+        if self.pad:
+            x = pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad))
+        return relu(y + x)
+
+
+def _stage(width_in: int, width: int, blocks: int) -> nn.Sequential:
+    return nn.Sequential(
+        _Block(width_in, width), *(_Block(width, width) for _ in range(blocks - 1))
+    )

@@ -1,0 +1,190 @@
+"""The second stage: the classifier trained again on the features of a first one, which are frozen.
+
+cRT and LWS (Kang et al., 2020) and MiSLAS (Zhong et al., 2021) differ in what of the classifier is
+trained, and that is decided here. Their class-balanced sampler, smoothing and schedule are settings
+of the data, the loss and the optimiser.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # all of them, SyncBatchNorm too
+
+from scae_dali.config import check, check_choice
+from scae_dali.saliency.layers import classifier_of
+from scae_dali.training import checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondStageConfig:
+    """Training the classifier again on frozen features.
+
+    Args:
+        classifier: `reset` trains a new one (cRT), `scale` only a factor a class (LWS), `tune`
+            goes on with the old one and trains a factor a class beside it (MiSLAS); None: no
+            second stage.
+        weights: weights.pt of the first stage.
+        classifier_lr: factor of the learning rate of the classifier's own weights.
+        train_norms: whether the features' BatchNorm keeps to the batch and goes on averaging.
+    """
+
+    classifier: Literal["reset", "scale", "tune"] | None = None
+    weights: str | None = None
+    classifier_lr: float = 1.0
+    train_norms: bool = False
+
+    def __post_init__(self) -> None:
+        if self.classifier is None:
+            check(
+                (self.weights, self.classifier_lr, self.train_norms) == (None, 1.0, False),
+                "second_stage.classifier must be reset, scale or tune where other settings of "
+                "second_stage are given, got None",
+            )
+            return
+        check_choice("second_stage.classifier", self.classifier, ("reset", "scale", "tune"))
+        check(
+            self.weights is not None,
+            "second_stage.weights must name the first stage's weights.pt, got None; train.py "
+            "writes it into the run's folder at its end",
+        )
+        check(
+            self.classifier_lr > 0,
+            f"second_stage.classifier_lr must be positive, got {self.classifier_lr}",
+        )
+        check(
+            self.classifier != "scale" or self.classifier_lr == 1,
+            "second_stage.classifier=scale keeps the classifier's own weights, got classifier_lr="
+            f"{self.classifier_lr}: leave it at 1, or choose tune",
+        )
+
+
+class ScaledLinear(nn.Module):
+    """logits = scale · linear(x). Parameters: those of `linear`, and `scale` [K], 1 at first."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.scale = nn.Parameter(linear.weight.new_ones(linear.out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float [..., features] -> [..., K]."""
+        return self.scale * self.linear(x)
+
+
+def prepare(
+    net: nn.Module, config: SecondStageConfig, num_classes: int, *, seed: int
+) -> list[dict[str, Any]]:
+    """Turn `net` into the second stage's: first stage's weights, new head, the rest frozen.
+
+    In place. Returns groups for an optimiser, {"params": [...], "lr_factor": float}, of all that is
+    still trained. Weights of another second stage serve too: their scale is multiplied into the
+    linear layer, so that a new one starts at 1. A classifier that is reset gets nn.Linear's own
+    distribution, U(±1/√features), from `seed` alone.
+
+    Raises ValueError where there are no weights, no such file or no state_dict in it, where it
+    belongs to another network or number of classes, and where `net` has no linear classifier.
+    """
+    name, linear = classifier_of(net, num_classes)
+    if isinstance(net.get_submodule(name.rpartition(".")[0]), ScaledLinear):
+        name = name.rpartition(".")[0]
+        net.set_submodule(name, linear)
+    _load(net, name, linear, config.weights)
+    net.requires_grad_(False)
+    if config.classifier == "reset":
+        _reset(linear, seed)
+        groups: list[dict[str, Any]] = [
+            {"params": [*linear.parameters()], "lr_factor": config.classifier_lr}
+        ]
+    else:
+        head = ScaledLinear(linear)
+        net.set_submodule(name, head)
+        groups = [{"params": [head.scale], "lr_factor": 1.0}]
+        if config.classifier == "tune":
+            groups += [{"params": [*linear.parameters()], "lr_factor": config.classifier_lr}]
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(True)
+    return groups
+
+
+def set_train_mode(net: nn.Module, config: SecondStageConfig) -> None:
+    """net.train() of a second stage, after `prepare`: what is trained, and no more.
+
+    The frozen part is in eval mode, dropout before the classifier included; its BatchNorm is in
+    train mode with `train_norms`, as MiSLAS has it: statistics of the batch, averages that go on,
+    weights that stay.
+    """
+    net.eval()
+    for module in net.modules():
+        trained = any(p.requires_grad for p in module.parameters(recurse=False))
+        if trained or (config.train_norms and isinstance(module, _BatchNorm)):
+            module.train()
+
+
+def _load(net: nn.Module, name: str, linear: nn.Linear, weights: str | None) -> None:
+    """Load the first stage's weights; `name` is the plain linear classifier's."""
+    if weights is None or not Path(weights).is_file():
+        raise ValueError(
+            f"second_stage.weights must be the file of a first stage's weights, got {weights!r}; "
+            "train.py writes weights.pt into the run's folder at its end"
+        )
+    where = f"second_stage.weights {weights!r}"
+    state = checkpoint.load(Path(weights))
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(
+            f"{where} holds no state_dict of tensors; name a run's weights.pt, not checkpoint.pt"
+        )
+    state = _unscaled(state, name)
+    own = net.state_dict()
+    head = state.get(f"{name}.weight")
+    if head is not None and head.ndim == 2 and len(head) != linear.out_features:
+        raise ValueError(
+            f"{where} is of {len(head)} classes and the data of {linear.out_features}; name "
+            "weights trained on the same classes"
+        )
+    odd = [f"it lacks {key}" for key in own if key not in state]
+    odd += [f"it has {key}, which the network lacks" for key in state if key not in own]
+    odd += [
+        f"{key} is {list(state[key].shape)} there and {list(own[key].shape)} in the network"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    check(
+        not odd,
+        f"{where} is of another network ({len(odd)} differences: {'; '.join(odd[:2])}); set model "
+        "to that of the first stage",
+    )
+    kept = {key for key, _ in net.named_parameters()}  # other buffers may hold -inf, as masks do
+    kept |= {key for key in own if key.endswith(("running_mean", "running_var"))}
+    infinite = [key for key in own if key in kept and not state[key].isfinite().all()]
+    check(
+        not infinite,
+        f"{where} has values that are not finite ({', '.join(infinite[:3])}): its first stage has "
+        "diverged; name the weights of one that has not",
+    )
+    net.load_state_dict(state)
+
+
+def _unscaled(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """state, where its head is a ScaledLinear, with the plain linear layer of the same logits."""
+    if f"{name}.scale" not in state:
+        return state
+    state = dict(state)
+    scale = state.pop(f"{name}.scale")
+    for part in ("weight", "bias"):
+        value = state.pop(f"{name}.linear.{part}", None)
+        if value is not None:
+            state[f"{name}.{part}"] = scale.reshape(-1, *[1] * (value.ndim - 1)) * value
+    return state
+
+
+@torch.no_grad()
+def _reset(linear: nn.Linear, seed: int) -> None:
+    # Drawn on the CPU, from a generator: the same on every device, and no global state is touched.
+    generator = torch.Generator().manual_seed(seed)
+    bound = linear.in_features**-0.5
+    for parameter in linear.parameters():
+        parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))

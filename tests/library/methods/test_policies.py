@@ -1,0 +1,325 @@
+"""RandAugment, TrivialAugment and AutoAugment: the laws of their plans, and the pixels of DALI's
+own operations."""
+
+import itertools
+import warnings
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from nvidia.dali import fn, pipeline_def
+from nvidia.dali.auto_aug import augmentations as a
+from nvidia.dali.auto_aug import auto_augment as policies
+from scipy import stats
+from test_methods import check_pure, method, samples
+
+from pipelines import arrays, train
+from pipelines.config import ExecConfig, ImageConfig
+from scae_dali import config
+from scae_dali.config import CropConfig
+from scae_dali.data.index import ImageIndex
+from scae_dali.data.pixels import ArrayImages
+from scae_dali.methods import load
+from scae_dali.methods.policy import deprecations_hidden
+from scae_dali.plan.order import Order
+from scae_dali.stage.loader import Loader
+from scae_dali.stage.stage import Stage
+
+LEARNED = ("image_net", "reduced_image_net", "reduced_cifar10", "svhn")
+EVERY = [
+    ("rand_augment", {}),
+    ("rand_augment", {"n": 3, "m": 20, "max_translate_rel": None, "fill_value": 7}),
+    ("trivial_augment", {}),
+    ("trivial_augment", {"max_translate_rel": 0.8, "bins": 5}),
+    *(("auto_augment", {"policy": policy}) for policy in LEARNED),
+]
+# Of the papers and of DALI, in its order.
+SUITE = [
+    *("translate_x", "translate_y", "shear_x", "shear_y", "rotate", "brightness", "contrast"),
+    *("color", "sharpness", "posterize", "solarize", "equalize", "auto_contrast", "identity"),
+]
+
+
+def whole(column, values):
+    """A column of a plan as whole numbers in [0, values)."""
+    assert column.dtype == np.float64
+    assert set(column) <= set(range(values))
+    return column.astype(int)
+
+
+def test_rand_augment_draws_operations_and_signs_uniformly_and_on_their_own():
+    one, n = method("rand_augment"), 80_000
+    assert [[op.name for op in level] for level in one.levels] == [SUITE, SUITE]
+    plan = one.plan(samples(n))
+    op0, op1 = (whole(plan[f"op{k}"], 14) for k in (0, 1))
+    sign0, sign1 = (whole(plan[f"sign{k}"], 2) for k in (0, 1))
+    joint = np.zeros((14, 2, 14, 2))
+    np.add.at(joint, (op0, sign0, op1, sign1), 1)
+    assert stats.chisquare(joint.ravel()).pvalue > 1e-3
+    assert (joint.sum((1, 3)) > 0).all()
+    assert set(plan["status"]) == {0}
+    assert one.fields.keys() == plan.keys() - {"status"}  # the magnitude is the same for all
+
+
+def test_trivial_augment_reaches_every_operation_at_every_magnitude():
+    one, n = method("trivial_augment"), 80_000
+    assert [[op.name for op in level] for level in one.levels] == [SUITE]
+    plan = one.plan(samples(n))
+    joint = np.zeros((14, 31, 2))
+    np.add.at(joint, (whole(plan["op0"], 14), whole(plan["bin0"], 31), whole(plan["sign0"], 2)), 1)
+    assert (joint > 0).all()
+    assert stats.chisquare(joint.ravel()).pvalue > 1e-3
+
+
+def test_operations_of_neighbouring_samples_and_epochs_hang_on_nothing():
+    one = method("trivial_augment")
+    ops = np.stack([one.plan(samples(8000, epoch=t))["op0"] for t in range(3)]).astype(int)
+    for x, y in ((ops[:, 1:], ops[:, :-1]), (ops[1:], ops[:-1])):
+        joint = np.zeros((14, 14))
+        np.add.at(joint, (x, y), 1)
+        assert stats.chisquare(joint.ravel()).pvalue > 1e-3
+
+
+def outcomes(sub_policy):
+    """What a sub-policy may do, and how likely: ((name, bin) or None for each level) -> float."""
+    what = Counter()
+    for applied in itertools.product((True, False), repeat=len(sub_policy)):
+        prob, done = 1.0, []
+        for yes, (op, p, magnitude) in zip(applied, sub_policy, strict=True):
+            prob *= p if yes else 1 - p
+            done.append((op.name, magnitude or 0) if yes else None)
+        what[tuple([*done, None][:2])] += prob
+    return what
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_auto_augment_draws_sub_policies_and_applies_each_operation_at_its_rate(name):
+    sub_policies = getattr(policies, f"get_{name}_policy")().sub_policies
+    assert len(sub_policies) == 25
+    expected = Counter()
+    for sub_policy in sub_policies:
+        for what, prob in outcomes(sub_policy).items():
+            expected[what] += prob / 25
+    one, n = method("auto_augment", policy=name), 80_000
+    assert [level[-1] for level in one.levels] == [a.identity] * 2
+    plan, done = one.plan(samples(n)), []
+    for k, level in enumerate(one.levels):
+        op, magnitude = whole(plan[f"op{k}"], len(level)), whole(plan[f"bin{k}"], 11)
+        names = [operation.name for operation in level[:-1]]
+        done.append(
+            [
+                None if o == len(names) else (names[o], m)
+                for o, m in zip(op.tolist(), magnitude.tolist(), strict=True)
+            ]
+        )
+    seen = Counter(zip(*done, strict=True))
+    assert seen.keys() == {what for what, prob in expected.items() if prob > 0}
+    both = np.array([[seen[what], n * expected[what]] for what in seen])
+    assert both[:, 1].min() > 5
+    assert stats.chisquare(*both.T).pvalue > 1e-3
+    signs = np.stack([whole(plan[f"sign{k}"], 2) for k in (0, 1)])
+    assert stats.chisquare(np.bincount(signs[0] * 2 + signs[1])).pvalue > 1e-3
+    rotated = signs[0][np.array([o is not None for o in done[0]])]
+    assert rotated.mean() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(("name", "settings"), EVERY)
+def test_a_plan_hangs_on_the_sample_alone(name, settings):
+    one, batch = method(name, **settings), samples(500)
+    rows = np.random.default_rng(0).permutation(500)
+    check_pure(one, batch, [*np.array_split(rows, 7), *rows[:20, None]])
+
+
+def test_defaults_are_those_of_the_papers():
+    rand, trivial = method("rand_augment"), method("trivial_augment")
+    assert (rand.config.n, rand.magnitude, rand.bins) == (2, 9, 31)
+    assert (trivial.magnitude, trivial.bins) == (None, 31)
+    assert method("auto_augment").config.policy == "image_net"
+    assert rand.config.fill_value == 128
+    for level, op, mag_range in (
+        (rand.levels[0], a.translate_x.op, (0, 100 / 224)),
+        (trivial.levels[0], a.translate_x_no_shape.op, (0, 32)),
+    ):
+        assert level[0].op is op
+        assert level[0].mag_range == mag_range
+
+
+H, W, N = 40, 56, 60
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    """Smooth and not square: uint8 [N, H, W, 3], of many ranges of grey."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (N, 5, 7, 3)) * rng.uniform(0.3, 1, (N, 1, 1, 1))
+    coarse = torch.from_numpy(coarse).permute(0, 3, 1, 2)
+    fine = torch.nn.functional.interpolate(coarse, size=(H, W), mode="bicubic")
+    return fine.clamp(0, 255).permute(0, 2, 3, 1).numpy().astype(np.uint8)
+
+
+def stage_of(name, batch_size, **settings):
+    index = ImageIndex.from_arrays([f"{k}.jpg" for k in range(N)], np.arange(N) % 3)
+    return Stage(index, name, epochs=1, batch_size=batch_size, seed=5, **settings)
+
+
+def transformed(name, pixels, batch_size=N, conditionals=True, size=None, **settings):
+    """By the stage in a pipeline: uint8 [N, H, W, 3], and the plan's rows as dict of columns."""
+    one = stage_of(name, batch_size, **settings)
+    ids = np.resize(np.arange(N), (one.batches_per_epoch, batch_size))
+
+    @pipeline_def(
+        batch_size=batch_size, num_threads=1, device_id=None, enable_conditionals=conditionals
+    )
+    def define():
+        images = fn.external_source(source=[pixels[i] for i in ids], layout="HWC", cycle=True)
+        keys = fn.external_source(source=list(ids[:, :, None]), cycle=True)
+        return one(images, keys, size=size)[0]
+
+    pipeline = define()
+    out = np.concatenate([pipeline.run()[0].as_array() for _ in ids])[:N]
+    planner = one.planner()
+    rows = planner(np.arange(N), np.zeros(N, int), np.tile([[H, W]], (N, 1)))
+    return out, {key: rows[:, columns] for key, columns in planner.columns.items()}
+
+
+def direct(operation, pixels, bins, magnitude, negated, settings):
+    """The operation itself on images with parameters of their own, worked out by NumPy.
+
+    magnitude, negated: int [n].
+    """
+    if operation.mag_range is not None:
+        steps = np.linspace(*operation.mag_range, bins, dtype=np.float32)[magnitude]
+        if operation.randomly_negate:
+            steps = np.where(negated == 1, -steps, steps)
+        parameters = np.stack([np.asarray(operation.mag_to_param(step)) for step in steps])
+        if parameters.dtype != np.uint8:
+            parameters = parameters.astype(np.float32)
+
+    @pipeline_def(batch_size=len(pixels), num_threads=1, device_id=None)
+    def define():
+        images = fn.external_source(source=[pixels], layout="HWC")
+        parameter = None
+        if operation.mag_range is not None:
+            parameter = fn.external_source(source=[parameters])
+        names = operation.op.__code__.co_varnames
+        if "shape" in names:
+            return operation.op(images, parameter, shape=(H, W), **settings)
+        return operation.op(images, parameter, **(settings if "fill_value" in names else {}))
+
+    with deprecations_hidden():
+        pipeline = define()
+    return pipeline.run()[0].as_array()
+
+
+@pytest.mark.parametrize(("name", "settings"), EVERY)
+def test_pixels_are_those_of_the_planned_operations(pixels, name, settings):
+    out, plan = transformed(name, pixels, **settings)
+    one = load(name).Method(load(name).Config(**settings), None)
+    settings = {"fill_value": one.config.fill_value}
+    expected, changed = pixels.copy(), 0
+    for k, level in enumerate(one.levels):
+        op, sign = (plan[f"{field}{k}"][:, 0].astype(int) for field in ("op", "sign"))
+        magnitude = np.full(N, one.magnitude)
+        if one.magnitude is None:
+            magnitude = plan[f"bin{k}"][:, 0].astype(int)
+        assert len(set(op)) > min(len(level), 8) / 2
+        for number in set(op):
+            mine = np.flatnonzero(op == number)
+            expected[mine] = direct(
+                level[number], expected[mine], one.bins, magnitude[mine], sign[mine], settings
+            )
+    np.testing.assert_array_equal(out, expected)
+    changed = (out != pixels).any((1, 2, 3)).mean()
+    assert changed > 0.5
+
+
+@pytest.mark.parametrize("name", ["rand_augment", "trivial_augment", "auto_augment"])
+def test_pixels_do_not_hang_on_the_batch(pixels, name):
+    whole_batch, plan = transformed(name, pixels)
+    for batch_size, size in ((1, None), (7, (H, W))):
+        out, other = transformed(name, pixels, batch_size, size=size)
+        np.testing.assert_array_equal(out, whole_batch)
+        assert all((other[key] == plan[key]).all() for key in plan)
+    by_torch, _ = transformed(name, pixels, backend="torch")
+    np.testing.assert_array_equal(by_torch, whole_batch)
+
+
+@pytest.mark.parametrize("name", ["rand_augment", "trivial_augment", "auto_augment"])
+def test_without_conditionals_the_error_says_what_to_do(pixels, name):
+    message = (
+        "enable_conditionals must be True where a policy is applied: define the pipeline with "
+        r"@pipeline_def\(enable_conditionals=True, ...\), or leave the policy out"
+    )
+    with pytest.raises(ValueError, match=message):
+        transformed(name, pixels, conditionals=False)
+
+
+def test_deprecations_within_dali_are_hidden(pixels):
+    with warnings.catch_warnings(record=True) as caught:
+        transformed("rand_augment", pixels)
+    assert not caught
+
+
+def test_other_warnings_are_not():
+    def warn():
+        with deprecations_hidden():
+            warnings.simplefilter("always")
+            warnings.warn("of no interest", DeprecationWarning, stacklevel=1)
+            warnings.warn("do mind", UserWarning, stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn()
+    assert [str(one.message) for one in caught] == ["do mind"]
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_training_pipelines_of_files_and_of_arrays_give_the_same_samples(tailed, layout):
+    """In two epochs, and other ones in each."""
+    image = ImageConfig(size=24, val_resize=24, crop=CropConfig(kind="pad"), layout=layout)
+    run = ExecConfig(batch_size=16, threads=1)
+    memory = ArrayImages.from_index(tailed, threads=1).pixels
+    order = Order(tailed.labels, batch_size=16, seed=2)
+
+    def stage():
+        return Stage(tailed, "rand_augment", epochs=2, batch_size=16, seed=2)
+
+    def records(pipeline):
+        loader = Loader(pipeline, train.OUTPUTS, tailed, drop_last=False, order=order)
+        return [
+            {
+                i: pixels.numpy().tobytes()
+                for batch in loader
+                for i, pixels in zip(batch.ids.tolist(), batch.images, strict=True)
+            }
+            for _ in range(2)
+        ]
+
+    files = records(train.train_pipeline(stage(), image, run, seed=2, order=order))
+    assert records(arrays.train_pipeline(stage(), memory, order, image, run)) == files
+    first, second = files
+    assert len(first) == len(second) == len(tailed)
+    assert sum(first[i] != second[i] for i in first) > 0.9 * len(first)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("RandAugment", {"n": 0}, r"n must be in \[1, 16\] operations, got 0; usual is 2"),
+        ("RandAugment", {"m": 31}, r"m must be in \[0, 31\), a magnitude of as many bins, got 31"),
+        ("RandAugment", {"m": -1}, r"m must be in \[0, 31\).*got -1; usual is 9"),
+        ("RandAugment", {"fill_value": 256}, r"grey level in \[0, 255\], got 256"),
+        ("TrivialAugment", {"bins": 0}, "bins must be at least 1, got 0; usual is 31"),
+        (
+            "TrivialAugment",
+            {"max_translate_rel": 1.5},
+            r"max_translate_rel must be in \[0, 1\] or None, got 1.5; 100/224 is usual",
+        ),
+        ("AutoAugment", {"fill_value": -1}, r"fill_value must be a grey level in \[0, 255\]"),
+        ("AutoAugment", {"policy": "cifar"}, "policy must be one of image_net, .*got 'cifar'"),
+    ],
+)
+def test_settings_are_validated(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(config, f"{name}Config")(**settings)

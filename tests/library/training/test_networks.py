@@ -1,0 +1,190 @@
+"""The networks for 32 px: sizes and arithmetic; where a network keeps its classifier."""
+
+import pytest
+import torch
+import torchvision.models as tv
+from torch import nn
+from torch.nn.functional import batch_norm, conv2d
+
+from scae_dali.saliency.gradcam import GradCAM
+from scae_dali.saliency.layers import classifier_of
+from scae_dali.training.networks import MODELS, CifarResNet, make
+from scae_dali.training.second_stage import ScaledLinear
+
+
+def images(batch=2):
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def parameters(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cifar_resnet20", 269_722),
+        ("cifar_resnet32", 464_154),
+        ("cifar_resnet44", 658_586),
+        ("cifar_resnet56", 853_018),
+        ("cifar_resnet18", 11_173_962),
+    ],
+)
+def test_parameters_of_10_classes(name, expected):
+    assert parameters(make(name, 10)) == expected
+
+
+def test_parameters_grow_with_the_classes_only_by_the_classifier():
+    assert parameters(make("cifar_resnet32", 100)) == 464_154 + 90 * 65
+    assert set(MODELS) == {f"cifar_resnet{depth}" for depth in (18, 20, 32, 44, 56)}
+
+
+def test_the_number_of_layers_and_the_maps_of_each_stage():
+    net = make("cifar_resnet32", 7).eval()
+    assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in net.modules()) == 32
+    x = net.conv1(images())
+    for stage, shape in (("layer1", (16, 32)), ("layer2", (32, 16)), ("layer3", (64, 8))):
+        x = net.get_submodule(stage)(x)
+        assert x.shape == (2, shape[0], shape[1], shape[1])
+    assert net(images()).shape == (2, 7)
+
+
+def test_a_wider_block_by_hand():
+    """Subsampled identity in the middle channels, zeros around it, two convolutions on top."""
+    block = make("cifar_resnet20", 10).layer2[0].eval()
+    x = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(2))
+    identity = torch.zeros(2, 32, 4, 4)
+    identity[:, 8:24] = x[:, :, [0, 2, 4, 6]][:, :, :, [0, 2, 4, 6]]
+    y = conv2d(x, block.conv1.weight, stride=2, padding=1)
+    y = batch_norm(y, block.bn1.running_mean, block.bn1.running_var).relu()
+    y = conv2d(y, block.conv2.weight, padding=1)
+    y = batch_norm(y, block.bn2.running_mean, block.bn2.running_var)
+    torch.testing.assert_close(block(x), (identity + y).relu())
+
+
+def test_weights_start_from_kaimings_normal_distribution():
+    torch.manual_seed(0)
+    net = make("cifar_resnet32", 1000)
+    for weight, fan_in in (
+        (net.conv1.weight, 27),
+        (net.layer3[1].conv1.weight, 576),
+        (net.fc.weight, 64),
+    ):
+        std = (2 / fan_in) ** 0.5
+        assert weight.std().item() == pytest.approx(std, rel=0.1)
+        assert weight.abs().max() > 2.5 * std  # a uniform distribution ends at 1.7
+
+
+def test_resnet18_is_torchvisions_with_a_small_stem():
+    net = make("cifar_resnet18", 10).eval()
+    assert isinstance(net, tv.ResNet)
+    assert (net.conv1.kernel_size, net.conv1.stride) == ((3, 3), (1, 1))
+    with torch.no_grad():
+        assert net.layer1(net.maxpool(net.conv1(images()))).shape == (2, 64, 32, 32)
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_resnet18"])
+def test_channels_last_and_autocast_reach_every_stage(name):
+    torch.manual_seed(0)
+    net = make(name, 10).eval()
+    with torch.no_grad():
+        expected = net(images())
+        net.to(memory_format=torch.channels_last)
+        layouts = []
+        for child in list(net.children())[:-1]:
+            child.register_forward_hook(lambda module, args, out: layouts.append(out))
+        x = images().contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
+        maps = [out for out in layouts if out.ndim == 4 and out.shape[2] > 1]
+        assert len(maps) >= 5
+        assert all(out.is_contiguous(memory_format=torch.channels_last) for out in maps)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = net(x)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        low.float(), expected, rtol=0, atol=0.05 * expected.abs().max().item()
+    )
+
+
+def test_gradients_reach_every_parameter():
+    net = make("cifar_resnet20", 10)
+    net(images()).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+def test_one_graph_without_breaks():
+    net = make("cifar_resnet20", 10).eval()
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images()), net(images()))
+
+
+@pytest.mark.parametrize(("name", "side"), [("cifar_resnet32", 8), ("cifar_resnet18", 4)])
+def test_grad_cam_finds_its_layer(name, side):
+    torch.manual_seed(0)
+    maps = GradCAM(make(name, 10))(images(), torch.tensor([3, 1]))
+    assert maps.shape == (2, side, side)
+
+
+def test_bad_names_and_sizes():
+    with pytest.raises(ValueError, match=r"model must be one of cifar_resnet20, .*got 'resnet32'"):
+        make("resnet32", 10)
+    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+        make("cifar_resnet32", 0)
+    with pytest.raises(ValueError, match=r"depth must be 6n \+ 2 with n >= 1, got 34; .* 32, 44"):
+        CifarResNet(34, 10)
+    with pytest.raises(ValueError, match="got 2;"):
+        CifarResNet(2, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet18", "fc"),
+        ("vgg11", "classifier.6"),
+        ("vit_b_32", "heads.head"),
+        ("swin_t", "head"),
+        ("convnext_tiny", "classifier.2"),
+        ("efficientnet_b0", "classifier.1"),
+        ("mobilenet_v2", "classifier.1"),
+        ("mobilenet_v3_small", "classifier.3"),
+        ("densenet121", "classifier"),
+        ("regnet_y_400mf", "fc"),
+        ("shufflenet_v2_x0_5", "fc"),
+        ("maxvit_t", "classifier.5"),
+    ],
+)
+def test_classifier_of_torchvisions_networks(name, expected):
+    if name == "regnet_y_400mf":  # it computes its widths, which the meta device can't
+        net = tv.get_model(name, num_classes=10)
+    else:
+        with torch.device("meta"):
+            net = tv.get_model(name, num_classes=10)
+    found, module = classifier_of(net, 10)
+    assert found == expected
+    assert module is net.get_submodule(expected)
+    assert module.out_features == 10
+
+
+def test_classifier_of_our_networks_and_inside_a_scaled_head():
+    net = make("cifar_resnet20", 10)
+    assert classifier_of(net, 10) == ("fc", net.fc)
+    linear = net.fc
+    net.fc = ScaledLinear(linear)
+    assert classifier_of(net, 10) == ("fc.linear", linear)
+
+
+def test_the_last_of_several_layers_with_as_many_outputs():
+    net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3))
+    assert classifier_of(net, 5) == ("1", net[1])
+
+
+def test_no_classifier_is_refused_with_what_there_is():
+    with torch.device("meta"):
+        squeezenet, resnet = tv.squeezenet1_0(num_classes=10), tv.resnet18(num_classes=100)
+    with pytest.raises(
+        ValueError, match=r"of SqueezeNet, .* are: none; take a .* such as resnet50"
+    ):
+        classifier_of(squeezenet, 10)
+    with pytest.raises(ValueError, match=r"classifier of 10 outputs; .* are: fc \(100\); "):
+        classifier_of(resnet, 10)

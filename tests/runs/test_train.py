@@ -1,0 +1,277 @@
+"""train.py end to end: learning to the end, killed and resumed, on two processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import TWO_PROCESSES, write_images
+
+import train
+from pipelines.recipe import OptimConfig
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.data.index import ImageIndex
+
+ROOT = Path(__file__).parents[2]
+# Kills itself with SIGKILL at the n-th call of a method.
+KILLER = """
+import os, signal, sys
+import {module} as module
+owner, name, calls = {owner}, {name!r}, {calls}
+original = getattr(owner, name)
+def counting(*arguments, **keywords):
+    global calls
+    calls -= 1
+    if calls < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **keywords)
+setattr(owner, name, counting)
+import train
+sys.argv = ["train.py", *sys.argv[1:]]
+train.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_images(root / "train", {"a": 30, "b": 15, "c": 5})
+    write_images(root / "val", {"a": 5, "b": 5, "c": 5}, seed=1)
+    return root
+
+
+def arguments(data, out, **more):
+    settings = {
+        "data.root": data,
+        "out": out,
+        "model": "resnet18",
+        "epochs": 4,
+        "batch_size": 8,
+        "threads": 2,
+        "device": "cpu",
+        "image.size": 32,
+        "image.val_resize": 32,
+        "saliency.size": 64,
+        "saliency.layer": "layer3",
+        "scae.refresh_every": 2,
+        "optim.lr": 0.02,
+        "optim.ema": 0.9,
+        "optim.decay_norms": "false",
+        "checkpoint_every": 2,
+    } | more
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+def run_here(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    train.main()
+
+
+def run_there(code_or_file, *argv, **keywords):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *code_or_file, *argv],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **keywords,
+    )
+
+
+def rows(out):
+    """metrics.jsonl without what a clock gave."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds", "img_per_s", "overhead_percent")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+
+
+def check_same_weights(out, other):
+    mine, theirs = (torch.load(o / "weights.pt", weights_only=True) for o in (out, other))
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    monkeypatch = pytest.MonkeyPatch()
+    run_here(monkeypatch, *arguments(data, out))
+    monkeypatch.undo()
+    return out
+
+
+def test_a_run_leaves_metrics_weights_cache_and_pictures(data, whole):
+    lines = rows(whole)
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    assert [line["lam"] for line in lines] == [0.0, 0.5, 1.0, 1.5]
+    assert [line["saliency_images"] for line in lines] == [0, 0, 50, 0]
+    assert [line["share"]["no_map"] > 0 for line in lines] == [False, True, False, False]
+    assert all(0 < line["share"]["erased"] < 1 for line in lines)
+    timed = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    seconds = timed["seconds"]
+    assert seconds["train"] == pytest.approx(seconds["data"] + seconds["step"], abs=0.01)
+    assert timed["overhead_percent"] > 0
+    cache = SaliencyCache(whole / "saliency.lmdb", index=ImageIndex(data / "train"))
+    assert (cache.stamps() == 2).all()
+    assert (cache.meta.model, cache.meta.layer, cache.meta.input_size) == ("resnet18", "layer3", 64)
+    weights = torch.load(whole / "weights.pt", weights_only=True)
+    assert weights["fc.weight"].shape == (3, 512)
+    assert (whole / "erased.png").stat().st_size > 1000
+    assert list(whole.glob("events.out.tfevents.*"))
+    assert json.loads((whole / "config.json").read_text())["scae"]["refresh_every"] == 2
+
+
+def test_killed_in_an_epoch_and_in_a_pass_a_run_goes_on_as_if_nothing_happened(
+    data, whole, tmp_path
+):
+    out = tmp_path / "killed"
+    argv = [*arguments(data, out), "--resume"]
+    epoch = KILLER.format(module="train", owner="module.Run", name="train_step", calls=9)
+    assert run_there(["-c", epoch], *argv).returncode == -signal.SIGKILL
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 2)
+    passing = KILLER.format(
+        module="scae_dali.saliency.refresh", owner="module.SaliencyCache", name="write", calls=2
+    )
+    refreshing = (
+        "import scae_dali.saliency.refresh as r\nr.refresh_cache.__kwdefaults__['commit_every'] = 16\n"
+    )
+    killed = run_there(["-c", refreshing + passing], *argv)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    cache = SaliencyCache(out / "saliency.lmdb", index=ImageIndex(data / "train"))
+    assert 0 < (cache.stamps() == 2).sum() < 50
+    cache.close()
+    finished = run_there(["train.py"], *argv)
+    assert finished.returncode == 0, finished.stderr
+    assert "saliency 2" in finished.stderr
+    resumed = rows(out)
+    assert 0 < resumed[2]["saliency_images"] < 50
+    resumed[2]["saliency_images"] = 50
+    assert resumed == rows(whole)
+    check_same_weights(out, whole)
+    index = ImageIndex(data / "train")
+    maps = []
+    for folder in (out, whole):
+        with SaliencyCache(folder / "saliency.lmdb", index=index) as cache:
+            maps.append(cache.read(np.arange(50))[0])
+    np.testing.assert_array_equal(maps[0], maps[1])
+
+
+def test_a_finished_run_has_nothing_left_to_do(data, whole, monkeypatch):
+    before = rows(whole)
+    run_here(monkeypatch, *arguments(data, whole), "--resume")
+    assert rows(whole) == before
+
+
+def test_two_processes_share_the_epoch_the_pass_and_the_log(data, tmp_path):
+    out = tmp_path / "two"
+    launch = [*TWO_PROCESSES, "train.py"]
+    settings = {"batch_size": 4, "epochs": 3, "scae.refresh_every": 1}
+    done = run_there(launch, *arguments(data, out, **settings))
+    assert done.returncode == 0, done.stderr
+    lines = rows(out)
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert [line["saliency_images"] for line in lines] == [0, 50, 50]
+    assert all(np.isfinite(line["train_loss"]) for line in lines)
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert len(state["ranks"]) == 2
+    with SaliencyCache(out / "saliency.lmdb", index=ImageIndex(data / "train")) as cache:
+        assert (cache.stamps() == 2).all()
+    again = run_there(["train.py"], *arguments(data, out, **settings), "--resume")
+    assert again.returncode == 1
+    assert "was made by 2 processes, now there are 1" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"method": "none"},
+        {"method": "random_erasing", "random_erasing.prob": 0.37},
+        {"amp": "bf16", "channels_last": "true", "image.layout": "NHWC", "backend": "torch"},
+    ],
+    ids=["none", "random_erasing", "bf16 channels-last torch"],
+)
+def test_methods_precision_and_layout(data, tmp_path, monkeypatch, more):
+    out = tmp_path / "run"
+    run_here(monkeypatch, *arguments(data, out, epochs=2, **{"scae.refresh_every": 1}, **more))
+    last = rows(out)[-1]
+    assert np.isfinite(last["train_loss"])
+    assert (out / "saliency.lmdb").exists() == ("method" not in more)
+    assert (last["share"]["erased"] > 0) == (more.get("method") != "none")
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("more", "seen"),
+    [
+        pytest.param({"method": "rand_augment+scae", "rand_augment.n": 1}, 50, id="composition"),
+        pytest.param({"saliency.source": "both", "saliency.share": 0.2}, 10, id="harvest"),
+    ],
+)
+def test_it_goes_on_within_an_epoch(data, tmp_path, monkeypatch, more, seen):
+    """Erased, mixed, with a pass over `seen` images; what is stopped ends as what is not."""
+    whole, out = tmp_path / "whole", tmp_path / "stopped"
+    more = {"scae.tail": 0.2, "epochs": 2, "scae.refresh_every": 1, "optim.lr": 0.05} | more
+    more |= {"model": "cifar_resnet20", "saliency.layer": "layer3"}
+    run_here(monkeypatch, *arguments(data, whole, **more))
+    lines = rows(whole)
+    assert [line["saliency_images"] for line in lines] == [0, seen]
+    assert ("saliency_agreement" in lines[1]) == ("saliency.source" in more)
+    assert [line["lam"] for line in lines] == [0, 1]
+    assert all(line["share"]["erased"] > 0 for line in lines)
+    assert any(line["share"]["mixed"] > 0 for line in lines)
+    original, steps = train.Run.train_step, iter(range(9))
+
+    def train_step(*given):
+        if next(steps, None) is None:
+            raise StoppedError
+        original(*given)
+
+    monkeypatch.setattr(train.Run, "train_step", train_step)
+    with pytest.raises(StoppedError):
+        run_here(monkeypatch, *arguments(data, out, **more))
+    monkeypatch.setattr(train.Run, "train_step", original)
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 2)
+    run_here(monkeypatch, *arguments(data, out, **more), "--resume")
+    assert rows(out) == lines
+    check_same_weights(out, whole)
+
+
+def test_the_recipes_parse(tmp_path, monkeypatch, capsys):
+    for recipe in sorted((ROOT / "pipelines").glob("*.yaml")):
+        argv = ["--config", str(recipe), "--data.root", "x", "--out", "y", "--print_config"]
+        with pytest.raises(SystemExit) as stop:
+            run_here(monkeypatch, *argv)
+        assert stop.value.code == 0
+        printed = yaml.safe_load(capsys.readouterr().out)
+        for key, value in yaml.safe_load(recipe.read_text()).items():
+            if isinstance(value, dict):
+                assert {**printed[key], **value}.keys() == printed[key].keys()
+            else:
+                assert printed[key] == value
+
+
+def test_learning_rates_of_both_schedules():
+    step = OptimConfig(lr=1.0, milestones=(2, 3), warmup_epochs=1.0)
+    rates = [step.lr_at(k, 2, 4) for k in range(8)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01])
+    cosine = OptimConfig(lr=1.0, lr_min=0.2, schedule="cosine")
+    rates = [cosine.lr_at(k, 2, 2) for k in range(5)]
+    assert rates == pytest.approx([1.0, 0.2 + 0.8 * 0.853553, 0.6, 0.2 + 0.8 * 0.146447, 0.2])
+
+
+def test_train_py_reads_top_to_bottom():
+    assert len((ROOT / "train.py").read_text().splitlines()) < 350

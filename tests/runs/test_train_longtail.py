@@ -1,0 +1,160 @@
+"""train.py on long-tailed images in memory: mixing, killed and resumed, and second stages."""
+
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import TWO_PROCESSES, write_pngs
+from test_train import KILLER, ROOT, rows, run_here, run_there
+
+from scae_dali.cache.cache import SaliencyCache
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_pngs(root / "train", {"a": 40, "b": 20, "c": 3}, (32, 32))
+    write_pngs(root / "test", {"a": 5, "b": 5, "c": 5}, (32, 32), seed=1)
+    return root
+
+
+def arguments(data, out, **more):
+    settings = {
+        "config": ROOT / "pipelines" / "cifar100_lt.yaml",
+        "data.root": data,
+        "data.format": "folder",
+        "data.val_dir": "test",
+        "data.in_memory": "true",
+        "data.imbalance": "null",
+        "out": out,
+        "model": "cifar_resnet20",
+        "epochs": 2,
+        "batch_size": 8,
+        "device": "cpu",
+        "amp": "none",
+        "scae.refresh_every": 1,
+        "scae.mix_prob": 0.9,
+        "optim.lr": 0.02,
+        "checkpoint_every": 2,
+    } | more
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    monkeypatch = pytest.MonkeyPatch()
+    run_here(monkeypatch, *arguments(data, out))
+    monkeypatch.undo()
+    return out
+
+
+def test_the_tail_is_mixed_and_the_metrics_tell_the_classes_apart(whole):
+    lines = rows(whole)
+    assert all(line["share"]["mixed"] > 0 for line in lines)
+    assert [line["saliency_images"] for line in lines] == [0, 63]
+    last = lines[-1]
+    assert last["val_top5"] == 100  # of three classes
+    assert last["val_top1"] == pytest.approx(np.mean(last["val_per_class"]))
+    assert last["val_few"] == last["val_per_class"][2]
+    assert last["val_medium"] == pytest.approx(np.mean(last["val_per_class"][:2]))
+    assert "val_many" not in last
+    assert last["best_top1"] == max(line["val_top1"] for line in lines)
+    assert last["median10_top1"] == np.median([line["val_top1"] for line in lines])
+    with SaliencyCache(whole / "saliency.lmdb") as cache:
+        assert cache.meta.grid == (8, 8)
+        assert cache.read_neighbors().shape == (3, 1)
+
+
+def test_without_guidance_neighbouring_classes_are_found_and_no_maps_made(
+    data, tmp_path, monkeypatch
+):
+    out = tmp_path / "unguided"
+    more = {"scae.lam_max": 0.0, "saliency.source": "harvest"}
+    run_here(monkeypatch, *arguments(data, out, **more))
+    assert [line["saliency_images"] for line in rows(out)] == [0, 0]
+    with SaliencyCache(out / "saliency.lmdb") as cache:
+        assert cache.read_neighbors().shape == (3, 1)
+        assert (cache.stamps() == -1).all()
+
+
+def test_maps_of_another_run_are_made_anew(data, whole, tmp_path, monkeypatch):
+    cache = shutil.copytree(whole / "saliency.lmdb", tmp_path / "theirs.lmdb")
+    out = tmp_path / "run"
+    run_here(monkeypatch, *arguments(data, out, **{"saliency.cache": cache, "seed": 3}))
+    assert [line["saliency_images"] for line in rows(out)] == [0, 63]
+
+
+@pytest.mark.parametrize("sampling", ["shuffle", "class_balanced"])
+def test_killed_within_an_epoch_a_run_goes_on_as_if_nothing_happened(
+    data, whole, tmp_path, monkeypatch, sampling
+):
+    reference, out = whole, tmp_path / "killed"
+    if sampling != "shuffle":
+        reference = tmp_path / "reference"
+        run_here(monkeypatch, *arguments(data, reference, sampling=sampling))
+    argv = [*arguments(data, out, sampling=sampling), "--resume"]
+    steps = {"shuffle": 7, "class_balanced": 15}[sampling]
+    code = KILLER.format(module="train", owner="module.Run", name="train_step", calls=steps + 3)
+    killed = run_there(["-c", code], *argv)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 2)
+    finished = run_there(["train.py"], *argv)
+    assert finished.returncode == 0, finished.stderr
+    assert rows(out) == rows(reference)
+    mine, other = (torch.load(run / "weights.pt", weights_only=True) for run in (out, reference))
+    for name, value in other.items():
+        torch.testing.assert_close(mine[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("overlay", "trained", "renewed"),
+    [
+        ("crt", {"fc.weight", "fc.bias"}, set()),
+        ("lws", {"fc.scale"}, set()),
+        ("mislas_stage2", {"fc.scale", "fc.linear.weight", "fc.linear.bias"}, {"running"}),
+    ],
+)
+def test_a_second_stage_trains_the_classifier_and_nothing_else(
+    data, whole, tmp_path, monkeypatch, overlay, trained, renewed
+):
+    out = tmp_path / "second"
+    config = {"config": ROOT / "pipelines" / "cifar100_lt.yaml"}
+    argv = arguments(data, out, **config)
+    argv[2:2] = ["--config", str(ROOT / "pipelines" / f"{overlay}.yaml")]
+    argv += ["--second_stage.weights", str(whole / "weights.pt"), "--epochs", "1"]
+    run_here(monkeypatch, *argv)
+    first = torch.load(whole / "weights.pt", weights_only=True)
+    second = torch.load(out / "weights.pt", weights_only=True)
+    start = {"fc.scale": torch.ones(3)}
+    start |= {f"fc.linear.{name}": first[f"fc.{name}"] for name in ("weight", "bias")}
+    changed = {k for k, v in second.items() if not torch.equal(v, {**start, **first}[k])}
+    buffers = {k for k in changed if "running" in k or "num_batches" in k}
+    assert changed - buffers == trained
+    assert bool(buffers) == bool(renewed)
+    assert json.loads((out / "config.json").read_text())["sampling"] == "class_balanced"
+    assert rows(out)[0]["share"]["erased"] == 0
+
+
+def test_two_processes_share_images_in_memory(data, tmp_path):
+    out = tmp_path / "two"
+    launch = [*TWO_PROCESSES, "train.py"]
+    done = run_there(launch, *arguments(data, out, batch_size=4, epochs=2))
+    assert done.returncode == 0, done.stderr
+    lines = rows(out)
+    assert [line["saliency_images"] for line in lines] == [0, 63]
+    assert len(lines[-1]["val_per_class"]) == 3
+
+
+def test_mixup_and_deferred_weights_train(data, tmp_path, monkeypatch):
+    argv = arguments(data, tmp_path / "run", method="mixup", epochs=2)
+    argv += ["--loss.class_balanced", "0.99", "--loss.defer", "1"]
+    run_here(monkeypatch, *argv)
+    lines = rows(tmp_path / "run")
+    assert [line["share"]["mixed_in_batch"] for line in lines] == [1.0, 1.0]
+    assert all(np.isfinite(line["train_loss"]) for line in lines)
