@@ -13,7 +13,7 @@ from PIL import Image
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
-from tools.benchmarks import native, peers, pipeline, processes
+from tools.benchmarks import native, peers, pipeline, pipeline_rows, processes
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +116,8 @@ def test_samples_that_are_mixed(tmp_path, images):
 
 
 def test_mixing_wants_a_tail(images):
-    options = ["--data", images, "--methods", "none", "--peers", "none", "--size", 32]
-    options += ["--batch-size", 4, "--rounds", 1]
-    message = run("benchmark", "pipeline", *options, "--mixed-share", 0.01, status=1)
-    assert "pass a larger --repeat" in message
+    with pytest.raises(SystemExit, match="6 images, too few for a tail; pass a larger --repeat"):
+        pipeline_rows.with_tail(ImageIndex(images), 0.01)
 
 
 def test_images_in_memory(tmp_path):
@@ -135,8 +133,8 @@ def test_images_in_memory(tmp_path):
     assert 0 < share.pop("scae, long tail") < 0.1
     assert set(share.values()) == {0}
     assert result["settings"]["batches_per_round"] == 5
-    message = run("benchmark", "pipeline", *options, "--images", 64, status=1)
-    assert "there are 64 images, fewer than --batch-size 128" in message
+    with pytest.raises(SystemExit, match="there are 64 images, fewer than --batch-size 128"):
+        pipeline.main([*map(str, options), "--images", "64"])
 
 
 def test_too_few_images(images):
