@@ -94,7 +94,7 @@ def test_an_epoch_that_no_map_can_carry_is_refused_before_any_work(build, epoch,
 
 
 def test_build_cache_of_many_classes_names_the_option(build, tmp_path, monkeypatch):
-    import build_cache
+    from tools import build_cache
 
     index = ImageIndex.from_arrays(["a"], np.zeros(1, np.int64), classes=range(70_001))
     monkeypatch.setattr(build_cache, "open_data", lambda arguments: SimpleNamespace(train=index))

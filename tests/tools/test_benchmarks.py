@@ -42,7 +42,7 @@ def test_every_benchmark_tells_its_options(name, capsys):
 
 
 @pytest.mark.parametrize("source", ["memory", "files"])
-def test_bench_train(tmp_path, images, source):
+def test_train(tmp_path, images, source):
     out = tmp_path / "bench.json"
     data = ["--source", "memory"] if source == "memory" else ["--data", images, "--repeat", 4]
     size = ["--model", "cifar_resnet20", "--size", 16, "--batch-size", 4, "--quick"]
@@ -60,7 +60,7 @@ def test_bench_train(tmp_path, images, source):
     assert "a pass needs at least two batches of 4, got 4 images; pass a larger" in message
 
 
-def test_bench_pass(tmp_path, images):
+def test_saliency_pass(tmp_path, images):
     out = tmp_path / "bench.json"
     torch.manual_seed(0)
     torch.save(make_network("cifar_resnet20", 2).state_dict(), tmp_path / "weights.pt")
@@ -126,7 +126,7 @@ def test_plot_performance(tmp_path):
         assert f"tools/results/{name}_cpu.json" in readme
 
 
-def test_bench_gradcam(tmp_path):
+def test_gradcam(tmp_path):
     out = tmp_path / "bench.json"
     run("benchmark", "gradcam", "--model", "resnet18", "--size", 64, "--quick", "--json", out)
     result = json.loads(out.read_text())

@@ -17,6 +17,7 @@ from scae_dali.data.longtail import profile
 from scae_dali.methods import Run, compose
 from scae_dali.plan import schedule
 from tools import reproduce
+from tools.common import runs
 from tools.paper import jobs as making
 from tools.paper.tables import LONG_TAIL_INDEPENDENT, LONG_TAIL_PAPER, TABLES
 
@@ -473,14 +474,14 @@ def test_what_a_cell_is_cannot_be_changed_by_options(tmp_path):
 
 def test_threads_are_shared_out_on_the_cpu(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    threads = [reproduce._runs.environment(0, n, "cpu")["OMP_NUM_THREADS"] for n in (1, 3, 20)]
+    threads = [runs.environment(0, n, "cpu")["OMP_NUM_THREADS"] for n in (1, 3, 20)]
     assert threads == ["8", "2", "1"]
 
 
 def test_gpus_are_taken_in_turn(monkeypatch):
-    monkeypatch.setattr(reproduce._runs.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(runs.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    seen = [reproduce._runs.environment(n, 4, "auto")["CUDA_VISIBLE_DEVICES"] for n in range(3)]
+    seen = [runs.environment(n, 4, "auto")["CUDA_VISIBLE_DEVICES"] for n in range(3)]
     assert seen == ["3", "5", "3"]
 
 
