@@ -1,7 +1,7 @@
 """Small data that the tests make themselves, and tools as users run them."""
 
-import importlib
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import datasets
 
 from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
@@ -21,11 +22,11 @@ TOOLS = ROOT / "tools"
 sys.path[:0] = sorted({str(path.parent) for path in (ROOT / "tests").rglob("*.py")})
 
 
-def run(tool, *arguments, status=0):
+def run(tool, *arguments, status=0, timeout=300):
     """What a tool printed, run as users do; fails unless it ended with this status."""
     strict = ["-W", "error", "-W", "ignore::DeprecationWarning:gast.astn"]  # as in pyproject.toml
     command = [sys.executable, *strict, str(TOOLS / f"{tool}.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -38,13 +39,6 @@ TWO_PROCESSES = (
     *("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"),
     *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
 )
-
-
-@pytest.fixture
-def tool(monkeypatch):
-    """The module of a tool, by its name."""
-    monkeypatch.syspath_prepend(TOOLS)
-    return importlib.import_module
 
 
 def pytest_collection_modifyitems(items):
@@ -75,6 +69,38 @@ def write_pngs(root: Path, counts: dict[str, int], size: tuple[int, int], seed: 
         for k in range(count):
             pixels = rng.integers(0, 256, (*size, 3), np.uint8)
             Image.fromarray(pixels).save(root / name / f"{k:02d}.png")
+
+
+def write_cifar(root: Path, train: int = 12, test: int = 4) -> None:
+    """Files of random pixels in the format of CIFAR-10 and CIFAR-100, of 2 and 3 classes."""
+    rng = np.random.default_rng(0)
+
+    def write(name: str, content: dict) -> None:
+        path = root / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(pickle.dumps(content, protocol=2))
+
+    def part(name: str, n: int, classes: int, key: str) -> None:
+        labels = (np.arange(n) * 7 % classes).tolist()
+        data = rng.integers(0, 256, (n, 3072), np.uint8)
+        write(name, {"data": data, key: labels, "coarse_labels": [0] * n})
+
+    for batch in range(1, 6):
+        part(f"cifar-10-batches-py/data_batch_{batch}", train, 2, "labels")
+    part("cifar-10-batches-py/test_batch", test, 2, "labels")
+    write("cifar-10-batches-py/batches.meta", {"label_names": ["plane", "car"]})
+    part("cifar-100-python/train", train, 3, "fine_labels")
+    part("cifar-100-python/test", test, 3, "fine_labels")
+    names = {"fine_label_names": ["apple", "bear", "clock"], "coarse_label_names": ["all"]}
+    write("cifar-100-python/meta", names)
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch) -> Path:
+    """A root with both, whose sums are not checked."""
+    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5: Path(path).is_file())
+    write_cifar(tmp_path)
+    return tmp_path
 
 
 def fill_cache(path: Path, index: ImageIndex, *, naming: str = "index", seed: int = 0):
@@ -122,6 +148,31 @@ def tailed_cache(tailed, tmp_path_factory) -> SaliencyCache:
     table = [[1, 2], [2, 4], [1, 3], [4, 0], [3, 1]]
     cache.write_neighbors(np.array(table, np.uint16))
     return cache
+
+
+def weights_of(name, classes, path):
+    """Weights of a random network, in a file; the network."""
+    from pipelines.recipe import make_network
+
+    torch.manual_seed(1)
+    net = make_network(name, classes).eval()
+    torch.save(net.state_dict(), path)
+    return net
+
+
+@pytest.fixture
+def build():
+    """build_cache.py with these options."""
+    from tools import build_cache
+
+    def main(**options):
+        argv = ["--device=cpu", "--size=32"]
+        for name, value in options.items():
+            values = value if isinstance(value, tuple) else (value,)
+            argv += [f"--{name.replace('_', '-')}", *map(str, values)]
+        build_cache.main(argv)
+
+    return main
 
 
 def batch_of(images, labels, ids=None, **more):

@@ -1,6 +1,6 @@
 """Build a saliency cache offline, from a trained network.
 
-    python tools/build_cache.py --data /data/imagenet/train --model resnet50 \\
+    python tools/build_cache.py --data /data/imagenet --model resnet50 \\
         --weights resnet50.pt --out imagenet.lmdb
 
 Started again, it goes on where it stopped. It never replaces a cache of another network, of other
@@ -11,15 +11,13 @@ forward passes an image as the layer has channels.
 import argparse
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from _options import count
 from tqdm import tqdm
 
-import _path  # noqa: F401
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
@@ -37,12 +35,24 @@ from scae_dali.saliency.scorecam import ScoreCAM
 from scae_dali.saliency.weights import weights_digest
 from scae_dali.stage.loader import ImageError
 from scae_dali.training.networks import make_network
-from scae_dali.training.ranks import pick_device
+from tools.common.options import (
+    add_batch_size,
+    add_data,
+    add_device,
+    count,
+    parser_of,
+    train_folder,
+)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", required=True, help="folder of class folders, or CIFAR's")
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
+    add_data(
+        parser,
+        type=str,
+        required=True,
+        help="the training images: DIR/train/<class>/<image>; or CIFAR's own folder",
+    )
     parser.add_argument("--format", choices=["folder", "cifar10", "cifar100"], default="folder")
     parser.add_argument("--imbalance", type=float, help="of CIFAR's long-tailed subset")
     parser.add_argument("--list", help="file of `path label` lines, relative to --data")
@@ -57,13 +67,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mean", type=float, nargs=3, default=IMAGENET_MEAN, help="in [0, 255]")
     parser.add_argument("--std", type=float, nargs=3, default=IMAGENET_STD)
     parser.add_argument("--neighbors", type=int, default=1, help="neighbouring classes of each")
-    parser.add_argument("--batch-size", type=count, default=64, help="of a forward pass")
+    add_batch_size(parser, 64, "images of a forward pass")
     parser.add_argument("--threads", type=count, default=4)
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    add_device(parser, "auto")
     parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--epoch", type=int, default=0, help="stamp of the maps, 0 to 65535")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.neighbors < 0:
         parser.error(f"--neighbors must be at least 0, got {arguments.neighbors}")
     if not 0 <= arguments.epoch < EPOCHS:
@@ -110,7 +120,7 @@ def open_data(arguments: argparse.Namespace) -> Data:
     if arguments.list:
         index = ImageIndex.from_list(arguments.list, root=arguments.data, exclude=arguments.exclude)
     else:
-        index = ImageIndex(arguments.data, exclude=arguments.exclude)
+        index = ImageIndex(train_folder(arguments.data), exclude=arguments.exclude)
     return Data(index, index)
 
 
@@ -175,7 +185,8 @@ def build(arguments: argparse.Namespace) -> None:
     """The pass, with a progress bar and its rate."""
     data = open_data(arguments)
     index = data.train
-    device = pick_device(arguments.device)
+    number = arguments.device_id
+    device = torch.device("cpu") if number is None else torch.device("cuda", number)
     torch.backends.cudnn.benchmark = True  # images are of one size
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
     model = load_model(arguments.model, arguments.weights, index.num_classes)
@@ -207,7 +218,7 @@ def build(arguments: argparse.Namespace) -> None:
 
     def loader_for(ids):
         bar.reset(total=len(ids))
-        run = ExecConfig(batch_size=batch_size, device_id=device.index, threads=arguments.threads)
+        run = ExecConfig(batch_size=batch_size, device_id=number, threads=arguments.threads)
         return loaders.saliency(image, run, ids)
 
     with warnings.catch_warnings(), tqdm(unit="img", desc="saliency") as bar:
@@ -242,8 +253,8 @@ def build(arguments: argparse.Namespace) -> None:
         print(f"warning: {note}", file=sys.stderr)
 
 
-def main() -> None:
-    arguments = parse()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
     try:
         build(arguments)
     except (ValueError, OSError, ImageError) as error:

@@ -1,7 +1,7 @@
 """Find the broken images of a data set before training does, and list them for train.py.
 
-    python tools/check_images.py --data /data/imagenet/train --out broken.txt
-    python tools/check_images.py --data /data/imagenet/val --out broken-val.txt
+    python tools/check_images.py --data /data/imagenet --out broken.txt
+    python tools/check_images.py --data /data/imagenet --split val --out broken-val.txt
     python train.py --data.root /data/imagenet --data.exclude broken.txt \\
         --data.val_exclude broken-val.txt …
 
@@ -14,18 +14,18 @@ broken: it trains as it is. Ends with status 1 where there are broken ones, 2 wh
 look.
 """
 
-import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from nvidia.dali import fn, pipeline_def
 from tqdm import tqdm
 
-import _path  # noqa: F401
 from pipelines.config import ExecConfig
 from scae_dali.data.broken import concerns_images, confirmed, faults
 from scae_dali.data.index import DatasetError, ImageIndex
 from scae_dali.stage.images import decode, read
+from tools.common.options import add_data, count, parser_of, train_folder
 
 BATCH = 32
 CHUNK = 128 * BATCH  # images a pipeline: a failure costs it, and DALI copies its list of files
@@ -93,19 +93,25 @@ def check(index: ImageIndex, *, deep: bool, threads: int) -> list[str]:
     return [name for name in index.files if name in broken]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", required=True, metavar="DIR", help="folder of class folders")
+def folder(data: str, split: str | None) -> str:
+    """The folder of the classes."""
+    return train_folder(data) if split is None else os.path.join(data, split)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = parser_of(__doc__)
+    add_data(parser, type=str, required=True, help="the images: DIR/train/<class>/<image>")
+    parser.add_argument("--split", metavar="NAME", help="folder in DIR; default: train")
     parser.add_argument("--list", metavar="FILE", help="`path label` lines, relative to --data")
     parser.add_argument("--out", metavar="FILE", help="write the broken ones there, one a line")
     parser.add_argument("--decode", action="store_true", help="decode every image too")
-    parser.add_argument("--threads", type=int, default=4, help="of the decoder")
-    arguments = parser.parse_args()
+    parser.add_argument("--threads", type=count, default=4, help="of the decoder")
+    arguments = parser.parse_args(argv)
     try:
         if arguments.list:
             index = ImageIndex.from_list(arguments.list, root=arguments.data)
         else:
-            index = ImageIndex(arguments.data, allow_empty=True)
+            index = ImageIndex(folder(arguments.data, arguments.split), allow_empty=True)
         broken = check(index, deep=arguments.decode, threads=arguments.threads)
         if arguments.out:
             with open(arguments.out, "w", encoding="utf-8") as file:

@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import _runs
-
-import _bench
+from tools.common import runs
+from tools.common.about import about, write_json
+from tools.common.options import parser_of
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--json", type=Path, default=None, metavar="OUT")
     return parser.parse_args(argv)
@@ -25,8 +25,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def name_of(config: dict[str, Any], others: list[dict[str, Any]]) -> str:
     """The method, and the settings in which runs of it differ."""
-    mine = _runs.settings(config)
-    rivals = [_runs.settings(other) for other in others if other["method"] == config["method"]]
+    mine = runs.settings(config)
+    rivals = [runs.settings(other) for other in others if other["method"] == config["method"]]
     keys = sorted(key for key in mine if any(one.get(key) != mine[key] for one in rivals))
     return ", ".join([config["method"], *(f"{key} {mine[key]}" for key in keys)])
 
@@ -40,24 +40,24 @@ def table(paths: list[Path]) -> list[dict[str, Any]]:
                 f"{str(path)!r} and {str(other)!r} are one run, which would count twice: name it "
                 "once"
             )
-    runs = [_runs.read_run(path) for path in paths]
-    configs = [config for config, _ in runs]
+    read = [runs.read_run(path) for path in paths]
+    configs = [config for config, _ in read]
     groups: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
-    for config, row in runs:
+    for config, row in read:
         groups.setdefault(name_of(config, configs), []).append((config, row))
     out = []
     for name, members in groups.items():
         figures = {}
-        for column, key in _runs.FIGURES.items():
-            if values := _runs.every([row for _, row in members], key):
-                figures[column] = _runs.spread(values)
+        for column, key in runs.FIGURES.items():
+            if values := runs.every([row for _, row in members], key):
+                figures[column] = runs.spread(values)
         first = members[0][0]
         out.append(
             {
                 "name": name,
                 "seeds": [config["seed"] for config, _ in members],
                 "figures": figures,
-                "settings": _runs.settings(first),
+                "settings": runs.settings(first),
             }
         )
     return out
@@ -69,10 +69,10 @@ def main(argv: list[str] | None = None) -> None:
         rows = table(arguments.runs)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print("seeds" + "".join(f"{column:>14}" for column in _runs.FIGURES))
+    print("seeds" + "".join(f"{column:>14}" for column in runs.FIGURES))
     for row in rows:
         cells = ""
-        for column in _runs.FIGURES:
+        for column in runs.FIGURES:
             figure = row["figures"].get(column)
             text = "" if figure is None else f"{figure['mean']:.2f}"
             if figure is not None and figure["std"] is not None:
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
             cells += f"{text:>14}"
         print(f"{len(row['seeds']):5d}{cells}  {row['name']}")
     if arguments.json is not None:
-        _bench.write_json(arguments.json, {**_bench.about(), "rows": rows})
+        write_json(arguments.json, {**about(), "rows": rows})
 
 
 if __name__ == "__main__":

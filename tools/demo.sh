@@ -7,11 +7,11 @@ bash tools/venv.sh
 python=.venv/bin/python
 start=$SECONDS
 rm -rf demo/run
-$python tools/make_demo_data.py demo/data
+$python tools/make_demo_data.py --out demo/data
 $python train.py --config pipelines/demo.yaml --data.root demo/data --out demo/run "$@"
 $python tools/pointing_game.py --data demo/data --cache demo/run/saliency.lmdb
 $python tools/inspect_cache.py demo/run/saliency.lmdb
-$python tools/show_erasing.py --data demo/data/train --cache demo/run/saliency.lmdb \
+$python tools/show_erasing.py --data demo/data --cache demo/run/saliency.lmdb \
   --images 8 --lam 0,2,8 --size 128 --out demo/run/erasing.png
 echo "demo: $((SECONDS - start)) s; pictures: demo/run/erased.png, demo/run/erasing.png"
 echo "      log: demo/run/metrics.jsonl; .venv/bin/tensorboard --logdir demo/run"

@@ -20,13 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import _jobs
 import numpy as np
 import torch
 from torch import Tensor
 
-import _bench
-import _path  # noqa: F401
 from pipelines.config import ExecConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
@@ -37,14 +34,17 @@ from scae_dali.methods.keep_augment import importance
 from scae_dali.stage.stage import Stage
 from scae_dali.training import checkpoint
 from scae_dali.training.networks import make_network
+from tools.common.about import about, write_json
+from tools.common.options import add_data, parser_of
+from tools.paper.jobs import resolve
 
 WHOLE = np.array([[0.0, 0.0, 1.0, 1.0]])  # the window of an image that is seen whole
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--data", metavar="DIR", help="train.py's data.root, if not the run's")
+    add_data(parser, type=str, help="train.py's data.root, if not the run's")
     parser.add_argument("--lam", default="-2,0,1,2,4,8", metavar="λ,λ,...")
     parser.add_argument("--images", type=int, default=5000, help="so many at most, evenly spaced")
     parser.add_argument("--seed", type=int, default=0)
@@ -65,7 +65,7 @@ def open_run(args: argparse.Namespace) -> tuple[Config, torch.nn.Module, Data, S
     if not settings.is_file() or not (args.run / "weights.pt").is_file():
         raise ValueError(f"{str(args.run)!r} must be the folder of a finished run of train.py")
     moved = [f"--data.root={args.data}"] if args.data else []
-    config = _jobs.resolve(args.run.name, [f"--config={settings}", *moved])
+    config = resolve(args.run.name, [f"--config={settings}", *moved])
     data = config.data.open(config.threads)
     cache = SaliencyCache(config.saliency.cache or args.run / "saliency.lmdb", index=data.train)
     net = make_network(config.model, data.train.num_classes)
@@ -179,9 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json is not None:
         settings = json.loads((args.run / "config.json").read_text())
         trained = {"model": settings["model"], "epochs": settings["epochs"]}
-        _bench.write_json(
-            args.json, {**_bench.about(), **trained, "seed": args.seed, "rows": table}
-        )
+        write_json(args.json, {**about(), **trained, "seed": args.seed, "rows": table})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Does a GPU do what the CPU does? Every pipeline and every method, compared with the CPU's result.
 
-    python tools/gpu_check.py --data imagenet/train --json tools/results/gpu_check.json
+    python tools/gpu_check.py --data imagenet --json tools/results/gpu_check.json
     python tools/gpu_check.py --dry-run
 
 Ids, labels, status and boxes must be equal; images may differ by the few grey levels that one JPEG
 decoder differs from another. The checks run in processes of their own, `--jobs` at a time; one
-that fails ends its process, so that a crash or a hang fails that check alone. With `--device-id
+that fails ends its process, so that a crash or a hang fails that check alone. With `--device
 cpu` the CPU is compared with itself: a test of the checks. The exit status is 1 if a check failed.
 """
 
@@ -28,17 +28,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-import _gpu_checks_fed  # noqa: F401 - it registers its checks
 import numpy as np
 import torch
-from _gpu_checks import CHECKS, SEED, Setup
-from _options import count, device, positive
 from PIL import Image
 
-import _bench
-import _path  # noqa: F401
 from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
+from tools.common.about import about, write_json
+from tools.common.options import add_data, add_device, count, device, parser_of, positive
+from tools.gpu import of_files, of_memory  # noqa: F401 - they register their checks
+from tools.gpu.checks import CHECKS, SEED, Setup
 
 COMPARED = 48  # images of --data that the comparing checks use
 EVERY = 2000  # and that those use which go through `every` image
@@ -93,7 +92,7 @@ class Server:
     def __init__(self, args: argparse.Namespace) -> None:
         device = "cpu" if args.device_id is None else str(args.device_id)
         command = [sys.executable, "-X", "faulthandler", __file__, "--serve", "--data", args.data]
-        command += ["--device-id", device, "--timeout", str(args.timeout)]
+        command += ["--device", device, "--timeout", str(args.timeout)]
         self._timeout = args.timeout
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process
         pipe = subprocess.PIPE
@@ -137,7 +136,7 @@ def run_all(args: argparse.Namespace) -> list[dict]:
     """The rows of all checks, --jobs at a time; each is printed, and written, when it is known."""
     servers: list[Server] = []  # that are idle
     rows: dict[str, dict] = {}
-    about = _bench.about() if args.json else {}
+    told = about() if args.json else {}
     lock = threading.Lock()
 
     def found() -> list[dict]:
@@ -157,7 +156,7 @@ def run_all(args: argparse.Namespace) -> list[dict]:
             rows[name] = row
             if args.json:
                 complete = len(rows) == len(args.names)
-                _bench.write_json(args.json, {**about, "complete": complete, "checks": found()})
+                write_json(args.json, {**told, "complete": complete, "checks": found()})
 
     names = sorted(args.names, key=lambda name: not name.startswith(LONGEST))
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -169,9 +168,9 @@ def run_all(args: argparse.Namespace) -> list[dict]:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", metavar="DIR", help="DIR/<class>/<image>; default: drawn images")
-    parser.add_argument("--device-id", type=device, default="0", metavar="N|cpu")
+    parser = parser_of(__doc__)
+    add_data(parser, help="the images: DIR/train/<class>/<image>; default: drawn images")
+    add_device(parser, "0", type=device)
     parser.add_argument(
         "--only", default="*", metavar="A,B,...", help="such as 'val/*,train/scae/*'"
     )
@@ -193,8 +192,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     found = torch.cuda.device_count()
     if not args.dry_run and args.device_id is not None and args.device_id >= found:
         parser.error(
-            f"--device-id {args.device_id}: this machine has {found} GPUs that torch can use; "
-            "--dry-run lists the checks without one, --device-id cpu tries their code"
+            f"--device {args.device_id}: this machine has {found} GPUs that torch can use; "
+            "--dry-run lists the checks without one, --device cpu tries their code"
         )
     return args
 

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from tools.common.options import parser_of
+
 SHAPES = ("disc", "triangle", "cross", "ring", "bars")
 COLOURS = {
     "red": (225, 45, 45),
@@ -221,11 +223,11 @@ def save(image: Image.Image, path: Path, *, turn: bool, number: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = parser_of(__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="the folder to write: train/, val/, objects.json"
     )
-    parser.add_argument("out", type=Path, help="the folder to write: train/, val/, objects.json")
+    parser.add_argument("place", nargs="?", type=Path, help=argparse.SUPPRESS)  # --out, before
     parser.add_argument("--classes", type=int, default=10, help=f"2 … {MAX_CLASSES}")
     parser.add_argument("--train-max", type=int, default=200, help="images of the largest class")
     parser.add_argument("--imbalance", type=float, default=20.0, help="largest / smallest class")
@@ -235,6 +237,10 @@ def main(argv: list[str] | None = None) -> int:
         "--size-range", type=int, nargs=2, default=(96, 160), metavar=("LOW", "HIGH"), help="pixels"
     )
     arguments = vars(parser.parse_args(argv))
+    place = arguments.pop("place")
+    arguments["out"] = arguments["out"] or place
+    if arguments["out"] is None:
+        parser.error("--out must name the folder to write, got none")
     arguments["size_range"] = tuple(arguments["size_range"])
     try:
         make(**arguments)

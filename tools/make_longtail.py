@@ -7,7 +7,6 @@ Class 0, the first by name, is the head. The list holds the samples that --data.
 from the folder, in a form that other programs read too.
 """
 
-import argparse
 import os
 import sys
 import uuid
@@ -16,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-import _path  # noqa: F401
 from scae_dali.data.index import DatasetError, ImageIndex
 from scae_dali.data.longtail import imbalanced
 from scae_dali.training.evaluation import FEW, MANY, shots
+from tools.common.options import add_data, parser_of
 
 ROWS, BAR = 20, 50  # of the histogram: lines, and columns of the longest
 
@@ -54,8 +53,8 @@ def describe(counts: np.ndarray) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", required=True, metavar="DIR", help="what paths are relative to")
+    parser = parser_of(__doc__)
+    add_data(parser, type=str, required=True, help="what paths are relative to")
     parser.add_argument(
         "--split", default="", metavar="NAME", help="folder in DIR with the classes, such as train"
     )

@@ -8,16 +8,16 @@ tools/make_demo_data.py writes them. Printed beside the rate: what a peak at ran
 boxes' mean area.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
-import _bench
 from scae_dali.cache import CacheError, SaliencyCache
 from scae_dali.data.index import DatasetError, ImageIndex
+from tools.common.about import write_json
+from tools.common.options import add_data, parser_of
 
 
 def pointing_game(maps: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -54,8 +54,8 @@ def play(data: Path, cache_path: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="holds train/ and objects.json")
+    parser = parser_of(__doc__)
+    add_data(parser, type=Path, required=True, help="holds train/ and objects.json")
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()
@@ -68,7 +68,7 @@ def main() -> None:
         f"(chance {figures['chance']:.1%})"
     )
     if arguments.json:
-        _bench.write_json(arguments.json, figures)
+        write_json(arguments.json, figures)
 
 
 if __name__ == "__main__":

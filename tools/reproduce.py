@@ -24,17 +24,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import _jobs
-import _probe
-import _report
-import _runs
-from _jobs import Job
-from _tables import TABLES
+from tools import ROOT
+from tools.common import runs
+from tools.common.about import about, write_json
+from tools.common.options import add_data, parser_of
+from tools.paper.jobs import STARTS, Job, finished, plan, read_starts, refuse_others, twin
+from tools.paper.probe import pace
+from tools.paper.report import collect, draw, show
+from tools.paper.tables import TABLES
 
-import _bench
-import _path
-
-TRAIN = _path.ROOT / "train.py"
+TRAIN = ROOT / "train.py"
 POLL_S = 0.2
 # Decided by the table and by our own options.
 OURS = {
@@ -44,9 +43,9 @@ OURS = {
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--table", type=int, required=True, choices=sorted(TABLES))
-    parser.add_argument("--data", metavar="DIR", help="train.py's data.root")
+    add_data(parser, type=str, help="train.py's data.root")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     parser.add_argument("--methods", type=_names, metavar="A,B", help="cells of the table")
@@ -90,11 +89,11 @@ def _names(text: str) -> list[str]:
 def execute(args: argparse.Namespace, jobs: Sequence[Job]) -> list[str]:
     """Run what is not finished, `args.jobs` at once; -> names of runs that failed or were left."""
     for job in jobs:
-        if (other := _jobs.twin(args, job)) is not None:
+        if (other := twin(args, job)) is not None:
             args.place.mkdir(parents=True, exist_ok=True)
             job.path.symlink_to(os.path.relpath(other, args.place))
             print(f"have   {job.path.name}: it is {other.relative_to(args.out)}")
-    waiting = [job for job in jobs if not _jobs.finished(job, jobs)]
+    waiting = [job for job in jobs if not finished(job, jobs)]
     total = len(waiting)
     print(estimate(args, waiting), flush=True)
     lost: list[str] = []
@@ -127,45 +126,45 @@ def execute(args: argparse.Namespace, jobs: Sequence[Job]) -> list[str]:
             if running:
                 time.sleep(POLL_S)
     finally:
-        _runs.stop([child for _, child, _ in running.values()])
+        runs.stop([child for _, child, _ in running.values()])
     return lost
 
 
 def ready(job: Job, jobs: Sequence[Job]) -> bool:
-    return all(_jobs.finished(other, jobs) for other in jobs if other.path == job.first)
+    return all(finished(other, jobs) for other in jobs if other.path == job.first)
 
 
 def launch(args: argparse.Namespace, job: Job, slot: int) -> subprocess.Popen | None:
     """Start a run, or go on with it, and note on what; None where another process is at it."""
     note = {
-        **_bench.about(),
+        **about(),
         "command": shlex.join(["python", "train.py", *job.options]),
         "options": args.options,
         "data": job.index.fingerprint if job.index is not None else None,
     }
-    env = _runs.environment(slot, args.jobs, job.config.device)
-    child = _runs.start(job.path, [sys.executable, str(TRAIN), *job.options], env)
+    env = runs.environment(slot, args.jobs, job.config.device)
+    child = runs.start(job.path, [sys.executable, str(TRAIN), *job.options], env)
     if child is None:
         print(f"leave  {job.path.name}: another process is at it")
         return None
     try:
-        _bench.write_json(job.path / _jobs.STARTS, [*_jobs.read_starts(job.path), note])
+        write_json(job.path / STARTS, [*read_starts(job.path), note])
         print(f"start  {job.path.name}: {job.epochs_left} epochs", flush=True)
     except BaseException:
-        _runs.stop([child])
+        runs.stop([child])
         raise
     return child
 
 
 def tell(job: Job, jobs: Sequence[Job], status: int, seconds: float, ended: str) -> bool:
     """Print how a run ended; -> whether it is finished."""
-    if status == 0 and _jobs.finished(job, jobs):
-        _, row = _runs.read_run(job.path)
+    if status == 0 and finished(job, jobs):
+        _, row = runs.read_run(job.path)
         figure = f"top-1 {row['val_top1']:.2f}"
         print(f"done   {job.path.name}: {figure}, {duration(seconds)}; {ended}", flush=True)
         return True
-    print(f"failed {job.path.name}: status {status}; {ended}; {_runs.LOG} ends with")
-    for line in _runs.last_lines(job.path / _runs.LOG):
+    print(f"failed {job.path.name}: status {status}; {ended}; {runs.LOG} ends with")
+    for line in runs.last_lines(job.path / runs.LOG):
         print(f"       | {line}")
     return False
 
@@ -175,10 +174,10 @@ def describe(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
     print(f"Table {args.table}: {TABLES[args.table].title}, {len(jobs)} runs in {args.place}")
     left: list[Job] = []
     for job in jobs:
-        other = _jobs.twin(args, job)
+        other = twin(args, job)
         if other is not None:
             state = f"done, as {other.relative_to(args.out)}"
-        elif _jobs.finished(job, jobs):
+        elif finished(job, jobs):
             state = "done"
         else:
             left.append(job)
@@ -187,7 +186,7 @@ def describe(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
         images = "?" if job.epoch_images is None else f"{job.epoch_images:,}"
         print(f"{job.path.name}: {job.config.epochs} epochs of {images} images; {state}")
         print("    " + shlex.join(["python", "train.py", *job.options]).replace(
-            f"{_path.ROOT}{os.sep}", ""))  # fmt: skip
+            f"{ROOT}{os.sep}", ""))  # fmt: skip
     print(estimate(args, left, probe=True))
 
 
@@ -199,9 +198,9 @@ def estimate(args: argparse.Namespace, jobs: Sequence[Job], probe: bool = False)
     start = f"left: {len(jobs)} runs, {sum(job.epochs_left for job in jobs):,} epochs"
     paces: dict[tuple[str, ...], list[float]] = {}
     for file in args.out.glob("table*/*/config.json"):
-        config = _runs.read_config(file)
-        rows = _runs.read_rows(file.parent / "metrics.jsonl", _runs.PACE)
-        if (measured := _runs.pace(rows)) is not None:
+        config = runs.read_config(file)
+        rows = runs.read_rows(file.parent / "metrics.jsonl", runs.PACE)
+        if (measured := runs.pace(rows)) is not None:
             model, stage = config["model"], config.get("second_stage", {}).get("classifier") or ""
             for key in ((model, stage, config["method"]), (model, stage), (model,)):
                 paces.setdefault(key, []).append(measured)
@@ -221,7 +220,7 @@ def estimate(args: argparse.Namespace, jobs: Sequence[Job], probe: bool = False)
         elif probe and job.index is not None:
             if job.model not in tried:
                 classes = job.index.num_classes
-                tried[job.model] = _probe.pace(job.config, classes, args.jobs)
+                tried[job.model] = pace(job.config, classes, args.jobs)
             seconds += images * tried[job.model]
         else:
             seconds = math.nan
@@ -260,18 +259,18 @@ def run(args: argparse.Namespace) -> int:
     """What the command line asks for; -> exit status, 1 where runs are not done."""
     lost: list[str] = []
     if not args.report:
-        _jobs.refuse_others(args)
-        jobs = _jobs.plan(args)
+        refuse_others(args)
+        jobs = plan(args)
         if args.dry_run:
             describe(args, jobs)
             return 0
         lost = execute(args, jobs)
     if lost:
         print(f"not done: {', '.join(lost)}; the same command tries again", file=sys.stderr)
-    report = _report.collect(args)
-    _report.show(report)
-    _bench.write_json(args.json, report)
-    _report.draw(report, args.out / f"table{args.table}.png")
+    found = collect(args)
+    show(found)
+    write_json(args.json, found)
+    draw(found, args.out / f"table{args.table}.png")
     return 1 if lost else 0
 
 

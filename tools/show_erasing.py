@@ -1,6 +1,6 @@
 """A picture of what the pipeline erases: saliency, eq. 4 and the rectangles, image by image.
 
-    python tools/show_erasing.py --data imagenet/train --cache maps.lmdb --lam 0,2,5 --out sheet.png
+    python tools/show_erasing.py --data imagenet --cache maps.lmdb --lam 0,2,5 --out sheet.png
 
 A row an image: the upright image with the crop's window; its saliency over the full frame; eq. 4's
 P over the centres that the rectangle may have, for the λ of largest magnitude; and for each λ the
@@ -21,7 +21,6 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, pipeline_def, types
 
-import _path  # noqa: F401
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.files import crop_planned
 from scae_dali.cache import CacheError, SaliencyCache
@@ -29,14 +28,15 @@ from scae_dali.data.index import DatasetError, ImageIndex
 from scae_dali.plan.region import centre_range, saliency_at
 from scae_dali.stage.images import decode, normalise, read
 from scae_dali.stage.stage import Stage
+from tools.common.options import add_data, parser_of
 
 SIDE_INCHES = 2.2  # of a panel
 Array = NDArray[Any]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", required=True, metavar="DIR", help="DIR/<class>/<image>")
+    parser = parser_of(__doc__)
+    add_data(parser, required=True)
     parser.add_argument("--cache", required=True, help="the saliency cache of these images")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--images", type=int, default=4, help="so many, evenly spaced")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from test_bad_input import batches
-from test_build_cache import build  # noqa: F401 - a fixture
 from test_cache import FakeIndex
 from test_refresh import Net, fresh  # noqa: F401 - a fixture
 
@@ -87,7 +86,7 @@ def test_training_does_not_begin(tmp_path, epochs, classes, told):
 
 
 @pytest.mark.parametrize("epoch", [-1, 65_536, 70_000])
-def test_an_epoch_that_no_map_can_carry_is_refused_before_any_work(build, epoch, capsys):  # noqa: F811
+def test_an_epoch_that_no_map_can_carry_is_refused_before_any_work(build, epoch, capsys):
     with pytest.raises(SystemExit):
         build(data="nowhere", model="nothing", out="nowhere.lmdb", epoch=epoch)
     assert f"--epoch must be in 0..65535, got {epoch}" in capsys.readouterr().err
@@ -95,8 +94,8 @@ def test_an_epoch_that_no_map_can_carry_is_refused_before_any_work(build, epoch,
         refresh_cache(Net(), None, index_of(2), asked, epoch=epoch, layer="features")
 
 
-def test_build_cache_of_many_classes_names_the_option(build, tmp_path, monkeypatch):  # noqa: F811
-    import build_cache
+def test_build_cache_of_many_classes_names_the_option(build, tmp_path, monkeypatch):
+    from tools import build_cache
 
     index = ImageIndex.from_arrays(["a"], np.zeros(1, np.int64), classes=range(70_001))
     monkeypatch.setattr(build_cache, "open_data", lambda arguments: SimpleNamespace(train=index))

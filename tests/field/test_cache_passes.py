@@ -26,8 +26,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import write_pngs
-from test_build_cache import build, weights_of  # noqa: F401 - a fixture
+from conftest import weights_of, write_pngs
 from test_cache import GRID, FakeIndex, fill, in_process, maps_of
 
 from pipelines import maps as maps_module
@@ -311,7 +310,7 @@ def test_two_processes_that_begin_at_once(path, weights):
         assert done[ended.index(0)].stdout.split() == [made]
 
 
-def test_an_offline_cache_is_not_replaced_by_one_of_other_weights(build, tmp_path, capsys):  # noqa: F811
+def test_an_offline_cache_is_not_replaced_by_one_of_other_weights(build, tmp_path, capsys):
     write_pngs(tmp_path / "data", {"a": 3, "b": 2}, (32, 32))
     out, index = tmp_path / "maps.lmdb", ImageIndex(tmp_path / "data")
     weights_of("cifar_resnet20", 2, tmp_path / "w.pt")

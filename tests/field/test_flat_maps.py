@@ -6,7 +6,6 @@ where a map drops to zero behind an attention's last layer.
 """
 
 import json
-import sys
 import warnings
 from types import SimpleNamespace
 
@@ -15,7 +14,6 @@ import pytest
 import torch
 from conftest import write_pngs
 from test_bad_input import batches
-from test_build_cache import build  # noqa: F401 - a fixture
 from test_cache import GRID, FakeIndex, cache, fill, maps_of, path, spoil  # noqa: F401 - fixtures
 from test_cache_passes import Here
 from test_refresh import Net, fresh  # noqa: F401 - a fixture
@@ -25,6 +23,7 @@ from pipelines.maps import Maps
 from pipelines.recipe import Config, SaliencyConfig
 from scae_dali.cache import SaliencyCache
 from scae_dali.cache.format import flat
+from scae_dali.commands import inspect_cache
 from scae_dali.data.index import ImageIndex
 from scae_dali.saliency.harvest import Harvest
 from scae_dali.saliency.refresh import refresh_cache
@@ -113,7 +112,7 @@ def test_coverage_counts_samples_of_the_index(cache):  # noqa: F811
 
 
 @pytest.mark.parametrize(("blank", "warns"), [(30, False), (51, True)])
-def test_inspect_cache_tells_flat_maps(tool, tmp_path, monkeypatch, capsys, blank, warns):
+def test_inspect_cache_tells_flat_maps(tmp_path, capsys, blank, warns):
     where = str(tmp_path / "maps.lmdb")
     maps = maps_of(np.arange(100))
     maps[:blank] = 0
@@ -121,15 +120,14 @@ def test_inspect_cache_tells_flat_maps(tool, tmp_path, monkeypatch, capsys, blan
         made.begin_pass(1)
         made.write(np.arange(100), maps, epoch=1)
     for option in ((), ("--json",)):
-        monkeypatch.setattr(sys, "argv", ["inspect_cache", where, *option])
-        assert tool("inspect_cache").main() == 0
+        assert inspect_cache.main([where, *option]) == 0
     text, _, facts = capsys.readouterr().out.partition("{\n")
     assert json.loads("{" + facts)["flat"] == blank
     assert f"flat          {blank} (the same everywhere" in text
     assert ("warning: more than half of the maps are flat" in text) == warns
 
 
-def test_build_cache_tells_flat_maps(build, tmp_path, capsys):  # noqa: F811
+def test_build_cache_tells_flat_maps(build, tmp_path, capsys):
     """Of a network whose features speak against every class."""
     write_pngs(tmp_path / "data", {"a": 3, "b": 2}, (32, 32))
     net = make_network("cifar_resnet20", 2)

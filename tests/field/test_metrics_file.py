@@ -12,6 +12,7 @@ import torch
 from tiny_run import arguments, rows, start
 
 from scae_dali.training.log import Log, LogError, read_rows
+from tools import compare_runs
 
 images, tiny, whole = tiny_run.images, tiny_run.tiny, tiny_run.whole  # fixtures
 
@@ -142,13 +143,13 @@ def test_rows_without_a_checkpoint_are_not_overwritten(images, whole, tmp_path):
         start(*arguments(images, out, epochs=2))
 
 
-def test_tools_say_what_is_damaged(tool, tmp_path):
+def test_tools_say_what_is_damaged(tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     (out / "metrics.jsonl").write_bytes(WHOLE[0] + b"\nx\n" + WHOLE[2] + b"\n")
     (out / "config.json").write_text('{"epochs": 3, "method": "none", "seed": 0}')
     with pytest.raises(SystemExit, match=r"metrics.jsonl', line 2 is no JSON; restore"):
-        tool("compare_runs").main([str(out)])
+        compare_runs.main([str(out)])
 
 
 def finished(out, *lines):
@@ -158,19 +159,18 @@ def finished(out, *lines):
     return out
 
 
-def test_runs_are_compared_with_their_checkpoints_and_once(tool, tmp_path):
-    compare = tool("compare_runs")
+def test_runs_are_compared_with_their_checkpoints_and_once(tmp_path):
     run = finished(tmp_path / "run", *WHOLE)
     log = b"".join(text + b"\n" for text in WHOLE[:3]).decode()
     torch.save({"log": log, "net": {}}, run / "checkpoint.pt")
-    assert compare.table([run])[0]["seeds"] == [0]
+    assert compare_runs.table([run])[0]["seeds"] == [0]
     (tmp_path / "link").symlink_to(run)
     with pytest.raises(ValueError, match=r"link' and '.*run' are one run, which would count twice"):
-        compare.table([run, tmp_path / "link"])
+        compare_runs.table([run, tmp_path / "link"])
     changed = finished(tmp_path / "changed", line(0, train_loss=9.0), *WHOLE[1:])
     shutil.copy(run / "checkpoint.pt", changed)
     with pytest.raises(LogError, match="epoch 0 has other figures than in the checkpoint"):
-        compare.table([changed])
+        compare_runs.table([changed])
     for text, said in {
         "[]": r"must hold an object, got \[\]",
         "{": "cannot be read",
@@ -179,4 +179,4 @@ def test_runs_are_compared_with_their_checkpoints_and_once(tool, tmp_path):
     }.items():
         (run / "config.json").write_text(text)
         with pytest.raises(LogError, match=rf"run/config.json' {said}.*; restore the file"):
-            compare.table([run])
+            compare_runs.table([run])

@@ -5,7 +5,8 @@ from pathlib import Path
 import jsonargparse
 import numpy as np
 import pytest
-from test_pixels import write_cifar, write_pngs
+from conftest import write_cifar
+from test_pixels import write_pngs
 from torchvision import datasets
 
 from pipelines.data import Data, DataConfig

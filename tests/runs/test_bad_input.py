@@ -2,6 +2,7 @@
 is stated here."""
 
 import contextlib
+import importlib
 import os
 import re
 import resource
@@ -745,19 +746,18 @@ def test_a_cache_in_a_read_only_folder_is_read_and_not_refreshed(place):
         ("inspect_cache", ["PLACE/data"], "no saliency cache at .*data"),
         (
             "build_cache",
-            ["--data=PLACE/data/train", "--model=resnet18", "--out=PLACE/three.lmdb", "--size=64"],
+            ["--data=PLACE/data", "--model=resnet18", "--out=PLACE/three.lmdb", "--size=64"],
             "three.lmdb' is of another data set: 12 samples",
         ),
         (
             "build_cache",
-            ["--data=PLACE/data/train", "--model=resnet5000", "--out=PLACE/new.lmdb"],
+            ["--data=PLACE/data", "--model=resnet5000", "--out=PLACE/new.lmdb"],
             "got 'resnet5000'",
         ),
     ],
 )
 def test_tools_say_what_is_wrong(monkeypatch, capsys, place, tool, arguments, message):
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    module = __import__(tool)
+    module = importlib.import_module(f"tools.{tool}")
     monkeypatch.setattr(sys, "argv", [tool, *(a.replace("PLACE", str(place)) for a in arguments)])
     try:
         status, said = module.main(), capsys.readouterr().err

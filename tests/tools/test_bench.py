@@ -1,13 +1,8 @@
 """What the benchmarks share: the order of their rows."""
 
-import sys
-
 import pytest
-from conftest import TOOLS
 
-sys.path.insert(0, str(TOOLS))
-
-import _bench
+from tools.common import bench
 
 NAMES = "abcd"
 
@@ -20,7 +15,7 @@ def orders(rounds: int, warmup: int) -> tuple[list[str], dict[str, list[float]]]
         ran.append(name)
         return float(len(ran))
 
-    samples = _bench.interleaved({n: lambda n=n: run(n) for n in NAMES}, rounds, warmup)
+    samples = bench.interleaved({n: lambda n=n: run(n) for n in NAMES}, rounds, warmup)
     size = len(NAMES)
     return ["".join(ran[i : i + size]) for i in range(0, len(ran), size)], samples
 
@@ -40,7 +35,7 @@ def test_every_row_runs_once_a_round_in_an_order_of_its_own():
 
 
 def test_ratios_are_within_a_round():
-    a, b = _bench.rows({"a": [1.0, 10.0, 4.0], "b": [2.0, 5.0, 4.0]}, "a")
+    a, b = bench.rows({"a": [1.0, 10.0, 4.0], "b": [2.0, 5.0, 4.0]}, "a")
     assert (a["ratio"], a["ratio_iqr"]) == (1, 0)
     assert (b["img_per_s"], b["ratio"]) == (4, 1)
     assert b["ratio_iqr"] == pytest.approx(0.75)

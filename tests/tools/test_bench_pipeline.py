@@ -1,4 +1,4 @@
-"""tools/bench_pipeline.py and tools/bench_processes.py: their rows, on a few drawn images."""
+"""The benchmarks `pipeline` and `processes`: their rows, on a few drawn images."""
 
 import json
 import threading
@@ -13,6 +13,7 @@ from PIL import Image
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
+from tools.benchmarks import native, peers, pipeline, pipeline_rows, processes
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def test_rows_of_methods_and_of_all_peers(tmp_path, images):
     size = ["--size", 32, "--batch-size", 4, "--repeat", 2, "--threads", 1]
     methods = ["none", "random_erasing", "scae", "cutmix", "trivial_augment", "rand_augment+scae"]
     size += ["--methods", ",".join(methods)]
-    run("bench_pipeline", "--data", images, "--rounds", 1, "--json", out, *size)
+    run("benchmark", "pipeline", "--data", images, "--rounds", 1, "--json", out, *size)
     result = json.loads(out.read_text())
     rows = {row["name"]: row for row in result["rows"]}
     native = [f"native {name}" for name in ("none", "random_erasing", "trivial_augment")]
@@ -61,7 +62,7 @@ def test_a_sweep(tmp_path, images):
     out, plot = tmp_path / "bench.json", tmp_path / "bench.png"
     sweep = ["--batch-size", "2,4", "--dtype", "fp32,fp16", "--threads", 1, "--decode", "full"]
     sweep += ["--methods", "none,scae", "--peers", "native", "--size", 32, "--rounds", 2]
-    text = run("bench_pipeline", "--data", images, *sweep, "--json", out, "--plot", plot)
+    text = run("benchmark", "pipeline", "--data", images, *sweep, "--json", out, "--plot", plot)
     result = json.loads(out.read_text())
     rows = {row["name"]: row for row in result["rows"]}
     each = ["none", "scae", "none (again)", "native none", "decode alone"]
@@ -95,8 +96,49 @@ def test_a_sweep(tmp_path, images):
         assert image.width > 1500  # panels beside each other
 
 
+def test_samples_that_are_mixed(tmp_path, images):
+    out = tmp_path / "bench.json"
+    size = ["--size", 32, "--batch-size", 4, "--repeat", 8, "--rounds", 2, "--methods", "none"]
+    size += ["--data", images, "--peers", "none"]
+    run("benchmark", "pipeline", *size, "--mixed-share", "0.05,0.1", "--json", out)
+    result = json.loads(out.read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    mixed = ["unmixed 5%", "mixed 5%", "unmixed 10%", "mixed 10%"]
+    assert list(rows) == ["none", "none (again)", *mixed]
+    assert [rows[name].get("baseline") for name in rows] == [
+        *(None, None, "unmixed 5%", "unmixed 5%", "unmixed 10%", "unmixed 10%")
+    ]
+    assert rows["unmixed 5%"]["ratio"] == rows["unmixed 10%"]["ratio"] == 1
+    share = result["mixed_share"]
+    assert 0 < share["mixed 5%"] < 0.15
+    assert share["mixed 5%"] < share["mixed 10%"] < 0.25
+    assert share["unmixed 10%"] == share["none"] == 0
+
+
+def test_mixing_wants_a_tail(images):
+    with pytest.raises(SystemExit, match="6 images, too few for a tail; pass a larger --repeat"):
+        pipeline_rows.with_tail(ImageIndex(images), 0.01)
+
+
+def test_images_in_memory(tmp_path):
+    out = tmp_path / "bench.json"
+    options = ["--source", "memory", "--size", 16, "--batch-size", 128, "--rounds", 1]
+    options += ["--methods", "none,random_erasing,scae"]
+    run("benchmark", "pipeline", *options, "--images", 640, "--json", out)
+    result = json.loads(out.read_text())
+    assert [row["name"] for row in result["rows"]] == [
+        *("none", "random_erasing", "scae", "none (again)", "scae, long tail")
+    ]
+    share = result["mixed_share"]
+    assert 0 < share.pop("scae, long tail") < 0.1
+    assert set(share.values()) == {0}
+    assert result["settings"]["batches_per_round"] == 5
+    with pytest.raises(SystemExit, match="there are 64 images, fewer than --batch-size 128"):
+        pipeline.main([*map(str, options), "--images", "64"])
+
+
 def test_too_few_images(images):
-    message = run("bench_pipeline", "--data", images, "--peers", "none", status=1)
+    message = run("benchmark", "pipeline", "--data", images, "--peers", "none", status=1)
     assert "6 images, fewer than --batch-size 64" in message
     assert "--repeat 11" in message
 
@@ -108,24 +150,24 @@ def test_too_few_images(images):
         ("--peers", "native,ffcv", "must be some of native, torchvision, timm, none"),
         ("--dtype", "bf16", "must be some of fp32, fp16, joined by commas, got bf16"),
         ("--methods", "scae", "--methods must name none"),
+        ("--mixed-share", "0.01,1", "--mixed-share must be shares of the samples, above 0"),
     ],
 )
-def test_what_a_sweep_refuses(tool, capsys, option, value, message):
+def test_what_a_sweep_refuses(capsys, option, value, message):
     with pytest.raises(SystemExit):
-        tool("bench_pipeline").parse(["--data", ".", option, value])
+        pipeline.parse(["--data", ".", option, value])
     assert message in capsys.readouterr().err
 
 
-def test_without_timm_its_rows_are_left_out(tool, monkeypatch, capsys):
-    bench = tool("bench_pipeline")
-    monkeypatch.setattr(bench._peers, "has_timm", lambda: False)
-    assert bench.parse(["--data", "."]).peers == ["native", "torchvision"]
+def test_without_timm_its_rows_are_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(peers, "has_timm", lambda: False)
+    assert pipeline.parse(["--data", "."]).peers == ["native", "torchvision"]
     assert "timm is not installed" in capsys.readouterr().out
-    assert bench.parse(["--data", ".", "--peers", "none"]).peers == []
+    assert pipeline.parse(["--data", ".", "--peers", "none"]).peers == []
 
 
-def test_what_is_given_wins_over_quick(tool):
-    args = tool("bench_pipeline").parse(["--data", ".", "--quick", "--rounds", "4"])
+def test_what_is_given_wins_over_quick():
+    args = pipeline.parse(["--data", ".", "--quick", "--rounds", "4"])
     assert (args.rounds, args.batches, args.peers) == (4, 3, ["native"])
 
 
@@ -138,7 +180,7 @@ def start_method():
 
 
 @pytest.mark.parametrize("peer", ["plain", "torchvision", "timm"])
-def test_peers_normalise_whole_images_alike(tool, tmp_path, start_method, peer):
+def test_peers_normalise_whole_images_alike(tmp_path, start_method, peer):
     pixels = np.zeros((16, 16, 3), np.uint8)
     pixels[:8], pixels[8:, :8] = (255, 128, 0), (10, 20, 30)
     (tmp_path / "a").mkdir()
@@ -147,9 +189,9 @@ def test_peers_normalise_whole_images_alike(tool, tmp_path, start_method, peer):
     crop = CropConfig(area=(1.0, 1.0), aspect=(1.0, 1.0), flip=0.0)
     image = ImageConfig(size=16, val_resize=16, crop=crop, dtype="fp16", layout="NHWC")
     if peer == "plain":
-        batches = tool("_native").plain(index, image, ExecConfig(batch_size=1, threads=1))
+        batches = native.plain(index, image, ExecConfig(batch_size=1, threads=1))
     else:
-        batches = getattr(tool("_peers"), peer)(
+        batches = getattr(peers, peer)(
             index, image, method="none", batch_size=1, workers=1, device="cpu"
         )
     batch = next(batches)
@@ -164,7 +206,7 @@ def test_peers_normalise_whole_images_alike(tool, tmp_path, start_method, peer):
 def test_processes(tmp_path, images):
     out = tmp_path / "bench.json"
     size = ["--size", 32, "--batch-size", 2, "--samples", 50, "--plans", 5, "--rounds", 2]
-    run("bench_processes", "--data", images, "--repeat", 2, *size, "--json", out)
+    run("benchmark", "processes", "--data", images, "--repeat", 2, *size, "--json", out)
     result = json.loads(out.read_text())
     rows = {row["name"]: row for row in result["rows"]}
     names = ["none", "scae", "plan", "plan without maps", "lookups"]
@@ -183,31 +225,30 @@ def test_processes(tmp_path, images):
     ("options", "message"),
     [
         (["--processes", "2,4"], "--processes must name 1"),
-        (["--device-id", "0"], "--device-id must name a GPU for each of 2 processes, got [0]"),
-        (["--device-id", "0,cuda"], "must be cpu or the number of a GPU, got cuda"),
+        (["--device", "0"], "--device must name a GPU for each of 2 processes, got [0]"),
+        (["--device", "0,tpu"], "must be cpu, auto, cuda or the number of a GPU, got tpu"),
     ],
 )
-def test_what_processes_refuse(tool, capsys, monkeypatch, options, message):
+def test_what_processes_refuse(capsys, monkeypatch, options, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(SystemExit):
-        tool("bench_processes").parse(options)
+        processes.parse(options)
     assert message in capsys.readouterr().err
 
 
-def test_a_process_that_fails_does_not_leave_the_others_waiting(tool, monkeypatch):
-    bench = tool("bench_processes")
+def test_a_process_that_fails_does_not_leave_the_others_waiting(monkeypatch):
     barrier = threading.Barrier(2)
 
-    def take_turn(name, processes, batches):
+    def take_turn(name, count, batches):
         if threading.current_thread().name.startswith("bad"):
             raise ValueError("no such file")
         barrier.wait(60)
 
-    monkeypatch.setattr(bench, "take_turn", take_turn)
+    monkeypatch.setattr(processes, "take_turn", take_turn)
     with (
         ThreadPoolExecutor(1, "good") as good,
         ThreadPoolExecutor(1, "bad") as bad,
         pytest.raises(ValueError, match="no such file"),
     ):
-        bench.together([good, bad], barrier, "none", 1)
+        processes.together([good, bad], barrier, "none", 1)
     assert barrier.broken

@@ -2,56 +2,51 @@
 
 import json
 import mmap
-import sys
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
-from conftest import TOOLS, run
+from conftest import run
 from PIL import Image
 
-sys.path.insert(0, str(TOOLS))
-
-import _growth
-import _memory
-import bench_cache
-import bench_scale
+from tools.benchmarks import cache, growth, scale
+from tools.common import memory
 
 
 def test_a_map_tells_its_sample_and_epoch():
     ids = np.array([0, 1, 255, 256, 70_000, 99_999_999])
-    maps = _growth.maps_of(ids, 300)
+    maps = growth.maps_of(ids, 300)
     assert (maps.dtype, maps.shape) == (np.uint8, (6, 7, 7))
-    assert _growth.salts(ids, maps).tolist() == [300 % 256] * 6
+    assert growth.salts(ids, maps).tolist() == [300 % 256] * 6
     assert len({one.tobytes() for one in maps}) == 6
-    assert (_growth.maps_of(ids, 301) != maps).all()
+    assert (growth.maps_of(ids, 301) != maps).all()
 
 
 def test_a_reader_finds_torn_strange_and_missing_maps(monkeypatch):
-    bench_cache.check_the_check()
+    cache.check_the_check()
     ids = np.arange(5)
-    maps = _growth.maps_of(ids, 1)
-    maps[1, 6, 6] = _growth.maps_of(ids, 2)[1, 6, 6]  # torn in the last byte
+    maps = growth.maps_of(ids, 1)
+    maps[1, 6, 6] = growth.maps_of(ids, 2)[1, 6, 6]  # torn in the last byte
     maps[2] = maps[3]
-    seen = bench_cache.Seen()
+    seen = cache.Seen()
     seen.add(ids, maps, np.array([True, True, True, True, False]))
-    assert seen == bench_cache.Seen(maps=5, torn=2, missing=1, epochs=frozenset({1}))
-    monkeypatch.setattr(bench_cache, "salts", lambda ids, maps: np.ones(len(ids), np.int64))
+    assert seen == cache.Seen(maps=5, torn=2, missing=1, epochs=frozenset({1}))
+    monkeypatch.setattr(cache, "salts", lambda ids, maps: np.ones(len(ids), np.int64))
     with pytest.raises(RuntimeError, match="the check for torn maps does not work"):
-        bench_cache.check_the_check()
+        cache.check_the_check()
 
 
 def test_readers_beside_a_writer_that_tears(tmp_path, monkeypatch):
     """A torn map in the file itself makes the whole benchmark fail."""
     n = 64
     path = tmp_path / "maps.lmdb"
-    torn = _growth.maps_of(np.arange(n), 0)
+    torn = growth.maps_of(np.arange(n), 0)
     torn[9, 3:] += 1
-    with bench_cache.SaliencyCache.create(path, _growth.SyntheticIndex(n), grid=(7, 7)) as cache:
-        cache.begin_pass(0)
-        cache.write(np.arange(n), torn, epoch=0)
-        cache.end_pass(0)
-    found = bench_cache.together(str(path), 1, False, n, 0.1)
+    with cache.SaliencyCache.create(path, growth.SyntheticIndex(n), grid=(7, 7)) as made:
+        made.begin_pass(0)
+        made.write(np.arange(n), torn, epoch=0)
+        made.end_pass(0)
+    found = cache.together(str(path), 1, False, n, 0.1)
     assert found["torn"] > 0
     assert found["missing"] == 0
 
@@ -63,11 +58,10 @@ def test_what_smaller_sizes_told_outlives_a_killed_process(tmp_path, monkeypatch
         return {"samples": n, "index": "ImageIndex", "cache_bytes": n, "steps": {}}
 
     out = tmp_path / "bench.json"
-    argv = ["bench_scale", "--parts", "sizes", "--samples", "10,20,30", "--json", str(out)]
-    monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr(bench_scale, "alone", alone)
+    argv = ["--parts", "sizes", "--samples", "10,20,30", "--json", str(out)]
+    monkeypatch.setattr(scale, "alone", alone)
     with pytest.raises(SystemExit, match="the process of 20 samples was killed"):
-        bench_scale.main()
+        scale.main(argv)
     assert [one["samples"] for one in json.loads(out.read_text())["sizes"]] == [10]
 
 
@@ -75,7 +69,7 @@ def test_bench_cache(tmp_path):
     out, plot = tmp_path / "bench.json", tmp_path / "bench.png"
     sizes = ["--records", "3e3,6000", "--batches", 8, "--batch", 32, "--rounds", 2]
     together = ["--processes", "1,2", "--seconds", 0.3]
-    run("bench_cache", *sizes, *together, "--json", out, "--plot", plot)
+    run("benchmark", "cache", *sizes, *together, "--json", out, "--plot", plot)
     result = json.loads(out.read_text())
     assert [row["name"] for row in result["rows"][::7]] == ["LMDB get, 3,000", "LMDB get, 6,000"]
     assert len(result["rows"]) == 14
@@ -111,7 +105,7 @@ def test_bench_scale(tmp_path):
         "--lookups",
         999,
     ]
-    text = run("bench_scale", *options, "--rounds", 1, "--json", out, "--plot", plot)
+    text = run("benchmark", "scale", *options, "--rounds", 1, "--json", out, "--plot", plot)
     result = json.loads(out.read_text())
     assert [row["name"] for row in result["rows"]] == list(result["epoch"])
     for epoch in result["epoch"].values():
@@ -138,7 +132,7 @@ def test_bench_scale(tmp_path):
 
 def test_names_that_do_not_fit_leave_the_other_steps(tmp_path):
     known = {"names": 1e9, "load the resident copy": 1e9}
-    found = bench_scale.alone(bench_scale.at_size, 2000, 64, 999, str(tmp_path), known, 10**10)
+    found = scale.alone(scale.at_size, 2000, 64, 999, str(tmp_path), known, 10**10)
     assert found["index"] == "synthetic"
     steps = found["steps"]
     assert "it would need 20" in steps["names"]["left_out"]
@@ -150,48 +144,47 @@ def test_names_that_do_not_fit_leave_the_other_steps(tmp_path):
 
 
 def beyond_the_limit(limit: int) -> dict:
-    _memory.limit(limit)
-    steps = bench_scale.Steps(10, {}, limit)
+    memory.limit(limit)
+    steps = scale.Steps(10, {}, limit)
     assert steps.take("too much", lambda: np.ones(limit)) is None
     assert steps.take("little", lambda: np.ones(10)) is not None
     return steps.found
 
 
 def test_a_step_without_memory_is_left_out():
-    found = bench_scale.alone(beyond_the_limit, 2 << 30)
+    found = scale.alone(beyond_the_limit, 2 << 30)
     assert found["too much"] == {"left_out": "MemoryError of 2.1 GB that it may have"}
     assert found["little"]["seconds"] < 1
 
 
 def test_memory_is_watched():
     def taken(size):  # straight from the kernel: malloc may have kept what others gave back
-        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        np.frombuffer(memory, np.uint8)[:] = 1
-        return memory
+        pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        np.frombuffer(pages, np.uint8)[:] = 1
+        return pages
 
-    with _memory.Watch() as watch:
+    with memory.Watch() as watch:
         before = watch.peak
         taken(50 << 20).close()
         big = taken(200 << 20)
-        held = _memory.usage()["own"] - before
+        held = memory.usage()["own"] - before
         big.close()
     assert held == pytest.approx(200 << 20, rel=0.1)
     assert watch.peak - before == pytest.approx(200 << 20, rel=0.35)
-    assert _memory.usage()["own"] - before < 20 << 20
+    assert memory.usage()["own"] - before < 20 << 20
 
 
 def test_pages_of_a_file_are_dropped(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(1 << 20))
-    assert _memory.resident_share(path) == 1
-    assert _memory.drop_pages(path) == _memory.resident_share(
-        path
-    )  # 0 but on a file system in memory
+    assert memory.resident_share(path) == 1
+    kept = memory.drop_pages(path)
+    assert kept == memory.resident_share(path)  # 0 but on a file system in memory
 
 
 def test_what_is_asked_for_is_checked():
-    assert "--records: must be numbers" in run("bench_cache", "--records", "0", status=2)
-    assert "at least two a round, got 3" in run("bench_cache", "--batches", 3, status=2)
-    assert "epoch, sizes, startup, got 'x'" in run("bench_scale", "--parts", "x", status=2)
-    message = run("bench_scale", "--epoch", 100, "--batch", 64, status=2)
+    assert "--records: must be numbers" in run("benchmark", "cache", "--records", "0", status=2)
+    assert "at least two a round, got 3" in run("benchmark", "cache", "--batches", 3, status=2)
+    assert "epoch, sizes, startup, got 'x'" in run("benchmark", "scale", "--parts", "x", status=2)
+    message = run("benchmark", "scale", "--epoch", 100, "--batch", 64, status=2)
     assert "more than 20 batches of 64, got 100" in message

@@ -1,14 +1,10 @@
 """The offline cache: of folders as of images in memory, with the neighbouring classes."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from conftest import write_pngs
+from conftest import weights_of, write_pngs
 from PIL import Image
-from test_pixels import cifar  # noqa: F401
 
 from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
@@ -16,37 +12,11 @@ from scae_dali.data.pixels import ArrayImages
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.scorecam import ScoreCAM
 from scae_dali.saliency.weights import nearest_classes
-from scae_dali.training.networks import make_network
 
-ROOT = Path(__file__).parents[2]
 MEAN, STD = (129.0, 124.0, 112.0), (68.0, 65.0, 70.0)
 
 
-@pytest.fixture
-def build(monkeypatch):
-    """build_cache.py with these options."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    module = __import__("build_cache")
-
-    def main(**options):
-        argv = ["build_cache", "--device=cpu", "--size=32"]
-        for name, value in options.items():
-            values = value if isinstance(value, tuple) else (value,)
-            argv += [f"--{name.replace('_', '-')}", *map(str, values)]
-        monkeypatch.setattr(sys, "argv", argv)
-        module.main()
-
-    return main
-
-
-def weights_of(name, classes, path):
-    torch.manual_seed(1)
-    net = make_network(name, classes).eval()
-    torch.save(net.state_dict(), path)
-    return net
-
-
-def test_maps_and_neighbours_of_images_in_memory(build, cifar, tmp_path):  # noqa: F811
+def test_maps_and_neighbours_of_images_in_memory(build, cifar, tmp_path):
     net = weights_of("cifar_resnet20", 2, tmp_path / "w.pt")
     out = tmp_path / "maps.lmdb"
     build(data=cifar, format="cifar10", model="cifar_resnet20", weights=tmp_path / "w.pt",

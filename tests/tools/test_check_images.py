@@ -9,15 +9,11 @@ import pytest
 from conftest import TOOLS, write_images
 
 from scae_dali.data.index import ImageIndex
+from tools import check_images
 
 
 @pytest.fixture
-def check_images(tool):
-    return tool("check_images")
-
-
-@pytest.fixture
-def run(check_images, monkeypatch, capsys):
+def run(monkeypatch, capsys):
     """Its status, and the lines that it printed."""
 
     def run(*arguments):
@@ -71,7 +67,7 @@ def test_decoding_finds_the_rest_and_the_list_is_what_exclude_takes(run, data, t
     assert (status, lines) == (0, ["0 of 77 images are broken"])
 
 
-def test_a_failing_batch_is_halved_down_to_its_files(check_images, monkeypatch):
+def test_a_failing_batch_is_halved_down_to_its_files(monkeypatch):
     """Against a decoder that fails at given images; every image is settled once."""
     bad, calls = {0, 1, 40, 127, 128, 255, 299}, []
 
@@ -90,7 +86,7 @@ def test_a_failing_batch_is_halved_down_to_its_files(check_images, monkeypatch):
     assert len(calls) < 100
 
 
-def test_the_count_of_decoded_images_is_of_whole_batches(check_images, data):
+def test_the_count_of_decoded_images_is_of_whole_batches(data):
     index = ImageIndex(data)
     ids = np.arange(80)
     assert check_images.decoded(index, ids, 2) == 64  # the third batch fails, at image 69
@@ -102,6 +98,17 @@ def test_errors_that_are_no_images_fault(run, tmp_path):
     status, lines = run("--data", tmp_path / "nowhere")
     assert status == 2
     assert lines[-1].startswith(f"error: root='{tmp_path}/nowhere' does not exist; give the folder")
+
+
+def test_the_root_of_train_and_val(run, data):
+    (data / "a" / "69.jpg").rename(data.parent / "cut.jpg")
+    write_images(data.parent / "val", {"a": 2, "b": 1})
+    status, lines = run("--data", data.parent)
+    assert (status, lines[-1]) == (1, "1 of 79 images are broken")
+    assert run("--data", data.parent, "--split", "val") == (0, ["0 of 3 images are broken"])
+    status, lines = run("--data", data.parent, "--split", "test")
+    assert status == 2
+    assert f"root='{data.parent}/test' does not exist" in lines[-1]
 
 
 def test_from_the_command_line(data):

@@ -1,11 +1,10 @@
 """The table of finished runs: grouped by settings, over seeds."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tools import compare_runs
 
 
 def write_run(out, method, seed, top1, *, prob=0.5, epochs=2, done=2):
@@ -22,15 +21,7 @@ def write_run(out, method, seed, top1, *, prob=0.5, epochs=2, done=2):
     return out
 
 
-@pytest.fixture
-def compare_runs(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    return __import__("compare_runs")
-
-
-def test_seeds_make_a_row_and_settings_of_other_methods_do_not_tell_runs_apart(
-    compare_runs, tmp_path, capsys
-):
+def test_seeds_make_a_row_and_settings_of_other_methods_do_not_tell_runs_apart(tmp_path, capsys):
     runs = [
         write_run(tmp_path / "a", "none", 0, 36.0),
         write_run(tmp_path / "b", "none", 1, 38.0, prob=0.9),
@@ -53,7 +44,7 @@ def test_seeds_make_a_row_and_settings_of_other_methods_do_not_tell_runs_apart(
     assert "38.00 ± 1.41" in capsys.readouterr().out
 
 
-def test_runs_that_have_not_ended_are_refused(compare_runs, tmp_path):
+def test_runs_that_have_not_ended_are_refused(tmp_path):
     run = write_run(tmp_path / "a", "none", 0, 36.0, epochs=5)
     with pytest.raises(SystemExit, match=r"has 2 of 5 epochs: let it end \(--resume\) first"):
         compare_runs.main([str(run)])

@@ -14,13 +14,9 @@ from pipelines.data import DataConfig
 from pipelines.recipe import Config, ImageConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.training.networks import make_network
+from tools import erasing_effect as effect
 
 SIZE = 24
-
-
-@pytest.fixture
-def effect(tool):
-    return tool("erasing_effect")
 
 
 @pytest.fixture
@@ -48,7 +44,7 @@ def run(tmp_path):
     return out
 
 
-def test_rows(effect, run, capsys):
+def test_rows(run, capsys):
     out = run / "effect.json"
     effect.main([str(run), "--lam=-8,0,8", "--json", str(out)])
     found = json.loads(out.read_text())
@@ -66,7 +62,7 @@ def test_rows(effect, run, capsys):
     assert json.loads(out.read_text())["rows"][0]["images"] == 7
 
 
-def test_a_row_of_no_erasing_is_what_the_network_says(effect, run, tmp_path):
+def test_a_row_of_no_erasing_is_what_the_network_says(run, tmp_path):
     """The images are whole, normalised, and those of their labels."""
     args = effect.parse([str(run), "--lam=0"])
     whole = effect.measure(args)[0]
@@ -82,7 +78,7 @@ def test_a_row_of_no_erasing_is_what_the_network_says(effect, run, tmp_path):
     assert whole["top1"] == pytest.approx(100 * (p.argmax(1) == index.labels).mean())
 
 
-def test_lambda_moves_rectangles_and_does_not_resize_them(effect, run):
+def test_lambda_moves_rectangles_and_does_not_resize_them(run):
     config, _, data, cache = effect.open_run(effect.parse([str(run)]))
     ids = np.arange(40)
     boxes = {lam: effect.planner(data.train, cache, config, lam, 3)(ids) for lam in (0, 8)}
@@ -93,7 +89,7 @@ def test_lambda_moves_rectangles_and_does_not_resize_them(effect, run):
     assert (boxes[8][:, :2] + boxes[8][:, 2:] <= SIZE).all()
 
 
-def test_contrast_and_fill(effect):
+def test_contrast_and_fill():
     maps = np.zeros((3, 2, 2), np.uint8)
     maps[0] = 51
     maps[1, 0, 0] = 255
@@ -108,7 +104,7 @@ def test_contrast_and_fill(effect):
     assert images.min() == 1
 
 
-def test_what_is_no_finished_run_is_refused(effect, run):
+def test_what_is_no_finished_run_is_refused(run):
     (run / "weights.pt").unlink()
     with pytest.raises(SystemExit, match=r"run' must be the folder of a finished run of train\.py"):
         effect.main([str(run)])

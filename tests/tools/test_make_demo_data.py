@@ -1,18 +1,18 @@
 import json
-import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-TOOL = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "make_demo_data.py"))
+from tools import make_demo_data
+
 SMALL = ["--classes=7", "--train-max=24", "--imbalance=12", "--val-per-class=2"]
 SMALL += ["--size-range", "64", "90"]
 
 
 def make(out: Path, *more: str) -> int:
-    return TOOL["main"]([str(out), *SMALL, *more])
+    return make_demo_data.main(["--out", str(out), *SMALL, *more])
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_train_is_long_tailed_and_val_balanced(demo):
 
     assert counts("train") == [24, 16, 10, 7, 5, 3, 2]
     assert counts("val") == [2] * 7
-    default = TOOL["train_counts"](10, 200, 20.0)
+    default = make_demo_data.train_counts(10, 200, 20.0)
     assert (default[0], default[-1], sum(default)) == (200, 10, 681)
     assert sum(n < 0.1 * default[0] for n in default) == 3  # tail classes
 
@@ -46,19 +46,21 @@ def test_the_same_seed_gives_the_same_bytes_and_another_others(demo, tmp_path):
 
 
 def test_no_shape_or_colour_tells_the_class():
-    designs = [TOOL["class_design"](k) for k in range(10)]
+    designs = [make_demo_data.class_design(k) for k in range(10)]
     assert len(set(designs)) == 10
     for part in range(3):
         values = [design[part] for design in designs]
         assert min(values.count(value) for value in values) >= 2
-    shapes_and_colours = {TOOL["class_design"](k)[:2] for k in range(TOOL["MAX_CLASSES"])}
-    assert len(shapes_and_colours) == TOOL["MAX_CLASSES"] == 25
+    shapes_and_colours = {
+        make_demo_data.class_design(k)[:2] for k in range(make_demo_data.MAX_CLASSES)
+    }
+    assert len(shapes_and_colours) == make_demo_data.MAX_CLASSES == 25
 
 
 def test_shapes_fill_their_box_and_survive_a_flip():
     masks = {}
-    for shape in TOOL["SHAPES"]:
-        mask = np.asarray(TOOL["object_mask"](shape, 30)).astype(int)
+    for shape in make_demo_data.SHAPES:
+        mask = np.asarray(make_demo_data.object_mask(shape, 30)).astype(int)
         assert all(edge.max() > 0 for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1])), shape
         assert np.abs(mask - mask[:, ::-1]).max() <= 64, shape  # a quarter of a border pixel
         masks[shape] = mask > 127
@@ -86,7 +88,7 @@ def test_boxes_lie_on_the_objects_of_the_upright_images(demo):
         _, colour, shape = name.split("/")[1].split("_")
         if int(name.split("/")[1][:2]) < 2:
             pixel = image[round(y + 0.7 * h), round(x + 0.5 * w)]
-            assert np.abs(pixel - TOOL["COLOURS"][colour]).max() < 60, (name, shape)
+            assert np.abs(pixel - make_demo_data.COLOURS[colour]).max() < 60, (name, shape)
     assert orientations == {1, 3, 6, 8}
     assert len(shapes) > 20
 

@@ -7,14 +7,15 @@ import pytest
 
 from pipelines.data import DataConfig
 from scae_dali.data.index import ImageIndex
+from tools import make_longtail
 
 
 @pytest.fixture
-def run(tool, capsys):
+def run(capsys):
     """Its status and the lines of what it said."""
 
     def run(*arguments):
-        status = tool("make_longtail").main([str(argument) for argument in arguments])
+        status = make_longtail.main([str(argument) for argument in arguments])
         said = capsys.readouterr()
         return status, (said.err if status else said.out).splitlines()
 
@@ -69,8 +70,8 @@ def test_the_profile_is_printed(run, data, tmp_path):
     ]
 
 
-def test_many_classes_share_a_line(tool):
-    lines = list(tool("make_longtail").describe(np.arange(1000, 0, -1)))
+def test_many_classes_share_a_line():
+    lines = list(make_longtail.describe(np.arange(1000, 0, -1)))
     assert len(lines) == 24
     assert lines[4] == "     0 - 49      975.5 " + "█" * 49
     assert lines[-1] == "   950 - 999      25.5 █"

@@ -7,7 +7,6 @@ import re
 import shlex
 import signal
 import statistics
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,10 @@ from conftest import write_images, write_pngs
 from scae_dali.data.longtail import profile
 from scae_dali.methods import Run, compose
 from scae_dali.plan import schedule
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import _jobs  # noqa: E402
-import reproduce  # noqa: E402
-from _tables import LONG_TAIL_INDEPENDENT, LONG_TAIL_PAPER, TABLES  # noqa: E402
+from tools import reproduce
+from tools.common import runs
+from tools.paper import jobs as making
+from tools.paper.tables import LONG_TAIL_INDEPENDENT, LONG_TAIL_PAPER, TABLES
 
 CELLS = [
     pytest.param(number, section, model, cell, id=f"{number}-{section.name}-{model}-{cell.name}")
@@ -122,7 +119,7 @@ def arguments(number, tmp_path, *more):
 
 @pytest.mark.parametrize(("number", "section", "model", "cell"), CELLS)
 def test_train_py_takes_every_cell(tmp_path, number, section, model, cell):
-    job = _jobs.make_job(arguments(number, tmp_path), section, model, cell, seed=2)
+    job = making.make_job(arguments(number, tmp_path), section, model, cell, seed=2)
     config = job.config
     assert (config.method, config.model, config.seed) == (cell.method, model, 2)
     counts = profile(500, 100, config.data.imbalance or 1)
@@ -179,7 +176,7 @@ def test_fewer_epochs_shrink_the_schedules(tmp_path):
         args = arguments(number, tmp_path, *more)
         chosen = TABLES[number].sections[section]
         model = TABLES[number].models[0]
-        return _jobs.make_job(args, chosen, model, chosen.cell(name), 0).config
+        return making.make_job(args, chosen, model, chosen.cell(name), 0).config
 
     whole = config(3, "mislas_stage1").optim
     assert (whole.milestones, whole.warmup_epochs) == ((160, 180), 5)
@@ -198,7 +195,7 @@ def test_fewer_epochs_shrink_the_schedules(tmp_path):
 def test_the_masks_of_gridmask_grow_over_the_same_share_of_a_shorter_run(tmp_path):
     args = arguments(3, tmp_path, "--epochs", "50")
     section = TABLES[3].sections[0]
-    job = _jobs.make_job(args, section, "cifar_resnet32", section.cell("grid_mask"), 0)
+    job = making.make_job(args, section, "cifar_resnet32", section.cell("grid_mask"), 0)
     assert job.config.method_settings()["ramp_epochs"] == 40
 
 
@@ -470,21 +467,21 @@ def test_options_that_train_py_does_not_take_stop_before_anything_runs(data, tmp
 def test_what_a_cell_is_cannot_be_changed_by_options(tmp_path):
     section = TABLES[3].sections[0]
     args = arguments(3, tmp_path, "--", "--scae.class_aware=true", "--batch_size=64")
-    job = _jobs.make_job(args, section, "cifar_resnet32", section.cell("guided"), 0)
+    job = making.make_job(args, section, "cifar_resnet32", section.cell("guided"), 0)
     assert not job.config.scae.class_aware
     assert job.config.batch_size == 64
 
 
 def test_threads_are_shared_out_on_the_cpu(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    threads = [reproduce._runs.environment(0, n, "cpu")["OMP_NUM_THREADS"] for n in (1, 3, 20)]
+    threads = [runs.environment(0, n, "cpu")["OMP_NUM_THREADS"] for n in (1, 3, 20)]
     assert threads == ["8", "2", "1"]
 
 
 def test_gpus_are_taken_in_turn(monkeypatch):
-    monkeypatch.setattr(reproduce._runs.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(runs.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    seen = [reproduce._runs.environment(n, 4, "auto")["CUDA_VISIBLE_DEVICES"] for n in range(3)]
+    seen = [runs.environment(n, 4, "auto")["CUDA_VISIBLE_DEVICES"] for n in range(3)]
     assert seen == ["3", "5", "3"]
 
 
@@ -502,9 +499,9 @@ def test_two_cells_the_second_on_the_firsts_weights_end_to_end(data, tmp_path):
     assert {"last", "top-5", "few", "ECE", "overhead"} <= found["rows"][1]["figures"].keys()
     assert str(tmp_path) not in json.dumps(found)
     args = reproduce.parse(argv)
-    _jobs.refuse_others(args)
-    jobs = _jobs.plan(args)
-    assert all(_jobs.finished(job, jobs) for job in jobs)
+    making.refuse_others(args)
+    jobs = making.plan(args)
+    assert all(making.finished(job, jobs) for job in jobs)
     written = json.loads((jobs[1].path / "config.json").read_text())
     assert written == jobs[1].settings
     assert written["second_stage"]["classifier"] == "tune"

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from conftest import write_images
 from PIL import Image
-from torchvision import datasets
 
 from scae_dali.data.index import DatasetError, ImageIndex
 from scae_dali.data.longtail import imbalanced
@@ -22,38 +21,6 @@ from scae_dali.data.pixels import ArrayImages, _allocate
 DEFAULT = Path(__file__).parents[4] / "shared" / "data" / "cifar100.zip"
 ZIP = Path(os.environ.get("SCAE_CIFAR100", DEFAULT))
 MEAN_OF_CIFAR100 = (129.3, 124.1, 112.4)  # of the training images, RGB
-
-
-def write_cifar(root: Path, train: int = 12, test: int = 4) -> None:
-    """Files of random pixels in the format of CIFAR-10 and CIFAR-100, of 2 and 3 classes."""
-    rng = np.random.default_rng(0)
-
-    def write(name: str, content: dict) -> None:
-        path = root / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(pickle.dumps(content, protocol=2))
-
-    def part(name: str, n: int, classes: int, key: str) -> None:
-        labels = (np.arange(n) * 7 % classes).tolist()
-        data = rng.integers(0, 256, (n, 3072), np.uint8)
-        write(name, {"data": data, key: labels, "coarse_labels": [0] * n})
-
-    for batch in range(1, 6):
-        part(f"cifar-10-batches-py/data_batch_{batch}", train, 2, "labels")
-    part("cifar-10-batches-py/test_batch", test, 2, "labels")
-    write("cifar-10-batches-py/batches.meta", {"label_names": ["plane", "car"]})
-    part("cifar-100-python/train", train, 3, "fine_labels")
-    part("cifar-100-python/test", test, 3, "fine_labels")
-    names = {"fine_label_names": ["apple", "bear", "clock"], "coarse_label_names": ["all"]}
-    write("cifar-100-python/meta", names)
-
-
-@pytest.fixture
-def cifar(tmp_path, monkeypatch) -> Path:
-    """A root with both, whose sums are not checked."""
-    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5: Path(path).is_file())
-    write_cifar(tmp_path)
-    return tmp_path
 
 
 def write_pngs(root: Path, sizes: dict[str, tuple[int, int]]) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from scae_dali.training.evaluation import Evaluation
 from scae_dali.training.ranks import Ranks
+from tools.gpu.checks import no_waiting
 
 ROOT = Path(__file__).parents[3]
 COUNTS = np.array([500, 101, 100, 50, 20, 19, 0])
@@ -169,11 +170,11 @@ def test_update_never_reads_a_value_back():
 
 
 @pytest.mark.gpu
-def test_update_does_not_wait_for_the_gpu(tool):
+def test_update_does_not_wait_for_the_gpu():
     logits, labels = sample()
     evaluation = Evaluation(COUNTS, "cuda")
     batch = logits.cuda(), labels.cuda()
-    with tool("_gpu_checks").no_waiting():
+    with no_waiting():
         evaluation.update(*batch)
     got, alone = evaluation.compute(ALONE), figures(COUNTS, (logits, labels))
     assert got.pop("val_per_class") == alone.pop("val_per_class")

@@ -14,6 +14,7 @@ from scae_dali.training.losses import (
     label_aware_smoothing,
     mixed_cross_entropy,
 )
+from tools.gpu.checks import no_waiting
 
 CIFAR_LT = [int(500 * 0.01 ** (k / 99)) for k in range(100)]  # at an imbalance of 100
 
@@ -232,11 +233,11 @@ def test_smoothing_and_weights_together():
 
 
 @pytest.mark.gpu
-def test_the_loss_of_a_step_does_not_wait_for_the_device(tool):
+def test_the_loss_of_a_step_does_not_wait_for_the_device():
     config = LossConfig(smoothing_head=0.4, smoothing_tail=0.1, class_balanced=0.99)
     criterion = Loss(config, [50, 40, 30, 20, 1], "cuda").at(0)
     inputs = [t.cuda() for t in batch()]
-    with tool("_gpu_checks").no_waiting():
+    with no_waiting():
         found = criterion(*inputs)
     torch.testing.assert_close(
         found.cpu(), Loss(config, [50, 40, 30, 20, 1], "cpu").at(0)(*batch())

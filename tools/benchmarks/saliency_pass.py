@@ -1,7 +1,7 @@
 """The saliency pass against plain inference, from file to cache, and what smaller images cost it.
 
-    python tools/bench_pass.py --data imagenet/train --model resnet50 --sizes 224,160 --json OUT
-    python tools/bench_pass.py --data demo/data/train --model resnet18 --layer layer3 \\
+    python tools/benchmark.py saliency_pass --data imagenet --sizes 224,160 --json OUT
+    python tools/benchmark.py saliency_pass --data demo/data --model resnet18 --layer layer3 \\
         --weights demo/run/weights.pt --sizes 128,96,64 --json OUT
 
 Rows, of each size: `images`, what the pipeline gives with nothing done to them; `inference`, their
@@ -27,33 +27,30 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import _live
 import numpy as np
 import torch
-from _options import count, existing_folder, usable_device, whole_numbers
-from _pass import Passes
-from build_cache import load_model
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn.functional import interpolate
 
-import _bench
-import _path  # noqa: F401
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
 from pipelines.recipe import autocast
 from scae_dali.cache import SaliencyCache
 from scae_dali.saliency.refresh import agreement
+from tools.benchmarks.passes import Passes
+from tools.build_cache import load_model
+from tools.common import bench, live
+from tools.common.made_up import SEED, epoch_index
+from tools.common.options import add_batch_size, add_data, add_device, count, whole_numbers
 
 Amp = Callable[[], AbstractContextManager]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--data", type=existing_folder, required=True, metavar="DIR", help="DIR/<class>/<image>"
-    )
+    parser = bench.parser_of(__doc__, __name__)
+    add_data(parser, required=True)
     parser.add_argument("--repeat", type=count, default=1, help="times each file is in a pass")
     parser.add_argument("--images", type=count, help="at most so many in a pass")
     parser.add_argument("--model", default="resnet50", help="a network as train.py takes it")
@@ -62,12 +59,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--sizes", type=whole_numbers, default="224,160", metavar="A,B,...", help="in pixels"
     )
-    parser.add_argument("--batch-size", type=count, default=32)
+    add_batch_size(parser, 32)
     parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--threads", type=count, default=2, help="of DALI")
-    parser.add_argument("--device-id", type=usable_device, default="cpu", metavar="N|cpu")
-    return _bench.parse(
+    add_device(parser)
+    return bench.parse(
         parser,
         argv,
         rounds=5,
@@ -93,11 +90,11 @@ def forwards(net: nn.Module, images: torch.Tensor, amp: Amp) -> dict[str, Callab
     def measure(candidate: nn.Module, given: torch.Tensor) -> float:
         training = candidate.training
         candidate.eval()
-        _live.synchronize()
+        live.synchronize()
         start = time.perf_counter()
         with amp():
             candidate(given)
-        _live.synchronize()
+        live.synchronize()
         seconds = time.perf_counter() - start
         candidate.train(training)
         return len(given) / seconds
@@ -124,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cpu" if args.device_id is None else f"cuda:{args.device_id}")
     if args.device_id is not None:
         torch.cuda.set_device(device)
-    index = _live.epoch_index(args.data, args.repeat, args.batch_size)
+    index = epoch_index(args.data, args.repeat, args.batch_size)
     if args.images is not None:
         index = index.subset(range(min(args.images, len(index))))
     if len(index) <= args.batch_size:
@@ -132,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
             f"a pass needs at least two batches, got {len(index)} images and --batch-size "
             f"{args.batch_size}; pass a smaller one, or more images"
         )
-    torch.manual_seed(_live.SEED)
+    torch.manual_seed(SEED)
     torch.backends.cudnn.benchmark = True  # as train.py does
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     net = load_model(args.model, args.weights, index.num_classes)
@@ -157,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
             calls[f"pass, {size}"] = passes.maps(image, paths[size])
         batch = torch.randn(args.batch_size, 3, args.sizes[0], args.sizes[0], device=device)
         calls |= forwards(net, batch.contiguous(memory_format=layout), amp)
-        samples = _bench.interleaved(calls, args.rounds)
+        samples = bench.interleaved(calls, args.rounds)
         caches = {size: SaliencyCache(path, index=index) for size, path in paths.items()}
         extra: dict[str, Any] = {
             "of_inference": {
@@ -169,9 +166,5 @@ def main(argv: list[str] | None = None) -> None:
         }
         if args.weights:
             extra["agreement"] = agreements(caches, len(index))
-    extra["settings"] = _bench.settings(args) | {"images": len(index)}
-    _bench.report(_bench.rows(samples, f"inference, {args.sizes[0]}"), args, extra)
-
-
-if __name__ == "__main__":
-    _bench.run(main)
+    extra["settings"] = bench.settings(args) | {"images": len(index)}
+    bench.report(bench.rows(samples, f"inference, {args.sizes[0]}"), args, extra)

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 from torchvision import io
 from torchvision.transforms import v2
 
-import _path  # noqa: F401
 from pipelines.config import ImageConfig
 from scae_dali.config import RandomErasingConfig
 from scae_dali.data.index import ImageIndex
@@ -129,7 +128,9 @@ def _workers() -> Any:
     """How workers start: from a process without DALI's threads, which no fork survives, that has
     imported all they need, for which each would take seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench_pipeline", *(["timm.data"] if has_timm() else [])])
+    context.set_forkserver_preload(
+        ["tools.benchmarks.peers", *(["timm.data"] if has_timm() else [])]
+    )
     return context
 
 

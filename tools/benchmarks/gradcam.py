@@ -1,6 +1,6 @@
 """What Grad-CAM costs beside the forward pass it rides on. Goal: at most 1.10 times the forward.
 
-    python tools/bench_gradcam.py --model resnet50 --json tools/results/gradcam_cpu.json
+    python tools/benchmark.py gradcam --model resnet50 --json tools/results/gradcam_cpu.json
 
 Rows: `forward` (the plain model, evaluation mode, no graph), `gradcam` (ours) and, where it is
 installed and knows the precision, `grad-cam (PyPI)`: same images, weights, precision and memory
@@ -18,39 +18,40 @@ from importlib import metadata
 
 import torch
 import torchvision
-from _options import count
 
-import _bench
-import _path  # noqa: F401
 from pipelines.recipe import autocast
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.scorecam import ScoreCAM
+from tools.common import bench
+from tools.common.options import add_batch_size, add_device, count
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = bench.parser_of(__doc__, __name__)
     parser.add_argument("--model", default="resnet50", help="a torchvision classification model")
     parser.add_argument("--layer", default=None, help="module name; default: by the model's family")
-    parser.add_argument("--batch-size", type=count, default=16)
+    add_batch_size(parser, 16)
     parser.add_argument("--size", type=count, default=224, help="side of the images, in pixels")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    add_device(parser)
     parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--scorecam", action="store_true")
-    return _bench.parse(parser, argv, rounds=7, quick={"rounds": 3, "batch_size": 4})
+    return bench.parse(parser, argv, rounds=7, quick={"rounds": 3, "batch_size": 4})
 
 
-def rate(step: Callable[[], object], args: argparse.Namespace) -> Callable[[], float]:
+def rate(
+    step: Callable[[], object], args: argparse.Namespace, device: torch.device
+) -> Callable[[], float]:
     """-> a function that runs `step` and gives img/s; on a GPU so often that what is queued there,
     and not the host, is measured."""
-    cuda = args.device == "cuda"
+    cuda = device.type == "cuda"
     times = 20 if cuda else 1
 
     def measure() -> float:
         if cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
-        with autocast(args.amp, torch.device(args.device)):
+        with autocast(args.amp, device):
             for _ in range(times):
                 step()
         if cuda:
@@ -61,14 +62,15 @@ def rate(step: Callable[[], object], args: argparse.Namespace) -> Callable[[], f
 
 
 def candidates(args: argparse.Namespace) -> dict[str, Callable[[], float]]:
+    device = torch.device("cpu" if args.device_id is None else f"cuda:{args.device_id}")
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True  # as train.py does
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model = torchvision.models.get_model(args.model).eval()
-    model = model.to(args.device, memory_format=layout)
+    model = model.to(device, memory_format=layout)
     images = torch.randn(args.batch_size, 3, args.size, args.size)
-    images = images.to(args.device, memory_format=layout)
-    labels = torch.arange(args.batch_size, device=args.device)
+    images = images.to(device, memory_format=layout)
+    labels = torch.arange(args.batch_size, device=device)
     ours = GradCAM(model, args.layer)
 
     def forward() -> None:
@@ -96,21 +98,17 @@ def candidates(args: argparse.Namespace) -> dict[str, Callable[[], float]]:
             model.zero_grad()
 
         steps["grad-cam (PyPI)"] = reference
-    return {name: rate(step, args) for name, step in steps.items()}
+    return {name: rate(step, args, device) for name, step in steps.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    table = _bench.rows(_bench.interleaved(candidates(args), args.rounds), baseline="forward")
+    table = bench.rows(bench.interleaved(candidates(args), args.rounds), baseline="forward")
     costs = {row["name"]: 1 / row["ratio"] for row in table}
     extra: dict[str, object] = {"cost": round(costs["gradcam"], 3), "goal": "cost <= 1.10"}
-    extra["settings"] = _bench.settings(args)
+    extra["settings"] = bench.settings(args)
     if "scorecam" in costs:
         extra["scorecam cost"] = round(costs["scorecam"])
     if "grad-cam (PyPI)" in costs:
         extra["grad-cam"] = metadata.version("grad-cam")
-    _bench.report(table, args, extra)
-
-
-if __name__ == "__main__":
-    _bench.run(main)
+    bench.report(table, args, extra)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, interleaved rounds, their statistics, what they ran on.
+"""What the benchmarks share: options, interleaved rounds, their statistics, the report.
 
 Candidates take turns within a round, in another order each time, so that a machine that slows down
 slows all of them and none runs always after the same one. Ratios are formed within a round before
@@ -9,46 +9,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
-import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from _options import count
+from tools.common import options
+from tools.common.about import about, write_json
+from tools.common.options import count
 
-import _path
+__all__ = ["draw", "interleaved", "iqr", "parse", "parser_of", "report", "rows", "settings"]
 
-__all__ = [
-    "about",
-    "draw",
-    "hardware",
-    "interleaved",
-    "iqr",
-    "parse",
-    "report",
-    "rows",
-    "run",
-    "settings",
-    "versions",
-    "write_json",
-]
 
-PACKAGES = {
-    "numpy": ("numpy",),
-    "lmdb": ("lmdb",),
-    "torch": ("torch",),
-    "torchvision": ("torchvision",),
-    "timm": ("timm",),
-    "dali": ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110"),
-}
+def parser_of(doc: str | None, module: str) -> argparse.ArgumentParser:
+    """The parser of a benchmark, by its module's docstring and name."""
+    return options.parser_of(doc, prog=f"benchmark.py {module.rpartition('.')[2]}")
 
 
 def parse(
@@ -73,14 +50,6 @@ def parse(
         parser.set_defaults(**quick)
         args = parser.parse_args(argv)
     return args
-
-
-def run(main: Callable[[], object]) -> None:
-    """main(); what its user can mend is told in a line."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -136,49 +105,6 @@ def rows(samples: Mapping[str, Sequence[float]], baseline: str) -> list[dict[str
     return table
 
 
-def hardware() -> dict[str, Any]:
-    """Processor, cores that this process may use, memory in GB, and the GPU if torch sees one."""
-    gpu = None
-    try:
-        import torch
-
-        if torch.cuda.is_available():
-            gpu = torch.cuda.get_device_name()
-    except ImportError:
-        pass
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "ram_gb": round(memory / 1e9, 1),
-        "gpu": gpu,
-    }
-
-
-def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that matter here; None where one is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name, distributions in PACKAGES.items():
-        found[name] = None
-        for distribution in distributions:
-            try:
-                found[name] = metadata.version(distribution)
-                break
-            except metadata.PackageNotFoundError:
-                continue
-    return found
-
-
-def about() -> dict[str, Any]:
-    """Of a result: the line that started this tool, of which commit, on what, with what."""
-    return {
-        "command": shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "commit": _commit(),
-        "hardware": hardware(),
-        "versions": versions(),
-    }
-
-
 def report(
     table: Sequence[Mapping[str, Any]],
     args: argparse.Namespace,
@@ -232,32 +158,3 @@ def draw(panels: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     figure.supxlabel("rate, as a multiple of the baseline's", fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-
-
-def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Indented, and in place only once it is whole."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(target.name + ".tmp")
-    draft.write_text(json.dumps(content, indent=2) + "\n")
-    draft.replace(target)
-
-
-def _commit() -> str | None:
-    """Of the working tree, with -dirty where it has changes; None outside one."""
-    told = ["git", "-C", str(_path.ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(told, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -8,7 +8,6 @@ import time
 import torch
 from torch.nn.functional import cross_entropy
 
-import _path  # noqa: F401
 from pipelines.recipe import Config, autocast
 from scae_dali.training.networks import make_network
 from scae_dali.training.ranks import pick_device

@@ -1,6 +1,6 @@
 """How long the Python operator takes for a batch, and each of its pieces, on one core.
 
-    python tools/bench_operator.py --json tools/results/operator_cpu.json
+    python tools/benchmark.py operator --json tools/results/operator_cpu.json
 
 The operator erases as SCAE does where λ is largest, crop and flip drawn by itself, half of the
 images erased, maps of a cache of --samples in LMDB. `ratio` is to this row, `operator`; its pieces
@@ -31,19 +31,20 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-import _live
 import numpy as np
 import torch
-from _options import count, positive
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
-import _bench
 from scae_dali.cache import SaliencyCache
 from scae_dali.config import CropConfig, ScaeConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.plan import region
 from scae_dali.plan.random import Stream, uniforms
 from scae_dali.stage.stage import Operator, Stage
+from tools.common import bench
+from tools.common.live import GUIDED
+from tools.common.made_up import SEED, random_cache, smooth_maps
+from tools.common.options import add_batch_size, count, positive
 
 FULL_PX = (375, 500, 3)  # of ImageNet's most frequent image
 LAMBDAS = (0.0, 2.0, 5.0, 20.0, -20.0)
@@ -80,7 +81,7 @@ def given(ids: np.ndarray, step: int) -> Inputs:
 
 
 def operator(index: ImageIndex, args: argparse.Namespace, method: str, **keywords: Any) -> Operator:
-    stage = Stage(index, method, batch_size=args.batch_size, **keywords, **_live.GUIDED)
+    stage = Stage(index, method, batch_size=args.batch_size, **keywords, **GUIDED)
     return Operator(stage, stage.planner(CropConfig()), 1, (args.size, args.size))
 
 
@@ -195,13 +196,13 @@ def left_behind(call: Callable[[], object], calls: int = 100) -> float:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--batch-size", type=count, default=256)
+    parser = bench.parser_of(__doc__, __name__)
+    add_batch_size(parser, 256)
     parser.add_argument("--batches", type=count, default=100, help="that take turns; default: 100")
     parser.add_argument("--samples", type=count, default=1_281_167, help="default: ImageNet's")
     parser.add_argument("--size", type=count, default=224, help="side of the crop in pixels")
     parser.add_argument("--seconds", type=positive, default=0.3, help="of a row in a round")
-    return _bench.parse(
+    return bench.parse(
         parser,
         argv,
         rounds=7,
@@ -214,12 +215,12 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     n, b = max(args.samples, args.batch_size), args.batch_size
     index = ImageIndex.from_arrays([f"{i}.jpg" for i in range(n)], np.zeros(n, np.int64))
-    rng = np.random.default_rng(_live.SEED)
+    rng = np.random.default_rng(SEED)
     ids = np.stack([rng.permutation(n)[:b] for _ in range(args.batches)])
     batches = [given(batch, step) for step, batch in enumerate(ids)]
-    maps = _live.smooth_maps(b, (7, 7))
+    maps = smooth_maps(b, (7, 7))
     with tempfile.TemporaryDirectory() as folder:
-        cache = _live.random_cache(os.path.join(folder, "maps.lmdb"), index)
+        cache = random_cache(os.path.join(folder, "maps.lmdb"), index)
         ours = operator(index, args, "scae", cache=cache)
         looked_up = operator(index, args, "scae", cache=cache, resident=False)
         by_torch = operator(index, args, "scae", cache=cache, backend="torch")
@@ -247,19 +248,15 @@ def main(argv: list[str] | None = None) -> None:
         for lam in LAMBDAS:
             drawn = [(maps, lam, args.size, False, step) for step in steps]
             calls[f"boxes, λ={lam:g}"] = in_turn(boxes, drawn)
-        samples = _bench.interleaved(
+        samples = bench.interleaved(
             {name: partial(rate, call, b, args.seconds) for name, call in calls.items()},
             args.rounds,
         )
         cycles = left_behind(calls["operator"])
-    table = _bench.rows(samples, "operator")
+    table = bench.rows(samples, "operator")
     extra = {
         "ms_per_batch": {row["name"]: round(1e3 * b / row["img_per_s"], 3) for row in table},
         "cyclic_garbage_per_batch": cycles,
-        "settings": _bench.settings(args),
+        "settings": bench.settings(args),
     }
-    _bench.report(table, args, extra)
-
-
-if __name__ == "__main__":
-    _bench.run(main)
+    bench.report(table, args, extra)

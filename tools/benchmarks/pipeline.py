@@ -1,11 +1,15 @@
 """Throughput of the training pipeline by method, beside no erasing and beside what others do.
 
-    python tools/bench_pipeline.py --data imagenet/train --json tools/results/pipeline_cpu.json
-    python tools/bench_pipeline.py --data imagenet/train --methods none,scae --peers native \
+    python tools/benchmark.py pipeline --data imagenet --json tools/results/pipeline_cpu.json
+    python tools/benchmark.py pipeline --data imagenet --methods none,scae --peers native \
         --threads 1,2 --batch-size 64,256 --dtype fp32,fp16 --decode roi,full --json sweep.json
+    python tools/benchmark.py pipeline --data imagenet --methods none --peers none \
+        --mixed-share 0.01,0.09 --json tools/results/mixing_cpu.json
+    python tools/benchmark.py pipeline --source memory --methods none,random_erasing,scae \
+        --batch-size 128 --json tools/results/arrays_cpu.json
 
 Rows: a method each, or several joined by +; `none (again)`, a second pipeline like `none`, which
-shows the noise floor; and those of --peers:
+shows the noise floor; and of files those of --peers:
 native       `native METHOD`, DALI's own counterpart of a method, with DALI's random numbers, on the
              crops of `none`; `native none`, DALI's own crop and flip without any Python: what the
              plan of `none` costs; `decode alone`, files read and decoded whole, and no more: the
@@ -19,12 +23,24 @@ timm         `timm METHOD`, likewise by timm's create_loader; on the CPU without
 `ratio` is a row's rate over that of `none`; `versus_native`, `versus_torchvision` and `versus_timm`
 are those over the counterparts, which for SCAE are those of Random Erasing.
 `cpu_ms_per_image` counts the work instead of the time: it bears other load on the machine.
+`plan_ms_per_batch` is spent in a thread beside DALI's.
 
 All rows live at once and take turns. Methods run with their default settings; SCAE where λ is
 largest, from a cache of random maps, and where nothing of a tail is mixed: the classes have one
-size (bench_mixing.py has a tail). --threads, --batch-size, --prefetch, --dtype, --decode,
---layout and --hw-decoder-load take several values, A,B,...: every combination is measured, one
-after the other, with ratios to its own `none`, and names of rows say what differs.
+size. `mixed_share` is what was counted.
+
+--mixed-share S relabels the images: 2·S of them, drawn at random, become a tail of small classes,
+whose samples SCAE mixes with probability 0.5; the others are one class. So about the share S of all
+is mixed. Rows: `mixed S`; `unmixed S`, the same data with mix_prob=0, which is the `baseline` of
+both ratios. Goals: 0.95 at 1%, 0.85 at 9%.
+
+--source memory takes images from memory, as small as CIFAR's, shifted by up to 4 pixels instead of
+cropped. The row `scae, long tail` has them in classes as large as those of CIFAR-100-LT, so that
+samples are mixed. Goals on two cores: 50,000 img/s for none, 0.85 of it for SCAE.
+
+--threads, --batch-size, --prefetch, --dtype, --decode, --layout and --hw-decoder-load take several
+values, A,B,...: every combination is measured, one after the other, with ratios to its own `none`,
+and names of rows say what differs.
 """
 
 from __future__ import annotations
@@ -35,36 +51,33 @@ import itertools
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-import _native
-import _peers
 import torch
-from _live import (
-    GUIDED,
-    SEED,
-    Row,
-    endless,
-    epoch_index,
-    evened,
-    medians,
-    random_cache,
-    settle,
-)
-from _options import count, existing_folder, shares, some_of, usable_device, whole_numbers
 
-import _bench
-import _path  # noqa: F401
-from pipelines import files
-from pipelines.config import ExecConfig, ImageConfig
+from pipelines.config import ExecConfig
 from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import BUILT_IN
 from scae_dali.stage.images import resolve_decode
-from scae_dali.stage.loader import Loader
-from scae_dali.stage.stage import Stage
+from tools.benchmarks import peers
+from tools.benchmarks.pipeline_rows import Rows
+from tools.common import bench
+from tools.common.about import about, write_json
+from tools.common.live import medians, settle
+from tools.common.made_up import random_cache
+from tools.common.options import (
+    add_batch_size,
+    add_device,
+    count,
+    shares,
+    some_of,
+    whole_numbers,
+)
+from tools.common.source import add_source, check_source, open_source
 
 PEERS = ("native", "torchvision", "timm")
 # The options of which every combination is measured, and how names of rows tell their values.
@@ -80,10 +93,8 @@ SWEPT = {
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--data", type=existing_folder, required=True, metavar="DIR", help="DIR/<class>/<image>"
-    )
+    parser = bench.parser_of(__doc__, __name__)
+    add_source(parser)
     parser.add_argument("--methods", default=",".join(BUILT_IN), metavar="A,B,...")
     parser.add_argument(
         "--backends",
@@ -97,94 +108,46 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         type=some_of(*PEERS, "none"),
         default=",".join(PEERS),
         metavar="A,B,...",
-        help="rows of others, or none; default: all",
+        help="rows of others, which read files, or none; default: all",
     )
+    parser.add_argument(
+        *("--mixed-share", "--tail-share"),
+        type=shares,
+        default=[],
+        metavar="S,...",
+        help="rows of which this share of the samples is mixed",
+    )
+    parser.add_argument("--grid", type=count, help="side of the maps; default: 7, in memory 8")
     parser.add_argument("--batches", type=count, help="a round; default: an epoch's")
-    parser.add_argument("--repeat", type=count, default=1, help="times each file is in an epoch")
-    parser.add_argument("--size", type=count, default=224, help="side of the crop in pixels")
-    parser.add_argument("--device-id", type=usable_device, default="cpu", metavar="N|cpu")
+    add_device(parser)
     several = partial(parser.add_argument, metavar="A,B,...")
     several("--threads", type=whole_numbers, default="2", help="default: 2")
-    several("--batch-size", type=whole_numbers, default="64", help="default: 64")
+    add_batch_size(parser, "64", type=whole_numbers, metavar="A,B,...")
     ahead, load = str(ExecConfig.prefetch), str(ExecConfig.hw_decoder_load)
     several("--prefetch", type=whole_numbers, default=ahead, help=f"batches; default: {ahead}")
     several("--hw-decoder-load", type=shares, default=load, help=f"default: {load}")
     several("--dtype", type=some_of("fp32", "fp16"), default="fp32", help="fp32, fp16")
     several("--layout", type=some_of("NCHW", "NHWC"), default="NCHW", help="NCHW, NHWC")
     several("--decode", type=some_of("auto", "roi", "full"), default="auto", help="auto, roi, full")
-    args = _bench.parse(
+    args = bench.parse(
         parser,
         argv,
         rounds=5,
-        quick={"rounds": 3, "batches": 3, "peers": "native"},
+        quick={"rounds": 3, "batches": 3, "images": 4096, "peers": "native"},
     )
+    check_source(parser, args)
     args.methods = args.methods.split(",")
-    args.peers = [peer for peer in args.peers if peer != "none"]
+    args.peers = [peer for peer in args.peers if peer != "none" and args.source == "files"]
     if "none" not in args.methods:
         parser.error("--methods must name none, the row that the ratios are to")
     if unknown := {part for name in args.methods for part in name.split("+")} - set(BUILT_IN):
         parser.error(f"--methods: no method {', '.join(unknown)}; there are {', '.join(BUILT_IN)}")
-    if "timm" in args.peers and not _peers.has_timm():
+    if not all(0 < share <= 0.25 for share in args.mixed_share):
+        parser.error("--mixed-share must be shares of the samples, above 0 and at most 0.25")
+    if "timm" in args.peers and not peers.has_timm():
         print("timm is not installed, so its rows are left out; pip install timm")
         args.peers.remove("timm")
     return args
-
-
-def live_rows(
-    args: argparse.Namespace,
-    index: ImageIndex,
-    cache: SaliencyCache,
-    image: ImageConfig,
-    run: ExecConfig,
-) -> dict[str, Row]:
-    """Every row's pipeline or DataLoader, running."""
-    device = "cpu" if run.device_id is None else f"cuda:{run.device_id}"
-    ahead = run.prefetch + 1
-
-    def planned_by(method: str, **keywords) -> Stage:
-        return Stage(index, method, batch_size=run.batch_size, cache=cache, **GUIDED, **keywords)
-
-    def row(build: Callable, method: str, **keywords) -> Row:
-        stage = planned_by(method, **keywords)
-        loader = Loader(build(stage, image, run), files.OUTPUTS, index, drop_last=False)
-        return Row((batch.images for batch in endless(loader)), ahead, stage)
-
-    def workers(batches: Callable, method: str, **keywords) -> Row:
-        keywords |= {"batch_size": run.batch_size, "workers": run.threads, "device": device}
-        return Row(
-            batches(index, image, method=method, **keywords), run.threads * (_peers.AHEAD + 1)
-        )
-
-    ours = partial(files.train_pipeline, seed=SEED)
-    out = {}
-    for method in args.methods:
-        if method != "scae" or {"python", "numpy"} & {*args.backends}:
-            out[method] = row(ours, method)
-        if method == "scae" and "torch" in args.backends:
-            out["scae (torch)"] = row(ours, method, backend="torch")
-    out["none (again)"] = row(ours, "none")
-    if "native" in args.peers:
-        out["native none"] = Row(_native.plain(index, image, run), ahead)
-        for method in args.methods:
-            if augment := _native.COUNTERPARTS.get(method):
-                build = partial(_native.augmented_pipeline, augment=augment)
-                out[f"native {method}"] = row(build, "none")
-        out["decode alone"] = Row(_native.decoded(index, run), ahead)
-        for method in args.methods:
-            if method in ("none", "scae"):
-                stage = planned_by(method)
-                out[f"undecoded {method}"] = Row(_native.undecoded(stage, image, run), ahead, stage)
-    if "torchvision" in args.peers:
-        for method in args.methods:
-            if method in _peers.BY_TORCHVISION:
-                out[f"torchvision {method}"] = workers(_peers.torchvision, method)
-        for decoder in list(_peers.DECODERS)[1:]:
-            out[decoder] = workers(_peers.torchvision, "random_erasing", decoder=decoder)
-    if "timm" in args.peers:
-        for method in args.methods:
-            if method in _peers.BY_TIMM:
-                out[f"timm {method}"] = workers(_peers.timm, method)
-    return out
 
 
 def versus(samples: Mapping[str, Sequence[float]], peer: str) -> dict[str, float]:
@@ -204,31 +167,55 @@ def measure(
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
     """One combination -> its rows, and what else is known of them: by name, then by row."""
     tensors = {name: chosen[name] for name in ("dtype", "decode", "layout")}
-    image = ImageConfig(size=args.size, val_resize=args.size, **tensors)
     execution = {name: chosen[name] for name in chosen if name not in tensors}
     run = ExecConfig(device_id=args.device_id, **execution)
-    index = evened(epoch_index(args.data, args.repeat, run.batch_size))
-    batches = args.batches or len(index) // run.batch_size
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        random_cache(os.path.join(folder, "maps.lmdb"), index) as cache,
-    ):
-        live = live_rows(args, index, cache, image, run)
+    source = open_source(args, run.batch_size)
+    image = source.image(args.size, **tensors)
+    batches = args.batches or len(source.index) // run.batch_size
+    side = args.grid or (7 if args.source == "files" else 8)
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+
+        def new_cache(name: str, index: ImageIndex) -> SaliencyCache:
+            path = os.path.join(folder, f"{name}.lmdb")
+            return stack.enter_context(random_cache(path, index, (side, side)))
+
+        rows = Rows(source, image, run, new_cache)
+        rows.add_methods(args.methods, args.backends)
+        if args.source == "memory" and "scae" in args.methods:
+            rows.add_long_tail()
+        for share in args.mixed_share:
+            rows.add_mixed(share)
+        for peer in args.peers:
+            getattr(rows, f"add_{peer}")(args.methods)
         settle()
-        samples = _bench.interleaved(
-            {name: partial(row.measure, batches) for name, row in live.items()}, args.rounds
+        samples = bench.interleaved(
+            {name: partial(row.measure, batches) for name, row in rows.live.items()}, args.rounds
         )
-        found = medians(live)
-        live.clear()  # their threads and workers end before those of the next combination begin
-        gc.collect()
+        found = medians(rows.live)
+        found["mixed_share"] = {name: counter.share for name, counter in rows.counts.items()}
+        rows.live.clear()
+        gc.collect()  # their threads and workers end before the next combination begins
     settings = {
         **chosen,
         "decode_resolved": resolve_decode(image.decode, args.device_id),
-        "images": len(index),
+        "images": len(source.index),
         "batches_per_round": batches,
     }
-    table = [{**row, "settings": settings} for row in _bench.rows(samples, "none")]
+    table = [{**row, "settings": settings} for row in ratios(samples, rows.baselines)]
     return table, found | {f"versus_{peer}": versus(samples, peer) for peer in PEERS}
+
+
+def ratios(
+    samples: Mapping[str, Sequence[float]], baselines: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Rows with ratios to their baselines, which are told where they are not `none`."""
+    table = []
+    for base in dict.fromkeys(baselines.values()):
+        alike = {name: rates for name, rates in samples.items() if baselines[name] == base}
+        told = {} if base == "none" else {"baseline": base}
+        table += [{**row, **told} for row in bench.rows(alike, base)]
+    return table
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -248,16 +235,16 @@ def main(argv: list[str] | None = None) -> None:
             extra.setdefault(key, {}).update(named)
         table += [{**row, "name": full_name(row["name"], title)} for row in panels[title]]
         if args.json is not None:  # a later combination may crash the process, as decoders do
-            _bench.write_json(args.json, {**_bench.about(), "rows": table, **extra})
+            write_json(args.json, {**about(), "rows": table, **extra})
     shared = {
         key: value
         for key, value in table[0]["settings"].items()
         if all(row["settings"][key] == value for row in table)
     }
-    extra["settings"] = _bench.settings(args) | shared
+    extra["settings"] = bench.settings(args) | shared
     if len(panels) > 1:
         panels = {f"{title} ({rate_of_none(rows):,.0f}/s)": rows for title, rows in panels.items()}
-    _bench.report(table, args, extra, panels)
+    bench.report(table, args, extra, panels)
 
 
 def rate_of_none(rows: Sequence[Mapping[str, Any]]) -> float:
@@ -267,7 +254,3 @@ def rate_of_none(rows: Sequence[Mapping[str, Any]]) -> float:
 def full_name(row: str, title: str) -> str:
     """A row's name among those of all combinations."""
     return f"{row}, {title}" if title else row
-
-
-if __name__ == "__main__":
-    _bench.run(main)

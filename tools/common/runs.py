@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-import _path  # noqa: F401
 from scae_dali.methods import BUILT_IN
 from scae_dali.training import checkpoint
 from scae_dali.training.log import LogError, known_rows, read_rows

@@ -1,4 +1,4 @@
-"""What the measurements of whole pipelines share: data that is made up, and rows that take turns.
+"""Rows of a measurement that take turns: whole pipelines, or anything else that yields batches.
 
 All rows live at once. What a row has read ahead is drawn off before its clock starts, and its turn
 is over only when it has filled its queue again, so that no row works during another's turn.
@@ -17,100 +17,31 @@ from typing import Any
 import numpy as np
 import torch
 
-import _path  # noqa: F401
 from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.cache import SaliencyCache
-from scae_dali.data.index import ImageIndex
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import Status
 from scae_dali.plan.order import Order
 from scae_dali.stage.loader import Batch, Loader
 from scae_dali.stage.memory import batches_at_once
 from scae_dali.stage.stage import Stage
+from tools.common.made_up import SEED
 
 __all__ = [
     "GUIDED",
-    "SEED",
     "Counter",
     "Row",
     "cpu_seconds",
     "endless",
-    "epoch_index",
-    "evened",
-    "long_tailed",
     "medians",
     "memory_loader",
     "planned_ahead",
-    "random_cache",
-    "random_images",
     "settle",
-    "smooth_maps",
+    "synchronize",
 ]
 
-SEED = 7
 # Of a Stage: λ(t) = λ_max from epoch T on.
 GUIDED: dict[str, Any] = {"epochs": 1, "start_epoch": 1, "seed": SEED}
-
-
-def epoch_index(root: str, repeat: int, batch_size: int, shards: int = 1) -> ImageIndex:
-    """The files, repeated, without those that would leave the last batch of a shard incomplete."""
-    index = ImageIndex(root)
-    together = shards * batch_size
-    n = len(index) * repeat // together * together
-    if n == 0:
-        of = "" if shards == 1 else f" for each of {shards} shards"
-        raise SystemExit(
-            f"--data {root} has {len(index)} images, fewer than --batch-size {batch_size}{of}; "
-            f"pass a smaller one, or --repeat {-(-together // len(index))}"
-        )
-    labels = np.tile(index.labels, repeat)[:n]
-    files = (index.files * repeat)[:n]
-    return ImageIndex.from_arrays(files, labels, index.root, classes=index.classes)
-
-
-def evened(index: ImageIndex) -> ImageIndex:
-    """The same files, dealt out to classes of one size: whatever the data, nothing is of a tail."""
-    labels = np.arange(len(index)) % len(index.classes)
-    return ImageIndex.from_arrays(index.files, labels, index.root, classes=index.classes)
-
-
-def random_images(n: int, size: int, classes: int = 100) -> ArrayImages:
-    """n images of random pixels, in classes of about one size."""
-    pixels = np.random.default_rng(SEED).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
-    names = [f"{i}" for i in range(n)]
-    index = ImageIndex.from_arrays(names, np.arange(n) % classes, num_classes=classes)
-    return ArrayImages(index, pixels)
-
-
-def smooth_maps(n: int, grid: tuple[int, int]) -> np.ndarray:
-    """A bump somewhere, about as wide as Grad-CAM's are: float64 [n, h, w] in [0, 1]."""
-    rng = np.random.default_rng(SEED)
-    y, x = ((np.arange(g)[:, None] + 0.5) / g for g in grid)
-    centre, width = rng.random((2, n, 1, 1)), rng.uniform(0.1, 0.5, (n, 1, 1))
-    maps = np.exp(-((y - centre[0]) ** 2 + (x.T - centre[1]) ** 2) / width**2)
-    maps -= maps.min((1, 2), keepdims=True)
-    return maps / np.maximum(maps.max((1, 2), keepdims=True), 1e-9)
-
-
-def random_cache(path: str, index: ImageIndex, grid: tuple[int, int] = (7, 7)) -> SaliencyCache:
-    """A smooth map for every sample."""
-    maps = smooth_maps(len(index), grid)
-    cache = SaliencyCache.create(path, index, grid=grid)
-    ids = cache.begin_pass(0)
-    cache.write(ids, maps[ids], epoch=0)
-    cache.end_pass(0)
-    return cache
-
-
-def long_tailed(index: ImageIndex, share: float) -> ImageIndex:
-    """The same files: class 0, and a tail of this share of the samples in classes of two or three,
-    drawn at random."""
-    n = len(index)
-    tail = np.random.default_rng(SEED).permutation(n)[: max(2, round(share * n))]
-    labels = np.zeros(n, np.int64)
-    labels[tail] = 1 + np.minimum(np.arange(len(tail)) // 2, len(tail) // 2 - 1)
-    return ImageIndex.from_arrays(index.files, labels, index.root)
 
 
 def memory_loader(

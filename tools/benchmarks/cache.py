@@ -1,6 +1,6 @@
 """Measure the saliency cache: lookups and writes, cold and warm, by one process and by several.
 
-    python tools/bench_cache.py --json tools/results/cache_cpu.json
+    python tools/benchmark.py cache --json tools/results/cache_cpu.json
 
 Lookups are of random samples, a batch in a transaction, as a shuffling pipeline makes them. A write
 is a whole pass over an existing cache; the first pass, which appends, is timed once. Plain LMDB
@@ -30,14 +30,22 @@ from typing import Any
 
 import lmdb
 import numpy as np
-from _growth import SyntheticIndex, draw, maps_of, salts
-from _memory import drop_pages
-from _options import count, existing_folder, positive, sizes, whole_numbers
 
-from _bench import interleaved, iqr, parse, report, rows, run, settings
 from scae_dali.cache import ChunkWriter, SaliencyCache
 from scae_dali.cache.environment import DATA_FILE
 from scae_dali.cache.format import CHUNK, Maps, split
+from tools.benchmarks.growth import SyntheticIndex, draw, maps_of, salts
+from tools.common import bench
+from tools.common.bench import interleaved, iqr, rows
+from tools.common.memory import drop_pages
+from tools.common.options import (
+    add_batch_size,
+    count,
+    existing_folder,
+    positive,
+    sizes,
+    whole_numbers,
+)
 
 PLAIN_READ, PLAIN_WRITE = "LMDB get", "LMDB put, pass"
 READ, WRITE = "cache, {} keys, read", "cache, {} keys, pass"
@@ -225,7 +233,7 @@ def beside_a_writer(path: str, readers: int, args: argparse.Namespace) -> dict[s
     met: list[dict[str, Any]] = []
 
     def run(writes: bool) -> float:
-        met.append(together(path, readers, writes, args.batch, args.seconds))
+        met.append(together(path, readers, writes, args.batch_size, args.seconds))
         return statistics.mean(met[-1]["lookups_per_s"])
 
     alone, beside = "alone", "beside a writer"
@@ -251,12 +259,12 @@ def measure(n: int, args: argparse.Namespace, folder: Path) -> tuple[list[dict],
     for naming in ("index", "path"):
         cache = SaliencyCache.create(folder / f"{naming}.lmdb", index, grid=grid, naming=naming)
         cache.write_neighbors(np.zeros((1000, 5), np.uint16))
-        first_pass[WRITE.format(naming)] = timed_pass(cache, 0, args.batch)
+        first_pass[WRITE.format(naming)] = timed_pass(cache, 0, args.batch_size)
         bytes_on_disk[naming] = {"first_pass": cache.size_bytes}
         caches[naming] = cache
 
     def rewrite(cache: SaliencyCache) -> float:
-        return timed_pass(cache, (cache.meta.epoch or 0) + 1, args.batch)
+        return timed_pass(cache, (cache.meta.epoch or 0) + 1, args.batch_size)
 
     writing = interleaved(
         {
@@ -270,7 +278,7 @@ def measure(n: int, args: argparse.Namespace, folder: Path) -> tuple[list[dict],
         bytes_on_disk[naming]["passes"] = cache.meta.passes
 
     resident = caches["index"].resident()
-    batches = [rng.integers(0, n, args.batch) for _ in range(args.batches)]
+    batches = [rng.integers(0, n, args.batch_size) for _ in range(args.batches)]
     named = [split(ids.astype(">u8").tobytes(), 8) for ids in batches]
 
     def plain_read(names: list[bytes]) -> list[bytes | None]:
@@ -323,13 +331,13 @@ def growth(table: Sequence[dict], found: Sequence[dict], batch: int) -> dict[str
     return {"µs a lookup": looked, "µs a record of a pass": written}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def main(argv: list[str] | None = None) -> None:
+    parser = bench.parser_of(__doc__, __name__)
     parser.add_argument(
         "--records", type=sizes, default="1e5,1281167,1e7", help="of each cache; ImageNet's is one"
     )
     parser.add_argument("--grid", type=count, nargs=2, default=[7, 7], metavar=("H", "W"))
-    parser.add_argument("--batch", type=count, default=256, help="lookups a transaction")
+    add_batch_size(parser, 256, "lookups a transaction")
     parser.add_argument("--batches", type=count, default=400, help="batches a round")
     parser.add_argument(
         "--processes", type=whole_numbers, default="1,2,4", help="that read at once; default: 1,2,4"
@@ -341,7 +349,7 @@ def main() -> None:
         help="where to put the caches meanwhile; default: the temporary",
     )
     quick = {"rounds": 2, "records": [100_000], "batches": 50, "processes": [1, 2], "seconds": 0.5}
-    args = parse(parser, None, rounds=3, quick=quick)
+    args = bench.parse(parser, argv, rounds=3, quick=quick)
     if args.batches < 2 * args.rounds:
         parser.error(f"--batches must be at least two a round, got {args.batches}")
     check_the_check()
@@ -352,11 +360,7 @@ def main() -> None:
             lines, extra = measure(n, args, Path(folder))
         table += lines
         found.append(extra)
-    plot = partial(draw, growth(table, found, args.batch), xlabel="records")
-    report(table, args, {"settings": settings(args), "sizes": found}, plot=plot)
+    plot = partial(draw, growth(table, found, args.batch_size), xlabel="records")
+    bench.report(table, args, {"settings": bench.settings(args), "sizes": found}, plot=plot)
     if faults := sum(one["torn"] + one["missing"] for s in found for one in s["processes"]):
         raise SystemExit(f"readers met {faults} maps that were torn or missing")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from _live import SEED
 from nvidia.dali import Pipeline, fn, math, pipeline_def, types
 from nvidia.dali.auto_aug import auto_augment, rand_augment, trivial_augment
 from nvidia.dali.plugin.base_iterator import LastBatchPolicy
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-import _path  # noqa: F401
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.files import crop_planned, planned, read_shuffled
 from scae_dali.config import (
@@ -29,6 +27,7 @@ from scae_dali.methods.policy import deprecations_hidden
 from scae_dali.plan.random import derive
 from scae_dali.stage.images import READER, decode, decoder, normalise, resolve_decode
 from scae_dali.stage.stage import Stage
+from tools.common.made_up import SEED
 
 __all__ = ["COUNTERPARTS", "augmented_pipeline", "decoded", "plain", "undecoded"]
 

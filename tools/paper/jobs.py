@@ -15,15 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import _runs
-from _tables import TABLES, Cell, Section
-
-import _path
 import train
 from pipelines.data import DataConfig
 from pipelines.recipe import Config
 from scae_dali.data.index import ImageIndex
 from scae_dali.plan.order import epoch_size
+from tools import ROOT
+from tools.common import runs
+from tools.paper.tables import TABLES, Cell, Section
 
 __all__ = [
     "STARTS",
@@ -71,14 +70,14 @@ class Job:
 
     @property
     def epochs_left(self) -> int:
-        return max(0, self.config.epochs - _runs.epochs_done(self.path))
+        return max(0, self.config.epochs - runs.epochs_done(self.path))
 
 
 def make_job(args: argparse.Namespace, section: Section, model: str, cell: Cell, seed: int) -> Job:
     """Raises ValueError where train.py does not take the options."""
     path = args.place / f"{section.name}-{model}-{cell.name}-s{seed}"
     recipes = (section.recipe, *cell.recipes)
-    base = [f"--config={_path.ROOT / 'pipelines' / recipe}.yaml" for recipe in recipes]
+    base = [f"--config={ROOT / 'pipelines' / recipe}.yaml" for recipe in recipes]
     ours = {"model": model, "method": cell.method, "seed": seed, "data.root": args.data}
     ours["out"] = path
     first = None
@@ -124,7 +123,7 @@ def resolve(name: str, options: Sequence[str]) -> Config:
 def shrunk(config: Config, factor: float) -> dict[str, Any]:
     """Settings that count epochs, for a run of `factor` times the epochs."""
     found: dict[str, Any] = {}
-    for key, value in _runs.settings(dataclasses.asdict(config)).items():
+    for key, value in runs.settings(dataclasses.asdict(config)).items():
         if key.rpartition(".")[2] not in IN_EPOCHS:
             continue
         if isinstance(value, tuple):
@@ -181,7 +180,7 @@ def refuse_others(args: argparse.Namespace) -> None:
     """ValueError where --out holds runs of the table that these options would make otherwise."""
     for path, section, model, cell, seed in existing(args):
         job = make_job(args, section, model, cell, seed)
-        found = _runs.differing(_runs.read_config(path / "config.json"), job.settings)
+        found = runs.differing(runs.read_config(path / "config.json"), job.settings)
         if found:
             odd = "; ".join(f"{key}={was!r}, not {now!r}" for key, (was, now) in found.items())
             raise ValueError(
@@ -205,15 +204,15 @@ def twin(args: argparse.Namespace, job: Job) -> Path | None:
     if job.first is not None or job.index is None or os.path.lexists(job.path):
         return None
     for file in sorted(args.out.glob("table*/*/config.json")):
-        path, config = file.parent, _runs.read_config(file)
+        path, config = file.parent, runs.read_config(file)
         starts = read_starts(path)
         if (
             path.parent != args.place
             and config["seed"] == job.seed
             and starts
             and starts[0]["data"] == job.index.fingerprint
-            and not _runs.differing(config, job.settings)
-            and _runs.epochs_done(path) >= config["epochs"]
+            and not runs.differing(config, job.settings)
+            and runs.epochs_done(path) >= config["epochs"]
         ):
             return path
     return None

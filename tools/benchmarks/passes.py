@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import _live
 import torch
 from torch import nn
 
@@ -19,6 +18,7 @@ from scae_dali.data.index import ImageIndex
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.refresh import refresh_cache
 from scae_dali.stage.loader import Batch
+from tools.common import live
 
 __all__ = ["Passes"]
 
@@ -69,7 +69,7 @@ class Passes:
                 for batch in self._loaders.saliency(image, self._run, ids):
                     yield batch
                     if not begun:
-                        _live.synchronize()
+                        live.synchronize()
                         begun.append((time.perf_counter(), len(batch.ids)))
 
             report = refresh_cache(
@@ -82,7 +82,7 @@ class Passes:
                 autocast=self._autocast,
             )
             (start, first), end = begun[0], time.perf_counter()
-            _live.settle()
+            live.settle()
             return (report.images - first) / (end - start)
 
         return measure
@@ -98,10 +98,10 @@ class Passes:
 def rate(batches: Iterator[torch.Tensor]) -> float:
     """-> img/s of all batches but the first, which starts the clock."""
     next(batches)
-    _live.synchronize()
+    live.synchronize()
     start = time.perf_counter()
     images = sum(map(len, batches))
-    _live.synchronize()
+    live.synchronize()
     seconds = time.perf_counter() - start
-    _live.settle()
+    live.settle()
     return images / seconds

@@ -1,4 +1,4 @@
-"""More of `_gpu_checks`: images in memory, mixing, and the small network that is compiled.
+"""Checks of mixing, of images in memory, and of the small network that is trained on them.
 
 They make their own long-tailed data, so that samples are mixed: the files of the Setup relabelled,
 or random pixels.
@@ -15,7 +15,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from _gpu_checks import (
+
+from pipelines.config import ImageConfig
+from pipelines.data import Data
+from pipelines.loaders import Loaders
+from pipelines.recipe import autocast
+from scae_dali.config import CropConfig
+from scae_dali.methods import BUILT_IN, Status
+from scae_dali.saliency.gradcam import GradCAM
+from scae_dali.saliency.harvest import Harvest
+from scae_dali.saliency.refresh import refresh_cache
+from scae_dali.stage.loader import Batch, Loader
+from scae_dali.training.losses import Loss, LossConfig
+from scae_dali.training.networks import make_network
+from scae_dali.training.optim import EMA
+from tools.common.live import memory_loader
+from tools.common.made_up import long_tailed, random_cache, random_images
+from tools.gpu.checks import (
     BATCH,
     SEED,
     TENSORS,
@@ -31,22 +47,6 @@ from _gpu_checks import (
     train_loader,
     users_own,
 )
-from _live import long_tailed, memory_loader, random_cache, random_images
-
-import _path  # noqa: F401
-from pipelines.config import ImageConfig
-from pipelines.data import Data
-from pipelines.loaders import Loaders
-from pipelines.recipe import autocast
-from scae_dali.config import CropConfig
-from scae_dali.methods import BUILT_IN, Status
-from scae_dali.saliency.gradcam import GradCAM
-from scae_dali.saliency.harvest import Harvest
-from scae_dali.saliency.refresh import refresh_cache
-from scae_dali.stage.loader import Batch, Loader
-from scae_dali.training.losses import Loss, LossConfig
-from scae_dali.training.networks import make_network
-from scae_dali.training.optim import EMA
 
 SIDE = 32
 SAMPLES = 6 * BATCH - 3  # of random pixels: the last batch is not full

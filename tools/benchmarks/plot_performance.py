@@ -1,30 +1,29 @@
 """The README's plot of performance, out of what the benchmarks measured.
 
-    python tools/plot_performance.py --pipeline tools/results/pipeline_native_cpu.json \\
+    python tools/benchmark.py plot_performance --pipeline tools/results/pipeline_native_cpu.json \\
         --scale tools/results/scale_cpu.json --out tools/results/performance.png
 
-Left: what each method adds to the time of a pipeline without erasing (bench_pipeline.py), bars with
-half the interquartile range to either side; in orange DALI's own counterpart. Right: the
-cost of a sample against how many there are (bench_scale.py): time a step, memory held or needed at
-its peak.
+Left: what each method adds to the time of a pipeline without erasing, as the benchmark `pipeline`
+has it; bars have half the interquartile range to either side; in orange is DALI's own counterpart.
+Right: the cost of a sample against how many there are, as the benchmark `scale` has it: the time of
+a step, and the memory that it holds or needs at its peak.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from _options import existing_file
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import _path  # noqa: F401
 from scae_dali.methods import BUILT_IN
+from tools.common import bench
+from tools.common.options import existing_file
 
-# Steps of bench_scale.py by what they are called here.
+# Steps of `scale` by what they are called here.
 TIMES = {
     "plans": "plan a sample",
     "lookups": "look up a map in LMDB",
@@ -107,7 +106,7 @@ def held(step: str, found: dict[str, Any], samples: int) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = bench.parser_of(__doc__, __name__)
     parser.add_argument("--pipeline", type=existing_file, required=True, metavar="JSON")
     parser.add_argument("--scale", type=existing_file, required=True, metavar="JSON")
     parser.add_argument("--out", type=Path, required=True, metavar="PNG")
@@ -121,7 +120,3 @@ def main(argv: list[str] | None = None) -> None:
     grown(memory, lines_of(scale["sizes"], names, held), "bytes")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=110)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,8 @@
 """What SCAE costs where it counts: in the time of training, saliency passes included.
 
-    python tools/bench_train.py --data imagenet/train --repeat 20 --model resnet50 --device-id 0 \\
+    python tools/benchmark.py train --data imagenet --repeat 20 --model resnet50 --device 0 \\
         --batch-size 256 --threads 16 --amp bf16 --channels-last --pass-every 10 --json OUT
-    python tools/bench_train.py --arrays --model cifar_resnet32 --device-id 0 \\
+    python tools/benchmark.py train --source memory --model cifar_resnet32 --device 0 \\
         --batch-size 128 --amp bf16 --channels-last --compile reduce-overhead --json OUT
 
 Rows train a network as train.py does: `synthetic` on a batch that lies on the device already;
@@ -26,41 +26,38 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import _live
 import numpy as np
 import torch
-from _options import count, existing_folder, share, usable_device
-from _pass import Passes
 
-import _bench
-import _path  # noqa: F401
-from pipelines import files
-from pipelines.config import ExecConfig, ImageConfig
+from pipelines.config import ExecConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
 from pipelines.recipe import autocast
 from scae_dali.cache import SaliencyCache
-from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.harvest import Harvest
-from scae_dali.stage.loader import Batch, Loader
+from scae_dali.stage.loader import Batch
 from scae_dali.stage.stage import Stage
 from scae_dali.training.losses import Loss, LossConfig
 from scae_dali.training.networks import make_network
 from scae_dali.training.optim import OptimConfig
+from tools.benchmarks.passes import Passes
+from tools.common import bench
+from tools.common.live import GUIDED, Row, endless, medians, settle
+from tools.common.made_up import SEED, random_cache
+from tools.common.options import add_batch_size, add_device, count, share
+from tools.common.source import add_source, check_source, open_source
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=existing_folder, metavar="DIR", help="DIR/<class>/<image>")
-    source.add_argument("--arrays", action="store_true", help="random pixels in memory")
-    parser.add_argument("--repeat", type=count, default=1, help="times each file is in an epoch")
-    parser.add_argument("--images", type=count, default=50_000, help="how many of --arrays")
+    parser = bench.parser_of(__doc__, __name__)
+    add_source(parser)
+    parser.add_argument(
+        "--arrays", dest="source", action="store_const", const="memory", help=argparse.SUPPRESS
+    )
     parser.add_argument("--model", default="resnet50", help="a network as train.py takes it")
-    parser.add_argument("--size", type=count, help="in pixels; default: 224, of --arrays 32")
-    parser.add_argument("--batch-size", type=count, default=64)
+    add_batch_size(parser, 64)
     parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
     parser.add_argument("--channels-last", action="store_true")
     modes = ["none", "default", "reduce-overhead", "max-autotune"]
@@ -75,16 +72,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=count, default=2, help="of DALI")
     load = ExecConfig.hw_decoder_load
     parser.add_argument("--hw-decoder-load", type=share, default=load, help=f"default: {load}")
-    parser.add_argument("--device-id", type=usable_device, default="cpu", metavar="N|cpu")
-    args = _bench.parse(
+    add_device(parser)
+    args = bench.parse(
         parser,
         argv,
         rounds=5,
         quick={"rounds": 3, "steps": 4, "images": 2560, "batch_size": 4},
     )
-    if args.size is None:
-        args.size = 32 if args.arrays else 224
-    args.pass_size = args.pass_size or args.size
+    check_source(parser, args)
     if args.pass_share == 0:
         parser.error("--pass-share must be above 0")
     return args
@@ -100,16 +95,17 @@ class Network:
         self,
         args: argparse.Namespace,
         index: ImageIndex,
+        size: int,
         device: torch.device,
         *,
         harvests: bool = False,
     ) -> None:
         self._amp, self._device = args.amp, device
-        torch.manual_seed(_live.SEED)
+        torch.manual_seed(SEED)
         self._layout = torch.channels_last if args.channels_last else torch.contiguous_format
         self.net = make_network(args.model, index.num_classes)
         self.net.to(device, memory_format=self._layout)  # type: ignore[call-overload]
-        self.grid = GradCAM(self.net).grid(args.size)
+        self.grid = GradCAM(self.net).grid(size)
         self._harvest: Harvest | None = None
         if harvests:
             self._harvest = Harvest(
@@ -118,7 +114,7 @@ class Network:
                 samples=len(index),
                 num_classes=index.num_classes,
                 grid=self.grid,
-                size=args.size,
+                size=size,
             )
         self._model: Callable = self.net
         if args.compile != "none":
@@ -158,20 +154,17 @@ class Bench:
             threads=args.threads,
             hw_decoder_load=args.hw_decoder_load,
         )
-        self.image = ImageConfig(
-            size=args.size,
-            val_resize=args.size,
-            crop=CropConfig(kind="pad" if args.arrays else "resized"),
+        self.source = open_source(args, batch_size)
+        self.index = self.source.index
+        self.image = self.source.image(
+            args.size,
             dtype="fp32" if args.amp == "none" else "fp16",
             layout="NHWC" if args.channels_last else "NCHW",
         )
-        self.pixels: np.ndarray | None = None
-        if args.arrays:
-            images = _live.random_images(args.images, args.size)
-            self.index, self.pixels = images.index, images.pixels
-        else:
-            self.index = _live.evened(_live.epoch_index(args.data, args.repeat, batch_size))
         self.steps = args.steps or len(self.index) // batch_size
+
+    def network(self, *, harvests: bool = False) -> Network:
+        return Network(self.args, self.index, self.image.size, self.device, harvests=harvests)
 
     def row(
         self,
@@ -180,29 +173,30 @@ class Bench:
         cache: SaliencyCache | None = None,
         *,
         synthetic: bool = False,
-    ) -> _live.Row:
-        b = self.run.batch_size
-        stage = Stage(self.index, method, batch_size=b, cache=cache, **_live.GUIDED)
-        ahead = self.run.prefetch + 1
-        if self.pixels is not None:
-            loader = _live.memory_loader(stage, self.pixels, self.image, self.run)
-            if self.args.device_id is not None:  # on a CPU plans take no time beside a step
-                ahead += _live.planned_ahead(self.pixels, b)
-        else:
-            pipeline = files.train_pipeline(stage, self.image, self.run, seed=_live.SEED)
-            loader = Loader(pipeline, files.OUTPUTS, self.index, drop_last=True)
+    ) -> Row:
+        stage = Stage(
+            self.index,
+            method,
+            batch_size=self.run.batch_size,
+            cache=cache,
+            **GUIDED,
+        )
+        loader = self.source.loader(stage, self.image, self.run)
         if synthetic:
-            return _live.Row(map(network.step, itertools.repeat(next(iter(loader)))), ahead=0)
-        return _live.Row(map(network.step, _live.endless(loader)), ahead, stage)
+            return Row(map(network.step, itertools.repeat(next(iter(loader)))), ahead=0)
+        ahead = self.source.ahead(self.run)
+        if self.args.device_id is None:  # plans take no time beside a step there
+            ahead = self.run.prefetch + 1
+        return Row(map(network.step, endless(loader)), ahead, stage)
 
     def pass_rate(self, network: Network, folder: str) -> Callable[[], float]:
         """-> a function that makes a saliency pass over some images and gives img/s."""
         images = (self.args.pass_steps or self.steps) * self.run.batch_size
         part = self.index.subset(range(min(images, len(self.index))))
-        data = Data(part, part, self.pixels, self.pixels)
-        loaders = Loaders(data, self.image, sampling="shuffle", seed=_live.SEED)
+        data = Data(part, part, self.source.pixels, self.source.pixels)
+        loaders = Loaders(data, self.image, sampling="shuffle", seed=SEED)
         amp = partial(autocast, self.args.amp, self.device)
-        side = self.args.pass_size
+        side = self.args.pass_size or self.image.size
         image, run = replace(self.image, size=side, val_resize=side), self.run.for_inference(side)
         if len(part) <= run.batch_size:
             raise SystemExit(
@@ -231,35 +225,31 @@ def main(argv: list[str] | None = None) -> None:
     if args.device_id is not None:
         torch.cuda.set_device(args.device_id)
     torch.backends.cudnn.benchmark = True  # as train.py does
-    bench = Bench(args)
-    network = Network(args, bench.index, bench.device)
+    data = Bench(args)
+    network = data.network()
     harvested: Network | None = None
     with suppress(ValueError):  # of a network that cannot be harvested
-        harvested = Network(args, bench.index, bench.device, harvests=True)
+        harvested = data.network(harvests=True)
     with tempfile.TemporaryDirectory() as folder:
-        cache = _live.random_cache(os.path.join(folder, "maps.lmdb"), bench.index, network.grid)
+        cache = random_cache(os.path.join(folder, "maps.lmdb"), data.index, network.grid)
         live = {
-            "synthetic": bench.row(network, "none", synthetic=True),
-            "none": bench.row(network, "none"),
-            "scae": bench.row(network, "scae", cache),
+            "synthetic": data.row(network, "none", synthetic=True),
+            "none": data.row(network, "none"),
+            "scae": data.row(network, "scae", cache),
         }
         if harvested is not None:
-            live["harvest"] = bench.row(harvested, "scae", cache)
+            live["harvest"] = data.row(harvested, "scae", cache)
         calls: dict[str, Callable] = {
-            name: partial(row.measure, bench.steps) for name, row in live.items()
+            name: partial(row.measure, data.steps) for name, row in live.items()
         }
         if args.pass_every:
-            calls["saliency pass"] = bench.pass_rate(network, folder)
-        _live.settle()
-        samples = _bench.interleaved(calls, args.rounds)
-    settings = _bench.settings(args)
+            calls["saliency pass"] = data.pass_rate(network, folder)
+        settle()
+        samples = bench.interleaved(calls, args.rounds)
     extra = {
         "overhead": overhead(samples, args),
-        **_live.medians(live),
-        "settings": settings | {"images": len(bench.index), "steps_per_round": bench.steps},
+        **medians(live),
+        "settings": bench.settings(args)
+        | {"size": data.image.size, "images": len(data.index), "steps_per_round": data.steps},
     }
-    _bench.report(_bench.rows(samples, "none"), args, extra)
-
-
-if __name__ == "__main__":
-    _bench.run(main)
+    bench.report(bench.rows(samples, "none"), args, extra)

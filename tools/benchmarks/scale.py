@@ -1,7 +1,7 @@
 """Measure how time and memory grow with the number of samples: start-up, cache, plans, an epoch.
 
-    python tools/bench_scale.py --json tools/results/scale_cpu.json
-    python tools/bench_scale.py --samples 1e5,1e6,1e7,1e8 --parts sizes --json OUT    # an hour
+    python tools/benchmark.py scale --json tools/results/scale_cpu.json
+    python tools/benchmark.py scale --samples 1e5,1e6,1e7,1e8 --parts sizes --json OUT    # an hour
 
 Rows: the plans of a whole epoch (`--epoch`, ImageNet's size) at the highest λ, crop and flip
 included, with maps from LMDB and from memory; `epoch` tells what became of the memory on the way.
@@ -33,12 +33,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import _memory
 import numpy as np
-from _growth import SyntheticIndex, draw, labels_of, maps_of, names_of, salts
-from _options import count, existing_folder, sizes
 
-from _bench import interleaved, iqr, parse, report, rows, run, settings
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.files import train_pipeline
 from scae_dali.cache import ChunkWriter, SaliencyCache
@@ -48,6 +44,10 @@ from scae_dali.plan.order import Order
 from scae_dali.stage.images import READER
 from scae_dali.stage.stage import Stage
 from scae_dali.stage.table import COMMON, columns_of
+from tools.benchmarks.growth import SyntheticIndex, draw, labels_of, maps_of, names_of, salts
+from tools.common import bench, memory
+from tools.common.bench import interleaved, iqr, rows
+from tools.common.options import add_batch_size, count, existing_folder, sizes
 
 GRID = (7, 7)
 SEED = 7
@@ -109,14 +109,14 @@ class Steps:
     def take(self, name: str, work: Callable[[], T], items: int = 0) -> T | None:
         """work(); None where it does not fit. items: how many it deals with, for a rate."""
         gc.collect()
-        before = _memory.usage()["own"]
+        before = memory.usage()["own"]
         needs = before + int(self._known.get(name, 0.0) * self._samples)
         if needs > self._limit:
             self._leave_out(name, f"it would need {needs / 1e9:.1f} GB")
             return None
         start = time.perf_counter()
         try:
-            with _memory.Watch() as watch:
+            with memory.Watch() as watch:
                 result = work()
         except MemoryError:
             self._leave_out(name, "MemoryError")
@@ -125,7 +125,7 @@ class Steps:
         gc.collect()
         self.found[name] = {
             "seconds": round(seconds, 4),
-            "holds_bytes": _memory.usage()["own"] - before,
+            "holds_bytes": memory.usage()["own"] - before,
             "adds_bytes": watch.peak - before,
             "peak_bytes": watch.peak,
         }
@@ -142,7 +142,7 @@ def at_size(
     n: int, batch: int, lookups: int, folder: str, known: dict[str, float], limit: int
 ) -> dict[str, Any]:
     """Every step at one size, in this process."""
-    _memory.limit(limit)
+    memory.limit(limit)
     steps = Steps(n, known, limit)
     path = os.path.join(folder, "maps.lmdb")
     index: Any = named(n, steps, path) or SyntheticIndex(n)
@@ -217,7 +217,7 @@ def check(looked_up: list[Any] | None, batches: list[np.ndarray]) -> None:
 def an_epoch(n: int, batch: int, path: str, resident: bool) -> dict[str, Any]:
     """Plans of every batch of an epoch, in this process, and what that does to its memory."""
     index = labelled(names_of(n))
-    with SaliencyCache(path, index=index) as cache, _memory.Watch() as watch:
+    with SaliencyCache(path, index=index) as cache, memory.Watch() as watch:
         stage = stage_of(index, cache, batch, resident)
         planned = plans(stage, order_of(index, batch).keys)
         start = time.perf_counter()
@@ -226,13 +226,13 @@ def an_epoch(n: int, batch: int, path: str, resident: bool) -> dict[str, Any]:
         gc.collect()
         objects = len(gc.get_objects())
         ends = np.linspace(0, stage.batches_per_epoch - 1, MARKS + 1).astype(int).tolist()
-        marks, seconds = [_memory.usage()], []
+        marks, seconds = [memory.usage()], []
         for here, there in itertools.pairwise(ends):
             start = time.perf_counter()
             for _ in range(here, there):
                 statuses += np.bincount(_status(next(planned)), minlength=32)
             seconds.append(time.perf_counter() - start)
-            marks.append(_memory.usage())
+            marks.append(memory.usage())
         rates = np.diff(ends) * batch / np.array(seconds)
         garbage = gc.collect()
         more_objects = len(gc.get_objects()) - objects
@@ -359,9 +359,9 @@ def all_sizes(args: argparse.Namespace) -> list[dict[str, Any]]:
     known: dict[str, float] = {}
     for n in args.samples:
         with tempfile.TemporaryDirectory(dir=args.dir) as folder:
-            limit = int(SHARE * _memory.available())
+            limit = int(SHARE * memory.available())
             try:
-                found.append(alone(at_size, n, args.batch, args.lookups, folder, known, limit))
+                found.append(alone(at_size, n, args.batch_size, args.lookups, folder, known, limit))
             except BrokenProcessPool:  # what the smaller ones told is not lost
                 break
         for name, step in found[-1]["steps"].items():
@@ -432,20 +432,20 @@ def epochs(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, An
         del index
 
         def run(source: str) -> float:
-            told[source] = alone(an_epoch, args.epoch, args.batch, path, SOURCES[source])
+            told[source] = alone(an_epoch, args.epoch, args.batch_size, path, SOURCES[source])
             return told[source]["samples_per_s"]
 
         rates = interleaved({name: partial(run, name) for name in SOURCES}, args.rounds, warmup=0)
     return rows(rates, next(iter(SOURCES))), told
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def main(argv: list[str] | None = None) -> None:
+    parser = bench.parser_of(__doc__, __name__)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--samples", type=sizes, default="1e5,1e6,1e7", help="of `sizes`")
     parser.add_argument("--epoch", type=count, default=1_281_167, help="samples of `epoch`")
     parser.add_argument("--files", type=count, default=1_281_167, help="of `startup`")
-    parser.add_argument("--batch", type=count, default=256)
+    add_batch_size(parser, 256)
     parser.add_argument("--lookups", type=count, default=100_000, help="and plans, of a size")
     parser.add_argument(
         "--dir", type=existing_folder, help="for caches and files meanwhile; default: the temporary"
@@ -457,27 +457,25 @@ def main() -> None:
         "files": 10_000,
         "lookups": 20_000,
     }
-    args = parse(parser, None, rounds=3, quick=quick)
+    args = bench.parse(parser, argv, rounds=3, quick=quick)
     parts = args.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts must be of {', '.join(PARTS)}, got {sorted(unknown)[0]!r}")
-    if args.epoch <= MARKS * args.batch:
-        parser.error(f"--epoch must be more than {MARKS} batches of {args.batch}, got {args.epoch}")
+    if args.epoch <= MARKS * args.batch_size:
+        parser.error(
+            f"--epoch must be more than {MARKS} batches of {args.batch_size}, got {args.epoch}"
+        )
     table, told = epochs(args) if "epoch" in parts else ([], {})
     started = None
     if "startup" in parts:
         with tempfile.TemporaryDirectory(dir=args.dir) as folder:
-            started = start_up(args.files, args.batch, args.rounds, folder)
+            started = start_up(args.files, args.batch_size, args.rounds, folder)
     found = all_sizes(args) if "sizes" in parts else []
-    extra = {"settings": settings(args), "epoch": told, "startup": started, "sizes": found}
+    extra = {"settings": bench.settings(args), "epoch": told, "startup": started, "sizes": found}
     extra["breaks_first"] = breaks(found)
-    report(table, args, extra, plot=partial(draw, growth(found)))
+    bench.report(table, args, extra, plot=partial(draw, growth(found)))
     if "sizes" in parts and len(found) < len(args.samples):
         raise SystemExit(
             f"error: the process of {args.samples[len(found)]:,} samples was killed, perhaps for "
             "its memory"
         )
-
-
-if __name__ == "__main__":
-    run(main)

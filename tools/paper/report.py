@@ -9,49 +9,48 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import _jobs
-import _runs
-from _tables import TABLES, Cell, Section
-
-import _bench
 from scae_dali.training.log import LogError
+from tools.common import runs
+from tools.common.about import hardware, versions
+from tools.paper.jobs import existing, read_starts
+from tools.paper.tables import TABLES, Cell, Section
 
 __all__ = ["collect", "draw", "show"]
 
-COLUMNS = _runs.FIGURES | {"overhead": "overhead_percent"}
+COLUMNS = runs.FIGURES | {"overhead": "overhead_percent"}
 
 
 def collect(args: argparse.Namespace) -> dict[str, Any]:
     """The report. ValueError where nothing is finished, or runs do not belong together."""
-    runs: dict[tuple[str, str, str], dict[int, tuple[dict, dict, Path]]] = {}
+    made: dict[tuple[str, str, str], dict[int, tuple[dict, dict, Path]]] = {}
     cells: dict[tuple[str, str, str], tuple[Section, Cell]] = {}
     unfinished = []
-    for path, section, model, cell, seed in _jobs.existing(args):
+    for path, section, model, cell, seed in existing(args):
         key = (section.name, model, cell.name)
         try:
-            runs.setdefault(key, {})[seed] = (*_runs.read_run(path), path)
+            made.setdefault(key, {})[seed] = (*runs.read_run(path), path)
             cells[key] = (section, cell)
         except LogError:
             raise
         except ValueError:
             unfinished.append(path.name)
-    runs = {key: members for key, members in runs.items() if members}
-    if not runs:
+    made = {key: members for key, members in made.items() if members}
+    if not made:
         raise ValueError(f"{str(args.place)!r} must hold a finished run for a report, it has none")
     rows = []
-    for key, members in runs.items():
+    for key, members in made.items():
         section, cell = cells[key]
-        baseline = runs.get((*key[:2], "none"), {})
+        baseline = made.get((*key[:2], "none"), {})
         together(section, cell, members, baseline)
         known = key[1] in TABLES[args.table].models
         paper = dict(cell.paper) if known else {}
         reference = section.cell("none").paper
         figures = {
-            column: _runs.spread(values)
+            column: runs.spread(values)
             for column, name in COLUMNS.items()
-            if (values := _runs.every([row for _, row, _ in members.values()], name))
+            if (values := runs.every([row for _, row, _ in members.values()], name))
         }
-        gain = None if cell.name == "none" else _runs.gain(top1(members), top1(baseline))
+        gain = None if cell.name == "none" else runs.gain(top1(members), top1(baseline))
         rows.append({
             "section": section.title, "model": key[1], "name": cell.title, "cell": cell.name,
             "recipes": [section.recipe, *cell.recipes],
@@ -62,14 +61,12 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
             if cell.name != "none" and "last" in paper and "last" in reference else None,
             "independent": list(cell.independent.get(key[1], ())),
         })  # fmt: skip
-    starts = [
-        s for each in runs.values() for *_, path in each.values() for s in _jobs.read_starts(path)
-    ]
+    starts = [s for each in made.values() for *_, path in each.values() for s in read_starts(path)]
     return {
         "command": shlex.join(["python", "tools/reproduce.py", *map(tidy, args.argv)]),
         "commit": agreed([start.get("commit") for start in starts]),
-        "hardware": agreed([start["hardware"] for start in starts]) or _bench.hardware(),
-        "versions": agreed([start["versions"] for start in starts]) or _bench.versions(),
+        "hardware": agreed([start["hardware"] for start in starts]) or hardware(),
+        "versions": agreed([start["versions"] for start in starts]) or versions(),
         "table": args.table,
         "title": TABLES[args.table].title,
         "note": TABLES[args.table].note,
@@ -88,7 +85,7 @@ def together(section: Section, cell: Cell, members: Mapping, baseline: Mapping) 
     """ValueError unless a cell's runs differ in their seeds alone, and last as long as `none`."""
     configs = [config for config, *_ in members.values()]
     for config in configs[1:]:
-        if found := _runs.differing(configs[0], config):
+        if found := runs.differing(configs[0], config):
             raise ValueError(f"{section.name}, {cell.name}: its seeds were made with different "
                              f"{', '.join(found)}; report runs of the same settings")  # fmt: skip
     epochs = {config["epochs"] for config, *_ in baseline.values()} | {configs[0]["epochs"]}

@@ -1,6 +1,6 @@
 """What processes that share one saliency cache cost each other, as the ranks of one machine do.
 
-    python tools/bench_processes.py --data imagenet/train --json tools/results/processes_cpu.json
+    python tools/benchmark.py processes --data imagenet --json tools/results/processes_cpu.json
 
 Each process is one as torchrun starts them: an interpreter of its own with its own shard, pipeline
 of --threads, and cache, opened by itself. Rows, for each N of --processes: where --data is given,
@@ -31,20 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _live import (
-    GUIDED,
-    SEED,
-    Row,
-    endless,
-    epoch_index,
-    evened,
-    random_cache,
-    settle,
-)
-from _options import count, existing_folder, usable_devices, whole_numbers
 
-import _bench
-import _path  # noqa: F401
 from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.cache import SaliencyCache
@@ -52,6 +39,17 @@ from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage
+from tools.common import bench
+from tools.common.live import GUIDED, Row, endless, settle
+from tools.common.made_up import SEED, epoch_index, evened, random_cache
+from tools.common.options import (
+    add_batch_size,
+    add_data,
+    add_device,
+    count,
+    usable_devices,
+    whole_numbers,
+)
 
 PLANS = {"plan": "scae", "plan without maps": "random_erasing"}  # row, method
 FILES = ("none", "scae")
@@ -59,29 +57,20 @@ PATIENCE_S = 300.0  # for the other processes of a round
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--data",
-        type=existing_folder,
-        metavar="DIR",
-        help="DIR/<class>/<image>; default: plans alone",
-    )
+    parser = bench.parser_of(__doc__, __name__)
+    add_data(parser, help="the training images: DIR/train/<class>/<image>; default: plans alone")
     parser.add_argument("--processes", type=whole_numbers, default="1,2", metavar="N,...")
-    parser.add_argument("--batch-size", type=count, default=64, help="of a process")
+    add_batch_size(parser, 64, "of a process")
     parser.add_argument("--batches", type=count, help="a round; default: a shard's")
     parser.add_argument("--repeat", type=count, default=1, help="times each file is in an epoch")
     parser.add_argument("--threads", type=count, default=1, help="of DALI, a process")
     parser.add_argument("--size", type=count, default=224, help="side of the crop in pixels")
     parser.add_argument("--samples", type=count, default=100_000, help="of the cache of the plans")
     parser.add_argument("--plans", type=count, default=2000, help="batches planned in a round")
-    parser.add_argument(
-        "--device-id",
-        type=usable_devices,
-        default="cpu",
-        metavar="N,...|cpu",
-        help="a GPU for each process",
+    add_device(
+        parser, type=usable_devices, help="a GPU for each process, or cpu", metavar="A,B,..."
     )
-    args = _bench.parse(
+    args = bench.parse(
         parser,
         argv,
         rounds=7,
@@ -94,7 +83,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.device_id *= most
     if len(args.device_id) < most:
         parser.error(
-            f"--device-id must name a GPU for each of {most} processes, got {args.device_id}; "
+            f"--device must name a GPU for each of {most} processes, got {args.device_id}; "
             "name more of them, or give fewer --processes"
         )
     return args
@@ -240,15 +229,15 @@ def main(argv: list[str] | None = None) -> None:
         for name in names:
             for n in args.processes:
                 candidates[f"{name} × {n}"] = partial(turn, name, n)
-        samples = _bench.interleaved(candidates, args.rounds)
+        samples = bench.interleaved(candidates, args.rounds)
     table = []
     for name in names:
         alike = {f"{name} × {n}": samples[f"{name} × {n}"] for n in args.processes}
-        table += _bench.rows(alike, f"{name} × 1")
+        table += bench.rows(alike, f"{name} × 1")
     extra: dict[str, Any] = {
         "batches_per_s": {row["name"]: round(row["img_per_s"] / args.batch_size) for row in table},
         "cpu_ms_per_image": {name: round(statistics.median(ms), 4) for name, ms in cpu_ms.items()},
-        "settings": _bench.settings(args) | {"batches_per_round": batches},
+        "settings": bench.settings(args) | {"batches_per_round": batches},
     }
     if args.data is not None:
         extra["scae_to_none"] = {
@@ -261,8 +250,4 @@ def main(argv: list[str] | None = None) -> None:
             )
             for n in args.processes
         }
-    _bench.report(table, args, extra)
-
-
-if __name__ == "__main__":
-    _bench.run(main)
+    bench.report(table, args, extra)

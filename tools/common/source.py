@@ -1,0 +1,100 @@
+"""The images that a benchmark trains on: files, or pixels in memory."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pipelines import files
+from pipelines.config import ExecConfig, ImageConfig
+from scae_dali.config import CropConfig
+from scae_dali.data.index import ImageIndex
+from scae_dali.data.pixels import ArrayImages
+from scae_dali.stage.loader import Loader
+from scae_dali.stage.stage import Stage
+from tools.common.live import memory_loader, planned_ahead
+from tools.common.made_up import SEED, epoch_index, evened, random_images
+from tools.common.options import add_data, count
+
+__all__ = ["Source", "add_source", "check_source", "open_source"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is trained on. pixels: uint8 [N, H, W, 3], in the order of the index; None: files."""
+
+    index: ImageIndex
+    pixels: np.ndarray | None = None
+
+    def relabelled(self, index: ImageIndex) -> Source:
+        """The same images in the classes of another index."""
+        return replace(self, index=index)
+
+    def image(self, size: int | None, **settings: Any) -> ImageConfig:
+        """Crops as training makes them: random and resized of files, shifted by up to 4 pixels of
+        images in memory, whose size they keep. size: of the crop's side; None: 224."""
+        if self.pixels is None:
+            side, crop = size or 224, CropConfig()
+        else:
+            side, crop = self.pixels.shape[1], CropConfig(kind="pad")
+        return ImageConfig(size=side, val_resize=side, crop=crop, **settings)
+
+    def loader(self, stage: Stage, image: ImageConfig, run: ExecConfig) -> Loader:
+        """Whole batches of the training pipeline."""
+        if self.pixels is not None:
+            return memory_loader(stage, self.pixels, image, run)
+        pipeline = files.train_pipeline(stage, image, run, seed=SEED)
+        return Loader(pipeline, files.OUTPUTS, stage.index, drop_last=True)
+
+    def ahead(self, run: ExecConfig) -> int:
+        """Batches that may be finished before anybody asks for them."""
+        filled = 0 if self.pixels is None else planned_ahead(self.pixels, run.batch_size)
+        return run.prefetch + 1 + filled
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The options that `open_source` reads."""
+    parser.add_argument(
+        "--source",
+        choices=["files", "memory"],
+        default="files",
+        help="files, or images in memory as those of CIFAR; default: files",
+    )
+    add_data(
+        parser,
+        help="the training images: DIR/train/<class>/<image>; in memory they are of one size, "
+        "and by default of random pixels",
+    )
+    parser.add_argument("--repeat", type=count, default=1, help="times each file is in an epoch")
+    parser.add_argument("--images", type=count, default=50_000, help="how many of random pixels")
+    parser.add_argument(
+        "--size", type=count, help="side of the crop in pixels; default: 224, in memory 32"
+    )
+
+
+def check_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a message where the options name no images."""
+    if args.source == "files" and args.data is None:
+        parser.error(
+            "--data must name the folder of the images, got none; --source memory needs none"
+        )
+
+
+def open_source(args: argparse.Namespace, batch_size: int) -> Source:
+    """Images in classes of one size, so that nothing is of a tail. SystemExit where they do not
+    fill a batch."""
+    if args.source == "files":
+        return Source(evened(epoch_index(args.data, args.repeat, batch_size)))
+    if args.data is None:
+        images = random_images(args.images, args.size or 32)
+    else:
+        images = ArrayImages.from_index(ImageIndex(args.data))
+    if len(images) < batch_size:
+        raise SystemExit(
+            f"there are {len(images)} images, fewer than --batch-size {batch_size}; pass a smaller "
+            "one, or more --images"
+        )
+    return Source(evened(images.index), images.pixels)
