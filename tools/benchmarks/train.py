@@ -193,7 +193,9 @@ class Bench:
         """-> a function that makes a saliency pass over some images and gives img/s."""
         images = (self.args.pass_steps or self.steps) * self.run.batch_size
         part = self.index.subset(range(min(images, len(self.index))))
-        data = Data(part, part, self.source.pixels, self.source.pixels)
+        pixels = self.source.pixels
+        pixels = None if pixels is None else pixels[: len(part)]
+        data = Data(part, part, pixels, pixels)
         loaders = Loaders(data, self.image, sampling="shuffle", seed=SEED)
         amp = partial(autocast, self.args.amp, self.device)
         side = self.args.pass_size or self.image.size
