@@ -197,7 +197,8 @@ class Bench:
         """-> a function that makes a saliency pass over some images and gives img/s."""
         images = (self.args.pass_steps or self.steps) * self.run.batch_size
         part = self.index.subset(range(min(images, len(self.index))))
-        data = Data(part, part, self.pixels, self.pixels)
+        pixels = None if self.pixels is None else self.pixels[: len(part)]
+        data = Data(part, part, pixels, pixels)
         loaders = Loaders(data, self.image, sampling="shuffle", seed=_live.SEED)
         amp = partial(autocast, self.args.amp, self.device)
         side = self.args.pass_size
