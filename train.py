@@ -22,7 +22,7 @@ from tqdm import tqdm
 from pipelines import resume as resuming
 from pipelines.recipe import Config, autocast
 from pipelines.state import State
-from scae_dali.config import check
+from scae_dali.checks import check
 from scae_dali.data.broken import look
 from scae_dali.plan import schedule
 from scae_dali.stage.loader import Batch, ImageError

@@ -3,14 +3,9 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from scae_dali.config import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    CropConfig,
-    check,
-    check_choice,
-)
+from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD, check, check_choice
 from scae_dali.methods.base import Triple
+from scae_dali.plan.crop import CropConfig
 
 Decode = Literal["auto", "roi", "full"]
 DTypeName = Literal["fp32", "fp16"]

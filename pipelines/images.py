@@ -13,7 +13,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import do_not_convert
 
 from pipelines.config import Decode, ExecConfig, ImageConfig
-from scae_dali.config import check
+from scae_dali.checks import check
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods.base import DataNode
 from scae_dali.plan.order import ID, Order

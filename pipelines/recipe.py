@@ -15,25 +15,9 @@ from torch import nn
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data, DataConfig
 from scae_dali.cache.cache import SaliencyCache
-from scae_dali.config import (
-    AutoAugmentConfig,
-    CutmixConfig,
-    CutoutConfig,
-    GridMaskConfig,
-    KeepAugmentConfig,
-    MixupConfig,
-    RandAugmentConfig,
-    RandomErasingConfig,
-    SaliencyMixConfig,
-    ScaeConfig,
-    SemanticGridMaskConfig,
-    TrivialAugmentConfig,
-    check,
-    check_choice,
-)
-from scae_dali.methods import BUILT_IN, compose, load, make_config
+from scae_dali.checks import check, check_choice, check_seed
+from scae_dali.methods import BUILT_IN, base, compose, load, make_config
 from scae_dali.plan.order import epoch_size
-from scae_dali.plan.random import check_seed
 from scae_dali.stage.stage import Stage
 from scae_dali.training import networks
 from scae_dali.training.losses import LossConfig
@@ -149,9 +133,30 @@ class SaliencyConfig:
         )
 
 
+# The built-in methods that have anything to set.
+METHODS = {name: load(name).Config for name in BUILT_IN if dataclasses.fields(load(name).Config)}
+
+
+def with_methods(cls: type) -> type:
+    """A dataclass to be, with a field for the settings of each of METHODS behind `method`."""
+    types: dict[str, Any] = {}
+    for name, annotation in cls.__annotations__.items():
+        types[name] = annotation
+        if name == "method":
+            types |= METHODS
+    cls.__annotations__ = types
+    for name, config in METHODS.items():
+        setattr(cls, name, field(default_factory=config))
+    return cls
+
+
 @dataclass(frozen=True, kw_only=True)
+@with_methods
 class Config:
     """A training run.
+
+    Between `method` and `method_args` it has a field for every built-in method that has settings,
+    with the method's name and its Config.
 
     Args:
         data: the images.
@@ -159,18 +164,6 @@ class Config:
         model: a network of torchvision by name, or one for 32 px of scae_dali.training.networks.
         method: one of scae_dali.methods.BUILT_IN, or the dotted name of a module of yours; several
             are joined by +, rand_augment+scae.
-        scae: settings of the method of this name, as are those that follow.
-        semantic_grid_mask: SCAE with a grid.
-        random_erasing: Random Erasing.
-        cutout: Cutout.
-        grid_mask: GridMask.
-        mixup: MixUp.
-        cutmix: CutMix.
-        saliency_mix: SaliencyMix.
-        keep_augment: KeepAugment.
-        rand_augment: RandAugment.
-        auto_augment: AutoAugment.
-        trivial_augment: TrivialAugment.
         method_args: settings of a module of yours; where several methods are joined, by its name.
         image: how images become tensors.
         optim: optimiser and schedule.
@@ -197,18 +190,6 @@ class Config:
     out: str
     model: str = "resnet50"
     method: str = "scae"
-    scae: ScaeConfig = field(default_factory=ScaeConfig)
-    semantic_grid_mask: SemanticGridMaskConfig = field(default_factory=SemanticGridMaskConfig)
-    random_erasing: RandomErasingConfig = field(default_factory=RandomErasingConfig)
-    cutout: CutoutConfig = field(default_factory=CutoutConfig)
-    grid_mask: GridMaskConfig = field(default_factory=GridMaskConfig)
-    mixup: MixupConfig = field(default_factory=MixupConfig)
-    cutmix: CutmixConfig = field(default_factory=CutmixConfig)
-    saliency_mix: SaliencyMixConfig = field(default_factory=SaliencyMixConfig)
-    keep_augment: KeepAugmentConfig = field(default_factory=KeepAugmentConfig)
-    rand_augment: RandAugmentConfig = field(default_factory=RandAugmentConfig)
-    auto_augment: AutoAugmentConfig = field(default_factory=AutoAugmentConfig)
-    trivial_augment: TrivialAugmentConfig = field(default_factory=TrivialAugmentConfig)
     method_args: dict[str, Any] = field(default_factory=dict)
     image: ImageConfig = field(default_factory=ImageConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -275,19 +256,20 @@ class Config:
             f"{self.method}; those of a built-in method go under its name, --scae.lam_max 2",
         )
         return {
-            name: make_config(load(name), given.get(name, {}))
-            if name in own or name == "none"
-            else getattr(self, name)
+            name: getattr(self, name)
+            if name in METHODS
+            else make_config(load(name), given.get(name, {}))
             for name in names
         }
 
-    def guide(self) -> Any | None:
+    def guide(self) -> base.Config | None:
         """The Config of the method that looks at saliency maps or neighbouring classes, if one
         does."""
+        configs = {name: base.as_config(one) for name, one in self.method_configs().items()}
         guides = {
             name: config
-            for name, config in self.method_configs().items()
-            if getattr(config, "guided", False) or getattr(config, "wants_neighbors", False)
+            for name, config in configs.items()
+            if config.guided or config.wants_neighbors
         }
         passes = {name: config.refresh_every for name, config in guides.items()}
         check(
@@ -295,15 +277,7 @@ class Config:
             f"refresh_every must be the same for methods that share the maps, got {passes}",
         )
         # One that wants neighbours alone must not hide one that wants maps.
-        return max(guides.values(), key=lambda one: getattr(one, "guided", False), default=None)
-
-    def method_settings(self) -> dict[str, Any]:
-        """The settings of `method`, as keywords of the stage."""
-        settings = {
-            name: {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-            for name, config in self.method_configs().items()
-        }
-        return settings if len(settings) > 1 else next(iter(settings.values()))
+        return max(guides.values(), key=lambda one: one.guided, default=None)
 
     def stage(self, data: Data, cache: SaliencyCache | None, *, num_shards: int) -> Stage:
         """The augmentation. num_shards: ranks."""
@@ -319,7 +293,7 @@ class Config:
             mean=self.image.mean,
             std=self.image.std,
             backend=self.backend,
-            **self.method_settings(),
+            **self.method_configs(),
         )
 
     def saliency_image(self) -> ImageConfig:

@@ -18,7 +18,7 @@ from pipelines.data import Data
 from pipelines.guide import Guide
 from pipelines.loaders import Loaders
 from pipelines.recipe import Config, make_network
-from scae_dali.config import check
+from scae_dali.checks import check
 from scae_dali.plan.random import derive
 from scae_dali.stage.loader import ImageError, Loader
 from scae_dali.stage.stage import Stage

@@ -24,7 +24,7 @@ import _path  # noqa: F401
 from pipelines import saliency, train, val
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.cache.cache import SaliencyCache
-from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
+from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import BUILT_IN
 from scae_dali.saliency.gradcam import GradCAM

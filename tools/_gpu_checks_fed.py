@@ -37,8 +37,8 @@ import _path  # noqa: F401
 from pipelines import arrays, saliency
 from pipelines.config import ImageConfig
 from pipelines.recipe import autocast, make_network
-from scae_dali.config import CropConfig
 from scae_dali.methods import BUILT_IN, Status
+from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import Order
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.harvest import Harvest

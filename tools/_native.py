@@ -24,16 +24,13 @@ from pipelines.images import (
     read_shuffled,
     resolve_decode,
 )
-from scae_dali.config import (
-    AutoAugmentConfig,
-    PolicyConfig,
-    RandAugmentConfig,
-    RandomErasingConfig,
-    TrivialAugmentConfig,
-)
 from scae_dali.data.index import ImageIndex
+from scae_dali.methods.auto_augment import Config as AutoAugmentConfig
 from scae_dali.methods.base import DataNode
-from scae_dali.methods.policy import deprecations_hidden
+from scae_dali.methods.policy import PolicyConfig, deprecations_hidden
+from scae_dali.methods.rand_augment import Config as RandAugmentConfig
+from scae_dali.methods.random_erasing import Config as RandomErasingConfig
+from scae_dali.methods.trivial_augment import Config as TrivialAugmentConfig
 from scae_dali.plan.random import derive
 from scae_dali.stage.stage import Stage
 

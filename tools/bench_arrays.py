@@ -38,10 +38,10 @@ import _bench
 import _path  # noqa: F401
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.cache.cache import SaliencyCache
-from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.data.longtail import profile
 from scae_dali.data.pixels import ArrayImages
+from scae_dali.plan.crop import CropConfig
 from scae_dali.stage.stage import Stage
 
 CLASSES, IMBALANCE = 100, 100

@@ -37,8 +37,8 @@ import _bench
 import _path  # noqa: F401
 from pipelines import train
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.config import ScaeConfig
 from scae_dali.data.index import ImageIndex
+from scae_dali.methods.scae import Config as ScaeConfig
 from scae_dali.plan.schedule import frequency
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage

@@ -48,8 +48,8 @@ import _path  # noqa: F401
 from pipelines import train
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.cache.cache import SaliencyCache
-from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
+from scae_dali.plan.crop import CropConfig
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage
 

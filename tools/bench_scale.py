@@ -43,8 +43,8 @@ from pipelines.config import ExecConfig, ImageConfig
 from pipelines.images import READER
 from pipelines.train import train_pipeline
 from scae_dali.cache.cache import ChunkWriter, SaliencyCache
-from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
+from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import Order
 from scae_dali.stage.stage import Stage
 from scae_dali.stage.table import COMMON, columns_of

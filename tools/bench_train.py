@@ -40,8 +40,8 @@ from pipelines.data import Data
 from pipelines.loaders import Loaders
 from pipelines.recipe import OptimConfig, autocast, make_network
 from scae_dali.cache.cache import SaliencyCache
-from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
+from scae_dali.plan.crop import CropConfig
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.harvest import Harvest
 from scae_dali.stage.loader import Batch, Loader

@@ -28,7 +28,7 @@ from scae_dali.cache.cache import SaliencyCache
 from scae_dali.cache.limits import check_neighbors
 from scae_dali.cache.meta import settings_of
 from scae_dali.cache.records import EPOCHS
-from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
+from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD
 from scae_dali.data.index import ImageIndex
 from scae_dali.data.longtail import imbalanced
 from scae_dali.data.pixels import ArrayImages

@@ -4,7 +4,7 @@ A map carries its epoch in 16 bits, and a neighbouring class is a number of 16 b
 """
 
 from scae_dali.cache.records import CLASSES, EPOCHS
-from scae_dali.config import check
+from scae_dali.checks import check
 from scae_dali.plan import schedule
 
 __all__ = ["check_last_pass", "check_neighbors"]

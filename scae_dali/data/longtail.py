@@ -9,7 +9,7 @@ samples are is for `dataset`, what rarity means for `schedule`.
 import numpy as np
 import numpy.typing as npt
 
-from scae_dali.config import check
+from scae_dali.checks import check
 
 __all__ = ["FEW", "MANY", "choose", "imbalanced", "profile", "shots"]
 

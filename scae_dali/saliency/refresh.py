@@ -24,7 +24,7 @@ from scae_dali.cache.cache import SaliencyCache
 from scae_dali.cache.limits import check_neighbors
 from scae_dali.cache.records import checked_epoch, flat
 from scae_dali.cache.writer import ChunkWriter
-from scae_dali.config import check, check_choice
+from scae_dali.checks import check, check_choice
 from scae_dali.data.index import ImageIndex
 from scae_dali.saliency.cam import CAM, SaliencyMethod
 from scae_dali.saliency.gradcam import GradCAM

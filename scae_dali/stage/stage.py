@@ -1,15 +1,13 @@
-"""The DALI shell: puts a method's plan into a graph.
+"""An augmentation inside a DALI pipeline: `Stage`, which users call, and what it gives them.
 
-A `Stage` adds one Python operator on the CPU to a pipeline. It receives ids, the iteration and the
-crop windows (never pixels) and returns a small table, a row a sample, that native operators use.
-What is planned is for `planner` and the methods.
+A stage adds one Python operator on the CPU to a pipeline (`Operator`). It receives ids, the number
+of the batch and the crop windows, never pixels, and returns a small table, a row a sample
+(`Planner`). DALI's own operators read the table and change the pixels.
 """
 
 import math
 import os
-import time
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -21,13 +19,13 @@ from nvidia.dali.pipeline import do_not_convert
 from scae_dali.cache import limits
 from scae_dali.cache.cache import SaliencyCache
 from scae_dali.cache.resident import ResidentCache
-from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD, CropConfig
+from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD, check_seed
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import compose
-from scae_dali.methods.base import DataNode, Run, Triple, mixes
-from scae_dali.plan.random import check_seed
+from scae_dali.methods.base import DataNode, Run, Triple
+from scae_dali.plan.crop import CropConfig
 from scae_dali.stage import partner, wiring
-from scae_dali.stage.graph import Origin
+from scae_dali.stage.operator import Operator
 from scae_dali.stage.table import Planner
 
 RESIDENT_BYTES = 10**9  # maps of at most this size are kept in memory, unless told otherwise
@@ -95,9 +93,11 @@ class PlanNodes:
 class Stage:
     """One augmentation of one data set, ready to be put into a DALI pipeline.
 
-    index: the data set; its order gives the ids. method: see methods.load; its settings are
-    further keywords. Several are joined by +, `rand_augment+scae` (see methods.compose); then the
-    settings of each are a mapping under its name, scae={"lam_max": 1.0}.
+    index: the data set; its order gives the ids.
+    method: one of methods.BUILT_IN, or the dotted name of a module of your own. Several are joined
+    by +, as in `rand_augment+scae`; see methods.compose.
+    settings: the fields of the method's Config. Of several methods a mapping for each under its
+    name, as in scae={"lam_max": 1.0}. A ready Config goes under the method's name too.
     cache: a SaliencyCache of this index or its path; None: no maps.
     epochs: T of eq. 5. batch_size: the pipeline's. num_shards: the reader's. seed: of all plans.
     epoch_size: samples of an epoch, of all shards; None: every sample once.
@@ -173,17 +173,18 @@ class Stage:
             saliency=_saliency_source(cache, resident),
             neighbors=None if cache is None else cache.read_neighbors,
         )
-        self._method = compose.make(method, settings, self._run)
-        self.mixes = mixes(self._method)
+        configs = compose.configs(method, settings)
+        self._method = compose.make(configs, self._run)
+        self.mixes = self._method.mixes
         if cache is not None:
-            for config in compose.guides(self._method):
-                neighbors = getattr(config, "neighbors", 0) if self.mixes else 0
+            for config in compose.guides(configs):
+                neighbors = config.neighbors if self.mixes else 0
                 limits.check_neighbors(neighbors, index.num_classes)
                 limits.check_last_pass(epochs, config.refresh_every)
                 if cache is not named:  # whoever opened it has looked
                     _look_at(cache, len(index), config.refresh_every)
-        self.moves_pixels = "policy" in getattr(self._method, "kinds", ())
-        self.conditional = self.mixes or getattr(self._method, "conditional", False)
+        self.moves_pixels = self._method.moves_pixels
+        self.conditional = self.mixes or self._method.conditional
 
     def __call__(
         self,
@@ -217,7 +218,7 @@ class Stage:
             size=size,
             run=self._run,
             guided=self._cache is not None,
-            fills=self.mixes or "erase" in getattr(self._method, "kinds", ()),
+            fills=self.mixes or "erase" in self._method.kinds,
         )
         plan = self.plan(
             ids,
@@ -275,12 +276,11 @@ class Stage:
             _require_frame(window)
         frames = window if window is not None else () if shapes is None else (shapes,)
         sizes = () if isinstance(size, tuple) else (size,)
-        operator = Operator(
-            self,
+        operator = self.operator(
             self.planner(random_crop, keyed=keyed),
-            len(frames),
-            size if isinstance(size, tuple) else None,
-            wiring.check_ids(ids, self.index),
+            frames=len(frames),
+            size=size if isinstance(size, tuple) else None,
+            origin=wiring.check_ids(ids, self.index),
             told=told,
         )
         inputs = (ids, self._iteration(), *frames, *sizes)
@@ -303,8 +303,23 @@ class Stage:
             keyed=keyed,
         )
 
+    def operator(self, planner: Planner, **inputs: Any) -> Operator:
+        """What runs the planner inside a pipeline. inputs: how the pipeline feeds it, see
+        `Operator`."""
+
+        def spent(seconds: float) -> None:
+            self.seconds += seconds
+
+        return Operator(
+            planner,
+            epoch_size=self.epoch_size,
+            num_shards=self.num_shards,
+            spent=spent,
+            **inputs,
+        )
+
     def apply(self, images: DataNode, plan: PlanNodes) -> DataNode:
-        """Erase in images (HWC, CPU or GPU) as planned."""
+        """Do to images (HWC, CPU or GPU) what is planned."""
         return self._method.apply(images, plan)
 
     @do_not_convert
@@ -334,7 +349,7 @@ class Stage:
 
 
 class SCAE(Stage):
-    """The stage of SCAE. Keywords are those of Stage and the fields of ScaeConfig.
+    """The stage of SCAE. Keywords are those of Stage and the fields of methods.scae.Config.
 
     scae = SCAE(index, cache="imagenet.lmdb", epochs=100, batch_size=256, seed=7)
     images, targets = scae(images, ids, window=(start, size, shapes))
@@ -344,119 +359,6 @@ class SCAE(Stage):
         self, index: ImageIndex, cache: SaliencyCache | str | os.PathLike[str], **keywords: Any
     ) -> None:
         super().__init__(index, "scae", cache=cache, **keywords)
-
-
-class Operator:
-    """The Python operator: lists of small arrays in, `Planner`, rows in float64 and float32 out.
-
-    frames: how many inputs describe the crop. size: of the crops where it is one for all. origin:
-    of the ids, where it is known. told: what a size that is an input must be.
-    """
-
-    def __init__(
-        self,
-        stage: Stage,
-        planner: Planner,
-        frames: int,
-        size: tuple[int, int] | None,
-        origin: Origin | None = None,
-        told: tuple[int, int] | None = None,
-    ) -> None:
-        self.stage, self.planner = stage, planner
-        self._frames, self._size, self._told = frames, size, told
-        self._names = stage.index.names()
-        # A function that holds its pipeline would keep it alive for good.
-        self._pipeline = weakref.ref(pipeline) if (pipeline := Pipeline.current()) else None
-        self._reader = None if origin is None else origin.reader
-        self._once: wiring.EachOnce | None = None
-        known = origin is None or self._reader is None or origin.kind == "File"
-        if not known and stage.epoch_size <= len(stage.index):  # no sample is wanted twice
-            self._once = wiring.EachOnce(stage.index)
-
-    def python(self, *inputs: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        start = time.perf_counter()
-        rows = self.planner(*self.arguments(inputs))
-        row, single = list(rows), list(rows.astype(np.float32))
-        self.stage.seconds += time.perf_counter() - start
-        return row, single
-
-    def torch(self, *inputs: list[Any]) -> tuple[list[Any], list[Any]]:
-        """Likewise, of DLPack capsules: the plan reads their memory and gives out its own."""
-        import torch
-        from torch.utils import dlpack
-
-        start = time.perf_counter()
-        arrays = [[dlpack.from_dlpack(one).numpy() for one in samples] for samples in inputs]
-        rows = torch.from_numpy(self.planner(*self.arguments(arrays)))
-        row, single = ([*map(dlpack.to_dlpack, table)] for table in (rows, rows.float()))
-        self.stage.seconds += time.perf_counter() - start
-        return row, single
-
-    def arguments(self, inputs: Sequence[list[np.ndarray]]) -> tuple[Any, ...]:
-        """What the planner takes."""
-        ids, iteration, *rest = inputs
-        b, number = len(ids), iteration[0].item()
-        if self._reader is not None:
-            self._check_reader()
-        if ids[0].dtype == np.uint8:  # names, as source_info gives them
-            positions = self._names.ids([bytes(name).decode() for name in ids])
-        else:
-            positions = self._positions(ids, number)
-        frames = [_batch(samples) for samples in rest[: self._frames]]
-        if self._size is None:
-            size_px = _batch(rest[-1])[:, :2].astype(np.int64)
-            if self._told is not None and (wrong := (size_px != self._told).any(axis=1)).any():
-                raise ValueError(
-                    f"size must be (h, w) of the images, got {self._told}, and images of "
-                    f"{tuple(size_px[wrong][0].tolist())}; pass theirs, or leave size out"
-                )
-        else:
-            size_px = np.full((b, 2), self._size)
-        window = None
-        if frames:
-            frames[-1] = frames[-1][:, :2]  # HWC
-            if any(frame.shape[1] != 2 for frame in frames):
-                raise ValueError(
-                    "window must be (start, size, shapes) of (y, x) and (h, w) each, got "
-                    f"{[frame.shape[1] for frame in frames]} numbers"
-                )
-            window = np.concatenate(frames, axis=1).astype(np.float64)
-            if len(frames) > 1:
-                wiring.check_frames(window)
-        # The number is that of the batch, and so the same for all.
-        return positions, np.full(b, number), size_px, window
-
-    def _positions(self, ids: list[np.ndarray], number: int) -> np.ndarray:
-        """Ids that are numbers, int64 [B]."""
-        flat = _batch(ids)[:, 0]
-        samples = len(self.stage.index)
-        if flat.dtype.kind not in "iu" or np.iinfo(flat.dtype).max < samples - 1:
-            raise TypeError(
-                f"ids must be integers that hold the places 0 … {samples - 1}, got {flat.dtype}; "
-                "pass the reader's own, or cast them to INT64"
-            )
-        positions = flat.astype(np.int64)
-        within = (positions >= 0) & (positions < samples)  # of others the planner tells
-        if self._once is not None:
-            stage, step = self.stage, number % self.stage.batches_per_epoch
-            left = stage.epoch_size // stage.num_shards - step * stage.batch_size
-            self._once.look(positions[: max(0, left)][within[: max(0, left)]])  # the rest pads
-            if step + 1 == stage.batches_per_epoch:
-                self._once = None
-        return positions
-
-    def _check_reader(self) -> None:
-        """Once, at the first batch: only a pipeline that is built can be asked."""
-        name, self._reader = self._reader, None
-        pipeline = None if self._pipeline is None else self._pipeline()
-        if pipeline is not None and name is not None:
-            wiring.check_reader(
-                name,
-                pipeline.reader_meta(name),
-                epoch_size=self.stage.epoch_size,
-                num_shards=self.stage.num_shards,
-                batch_size=self.stage.batch_size,
-            )
 
 
 def _require_frame(window: Sequence[DataNode]) -> None:
@@ -474,12 +376,6 @@ def _decode_crop(encoded, start, shape, images, size):
     whole = fn.decoders.image(encoded, device=decoder)
     window = fn.slice(whole, start, shape, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
     return fn.resize(window, size=size)
-
-
-def _batch(samples: list[np.ndarray]) -> np.ndarray:
-    """Arrays of one size -> [B, size]; np.stack takes three times as long."""
-    flat = samples if samples[0].ndim == 1 else [one.reshape(-1) for one in samples]
-    return np.concatenate(flat).reshape(len(samples), -1)
 
 
 def _look_at(cache: SaliencyCache, samples: int, refresh_every: int) -> None:

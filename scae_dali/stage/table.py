@@ -1,28 +1,32 @@
-"""A batch's whole plan as one table, outside any graph: crop, flip, labels, and the method's part.
+"""A batch's whole plan as one table, a row a sample: crop, flip, labels, and the method's part.
 
-Pure: a row depends on (seed, epoch, id, window, saliency) alone. How the table gets into a DALI
-pipeline and out of it is for `ops` and `iterator`.
+It is made by NumPy, outside any DALI graph, and is pure: a row depends on (seed, epoch, id, window,
+saliency) alone. `Stage` takes it into a pipeline and `Loader` takes it apart behind one.
 """
 
 from itertools import accumulate
 
 import numpy as np
 
-from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
-from scae_dali.methods.base import Method, Run, Samples, mixes
+from scae_dali.methods.base import Method, Run, Samples
 from scae_dali.plan import crop
+from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import ID
 from scae_dali.plan.random import Stream, uniforms
 
-# Of every plan, in this order, with their widths; `box` is (y, x, h, w) in pixels of the crop,
-# `window` the crop in shares of the full frame, and `flip` 0 where it is not drawn here.
+# A row's columns by name, with their widths. First come those that every plan has: the classes of
+# the sample and of its partner; its place in the index; its Status; the weight of its own label;
+# the `box` (y, x, h, w) in pixels of the crop; the `window`, which is the crop in shares of the
+# full frame; and `flip`, which is 0 where the planner does not draw it.
 COMMON = {"label": 1, "partner": 1, "id": 1, "status": 1, "mu": 1, "box": 4, "window": 4, "flip": 1}
 COMMON_WIDTH = sum(COMMON.values())
-# Where the crop is drawn here: start (y, x) and shape (h, w) in pixels of the full frame.
-DRAWN = {"start": 2, "shape": 2}
-# Where the method mixes: what the crop of the second sample is drawn from.
-DRAW = {"key": 1, "epoch": 1}
+# Then the crop, where the planner draws it: start (y, x) and shape (h, w) in pixels of the full
+# frame.
+CROP = {"start": 2, "shape": 2}
+# Then, where the method mixes, what the random numbers for the partner's crop hang on.
+PARTNER_KEY = {"key": 1, "epoch": 1}
+# Last come the method's own fields.
 
 
 def columns_of(widths: dict[str, int]) -> dict[str, slice]:
@@ -57,13 +61,13 @@ class Planner:
         self.index = index
         self.keyed = keyed
         self.random_crop = random_crop
-        self.mixes = mixes(method)
-        drawn = {} if random_crop is None else DRAWN
-        draw = DRAW if self.mixes else {}
-        self.columns = columns_of(COMMON | drawn | draw | dict(method.fields))
+        self.mixes = method.mixes
+        cropped = {} if random_crop is None else CROP
+        keyed_partner = PARTNER_KEY if self.mixes else {}
+        self.columns = columns_of(COMMON | cropped | keyed_partner | dict(method.fields))
         self._width = max(part.stop for part in self.columns.values())
-        self._method, self._run, self._batch_size = method, run, batch_size
-        self._batches_per_epoch, self._start_epoch = batches_per_epoch, start_epoch
+        self._method, self._run, self._start_epoch = method, run, start_epoch
+        self.batch_size, self.batches_per_epoch = batch_size, batches_per_epoch
         self._labels = index.labels
 
     def __call__(
@@ -84,8 +88,8 @@ class Planner:
         b = len(ids)
         keys, ids = ids, ids & ID if self.keyed else ids
         labels = self._label(ids, keys)
-        iteration = iteration + self._start_epoch * self._batches_per_epoch
-        epoch = iteration // self._batches_per_epoch
+        iteration = iteration + self._start_epoch * self.batches_per_epoch
+        epoch = iteration // self.batches_per_epoch
         extra: dict[str, np.ndarray] = {}
         flip = np.zeros(b, np.bool_)
         if self.random_crop is not None:
@@ -113,7 +117,7 @@ class Planner:
                 window=share,
                 size_px=size_px,
                 iteration=iteration,
-                place=place % self._batch_size,
+                place=place % self.batch_size,
                 flip=flip,
             )
         )
@@ -121,7 +125,7 @@ class Planner:
         if "partner_id" in plan:
             partner = self._label(plan["partner_id"], ids)
         elif "source" in plan:
-            partner = labels[place - place % self._batch_size + plan["source"]]
+            partner = labels[place - place % self.batch_size + plan["source"]]
         table = np.empty((b, self._width))
         for name, value in {
             "label": labels,
@@ -148,7 +152,7 @@ class Planner:
         window and flip as crop_and_flip does. Where the own flip is drawn here too it comes after
         mixing, and the partner's is relative to it.
         """
-        key, epoch = (rows[:, self.columns[name].start].astype(np.int64) for name in DRAW)
+        key, epoch = (rows[:, self.columns[name].start].astype(np.int64) for name in PARTNER_KEY)
         window, flip = self._crop(Stream.PARTNER_CROP, key, epoch, full_px, config)
         if self.random_crop is not None:
             flip = flip != (rows[:, self.columns["flip"].start] == 1)

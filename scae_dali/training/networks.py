@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu
 
-from scae_dali.config import check, check_choice
+from scae_dali.checks import check, check_choice
 
 MODELS = (
     "cifar_resnet20",

@@ -6,7 +6,7 @@ import pytest
 
 import train
 from pipelines.recipe import Config, make_network
-from scae_dali.methods import load, make_config
+from scae_dali.methods import load
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 BASE = "cifar100_lt"
@@ -25,7 +25,8 @@ def recipe(*names: str, **more: str) -> Config:
 def test_every_setting_of_a_recipe_is_known(name):
     more = {"second_stage__weights": "w.pt"} if name in ("crt", "lws", "mislas_stage2") else {}
     config = recipe(*([BASE, name] if name in OVERLAYS else [name]), **more)
-    make_config(load(config.method), config.method_settings())
+    assert config.method_configs().keys() == {config.method}
+    assert type(config.method_configs()[config.method]) is load(config.method).Config
     assert config.image.val_resize >= config.image.size
 
 
@@ -63,7 +64,7 @@ def test_a_method_that_wants_maps_is_found_beside_one_that_wants_neighbours():
 
 METHOD = """
 from dataclasses import dataclass, field
-from scae_dali.config import CropConfig
+from scae_dali.plan.crop import CropConfig
 from scae_dali.methods.none import Method
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def test_settings_within_settings_of_a_users_method_stay_what_they_are(tmp_path,
     (tmp_path / "mine_nested" / "method.py").write_text(METHOD)
     monkeypatch.syspath_prepend(tmp_path)
     config = recipe(BASE, method="mine_nested.method")
-    assert config.method_settings()["crop"].pad == 3
+    assert config.method_configs()["mine_nested.method"].crop.pad == 3
 
 
 def test_a_second_stage_needs_the_first_ones_weights():

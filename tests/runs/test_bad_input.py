@@ -26,7 +26,7 @@ from pipelines import saliency, train, val
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali import SCAE
 from scae_dali.cache.cache import CacheError, SaliencyCache
-from scae_dali.config import CropConfig
+from scae_dali.plan.crop import CropConfig
 from scae_dali.data.index import DatasetError, ImageIndex
 from scae_dali.stage.loader import ImageError, Loader
 from scae_dali.methods import Status

@@ -14,8 +14,10 @@ from torchvision.transforms import v2
 
 import train
 from pipelines.recipe import Config
-from scae_dali.config import ERASING_PRESETS, RandomErasingConfig, ScaeConfig
-from scae_dali.methods import Samples, Status, load, make_config
+from scae_dali.methods import Samples, Status, compose, load, make_config
+from scae_dali.methods.random_erasing import PRESETS as ERASING_PRESETS
+from scae_dali.methods.random_erasing import Config as RandomErasingConfig
+from scae_dali.methods.scae import Config as ScaeConfig
 
 N = 4000
 
@@ -223,7 +225,9 @@ def test_a_preset_survives_on_its_way_to_the_method(preset, wanted):
     settings = parser.instantiate(given)
     full = Config(**{name: settings[name] for name in Config.__dataclass_fields__})
     assert full.random_erasing == config
-    assert make_config(load("random_erasing"), full.method_settings()) == config
+    assert full.method_configs() == {"random_erasing": config}
+    given = compose.configs("random_erasing", full.method_configs())
+    assert given == {"random_erasing": config}
 
 
 @pytest.mark.parametrize(

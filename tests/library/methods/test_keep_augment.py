@@ -10,8 +10,8 @@ from test_methods import method, samples
 from test_policies import H, N, W, pixels, stage_of, transformed  # noqa: F401
 from test_region import brute_saliency
 
-from scae_dali.config import KeepAugmentConfig
 from scae_dali.methods import Run, Status, compose
+from scae_dali.methods.keep_augment import Config as KeepAugmentConfig
 from scae_dali.methods.keep_augment import importance
 from scae_dali.plan.random import Stream
 
