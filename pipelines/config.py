@@ -18,10 +18,18 @@ BUSY_PIXELS = 1 << 20
 class ImageConfig:
     """How images become tensors.
 
-    size: side of the crop in pixels. val_resize: the shorter side before the central crop of
-    `size`. decode: `roi` decodes the crop alone, `full` the whole image before it crops; `auto` is
-    `roi` on the CPU and, on a GPU, `full` where nvImageCodec's ROI decoder is known to crash.
-    mean, std: in grey levels [0, 255].
+    Args:
+        size: Side of the training crop in pixels.
+        val_resize: Shorter side of a validation image in pixels before the centre of `size` pixels
+            is cut out.
+        crop: Random crop and flip of the training images.
+        decode: `roi` decodes the crop alone. `full` decodes the whole image and then crops. `auto`
+            is `roi`, except on a GPU with nvImageCodec 0.9, whose ROI decoder is reported to crash;
+            there it is `full`.
+        dtype: Type of the images that the network gets. `fp16` needs amp.
+        layout: Memory layout of the images that the network gets.
+        mean: Mean of the data set that is subtracted, one grey level in [0, 255] a channel (RGB).
+        std: Standard deviation that the images are divided by, one value a channel, as mean.
     """
 
     size: int = 224
@@ -47,11 +55,16 @@ class ImageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExecConfig:
-    """Where and how wide a pipeline runs.
+    """Where a pipeline runs, and on how many threads.
 
-    device_id: the GPU, or None for the CPU alone. batch_size: a rank. threads: of DALI, a rank.
-    shard, num_shards: which part of every epoch this rank reads. hw_decoder_load: share of a batch
-    that the JPEG engine of the GPU decodes, where it has one.
+    Args:
+        batch_size: Images in a batch of one process.
+        device_id: Number of the GPU. None runs on the CPU alone.
+        threads: DALI's CPU threads in one process.
+        prefetch: Batches that DALI prepares ahead.
+        shard: The part of every epoch that this process reads, from 0 on.
+        num_shards: Number of processes that share an epoch.
+        hw_decoder_load: Share of a batch that the GPU's JPEG engine decodes, if the GPU has one.
     """
 
     batch_size: int

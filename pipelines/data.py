@@ -39,21 +39,27 @@ class DataConfig:
     """Where the images are, and which of them are trained on.
 
     Args:
-        root: holds the folders of training and validation, or what the lists are relative to, or
+        root: Folder of the data set. It holds train/ and val/, or the files that the lists name, or
             CIFAR's files as torchvision downloads them.
-        format: folder: image files, in folders or lists; cifar10, cifar100: CIFAR's own files.
-        train_dir: folder in root with a folder a class.
-        val_dir: the same for validation; its name is often val or test.
-        train_list: file of `path label` lines, relative to root, instead of train_dir.
-        val_list: the same instead of val_dir.
-        exclude: file of training paths, one a line, to leave out.
-        val_exclude: the same of validation, or of what is held out for it.
-        index_cache: folder that keeps the indices between runs.
-        in_memory: decode all images once, which must have one size; CIFAR's own always are.
-        imbalance: train on a long-tailed subset, the largest class so many times the smallest.
-        imbalance_seed: which subset; 0 is the published one of CIFAR's own files.
-        holdout: validate on so many training images of each class, which are not trained on,
-            instead of on val_dir or val_list: settings are to be chosen on these.
+        format: `folder` reads image files, from folders or lists. `cifar10` and `cifar100` read
+            CIFAR's own files into memory.
+        train_dir: Folder of the training images in root, with one folder for each class.
+        val_dir: Folder of the validation images in root; in other data sets often called test.
+        train_list: Text file of the training images, instead of train_dir. Each line is a path
+            relative to root, a space and the number of the class.
+        val_list: The same for validation, instead of val_dir.
+        exclude: Text file of training images to leave out, one path relative to train_dir, or as in
+            train_list, on each line. tools/check_images.py writes one.
+        val_exclude: The same for the validation images, or for those that `holdout` sets aside.
+        index_cache: Folder in which the lists of files are kept, so that the next run need not scan
+            the folders.
+        in_memory: Decode all images once and keep them in memory. They must all have one size.
+            CIFAR's own files always are in memory.
+        imbalance: Train on a long-tailed subset, whose largest class has this many times the images
+            of the smallest.
+        imbalance_seed: Chooses the subset. 0 is the published subset of CIFAR's own files.
+        holdout: Validate on this many training images of each class, which are then not trained
+            on, instead of on val_dir or val_list. Choose settings with it, not on test images.
     """
 
     root: str

@@ -30,16 +30,18 @@ class OptimConfig:
     """SGD with Nesterov momentum.
 
     Args:
-        lr: learning rate for the whole batch of all ranks.
-        momentum: Nesterov's.
-        weight_decay: L2.
-        decay_norms: whether weight decay acts on norms and biases too.
-        schedule: `step` multiplies by `factor` at `milestones`, `cosine` falls to `lr_min`.
-        milestones: epochs.
-        factor: of `step`.
-        lr_min: of `cosine`.
-        warmup_epochs: linear warm-up before either.
-        ema: decay of an averaged copy of the weights that is validated and saved; 0: none.
+        lr: Learning rate, for the batches of all processes together.
+        momentum: Nesterov momentum.
+        weight_decay: Weight decay (L2).
+        decay_norms: Whether weight decay also acts on biases and on the weights of norm layers.
+        schedule: `step` multiplies the learning rate by `factor` at each of the `milestones`.
+            `cosine` lowers it to `lr_min` along a cosine.
+        milestones: Epochs at which schedule=step lowers the learning rate.
+        factor: What schedule=step multiplies the learning rate by.
+        lr_min: Learning rate at the end of schedule=cosine.
+        warmup_epochs: Epochs over which the learning rate first rises linearly to lr.
+        ema: Decay, for each step, of an averaged copy of the weights, which is then the one
+            validated and saved. 0 averages nothing.
     """
 
     lr: float = 0.1
@@ -90,15 +92,17 @@ class SaliencyConfig:
     """The saliency cache and what fills it.
 
     Args:
-        source: `pass`: Grad-CAM of the whole images, in passes of their own. `harvest`: out of the
-            training's own forward passes, for networks that end in a pooling and one linear layer.
-            `both`: a pass over `share`, and what was harvested of the rest.
-        share: of the samples, seen by a pass; the stalest first.
-        cache: LMDB cache; None: `saliency.lmdb` in the run's folder, one a node.
-        layer: module whose features Grad-CAM weighs; None: the family's default.
-        batch_size: of the pass, a rank; None: the training's, or more on a GPU where images are
-            small.
-        size: side in pixels to which the whole image is stretched; None: the crop's.
+        source: `pass` makes the maps by Grad-CAM on whole images, in separate passes. `harvest`
+            takes them from the forward passes of training; the network must end in a pooling and
+            one linear layer. `both` makes passes over `share` of the images and harvests the rest.
+        share: Share of the images that each pass sees, those with the oldest maps first.
+        cache: LMDB cache of the maps. null puts saliency.lmdb into the run's folder, one for each
+            node.
+        layer: Name of the module whose output Grad-CAM looks at. null takes the usual one of the
+            network's family.
+        batch_size: Batch size of a pass in one process. null takes that of training, or a larger
+            one on a GPU if the images are small.
+        size: Side in pixels that a pass stretches whole images to. null takes image.size.
     """
 
     source: Literal["pass", "harvest", "both"] = "pass"
@@ -133,20 +137,24 @@ class SaliencyConfig:
         )
 
 
-# The built-in methods that have anything to set.
+# The Configs of the built-in methods, by name; a method without settings has none here.
 METHODS = {name: load(name).Config for name in BUILT_IN if dataclasses.fields(load(name).Config)}
 
 
 def with_methods(cls: type) -> type:
-    """A dataclass to be, with a field for the settings of each of METHODS behind `method`."""
+    """The class body of a config, with a field behind `method` for each of METHODS. The field has
+    the method's name; its help text is the first line of its Config's docstring."""
     types: dict[str, Any] = {}
     for name, annotation in cls.__annotations__.items():
         types[name] = annotation
         if name == "method":
             types |= METHODS
     cls.__annotations__ = types
+    cls.__doc__ = (cls.__doc__ or "").rstrip() + "\n"
     for name, config in METHODS.items():
         setattr(cls, name, field(default_factory=config))
+        title = (config.__doc__ or "").splitlines()[0].rstrip(".")
+        cls.__doc__ += f"        {name}: --method {name}: {title}\n"
     return cls
 
 
@@ -155,35 +163,39 @@ def with_methods(cls: type) -> type:
 class Config:
     """A training run.
 
-    Between `method` and `method_args` it has a field for every built-in method that has settings,
-    with the method's name and its Config.
+    Behind `method` there is a field for every built-in method that has settings: see METHODS.
 
     Args:
-        data: the images.
-        out: folder of the run: checkpoint, metrics, weights, saliency cache.
-        model: a network of torchvision by name, or one for 32 px of scae_dali.training.networks.
-        method: one of scae_dali.methods.BUILT_IN, or the dotted name of a module of yours; several
-            are joined by +, rand_augment+scae.
-        method_args: settings of a module of yours; where several methods are joined, by its name.
-        image: how images become tensors.
-        optim: optimiser and schedule.
-        loss: weights of the classes and smoothing of the labels.
-        second_stage: trains the classifier again on the features of a first run.
-        sampling: shuffle gives every sample once an epoch; class_balanced every class equally
-            often, as often as the largest has samples.
-        saliency: saliency cache and pass.
-        epochs: T.
-        batch_size: of a rank.
-        threads: of DALI, a rank.
-        hw_decoder_load: share of a batch that the JPEG engine of the GPU decodes, where it has one.
-        device: auto takes the GPU where there is one.
-        amp: autocast to this type.
-        channels_last: memory format of network and images.
-        compile: torch.compile the network in this mode; reduce-overhead captures CUDA graphs, for
-            small networks.
-        backend: the operator that runs the plan; see scae_dali.stage.stage.Stage. numpy is python.
-        seed: of everything random.
-        checkpoint_every: steps between checkpoints within an epoch; 0: only at its end.
+        data: The images
+        out: Folder of the run, for its checkpoint, metrics, weights and saliency cache. It must be
+            new, or hold a run that is resumed.
+        model: Name of a classification network of torchvision, or of one for 32 px: cifar_resnet20,
+            cifar_resnet32, cifar_resnet44, cifar_resnet56 or cifar_resnet18.
+        method: Augmentation, by its name (scae, random_erasing, …; none is crop and flip alone), or
+            the dotted name of a module of your own. Several are joined by a plus sign, such as
+            rand_augment+scae.
+        method_args: Settings of a module of your own, as JSON. If several methods are joined, they
+            stand under the module's name.
+        image: How images become tensors
+        optim: Optimiser (SGD) and schedule of the learning rate
+        loss: Label smoothing and weights of the classes
+        second_stage: Second stage, which trains the classifier again on the features of a first run
+        sampling: `shuffle` shows every image once in an epoch. `class_balanced` shows every class
+            equally often, as often as the largest class has images.
+        saliency: Saliency maps, for methods that look at them
+        epochs: Number of epochs, T in eq. 5.
+        batch_size: Batch size of one process.
+        threads: DALI's CPU threads in one process.
+        hw_decoder_load: Share of a batch that the GPU's JPEG engine decodes, if the GPU has one.
+        device: Where to train; `auto` takes a GPU if there is one.
+        amp: Mixed precision, as the type that torch.autocast computes in.
+        channels_last: Keep the network's weights and the images in channels-last memory format.
+        compile: Mode of torch.compile. `reduce-overhead` captures CUDA graphs, which helps small
+            networks.
+        backend: DALI operator that runs the augmentation's Python code. The plan is the same.
+        seed: Seed of everything random.
+        checkpoint_every: Steps between two checkpoints within an epoch. 0 makes one at the end of
+            an epoch only.
     """
 
     data: DataConfig

@@ -26,18 +26,18 @@ DataNode = Any
 Triple = tuple[float, float, float]
 BUILT_IN = (
     "none",
+    "scae",
+    "semantic_grid_mask",
     "random_erasing",
     "cutout",
     "grid_mask",
-    "scae",
-    "semantic_grid_mask",
-    "rand_augment",
-    "auto_augment",
-    "trivial_augment",
-    "keep_augment",
     "mixup",
     "cutmix",
     "saliency_mix",
+    "keep_augment",
+    "rand_augment",
+    "auto_augment",
+    "trivial_augment",
 )
 Kind = Literal["policy", "erase", "mix"]
 # Fields of a method that mixes in a second sample, which the pipeline fetches.

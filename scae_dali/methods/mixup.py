@@ -14,7 +14,10 @@ __all__ = ["Config", "Method"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(batch.BatchMixConfig):
-    """MixUp (Zhang et al., ICLR 2018); published alphas are 1 for CIFAR and 0.2 for ImageNet."""
+    """MixUp (Zhang et al., ICLR 2018).
+
+    Published alphas are 1 for CIFAR and 0.2 for ImageNet.
+    """
 
 
 class Method(batch.BatchMix):

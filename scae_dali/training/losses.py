@@ -90,11 +90,14 @@ class LossConfig:
     """The loss: cross-entropy against the mixed labels.
 
     Args:
-        label_smoothing: share of the label spread over all classes.
-        smoothing_head: instead, share by class (MiSLAS): that of the largest class.
-        smoothing_tail: that of the smallest class; between them a sine of the count.
-        class_balanced: beta of the class-balanced weights, 0.9999 in their paper; 0: none.
-        defer: epoch from which the class-balanced weights act (deferred re-weighting).
+        label_smoothing: Share of the label that is spread over all classes.
+        smoothing_head: Label-aware smoothing (MiSLAS), instead of label_smoothing: the share for
+            the largest class.
+        smoothing_tail: The share for the smallest class. For classes in between it follows a sine
+            of their size.
+        class_balanced: β of class-balanced weights of the classes, 0.9999 in their paper. 0 weighs
+            all classes alike.
+        defer: Epoch from which the class-balanced weights act (deferred re-weighting).
     """
 
     label_smoothing: float = 0.0

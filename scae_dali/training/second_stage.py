@@ -23,12 +23,13 @@ class SecondStageConfig:
     """Training the classifier again on frozen features.
 
     Args:
-        classifier: `reset` trains a new one (cRT), `scale` only a factor a class (LWS), `tune`
-            goes on with the old one and trains a factor a class beside it (MiSLAS); None: no
-            second stage.
+        classifier: `reset` trains a new classifier (cRT). `scale` trains only a factor for each
+            class (LWS). `tune` trains the old classifier on, and a factor for each class
+            (MiSLAS). null trains the whole network: no second stage.
         weights: weights.pt of the first stage.
-        classifier_lr: factor of the learning rate of the classifier's own weights.
-        train_norms: whether the features' BatchNorm keeps to the batch and goes on averaging.
+        classifier_lr: Factor of the learning rate for the classifier's own weights.
+        train_norms: Whether the BatchNorm layers of the frozen features normalise by the batch and
+            update their running statistics.
     """
 
     classifier: Literal["reset", "scale", "tune"] | None = None
