@@ -47,13 +47,14 @@ def split(names: str) -> list[str]:
 def configs(names: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The Config of every method in `names`, by the method's name.
 
-    settings: by name the Config, or a mapping of its fields; of a single method also the fields
-    themselves. Raises ValueError for names and settings that there are not.
+    settings: of a single method the fields of its Config, or {name: its Config}; of several, for
+    each by name, its Config or a mapping of its fields. Raises ValueError for unknown names and
+    settings.
     """
     parts = split(names)
     modules = {name: load(name) for name in parts}
     if len(parts) == 1 and not _is_config(settings.get(parts[0]), modules[parts[0]]):
-        return {parts[0]: make_config(modules[parts[0]], settings)}
+        settings = {parts[0]: settings}
     if unknown := sorted(set(settings) - set(parts)):
         raise ValueError(
             f"settings of {names!r} go by the method's name, as in {parts[0]}={{...}}, got "

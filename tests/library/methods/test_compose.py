@@ -132,6 +132,34 @@ def test_a_single_method_is_itself_with_settings_of_its_own():
     assert one.config == load("cutmix").Config(prob=0.25)
 
 
+def test_settings_may_be_ready_configs():
+    scae = load("scae").Config(lam_max=5.0)
+    assert compose.configs("scae", {"scae": scae})["scae"] is scae
+    assert compose.configs(" scae ", {"lam_max": 5.0}) == {"scae": scae}
+    both = compose.configs("scae+mixup", {"scae": scae, "mixup": {"alpha": 0.2}})
+    assert both["scae"] is scae
+    assert both["mixup"] == load("mixup").Config(alpha=0.2)
+    message = "settings of scae must be a mapping, .*or its Config, got scae=.*alpha"
+    with pytest.raises(ValueError, match=message):
+        compose.configs("scae+mixup", {"scae": both["mixup"]})
+    with pytest.raises(ValueError, match=r"unknown setting scae of .*scae; it has"):
+        compose.configs("scae", {"scae": both["mixup"]})
+    with pytest.raises(ValueError, match=r"go by the method's name, as in scae=.*got lam_max"):
+        compose.configs("scae", {"scae": scae, "lam_max": 1.0})
+
+
+def test_a_stage_takes_a_config_as_it_takes_its_fields(tailed, tailed_cache):
+    settings = {"tail": 0.5, "mix_alpha": 4.0, "p_max": 0.8}
+    shared = {"epochs": 3, "batch_size": 63, "seed": 8, "cache": tailed_cache}
+    ready = load("scae").Config(**settings)
+    given = (np.arange(63), np.full(63, 2), np.full((63, 2), 24))
+    for names, more in (("scae", {}), ("rand_augment+scae", {"rand_augment": {"n": 1}})):
+        one = Stage(tailed, names, scae=ready, **shared, **more)
+        other = Stage(tailed, names, **shared, **(more | {"scae": settings} if more else settings))
+        assert one.mixes
+        np.testing.assert_array_equal(one.planner()(*given), other.planner()(*given))
+
+
 COMBINE = r"do not combine: "
 MIXED_ONCE = rf"{COMBINE}an image is mixed with one other at most .*mix_prob=0 switches it off"
 
