@@ -128,7 +128,7 @@ def test_train_py_takes_every_cell(tmp_path, number, section, model, cell):
     counts = profile(500, 100, config.data.imbalance or 1)
     labels = np.repeat(np.arange(100), counts)
     run = Run(seed=2, epochs=config.epochs, labels=labels, class_counts=counts)
-    compose.make(config.method, config.method_settings(), run)
+    compose.make(config.method_configs(), run)
     assert config.out == str(job.path)
     assert config.second_stage.weights == (str(job.first / "weights.pt") if job.first else None)
     for text in (*section.overrides, *cell.overrides):

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 import train
 from pipelines.recipe import Config
-from scae_dali.methods import Samples, Status, compose, load, make_config
+from scae_dali.methods import Status, compose, load, make_config
 from scae_dali.methods.random_erasing import PRESETS as ERASING_PRESETS
 from scae_dali.methods.random_erasing import Config as RandomErasingConfig
 from scae_dali.methods.scae import Config as ScaeConfig
@@ -260,11 +260,3 @@ def test_scae_draws_the_aspect_uniformly_and_may_draw_its_logarithm():
     tall = [(box[:, 2] > box[:, 3]).mean() for box in both]
     assert tall[1] == pytest.approx(0.5, abs=0.03)
     assert tall[0] > 0.7
-
-
-@pytest.mark.parametrize("preset", list(ERASING_PRESETS))
-def test_torch_draws_the_same(preset):
-    one = method("random_erasing", prob=1.0, preset=preset)
-    batch = samples(500)
-    fields = {name: torch.from_numpy(value) for name, value in vars(batch).items()}
-    np.testing.assert_array_equal(one.plan(Samples(**fields))["box"], one.plan(batch)["box"])
