@@ -8,7 +8,7 @@ of the batch and the crop windows, never pixels, and returns a small table, a ro
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -43,12 +43,14 @@ class Targets(NamedTuple):
 
 
 class PlanNodes:
-    """A plan inside a graph: `row`, float64 [K] a sample on the CPU, and its parts by name.
+    """The plan of a batch inside a graph: its rows, and its columns by name, as DALI nodes.
 
-    DALI hands every sample of every operator on the CPU to its threads, which costs more than what
-    they do with it, and the more the more threads there are. So parts are cut when asked for, those
-    in float32 from a row of that type, and a pipeline had better give out the row whole:
-    `iterator.Loader` takes it apart. single: the row in float32.
+    row: float64 [K] a sample, on the CPU. single: the same in float32. planner: says which columns
+    a row has.
+
+    A part is cut out of the row when it is asked for, and a pipeline had better give out the whole
+    row, which `Loader` takes apart: DALI hands every sample of every operator on the CPU to its
+    threads, and that costs more than the operator, the more so the more threads there are.
     """
 
     def __init__(self, row: DataNode, single: DataNode, planner: Planner) -> None:
@@ -57,13 +59,13 @@ class PlanNodes:
         self._single = single
 
     def part(self, name: str, dtype: types.DALIDataType, within: slice = slice(None)) -> DataNode:
-        """The columns of a name (see planner), or some of them."""
+        """The columns of this name, or some of them: [width] a sample."""
         whole = self.planner.columns[name]
         begin, end, _ = within.indices(whole.stop - whole.start)
         return self._cut(slice(whole.start + begin, whole.start + end), dtype)
 
     def scalar(self, name: str, dtype: types.DALIDataType) -> DataNode:
-        """A column on its own, as a scalar."""
+        """A column of width 1, as a scalar."""
         return self._cut(self.planner.columns[name].start, dtype)
 
     def fills(self, images: DataNode, value: Triple) -> bool:
@@ -83,6 +85,7 @@ class PlanNodes:
 
     @property
     def targets(self) -> Targets:
+        """Both labels and their weight."""
         return Targets(
             self.part("label", types.INT64),
             self.part("partner", types.INT64),
@@ -91,27 +94,35 @@ class PlanNodes:
 
 
 class Stage:
-    """One augmentation of one data set, ready to be put into a DALI pipeline.
+    """An augmentation of one data set, ready to be put into a DALI pipeline.
+
+    Call it where the pipeline is defined: images, targets = stage(images, ids, window=…). Pipelines
+    that mix or crop in ways of their own call `plan` and `apply` instead.
 
     index: the data set; its order gives the ids.
     method: one of methods.BUILT_IN, or the dotted name of a module of your own. Several are joined
     by +, as in `rand_augment+scae`; see methods.compose.
     settings: the fields of the method's Config. Of several methods a mapping for each under its
     name, as in scae={"lam_max": 1.0}. A ready Config goes under the method's name too.
-    cache: a SaliencyCache of this index or its path; None: no maps.
-    epochs: T of eq. 5. batch_size: the pipeline's. num_shards: the reader's. seed: of all plans.
-    epoch_size: samples of an epoch, of all shards; None: every sample once.
-    start_epoch: the epoch of the pipeline's first batch, where it does not come from a checkpoint.
-    mean, std: of the images as the stage gets them; the default is ImageNet's in [0, 255].
-    backend: the operator that runs the plan, `python` (fn.python_function; `numpy` is another name
-    of it) or `torch` (fn.dl_tensor_python_function). The plan is the same, and runs on the CPU.
-    torch_device: `cpu` or None.
-    resident: whether all maps are kept in memory, h·w bytes a sample in every process and for every
-    stage, taken anew after each pass; otherwise they are looked up in the cache. None: where they
-    take at most RESIDENT_BYTES. What is planned is the same.
+    cache: a SaliencyCache of this index, or its path; None: there are no maps.
+    epochs: how many the run has, T of eq. 5. batch_size: of the pipeline. num_shards: of the
+    reader. seed: of everything that is planned.
+    epoch_size: how many samples an epoch has, in all shards together; None: every sample once.
+    start_epoch: the epoch of the pipeline's first batch, if it is not restored from a checkpoint.
+    mean, std: of the images as the stage gets them; the default is ImageNet's, in [0, 255].
+    backend: the DALI operator that runs the plan, `python` (fn.python_function; `numpy` is another
+    name for it) or `torch` (fn.dl_tensor_python_function). The plan is the same, and runs on the
+    CPU. torch_device: `cpu` or None.
+    resident: True keeps all maps in memory, h·w bytes a sample in every process and for every
+    stage, and takes them anew after each pass. False looks them up in the cache. None keeps them
+    where they take at most RESIDENT_BYTES. The plan is the same.
 
-    The reader must pad its shards (`pad_last_batch=True`), so that every epoch has
-    `batches_per_epoch` batches; the epoch is computed from that.
+    The reader must pad its shards (`pad_last_batch=True`): the epoch is computed from the number of
+    the batch, so every epoch must have `batches_per_epoch` batches.
+
+    mixes: whether the method mixes in second samples, which the pipeline fetches. conditional:
+    whether the pipeline must be defined with `enable_conditionals=True`. moves_pixels: whether the
+    method moves pixels elsewhere than window and flip say. seconds: spent on plans so far.
     """
 
     def __init__(
@@ -198,20 +209,20 @@ class Stage:
 
         images: HWC, after crop and resize, before flip and normalisation, CPU or GPU.
         ids: int [1], the sample's place in the index, or its name as `source_info` gives it.
-        window: (start, size, shapes), the crop in pixels and the shape of the upright image, each
-        (y, x)/(h, w) on the CPU; None: the whole image is seen.
-        size: (h, w) of the images in pixels; None asks them, which lets the plan wait for them.
+        window: the crop in pixels of the upright image, (start, size, shapes): its (y, x), its
+        (h, w), and the shape of the upright image; all on the CPU. None: the whole image is seen.
+        size: (h, w) of the images in pixels. None asks the images, so the plan waits for them.
+        partner_crop: how second samples are cropped, which are files of the index. Only SCAE with
+        tail classes has any, and then `enable_conditionals=True` must be set in the pipeline.
         Returns (images, Targets).
-        Where the method mixes (SCAE, and the data set has tail classes), the pipeline must be
-        defined with `enable_conditionals=True`; the second sample is a file of the index, cropped
-        by `partner_crop`.
-        Raises ValueError where the graph shows that ids are none, that images are not as above, or
-        that window or size are not theirs; see `wiring`.
+
+        Raises ValueError where the graph shows that something is wired wrongly: ids that are no
+        ids, images that are not as above, or a window or size of other images. See `wiring`.
         """
         size = wiring.checked_size(size)
         wiring.check_sources(images, ids, window)
         if window is not None:
-            _require_frame(window)
+            wiring.check_window(window)
         known = wiring.check_images(
             images,
             window=window,
@@ -248,14 +259,17 @@ class Stage:
         keyed: bool = False,
         told: tuple[int, int] | None = None,
     ) -> PlanNodes:
-        """Decide for a batch. With `shapes` (of the upright images) the stage draws crop and flip
-        itself by `random_crop`, as purely as all else: then a sample's whole augmentation depends
-        on nothing but (seed, epoch, id), and the plan has the parts `start`, `shape` and `flip`.
-        keyed: ids are keys, as of `Order.keys`. told: what a size that is a node must turn out to
-        be.
+        """Decide for a batch, inside a pipeline definition.
 
-        When the pipeline runs, its first batch raises where the reader's epochs are not the
-        stage's, and ids that a reader gives twice in an epoch raise: they may be class labels.
+        ids, window: as the stage is called with. size: (h, w) of the crops in pixels, or a node
+        that gives it. told: what that node must give, if that is known.
+        shapes, random_crop: shapes of the upright images, and how the stage draws crop and flip;
+        then the plan has the parts `start`, `shape` and `flip`, and a sample's whole augmentation
+        depends on (seed, epoch, id) alone. keyed: ids are keys, see `Order.keys`.
+
+        When the pipeline runs, its first batch raises ValueError if the reader's epochs are not
+        those of the stage. So does an id that a reader gives twice in an epoch, if all of them may
+        be class labels.
         """
         pipeline = Pipeline.current()
         if pipeline is not None and pipeline.max_batch_size != self.batch_size:
@@ -273,7 +287,7 @@ class Stage:
                 "draw it; give window, or the other two"
             )
         if window is not None:
-            _require_frame(window)
+            wiring.check_window(window)
         frames = window if window is not None else () if shapes is None else (shapes,)
         sizes = () if isinstance(size, tuple) else (size,)
         operator = self.operator(
@@ -291,7 +305,11 @@ class Stage:
         return PlanNodes(row, single, operator.planner)
 
     def planner(self, random_crop: CropConfig | None = None, *, keyed: bool = False) -> Planner:
-        """The plan outside any pipeline. keyed: for ids that are keys, as of `Order.keys`."""
+        """What makes the plan, to be called outside any pipeline.
+
+        random_crop: how it draws crop and flip; None: the window is given to it. keyed: ids are
+        keys, see `Order.keys`.
+        """
         return Planner(
             self.index,
             self._method,
@@ -326,8 +344,9 @@ class Stage:
     def _iteration(self) -> DataNode:
         """The number of the batch in the run, int64 [1] a sample; a checkpoint restores it.
 
-        Where a reader goes round, DALI counts iterations on. Where a source ends its epochs with
-        StopIteration, DALI counts epochs, and in each of them iterations from 0.
+        With readers, which start again by themselves, DALI counts iterations through the whole run.
+        With a source that ends its epochs by StopIteration, DALI counts epochs, and iterations from
+        0 in each of them.
         """
         b, batches = self.batch_size, self.batches_per_epoch
         longest = 0
@@ -359,14 +378,6 @@ class SCAE(Stage):
         self, index: ImageIndex, cache: SaliencyCache | str | os.PathLike[str], **keywords: Any
     ) -> None:
         super().__init__(index, "scae", cache=cache, **keywords)
-
-
-def _require_frame(window: Sequence[DataNode]) -> None:
-    if len(window) != 3:
-        raise ValueError(
-            f"window must be (start, size, shapes), got {len(window)} entries; shapes is what "
-            "fn.peek_image_shape gives"
-        )
 
 
 def _decode_crop(encoded, start, shape, images, size):

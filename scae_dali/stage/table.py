@@ -39,11 +39,12 @@ def columns_of(widths: dict[str, int]) -> dict[str, slice]:
 
 
 class Planner:
-    """Ids, iteration and crop windows -> float64 [B, K], laid out by `columns`.
+    """Makes the table of a batch: ids, number of the batch and crop windows -> float64 [B, K].
 
-    The epoch is iteration // batches_per_epoch + start_epoch, and the number of the batch in the
-    run goes on from there likewise. random_crop: how to draw crop and flip; None: the window is
-    given. keyed: ids are keys, as of `Order.keys`, where a sample may come twice in an epoch.
+    columns: where each name lies in a row. The epoch is start_epoch + iteration //
+    batches_per_epoch; batches are counted on from start_epoch · batches_per_epoch likewise.
+    random_crop: how the planner draws crop and flip; None: the window is given. keyed: ids are
+    keys, see `Order.keys`, for epochs in which a sample may come twice.
     """
 
     def __init__(
@@ -77,13 +78,13 @@ class Planner:
         size_px: np.ndarray,
         window: np.ndarray | None = None,
     ) -> np.ndarray:
-        """The plan of a batch.
+        """The plan of one batch, or of several full ones in a row.
 
-        ids: int64 [B], or keys, of one batch or of several full ones. iteration: int64 [B], the
-        number of the batch. size_px: int64 [B, 2], (H, W) of the crop as the network sees it.
-        window: float64 [B, 6], start, shape and the shape of the upright image, in pixels;
-        [B, 2], that shape alone, where the crop is drawn here; None: the whole image is seen.
-        Raises IndexError for an id outside the index.
+        ids: int64 [B], or keys. iteration: int64 [B], the number of the batch. size_px: int64
+        [B, 2], (H, W) of the crop as the network sees it. window: float64 [B, 6], start and shape
+        of the crop and the shape of the upright image, in pixels; [B, 2], that shape alone, where
+        the planner draws the crop; None: the whole image is seen. Raises IndexError for an id
+        outside the index.
         """
         b = len(ids)
         keys, ids = ids, ids & ID if self.keyed else ids
@@ -146,11 +147,12 @@ class Planner:
     def partner_crop(
         self, rows: np.ndarray, full_px: np.ndarray, config: CropConfig
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Crop and flip of the second samples, drawn on their own.
+        """Crop and flip of the partners of mixed samples.
 
-        rows: float64 [n, K] of mixed samples. full_px: int64 [n, 2], of their partners. Returns
-        window and flip as crop_and_flip does. Where the own flip is drawn here too it comes after
-        mixing, and the partner's is relative to it.
+        rows: float64 [n, K], of the mixed samples. full_px: int64 [n, 2], (h, w) of the partners'
+        upright images. Returns window and flip as crop_and_flip does. If the planner draws the
+        sample's own flip as well, that one is done after the mixing, to both, so the partner's is
+        given relative to it.
         """
         key, epoch = (rows[:, self.columns[name].start].astype(np.int64) for name in PARTNER_KEY)
         window, flip = self._crop(Stream.PARTNER_CROP, key, epoch, full_px, config)

@@ -199,7 +199,7 @@ def test_the_masks_of_gridmask_grow_over_the_same_share_of_a_shorter_run(tmp_pat
     args = arguments(3, tmp_path, "--epochs", "50")
     section = TABLES[3].sections[0]
     job = _jobs.make_job(args, section, "cifar_resnet32", section.cell("grid_mask"), 0)
-    assert job.config.method_settings()["ramp_epochs"] == 40
+    assert job.config.method_configs()["grid_mask"].ramp_epochs == 40
 
 
 def test_a_dry_run_tells_what_would_be_done_and_does_nothing(data, tmp_path, capsys):
