@@ -86,9 +86,9 @@ class Samples:
 
     ids, labels, epoch: int64 [B]. window: float64 [B, 4], the crop (y, x, h, w) as shares of the
     full frame. size_px: int64 [B, 2], (H, W) of the crop as the network sees it.
-    keys: int64 [B], of the random numbers: the id, and in its high 32 bits how often the sample
-    came before within the epoch.
-    iteration, place: int64 [B], the number of the batch in the run, and the place in it.
+    keys: int64 [B], what the random numbers hang on: the id in the low 32 bits, and above them how
+    often the sample came before within the epoch.
+    iteration, place: int64 [B], the number of the batch in the run, and the place in the batch.
     flip: bool [B], whether the crop is flipped later, as far as the stage knows.
     """
 
@@ -114,10 +114,15 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The settings of a method, and what a run must know of them: this one asks for nothing."""
+    """The settings of a method, and what a run must do for it: for this one, nothing."""
+
+    # These are no fields, for they are not annotated; a subclass may have a field of the name.
+    refresh_every = 0  # epochs between two saliency passes; 0: the cache was built offline
+    lam_max = 0.0  # λ at the end of the run (eq. 5)
+    neighbors = 0  # nearest classes that a partner may come from, besides the image's own
 
     def __post_init__(self) -> None:
-        pass
+        """Subclasses check their fields, and call that of their bases."""
 
     @property
     def guided(self) -> bool:
@@ -125,36 +130,23 @@ class Config:
         return False
 
     @property
-    def refresh_every(self) -> int:
-        """Epochs between two saliency passes; 0: the cache was built offline and stays as it is."""
-        return 0
-
-    @property
-    def lam_max(self) -> float:
-        """λ at the end of the run (eq. 5)."""
-        return 0.0
-
-    @property
-    def neighbors(self) -> int:
-        """How many of the classes nearest to each the method knows what to do with."""
-        return 0
-
-    @property
     def wants_neighbors(self) -> bool:
-        """Whether every saliency pass must find these classes."""
+        """Whether every saliency pass must find the nearest classes of each."""
         return False
 
 
-def as_config(config: Any) -> Config:
-    """What a run must know of a method's settings, whatever their class.
+_ASKED = ("guided", "refresh_every", "lam_max", "neighbors", "wants_neighbors")
 
-    The dataclass of a user's own module need not derive from Config: then what it has by the names
-    of Config's properties counts, and for the others Config's values do.
+
+def as_config(config: Any) -> Config:
+    """What a run must do for a method, by its settings of whatever class.
+
+    The dataclass of a user's own module need not derive from Config. Then what it has of Config's
+    names counts, and for the others Config's own values do.
     """
     if isinstance(config, Config):
         return config
-    names = [name for name, member in vars(Config).items() if isinstance(member, property)]
-    told = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    told = {name: getattr(config, name) for name in _ASKED if hasattr(config, name)}
     return type("Config", (Config,), told)()
 
 

@@ -89,7 +89,9 @@ def make(configs: Mapping[str, Any], run: Run) -> Method:
         return next(iter(made.values()))
     _check(made)
     order = get_args(Kind)
-    return Composition(sorted(made.values(), key=lambda one: order.index(one.kinds[0])), run)
+    return Composition(
+        sorted(made.values(), key=lambda one: order.index(one.kinds[0])), configs, run
+    )
 
 
 def guides(configs: Mapping[str, Any]) -> list[GuidedConfig]:
@@ -122,8 +124,8 @@ def _check(methods: Mapping[str, Method]) -> None:
 class Composition(Method):
     """Methods one after the other, in this order."""
 
-    def __init__(self, methods: list[Method], run: Run) -> None:
-        super().__init__([method.config for method in methods], run)
+    def __init__(self, methods: list[Method], configs: Mapping[str, Any], run: Run) -> None:
+        super().__init__(configs, run)
         self.methods = methods
         self.kinds = tuple(kind for method in methods for kind in method.kinds)
         self.conditional = any(method.conditional for method in methods)

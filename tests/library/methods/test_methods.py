@@ -405,6 +405,16 @@ def test_a_users_own_classes_get_the_defaults_of_ours():
     asked = base.as_config(own)
     assert (asked.guided, asked.neighbors) == (True, 2)
     assert (asked.refresh_every, asked.lam_max, asked.wants_neighbors) == (0, 0.0, False)
+
+
+def test_a_guided_config_of_a_users_own_may_have_any_field():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Own(base.GuidedConfig):
+        lam_max: float
+        neighbors: int = 2
+
+    own = Own(lam_max=4.0)
+    assert (own.guided, own.refresh_every, own.lam_max, own.neighbors) == (True, 10, 4.0, 2)
     scae = load("scae").Config(lam_max=3.0)
     assert base.as_config(scae) is scae
     assert (scae.guided, scae.neighbors, scae.refresh_every, scae.lam_max) == (True, 1, 10, 3.0)
