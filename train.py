@@ -22,7 +22,7 @@ from tqdm import tqdm
 from pipelines import resume as resuming
 from pipelines.recipe import Config, autocast
 from pipelines.state import State
-from scae_dali.config import check
+from scae_dali.checks import check
 from scae_dali.data.broken import look
 from scae_dali.plan import schedule
 from scae_dali.stage.loader import Batch, ImageError
@@ -129,7 +129,8 @@ class Run(State):
             evaluation.update(logits, batch.labels)
         metrics = evaluation.compute(self.ranks)
         self.meter.add_validation(time.perf_counter() - start)
-        epoch, lam_max = self.epoch - 1, getattr(self.config.guided_config(), "lam_max", 0.0)
+        epoch, guided = self.epoch - 1, self.config.guided_config()
+        lam_max = 0.0 if guided is None else guided.lam_max
         row = {
             "epoch": epoch,
             "lr": self.optimizer.param_groups[0]["lr"],

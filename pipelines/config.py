@@ -3,14 +3,9 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from scae_dali.config import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    CropConfig,
-    check,
-    check_choice,
-)
+from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD, check, check_choice
 from scae_dali.methods.base import Triple
+from scae_dali.plan.crop import CropConfig
 from scae_dali.stage.images import HW_DECODER_LOAD, Decode, DTypeName, LayoutName
 
 # A small network is done with fewer before the CPU has launched its next kernels.

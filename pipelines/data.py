@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.classes import check_list_and_folders, check_lists
-from scae_dali.config import check, check_choice
+from scae_dali.checks import check, check_choice
 from scae_dali.data.broken import of_validation
 from scae_dali.data.index import DatasetError, ImageIndex
 from scae_dali.data.longtail import choose, imbalanced

@@ -20,7 +20,7 @@ from pipelines.loaders import Loaders
 from pipelines.recipe import Config, autocast
 from scae_dali.cache import SaliencyCache
 from scae_dali.cache.format import check_last_pass, check_neighbors, describe_pass, pass_token
-from scae_dali.config import check
+from scae_dali.checks import check
 from scae_dali.data.index import ImageIndex
 from scae_dali.plan import schedule
 from scae_dali.saliency.gradcam import GradCAM

@@ -12,27 +12,10 @@ import torch
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data, DataConfig
 from scae_dali.cache import SaliencyCache
-from scae_dali.config import (
-    AutoAugmentConfig,
-    ClassAdaptiveConfig,
-    CutmixConfig,
-    CutoutConfig,
-    GridMaskConfig,
-    KeepAugmentConfig,
-    MixupConfig,
-    RandAugmentConfig,
-    RandomErasingConfig,
-    SaliencyMixConfig,
-    ScaeConfig,
-    SemanticGridMaskConfig,
-    TrivialAugmentConfig,
-    check,
-    check_choice,
-)
-from scae_dali.methods import BUILT_IN, compose, load, make_config
-from scae_dali.methods.scae import tail_classes
+from scae_dali.checks import check, check_choice, check_seed
+from scae_dali.methods import BUILT_IN, base, compose, load, make_config
+from scae_dali.methods.class_adaptive import ClassAdaptiveConfig
 from scae_dali.plan.order import epoch_size
-from scae_dali.plan.random import check_seed
 from scae_dali.stage.stage import Stage
 from scae_dali.training.losses import LossConfig
 from scae_dali.training.optim import OptimConfig
@@ -89,9 +72,33 @@ class SaliencyConfig:
         )
 
 
+# The Configs of the built-in methods, by name; a method without settings has none here.
+METHODS = {name: load(name).Config for name in BUILT_IN if dataclasses.fields(load(name).Config)}
+
+
+def with_methods(cls: type) -> type:
+    """The class body of a config, with a field behind `method` for each of METHODS. The field has
+    the method's name; its help text is the first line of its Config's docstring."""
+    types: dict[str, Any] = {}
+    for name, annotation in cls.__annotations__.items():
+        types[name] = annotation
+        if name == "method":
+            types |= METHODS
+    cls.__annotations__ = types
+    cls.__doc__ = (cls.__doc__ or "").rstrip() + "\n"
+    for name, config in METHODS.items():
+        setattr(cls, name, field(default_factory=config))
+        title = (config.__doc__ or "").splitlines()[0].rstrip(".")
+        cls.__doc__ += f"        {name}: --method {name}: {title}\n"
+    return cls
+
+
 @dataclass(frozen=True, kw_only=True)
+@with_methods
 class Config:
     """A training run.
+
+    Behind `method` there is a field for every built-in method that has settings: see METHODS.
 
     Args:
         data: The images
@@ -102,18 +109,6 @@ class Config:
         method: Augmentation, by its name (scae, random_erasing, …; none is crop and flip alone), or
             the dotted name of a module of your own. Several are joined by a plus sign, such as
             rand_augment+scae.
-        scae: SCAE, with --method scae
-        semantic_grid_mask: SCAE that erases a grid, with --method semantic_grid_mask
-        random_erasing: Random Erasing, with --method random_erasing
-        cutout: Cutout, with --method cutout
-        grid_mask: GridMask, with --method grid_mask
-        mixup: MixUp, with --method mixup
-        cutmix: CutMix, with --method cutmix
-        saliency_mix: SaliencyMix, with --method saliency_mix
-        keep_augment: KeepAugment, with --method keep_augment
-        rand_augment: RandAugment, with --method rand_augment
-        auto_augment: AutoAugment, with --method auto_augment
-        trivial_augment: TrivialAugment, with --method trivial_augment
         method_args: Settings of a module of your own, as JSON. If several methods are joined, they
             stand under the module's name.
         image: How images become tensors
@@ -142,18 +137,6 @@ class Config:
     out: str
     model: str = "resnet50"
     method: str = "scae"
-    scae: ScaeConfig = field(default_factory=ScaeConfig)
-    semantic_grid_mask: SemanticGridMaskConfig = field(default_factory=SemanticGridMaskConfig)
-    random_erasing: RandomErasingConfig = field(default_factory=RandomErasingConfig)
-    cutout: CutoutConfig = field(default_factory=CutoutConfig)
-    grid_mask: GridMaskConfig = field(default_factory=GridMaskConfig)
-    mixup: MixupConfig = field(default_factory=MixupConfig)
-    cutmix: CutmixConfig = field(default_factory=CutmixConfig)
-    saliency_mix: SaliencyMixConfig = field(default_factory=SaliencyMixConfig)
-    keep_augment: KeepAugmentConfig = field(default_factory=KeepAugmentConfig)
-    rand_augment: RandAugmentConfig = field(default_factory=RandAugmentConfig)
-    auto_augment: AutoAugmentConfig = field(default_factory=AutoAugmentConfig)
-    trivial_augment: TrivialAugmentConfig = field(default_factory=TrivialAugmentConfig)
     method_args: dict[str, Any] = field(default_factory=dict)
     image: ImageConfig = field(default_factory=ImageConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -220,19 +203,20 @@ class Config:
             f"{self.method}; those of a built-in method go under its name, --scae.lam_max 2",
         )
         return {
-            name: make_config(load(name), given.get(name, {}))
-            if name in own or name == "none"
-            else getattr(self, name)
+            name: getattr(self, name)
+            if name in METHODS
+            else make_config(load(name), given.get(name, {}))
             for name in names
         }
 
-    def guided_config(self) -> Any | None:
+    def guided_config(self) -> base.Config | None:
         """The Config of the method that looks at saliency maps or neighbouring classes; None where
         none does."""
+        configs = {name: base.as_config(one) for name, one in self.method_configs().items()}
         guided = {
             name: config
-            for name, config in self.method_configs().items()
-            if getattr(config, "guided", False) or getattr(config, "wants_neighbors", False)
+            for name, config in configs.items()
+            if config.guided or config.wants_neighbors
         }
         passes = {name: config.refresh_every for name, config in guided.items()}
         check(
@@ -240,7 +224,7 @@ class Config:
             f"refresh_every must be the same for methods that share the maps, got {passes}",
         )
         # One that wants neighbours alone must not hide one that wants maps.
-        return max(guided.values(), key=lambda one: getattr(one, "guided", False), default=None)
+        return max(guided.values(), key=lambda one: one.guided, default=None)
 
     def neighbors(self, class_counts: np.ndarray) -> int:
         """How many neighbouring classes of each class the method asks for; 0: none.
@@ -248,18 +232,12 @@ class Config:
         class_counts: int64 [K], of the training set.
         """
         config = self.guided_config()
+        if config is None:
+            return 0
         if isinstance(config, ClassAdaptiveConfig):
-            mixes = config.mix_prob and tail_classes(config, class_counts).any()
+            mixes = config.mix_prob and config.tail_classes(class_counts).any()
             return config.neighbors if mixes else 0
-        return getattr(config, "neighbors", 0)
-
-    def method_settings(self) -> dict[str, Any]:
-        """The settings of `method`, as keywords of the stage."""
-        settings = {
-            name: {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-            for name, config in self.method_configs().items()
-        }
-        return settings if len(settings) > 1 else next(iter(settings.values()))
+        return config.neighbors
 
     def stage(self, data: Data, cache: SaliencyCache | None, *, num_shards: int) -> Stage:
         """The augmentation. num_shards: ranks."""
@@ -275,7 +253,7 @@ class Config:
             mean=self.image.mean,
             std=self.image.std,
             backend=self.backend,
-            **self.method_settings(),
+            **self.method_configs(),
         )
 
     def saliency_image(self) -> ImageConfig:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipelines.data import Data, DataConfig
 from pipelines.recipe import Config
-from scae_dali.config import check
+from scae_dali.checks import check
 from scae_dali.data.index import ImageIndex, path_key
 from scae_dali.training.ranks import Ranks
 

@@ -15,7 +15,7 @@ from pipelines.data import Data
 from pipelines.loaders import Loaders
 from pipelines.maps import Maps
 from pipelines.recipe import Config
-from scae_dali.config import check
+from scae_dali.checks import check
 from scae_dali.plan.random import derive
 from scae_dali.stage.loader import ImageError, Loader
 from scae_dali.training import checkpoint

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scae_dali.cache import SaliencyCache
-    from scae_dali.config import CropConfig
     from scae_dali.data.index import ImageIndex
+    from scae_dali.plan.crop import CropConfig
     from scae_dali.saliency.gradcam import GradCAM
     from scae_dali.saliency.refresh import refresh_cache
     from scae_dali.saliency.scorecam import ScoreCAM
@@ -34,7 +34,7 @@ __all__ = [
 
 _HOME = {
     "Batch": "stage.loader",
-    "CropConfig": "config",
+    "CropConfig": "plan.crop",
     "GradCAM": "saliency.gradcam",
     "ImageIndex": "data.index",
     "Loader": "stage.loader",

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 FLOORS = [
-    "scae_dali.config",
+    "scae_dali.checks",
     "scae_dali.plan",
     "scae_dali.data",
     "scae_dali.cache",

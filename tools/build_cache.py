@@ -24,7 +24,7 @@ from pipelines.loaders import Loaders
 from pipelines.recipe import autocast
 from scae_dali.cache import SaliencyCache
 from scae_dali.cache.format import EPOCHS, check_neighbors, settings_of
-from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
+from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD
 from scae_dali.data.index import ImageIndex
 from scae_dali.data.longtail import imbalanced
 from scae_dali.data.pixels import ArrayImages

@@ -75,7 +75,8 @@ def open_run(args: argparse.Namespace) -> tuple[Config, torch.nn.Module, Data, S
 
 def planner(index: ImageIndex, cache: SaliencyCache, config: Config, lam: float, seed: int):
     """Ids int64 [B] -> boxes int64 [B, 4], (y, x, h, w), for whole images."""
-    fitted = {name: getattr(config.scae, name) for name in ("area", "aspect", "tries", "border")}
+    scae = vars(config)["scae"]  # a field that pipelines.recipe makes
+    fitted = {name: getattr(scae, name) for name in ("area", "aspect", "tries", "border")}
     # λ(t) = λ_max from epoch T = 1 on.
     stage = Stage(
         index, "scae", cache=cache, epochs=1, start_epoch=1, batch_size=len(index), seed=seed,

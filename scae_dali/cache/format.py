@@ -26,7 +26,7 @@ import lmdb
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from scae_dali.config import check
+from scae_dali.checks import check
 from scae_dali.plan import schedule
 
 __all__ = [

@@ -7,7 +7,7 @@ CIFAR-LT subsets come out sample by sample where the data set is in its native o
 import numpy as np
 import numpy.typing as npt
 
-from scae_dali.config import check
+from scae_dali.checks import check
 
 __all__ = ["choose", "imbalanced", "profile"]
 

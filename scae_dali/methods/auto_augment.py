@@ -1,15 +1,38 @@
 """AutoAugment (Cubuk et al., CVPR 2019): one of 25 learned pairs of operations."""
 
+from dataclasses import dataclass
+from typing import Literal, get_args
+
 import numpy as np
 from nvidia.dali.auto_aug import augmentations
 from nvidia.dali.auto_aug import auto_augment as policies
 
-from scae_dali.config import AutoAugmentConfig as Config
+from scae_dali.checks import check_choice
 from scae_dali.methods import policy
 from scae_dali.methods.base import Run, Samples
 from scae_dali.plan.random import Stream
 
 __all__ = ["Config", "Method"]
+
+
+Learned = Literal["image_net", "reduced_image_net", "reduced_cifar10", "svhn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(policy.PolicyConfig):
+    """AutoAugment (Cubuk et al., CVPR 2019).
+
+    The paper translates by up to 150 of 331 pixels.
+
+    Args:
+        policy: The data set that the policy was learned on.
+    """
+
+    policy: Learned = "image_net"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("policy", self.policy, get_args(Learned))
 
 
 class Method(policy.Policy):

@@ -1,42 +1,46 @@
-"""What every augmentation shares: the run it belongs to, the samples it plans for, its two halves.
+"""What every augmentation has: settings, a run and samples that it plans for, and two halves.
 
-A method is a module with a class `Method`, made from (config, run), and a dataclass `Config`:
-`plan` decides with arrays alone and is pure; `apply` turns the plan into DALI operators. A new
-method is a new module of this shape; `load` finds it by name.
+A method is a module with a dataclass `Config`, its settings, and a class `Method`, made as
+Method(config, run). `plan` decides with arrays alone and is pure; `apply` turns the plan into DALI
+operators. A new built-in method is such a module in this folder and its name in BUILT_IN. A user's
+own module is found by its dotted name, and need not derive its classes from those here.
 """
 
 import dataclasses
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntFlag
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
+from nvidia.dali import Pipeline
+from nvidia.dali.pipeline import do_not_convert
 
-from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
+from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD, check
 from scae_dali.plan.random import Stream, uniforms
 
 DataNode = Any
 Triple = tuple[float, float, float]
 BUILT_IN = (
     "none",
+    "scae",
+    "semantic_grid_mask",
     "random_erasing",
     "cutout",
     "grid_mask",
-    "scae",
-    "semantic_grid_mask",
-    "rand_augment",
-    "auto_augment",
-    "trivial_augment",
-    "keep_augment",
     "mixup",
     "cutmix",
     "saliency_mix",
+    "keep_augment",
+    "rand_augment",
+    "auto_augment",
+    "trivial_augment",
 )
 Kind = Literal["policy", "erase", "mix"]
-# Of a method that mixes in a second sample, which the pipeline fetches.
+# Fields of a method that mixes in a second sample, which the pipeline fetches.
 MIX_FIELDS = {"partner_id": 1}
 
 
@@ -82,9 +86,9 @@ class Samples:
 
     ids, labels, epoch: int64 [B]. window: float64 [B, 4], the crop (y, x, h, w) as shares of the
     full frame. size_px: int64 [B, 2], (H, W) of the crop as the network sees it.
-    keys: int64 [B], of the random numbers: the id, and in its high 32 bits how often the sample
-    came before within the epoch.
-    iteration, place: int64 [B], the number of the batch in the run, and the place in it.
+    keys: int64 [B], what the random numbers hang on: the id in the low 32 bits, and above them how
+    often the sample came before within the epoch.
+    iteration, place: int64 [B], the number of the batch in the run, and the place in the batch.
     flip: bool [B], whether the crop is flipped later, as far as the stage knows.
     """
 
@@ -108,37 +112,146 @@ class Samples:
         return uniforms(run.seed, stream, self.epoch, self.keys, n)
 
 
-class Method(Protocol):
-    """An augmentation, made by Method(config, run).
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The settings of a method, and what a run must do for it: for this one, nothing."""
 
-    plan(samples) returns `status` (int64 [B], of Status); `box` (float64 [B, 4], (y, x, h, w) in
-    pixels of the crop) where it is not the do-nothing one, of no area; and for each of `fields`
-    float64 [B, width], or [B] if the width is 1. A method that mixes in second samples has
-    MIX_FIELDS, gives the status MIXED alone to the samples that are mixed, and plans `partner_id`
-    (the sample's own where it is not mixed) and `mu` (float64 [B], the weight of the own sample).
-    A method that mixes within the batch gives those samples the status MIXED_IN_BATCH and plans
-    `source` (int64 [B], the place in the batch of the second sample; its own where there is none)
-    and `mu`.
-    apply(images, plan) turns HWC images, mixed already, and the plan inside a graph
-    (ops.PlanNodes) into images.
+    # These are no fields, for they are not annotated; a subclass may have a field of the name.
+    refresh_every = 0  # epochs between two saliency passes; 0: the cache was built offline
+    lam_max = 0.0  # λ at the end of the run (eq. 5)
+    neighbors = 0  # nearest classes that a partner may come from, besides the image's own
 
-    kinds: what it does, of Kind in this order; a list of methods has each kind once at most. A
-    method without kinds combines with none. conditional: whether apply needs a pipeline with
-    `enable_conditionals=True`.
+    def __post_init__(self) -> None:
+        """Subclasses check their fields, and call that of their bases."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether the method looks at saliency maps with these settings."""
+        return False
+
+    @property
+    def wants_neighbors(self) -> bool:
+        """Whether every saliency pass must find the nearest classes of each."""
+        return False
+
+
+_ASKED = ("guided", "refresh_every", "lam_max", "neighbors", "wants_neighbors")
+
+
+def as_config(config: Any) -> Config:
+    """What a run must do for a method, by its settings of whatever class.
+
+    The dataclass of a user's own module need not derive from Config. Then what it has of Config's
+    names counts, and for the others Config's own values do.
+    """
+    if isinstance(config, Config):
+        return config
+    told = {name: getattr(config, name) for name in _ASKED if hasattr(config, name)}
+    return type("Config", (Config,), told)()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedConfig(Config):
+    """The settings of a method that looks at saliency maps.
+
+    Args:
+        refresh_every: Epochs between two saliency passes. 0 means that the cache was built offline
+            and stays as it is.
     """
 
-    @property
-    def kinds(self) -> tuple[Kind, ...]: ...
+    refresh_every: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.refresh_every >= 0, f"refresh_every must be >= 0, got {self.refresh_every}")
 
     @property
-    def conditional(self) -> bool: ...
+    def guided(self) -> bool:
+        return True
+
+
+class Method(ABC):
+    """An augmentation of one run.
+
+    kinds: what it does, of Kind in this order; a list of methods has each kind once at most, and a
+    method without kinds combines with none. conditional: whether `apply` needs a pipeline with
+    `enable_conditionals=True`. fields: what `plan` returns besides `status`, `box` and `mu`, with
+    the width of each.
+    """
+
+    kinds: tuple[Kind, ...] = ()
+    conditional: bool = False
+    fields: Mapping[str, int] = {}
+
+    def __init__(self, config: Any, run: Run) -> None:
+        self.config = config
+        self.run = run
+
+    @abstractmethod
+    def plan(self, samples: Samples) -> dict[str, np.ndarray]:
+        """Decide for samples, by arrays alone.
+
+        Returns `status` (int64 [B], of Status); `box` (float64 [B, 4], (y, x, h, w) in pixels of
+        the crop, of no area where nothing is erased) if there is any; and for each of `fields`
+        float64 [B, width], or [B] if the width is 1.
+
+        A method that mixes in second samples has MIX_FIELDS, gives the status MIXED alone to the
+        samples that are mixed, and plans `partner_id` (the sample's own where it is not mixed) and
+        `mu` (float64 [B], the weight of the own sample). A method that mixes within the batch gives
+        those samples the status MIXED_IN_BATCH and plans `source` (int64 [B], the place in the
+        batch of the second sample; its own where there is none) and `mu`.
+        """
+
+    @abstractmethod
+    def apply(self, images: DataNode, plan: Any) -> DataNode:
+        """Do what is planned, inside a graph. images: HWC, mixed with second samples already. plan:
+        a PlanNodes of scae_dali.stage.stage, which has the plan's fields by name."""
 
     @property
-    def fields(self) -> Mapping[str, int]: ...
+    def mixes(self) -> bool:
+        """Whether it mixes in second samples, which the pipeline must fetch."""
+        return MIX_FIELDS.keys() <= self.fields.keys()
 
-    def plan(self, samples: Samples) -> dict[str, np.ndarray]: ...
+    @property
+    def moves_pixels(self) -> bool:
+        """Whether a pixel may end elsewhere than the plan's window and flip say."""
+        return "policy" in self.kinds
 
-    def apply(self, images: DataNode, plan: Any) -> DataNode: ...
+
+class _Foreign(Method):
+    """The Method of a user's own module, where it does not derive from the one here."""
+
+    def __init__(self, method: Any, config: Any, run: Run) -> None:
+        super().__init__(config, run)
+        self.method = method
+        self.kinds = getattr(method, "kinds", self.kinds)
+        self.conditional = getattr(method, "conditional", self.conditional)
+        self.fields = getattr(method, "fields", self.fields)
+
+    def plan(self, samples: Samples) -> dict[str, np.ndarray]:
+        return self.method.plan(samples)
+
+    def apply(self, images: DataNode, plan: Any) -> DataNode:
+        return self.method.apply(images, plan)
+
+
+def make_method(module: ModuleType, config: Any, run: Run) -> Method:
+    """module.Method(config, run), with the defaults of Method for what a user's class lacks."""
+    method = module.Method(config, run)
+    return method if isinstance(method, Method) else _Foreign(method, config, run)
+
+
+@do_not_convert
+def require_conditionals(where: str, remedy: str) -> None:
+    """Raise ValueError if the pipeline that is being defined may not branch on data.
+
+    where: what needs it. remedy: how to do without.
+    """
+    if not getattr(Pipeline.current(), "_conditionals_enabled", True):
+        raise ValueError(
+            f"enable_conditionals must be True where {where}: define the pipeline with "
+            f"@pipeline_def(enable_conditionals=True, ...), or {remedy}"
+        )
 
 
 def load(name: str) -> ModuleType:
@@ -172,8 +285,3 @@ def make_config(module: ModuleType, settings: Mapping[str, Any]) -> Any:
             f"{', '.join(known) or 'none'}"
         )
     return module.Config(**settings)
-
-
-def mixes(method: Method) -> bool:
-    """Whether a method mixes in second samples, which the pipeline must fetch."""
-    return MIX_FIELDS.keys() <= method.fields.keys()

@@ -5,19 +5,54 @@ from (seed, epoch, id), or, where `per` is `batch`, once for all from (seed, ite
 authors' code.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from nvidia.dali import fn, types
 
-from scae_dali.config import BatchMixConfig
-from scae_dali.methods.base import DataNode, Run, Samples
+from scae_dali.checks import check, check_choice, check_prob
+from scae_dali.methods import base
+from scae_dali.methods.base import DataNode, Kind, Run, Samples
 from scae_dali.plan.mixing import mix_weight
 from scae_dali.plan.random import Stream, uniforms
 
 # `source`: the place of the second image; `source_flip`: whether it is turned against the first.
 FIELDS = {"source": 1, "source_flip": 1}
 DRAWS = 4  # of a sample or a batch: whether, the weight, and two for the method
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchMixConfig(base.Config):
+    """Mixing images of one batch.
+
+    Args:
+        prob: Probability of mixing.
+        alpha: The weight of a mix is drawn from Beta(alpha, alpha).
+        per: `sample` draws for each image, `batch` draws once for all images of a batch, as the
+            authors' code does.
+    """
+
+    prob: float = 1.0
+    alpha: float = 1.0
+    per: Literal["sample", "batch"] = "sample"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_prob("prob", self.prob)
+        check(
+            0 < self.alpha <= 100,
+            f"alpha must be in (0, 100], got {self.alpha}; published ones are 1, and for MixUp on "
+            "ImageNet 0.2",
+        )
+        check_choice("per", self.per, ("sample", "batch"))
+
+
+class BatchMix(base.Method):
+    """Mixes each image with another one of its batch."""
+
+    kinds: tuple[Kind, ...] = ("mix",)
+    config: Any  # a BatchMixConfig
 
 
 def draw(

@@ -1,17 +1,27 @@
 """Methods by name, one or several: `rand_augment+scae` transforms first and erases then.
 
-Whatever the order of the names, a policy comes first, then what is erased, then what is mixed
+Whatever the order of the names, images are transformed by a policy first, then erased, then mixed
 within the batch. The samples of the tail that SCAE itself mixes are mixed as crops, before all of
-that. Saliency is that of the crop before the policy.
+that. The saliency maps are those of the crop before the policy.
 """
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, get_args
 
 import numpy as np
 
-from scae_dali.config import GuidedConfig
-from scae_dali.methods.base import DataNode, Kind, Method, Run, Samples, load, make_config
+from scae_dali.methods.base import (
+    DataNode,
+    GuidedConfig,
+    Kind,
+    Method,
+    Run,
+    Samples,
+    load,
+    make_config,
+    make_method,
+)
 
 _WHY_ONE = {
     "policy": "an image is transformed by one policy",
@@ -34,38 +44,59 @@ def split(names: str) -> list[str]:
     return out
 
 
-def make(names: str, settings: Mapping[str, Any], run: Run) -> Method:
-    """The method, or the composition of several.
+def configs(names: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The Config of every method in `names`, by the method's name.
 
-    settings: of a single method its Config's; of several {name: its Config's}.
+    settings: of a single method the fields of its Config, or {name: its Config}; of several, for
+    each by name, its Config or a mapping of its fields. Raises ValueError for unknown names and
+    settings.
     """
     parts = split(names)
-    if len(parts) == 1:
-        module = load(parts[0])
-        return module.Method(make_config(module, settings), run)
+    modules = {name: load(name) for name in parts}
+    if len(parts) == 1 and not _is_config(settings.get(parts[0]), modules[parts[0]]):
+        settings = {parts[0]: settings}
     if unknown := sorted(set(settings) - set(parts)):
         raise ValueError(
             f"settings of {names!r} go by the method's name, as in {parts[0]}={{...}}, got "
             f"{', '.join(unknown)}"
         )
     made = {}
-    for name in parts:
-        module, given = load(name), settings.get(name, {})
-        if not isinstance(given, Mapping):
+    for name, module in modules.items():
+        given = settings.get(name, {})
+        if _is_config(given, module):
+            made[name] = given
+        elif isinstance(given, Mapping):
+            made[name] = make_config(module, given)
+        else:
             raise ValueError(
-                f"settings of {name} must be a mapping, as in {name}={{...}}, got {name}={given!r}"
+                f"settings of {name} must be a mapping, as in {name}={{...}}, or its Config, got "
+                f"{name}={given!r}"
             )
-        made[name] = module.Method(make_config(module, given), run)
+    return made
+
+
+def _is_config(given: Any, module: ModuleType) -> bool:
+    return isinstance(given, module.Config)
+
+
+def make(configs: Mapping[str, Any], run: Run) -> Method:
+    """The method of these settings, or the composition of several.
+
+    configs: {name: its Config}, see `configs`. Raises ValueError where methods do not combine.
+    """
+    made = {name: make_method(load(name), config, run) for name, config in configs.items()}
+    if len(made) == 1:
+        return next(iter(made.values()))
     _check(made)
     order = get_args(Kind)
-    return Composition(sorted(made.values(), key=lambda one: order.index(one.kinds[0])))
+    return Composition(
+        sorted(made.values(), key=lambda one: order.index(one.kinds[0])), configs, run
+    )
 
 
-def guides(method: Method) -> list[GuidedConfig]:
-    """The Config of every part of a method that looks at saliency maps."""
-    parts = method.methods if isinstance(method, Composition) else [method]
-    configs = (getattr(part, "config", None) for part in parts)
-    return [config for config in configs if isinstance(config, GuidedConfig) and config.guided]
+def guides(configs: Mapping[str, Any]) -> list[GuidedConfig]:
+    """Those of the Configs whose methods look at saliency maps."""
+    return [one for one in configs.values() if isinstance(one, GuidedConfig) and one.guided]
 
 
 def _check(methods: Mapping[str, Method]) -> None:
@@ -73,13 +104,12 @@ def _check(methods: Mapping[str, Method]) -> None:
     of: dict[str, str] = {}  # kind -> the method that has it
     plans: dict[str, str] = {}  # field -> likewise
     for name, method in methods.items():
-        kinds = getattr(method, "kinds", ())
-        if not kinds:
+        if not method.kinds:
             raise ValueError(
                 f"method {name} combines with no other, got {'+'.join(methods)}: "
                 + ("leave it out" if name == "none" else "its Method has no kinds")
             )
-        for kind in kinds:
+        for kind in method.kinds:
             if kind in of:
                 raise ValueError(f"{of[kind]} and {name} do not combine: {_WHY_ONE[kind]}")
             of[kind] = name
@@ -91,13 +121,14 @@ def _check(methods: Mapping[str, Method]) -> None:
             plans[field] = name
 
 
-class Composition:
+class Composition(Method):
     """Methods one after the other, in this order."""
 
-    def __init__(self, methods: list[Method]) -> None:
+    def __init__(self, methods: list[Method], configs: Mapping[str, Any], run: Run) -> None:
+        super().__init__(configs, run)
         self.methods = methods
         self.kinds = tuple(kind for method in methods for kind in method.kinds)
-        self.conditional = any(getattr(method, "conditional", False) for method in methods)
+        self.conditional = any(method.conditional for method in methods)
         self.fields = {name: width for method in methods for name, width in method.fields.items()}
 
     def plan(self, samples: Samples) -> dict[str, np.ndarray]:

@@ -1,29 +1,31 @@
 """CutMix (Yun et al., ICCV 2019): a box of another image of the batch, labels by area."""
 
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from scae_dali.config import CutmixConfig as Config
 from scae_dali.methods import batch, paste
-from scae_dali.methods.base import DataNode, Kind, Run, Samples, Status
+from scae_dali.methods.base import DataNode, Samples, Status
 from scae_dali.plan import region
 
 __all__ = ["Config", "Method"]
 
 
-class Method:
+@dataclass(frozen=True, kw_only=True)
+class Config(batch.BatchMixConfig):
+    """CutMix (Yun et al., ICCV 2019).
+
+    Published probabilities are 0.5 for PyramidNet on CIFAR and 1 for ResNets.
+    """
+
+
+class Method(batch.BatchMix):
     """Paste a box of area 1 - λ, λ ~ Beta(alpha, alpha), its centre uniform, with probability
     `prob`. The box is clipped at the border, and μ is what is left of the image's own area.
     """
 
-    kinds: ClassVar[tuple[Kind, ...]] = ("mix",)
-    conditional: ClassVar[bool] = False
-    fields: ClassVar[dict[str, int]] = batch.FIELDS | paste.fields("paste")
-
-    def __init__(self, config: Config, run: Run) -> None:
-        self.config = config
-        self.run = run
+    fields = batch.FIELDS | paste.fields("paste")
 
     def plan(self, samples: Samples) -> dict[str, np.ndarray]:
         mixed, lam, u = batch.draw(samples, self.run, self.config)

@@ -10,18 +10,19 @@ half pixels where θ = 0, so that no pixel lies on an edge and float32 decides a
 
 The GPU erases by fn.grid_mask. On the CPU that, and filling what it leaves black, would take a good
 part of a training pipeline's time; fn.erase takes little, with the squares cut into rows of pixels
-by a Python operator, which sees plans and no images. Where and how often grids are erased is for
-the methods.
+by a Python operator, which sees plans and no images.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from nvidia.dali import fn, types
 
-from scae_dali.config import GridConfig
-from scae_dali.methods import rectangle
+from scae_dali.checks import check
+from scae_dali.methods import erasing
 from scae_dali.methods.base import DataNode, Run, Samples
+from scae_dali.methods.erasing import Erasing, ErasingConfig
 from scae_dali.plan.random import Stream
 
 # d, share of its side that is erased, θ in radians, shift_y, shift_x, and (H, W) of the crop.
@@ -30,6 +31,64 @@ _CELL, _SHARE, _ANGLE, _SHIFT_Y, _SHIFT_X = range(5)
 _DRAWS = 4  # of Stream.GRID
 _RADIANS = np.radians(np.arange(361))  # by whole degrees
 _COS, _SIN = np.cos(_RADIANS), np.sin(_RADIANS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig(ErasingConfig):
+    """A grid of squares that are erased, one in every cell of d x d pixels.
+
+    Args:
+        d_min: Smallest side d of a cell of the grid in pixels.
+        d_max: Upper end of a cell's side in pixels; the side is drawn from [d_min, d_max).
+        ratio: Share of a cell's side that is kept between two erased squares, rounded up to whole
+            pixels. About (1 - ratio)² of the image is erased.
+        rotate: The grid is turned by a whole number of degrees, drawn from [0, rotate). 0 leaves it
+            upright.
+    """
+
+    d_min: int = 96
+    d_max: int = 224
+    ratio: float = 0.6
+    rotate: int = 360
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            1 <= self.d_min < self.d_max,
+            f"d_min and d_max must be 1 <= d_min < d_max, got {self.d_min} and {self.d_max}; the "
+            "authors' are 96 and 224 for ImageNet, 24 and 32 for CIFAR-10",
+        )
+        check(
+            0 < self.ratio < 1,
+            f"ratio must be in (0, 1), got {self.ratio}; the authors' is 0.6 for ImageNet and 0.4 "
+            "for CIFAR-10",
+        )
+        check(
+            0 <= self.rotate <= 360,
+            f"rotate must be in [0, 360] degrees, got {self.rotate}; 0 leaves the grid upright",
+        )
+
+
+class Grid(Erasing):
+    """Erases a grid of each sample that is chosen; a subclass says where it lies (`_locate`)."""
+
+    def __init__(self, config: Any, run: Run) -> None:
+        super().__init__(config, run)
+        self.fields = {**self.fields, **FIELDS}
+
+    def apply(self, images: DataNode, plan: Any) -> DataNode:
+        return erase(images, plan, self.run, self.config)
+
+    def _regions(self, samples: Samples, prob: np.ndarray) -> dict[str, np.ndarray]:
+        status, grids = np.zeros_like(samples.ids), none(samples)
+        rows = np.flatnonzero(samples.draw(self.run, Stream.ERASE, 1)[:, 0] < prob)
+        if len(rows):
+            grids[rows], status[rows] = self._locate(samples.take(rows))
+        return {"status": status, "grid": grids}
+
+    def _locate(self, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
+        """`grid`, float64 [B, 7], and status, int64 [B], for samples that are all erased."""
+        raise NotImplementedError
 
 
 def none(samples: Samples) -> np.ndarray:
@@ -90,7 +149,7 @@ def erase(images: DataNode, plan: Any, run: Run, config: GridConfig) -> DataNode
     anchor, shape = fn.python_function(
         plan.part("grid", types.FLOAT64), function=_regions, batch_processing=True, num_outputs=2
     )
-    return rectangle.erase_regions(images, anchor, shape, plan, run, config)
+    return erasing.erase_rectangles(images, anchor, shape, plan, run, config)
 
 
 def erase_by_mask(images: DataNode, plan: Any, run: Run, config: GridConfig) -> DataNode:
@@ -104,7 +163,7 @@ def erase_by_mask(images: DataNode, plan: Any, run: Run, config: GridConfig) -> 
         shift_y=part[_SHIFT_Y],
         shift_x=part[_SHIFT_X],
     )
-    return rectangle.fill_where(images, keep, plan, run, config)
+    return erasing.fill_where(images, keep, plan, run, config)
 
 
 def _regions(grids: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -6,9 +6,12 @@ from scae_dali.methods.base import Run, Samples, Status
 
 
 def maps(samples: Samples, run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Â float64 [B, gh, gw] in [0, 1]; whether it says anything, bool [B]; status, int64 [B], with
-    NO_MAP where it is missing and FLAT_MAP where it is constant. Without a cache all are missing,
-    which is no news: status is 0."""
+    """The saliency maps of samples, and which of them say anything.
+
+    Returns Â, float64 [B, gh, gw] in [0, 1]; bool [B], whether the map is there and not constant;
+    and status, int64 [B], NO_MAP where it is missing and FLAT_MAP where it is constant. Where the
+    run has no cache all maps are missing, and status is 0.
+    """
     if run.saliency is None:
         b = len(samples.ids)
         return np.zeros((b, 1, 1)), np.zeros(b, np.bool_), np.zeros_like(samples.ids)

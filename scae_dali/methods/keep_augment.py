@@ -2,19 +2,21 @@
 
 Of random rectangles of one size, those whose mean saliency is above a quantile of all of theirs
 are important. Mode `cut` erases one that is not (selective-cut); mode `paste` transforms the image
-by RandAugment and puts one that is back, from the original (selective-paste). There is no code of
+by RandAugment and puts back one that is, from the original (selective-paste). There is no code of
 the authors. Where there is no map, or a constant one, nothing is known to be important: `cut`
 erases any of the rectangles, as Random Erasing does, and `paste` puts nothing back.
 """
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
-from scae_dali.config import KeepAugmentConfig as Config
-from scae_dali.methods import guidance, paste, rand_augment, rectangle
-from scae_dali.methods.base import DataNode, Kind, Run, Samples, Status
+from scae_dali.checks import check, check_choice, check_prob
+from scae_dali.methods import guidance, paste, rand_augment
+from scae_dali.methods.base import DataNode, GuidedConfig, Run, Samples, Status
+from scae_dali.methods.rectangle import Rectangle, RectangleConfig
 from scae_dali.plan import region
 from scae_dali.plan.random import Stream
 
@@ -23,45 +25,66 @@ __all__ = ["Config", "Method", "importance"]
 _STEPS = 2.0**20  # of importance: the order of additions must not decide what is equal
 
 
-class Method:
-    """The size of the rectangle is drawn as in Random Erasing, its place among the candidates that
-    are to be erased, or kept; each of these is as likely as the others.
+@dataclass(frozen=True, kw_only=True)
+class Config(GuidedConfig, RectangleConfig, rand_augment.Config):
+    """KeepAugment (Gong et al., CVPR 2021), which spares what the saliency map finds important.
 
-    `paste` stands for a method that erases too: one that follows could erase what is put back.
+    Args:
+        mode: `cut` erases a rectangle that is not important. `paste` applies RandAugment and puts
+            an important rectangle back; `fill` then has no effect.
+        prob: Probability of erasing, or of putting back.
+        tau: A rectangle is important if its mean saliency is above this quantile of random
+            rectangles of its size.
+        candidates: How many random rectangles the quantile is taken from.
     """
 
+    mode: Literal["cut", "paste"] = "cut"
+    prob: float = 1.0
+    tau: float = 0.6
+    candidates: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("mode", self.mode, ("cut", "paste"))
+        check_prob("prob", self.prob)
+        check(0 <= self.tau <= 1, f"tau must be a quantile in [0, 1], got {self.tau}; usual is 0.6")
+        check(
+            2 <= self.candidates <= 256,
+            f"candidates must be in [2, 256], got {self.candidates}; the default is 16",
+        )
+
+
+class Method(Rectangle):
+    """The size of the rectangle is drawn as in Random Erasing, its place from the candidates that
+    qualify: for `cut` the unimportant ones, for `paste` the important ones, all equally likely.
+
+    A method of mode `paste` counts as one that erases too, so that it combines with no method that
+    erases: that one could erase what was put back.
+    """
+
+    config: Config
+
     def __init__(self, config: Config, run: Run) -> None:
-        self.config = config
-        self.run = run
-        self.conditional = config.mode == "paste"
-        self.kinds: tuple[Kind, ...] = ("erase",)
-        self.fields = rectangle.fields(config, run)
+        super().__init__(config, run)
         if config.mode == "paste":
-            self.kinds = ("policy", "erase")
+            self.kinds, self.conditional = ("policy", "erase"), True
             self._policy = rand_augment.Method(config, run)
-            self.fields = paste.fields("kept") | self._policy.fields
+            self.fields = {**paste.fields("kept"), **self._policy.fields}
 
     def plan(self, samples: Samples) -> dict[str, np.ndarray]:
-        status = np.zeros_like(samples.ids)
-        box = np.zeros((len(samples.ids), 4))
-        rows, hw, fitted = rectangle.choose(samples, self.run, self.config, self.config.prob)
-        status[rows] = int(Status.NO_FIT)
-        rows, hw = rows[fitted], hw[fitted]
-        if len(rows):
-            box[rows], status[rows] = self._place(samples.take(rows), hw)
         if self.config.mode == "cut":
-            fill = rectangle.fill_fields(samples, self.run, self.config)
-            return {"status": status, "box": box} | fill
-        kept = paste.plan_of("kept", box.astype(np.int64), samples.size_px)
-        return self._policy.plan(samples) | kept | {"status": status}
+            return super().plan(samples)
+        kept = self._regions(samples, self._prob(samples))
+        box = kept["box"].astype(np.int64)
+        pasted = paste.plan_of("kept", box, samples.size_px)
+        return self._policy.plan(samples) | pasted | {"status": kept["status"]}
 
     def apply(self, images: DataNode, plan: Any) -> DataNode:
         if self.config.mode == "cut":
-            return rectangle.erase(images, plan, self.run, self.config)
+            return super().apply(images, plan)
         return paste.paste("kept", self._policy.apply(images, plan), images, plan)
 
-    def _place(self, samples: Samples, hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes float64 [B, 4] and status int64 [B], for rectangles of sizes hw, int64 [B, 2]."""
+    def _locate(self, samples: Samples, hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         b, n = len(hw), self.config.candidates
         saliency, known, status = guidance.maps(samples, self.run)
         first, last = region.centre_range(hw, samples.size_px, "inside")

@@ -1,27 +1,29 @@
 """MixUp (Zhang et al., ICLR 2018): an image plus another one of its batch, weighed at random."""
 
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from nvidia.dali import types
 
-from scae_dali.config import MixupConfig as Config
 from scae_dali.methods import batch
-from scae_dali.methods.base import DataNode, Kind, Run, Samples, Status
+from scae_dali.methods.base import DataNode, Samples, Status
 
 __all__ = ["Config", "Method"]
 
 
-class Method:
+@dataclass(frozen=True, kw_only=True)
+class Config(batch.BatchMixConfig):
+    """MixUp (Zhang et al., ICLR 2018).
+
+    Published alphas are 1 for CIFAR and 0.2 for ImageNet.
+    """
+
+
+class Method(batch.BatchMix):
     """μ·image + (1 - μ)·other, μ ~ Beta(alpha, alpha), with probability `prob`."""
 
-    kinds: ClassVar[tuple[Kind, ...]] = ("mix",)
-    conditional: ClassVar[bool] = False
-    fields: ClassVar[dict[str, int]] = batch.FIELDS | {"weight": 1}
-
-    def __init__(self, config: Config, run: Run) -> None:
-        self.config = config
-        self.run = run
+    fields = batch.FIELDS | {"weight": 1}
 
     def plan(self, samples: Samples) -> dict[str, np.ndarray]:
         mixed, mu, _ = batch.draw(samples, self.run, self.config)

@@ -1,27 +1,26 @@
 """No augmentation beyond crop and flip: the baseline that every figure is a ratio to."""
 
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from scae_dali.config import NoneConfig as Config
-from scae_dali.methods.base import Kind, Run
+from scae_dali.methods import base
+from scae_dali.methods.base import DataNode, Samples
 
 __all__ = ["Config", "Method"]
 
 
-class Method:
+@dataclass(frozen=True, kw_only=True)
+class Config(base.Config):
+    """There is nothing to set."""
+
+
+class Method(base.Method):
     """Plans nothing and leaves the images as they are."""
 
-    kinds: ClassVar[tuple[Kind, ...]] = ()
-    conditional: ClassVar[bool] = False
-    fields: ClassVar[dict[str, int]] = {}
-
-    def __init__(self, config: Config, run: Run) -> None:
-        pass
-
-    def plan(self, samples):
+    def plan(self, samples: Samples) -> dict[str, np.ndarray]:
         return {"status": np.zeros_like(samples.ids)}
 
-    def apply(self, images, plan):
+    def apply(self, images: DataNode, plan: Any) -> DataNode:
         return images

@@ -9,18 +9,46 @@ operations is applied.
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from nvidia.dali import types
 from nvidia.dali.auto_aug.core import select, signed_bin
 
-from scae_dali.config import PolicyConfig
-from scae_dali.methods import conditionals
-from scae_dali.methods.base import DataNode, Kind, Run, Samples
+from scae_dali.checks import check
+from scae_dali.methods import base
+from scae_dali.methods.base import DataNode, Kind, Run, Samples, require_conditionals
 from scae_dali.plan.random import Stream
 
 Operation = Any  # an Augmentation of nvidia.dali.auto_aug
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig(base.Config):
+    """What all policies have to set: translations, and what comes in from outside the image.
+
+    Args:
+        max_translate_rel: Largest translation as a share of the crop. null translates by a number
+            of pixels that does not depend on the crop: up to 100 for RandAugment, 32 for
+            TrivialAugment and 250 for AutoAugment.
+        fill_value: Grey level of what translation, shear and rotation leave empty, from 0 to 255.
+    """
+
+    max_translate_rel: float | None = 100 / 224
+    fill_value: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        largest = self.max_translate_rel
+        check(
+            largest is None or 0 <= largest <= 1,
+            f"max_translate_rel must be in [0, 1] or None, got {largest}; 100/224 is usual",
+        )
+        check(
+            0 <= self.fill_value <= 255,
+            f"fill_value must be a grey level in [0, 255], got {self.fill_value}",
+        )
 
 
 def translation(config: PolicyConfig) -> dict[str, Any]:
@@ -29,7 +57,7 @@ def translation(config: PolicyConfig) -> dict[str, Any]:
     return {"use_shape": relative is not None, "max_translate_rel": relative}
 
 
-class Policy:
+class Policy(base.Method):
     """Every operation of a level, either sign and every magnitude is as likely as the others.
 
     levels: the operations to choose from. bins: into how many steps a range of magnitudes is
@@ -39,8 +67,8 @@ class Policy:
     magnitude is negated; and, where it is drawn, `bin{k}`. Whole numbers, float64 [B].
     """
 
-    kinds: ClassVar[tuple[Kind, ...]] = ("policy",)
-    conditional: ClassVar[bool] = True
+    kinds: tuple[Kind, ...] = ("policy",)
+    conditional = True
 
     def __init__(
         self,
@@ -50,8 +78,7 @@ class Policy:
         bins: int,
         magnitude: int | None = None,
     ) -> None:
-        self.config = config
-        self.run = run
+        super().__init__(config, run)
         self.levels, self.bins, self.magnitude = levels, bins, magnitude
         self._values: dict[str, int] = {}  # field -> how many values it has
         for k, operations in enumerate(levels):
@@ -70,7 +97,7 @@ class Policy:
 
     def apply(self, images: DataNode, plan: Any) -> DataNode:
         """images: HWC uint8, CPU or GPU. Raises ValueError in a pipeline without conditionals."""
-        conditionals.require("a policy is applied", "leave the policy out")
+        require_conditionals("a policy is applied", "leave the policy out")
         settings: dict[str, Any] = {"fill_value": self.config.fill_value}
         if self.config.max_translate_rel is not None:
             settings["shape"] = images.shape()

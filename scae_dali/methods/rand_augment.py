@@ -1,12 +1,37 @@
 """RandAugment (Cubuk et al., NeurIPS 2020): n operations in a row, all of one strength."""
 
+from dataclasses import dataclass
+
 from nvidia.dali.auto_aug.rand_augment import get_rand_augment_suite
 
-from scae_dali.config import RandAugmentConfig as Config
+from scae_dali.checks import check
 from scae_dali.methods import policy
 from scae_dali.methods.base import Run
 
 __all__ = ["Config", "Method"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(policy.PolicyConfig):
+    """RandAugment (Cubuk et al., NeurIPS 2020).
+
+    Args:
+        n: How many operations are applied to an image, one after the other.
+        m: Magnitude of the operations, from 0 to bins - 1.
+        bins: Number of magnitudes.
+    """
+
+    n: int = 2
+    m: int = 9
+    bins: int = 31
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(1 <= self.n <= 16, f"n must be in [1, 16] operations, got {self.n}; usual is 2")
+        check(
+            0 <= self.m < self.bins,
+            f"m must be in [0, {self.bins}), a magnitude of as many bins, got {self.m}; usual is 9",
+        )
 
 
 class Method(policy.Policy):

@@ -4,31 +4,77 @@ Area and aspect are uniform as in the paper and its code; torchvision and timm d
 log-uniform, and their settings are presets.
 """
 
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
 import numpy as np
 
-from scae_dali.config import RandomErasingConfig as Config
-from scae_dali.methods import rectangle
-from scae_dali.methods.base import Samples, Status
-from scae_dali.plan import region
-from scae_dali.plan.random import Stream
+from scae_dali.checks import check_choice, check_prob
+from scae_dali.methods.base import Samples
+from scae_dali.methods.rectangle import Rectangle, RectangleConfig
+from scae_dali.plan.region import Range
 
-__all__ = ["Config", "Method"]
+__all__ = ["PRESETS", "Config", "Method"]
+
+Preset = Literal["official", "torchvision", "timm"]
+
+# What other implementations have instead of the authors' settings. timm's noise is its mode
+# `pixel`; torchvision's value 0 comes after the normalisation, so it is the mean.
+PRESETS: dict[str, dict[str, Any]] = {
+    "torchvision": {
+        "area": (0.02, 0.33),
+        "aspect": (0.3, 3.3),
+        "aspect_law": "log",
+        "tries": 10,
+        "fill": "mean",
+    },
+    "timm": {
+        "area": (0.02, 1 / 3),
+        "aspect": (0.3, 1 / 0.3),
+        "aspect_law": "log",
+        "tries": 10,
+        "fill": "noise",
+    },
+}
 
 
-class Method(rectangle.Erasing):
+@dataclass(frozen=True, kw_only=True)
+class Config(RectangleConfig):
+    """Random Erasing (Zhong et al., AAAI 2020), by default with the settings of the authors' code.
+
+    Args:
+        prob: Probability that an image is erased.
+        preset: `official` is the authors' code. `torchvision` and `timm` set area, aspect,
+            aspect_law, tries and fill to those of these libraries; none of the five may then be
+            given.
+    """
+
+    prob: float = 0.5
+    area: Range = (0.02, 0.4)
+    aspect: Range = (0.3, 3.33)
+    tries: int = 100
+    preset: Preset = "official"
+
+    def __post_init__(self) -> None:
+        check_choice("preset", self.preset, get_args(Preset))
+        preset = PRESETS.get(self.preset, {})
+        given = {name: getattr(self, name) for name in preset}
+        default = {f.name: f.default for f in fields(self) if f.name in preset}
+        # A command line passes the defaults on; what was made with the preset has its values.
+        if given not in (default, preset):
+            other = ", ".join(f"{k}={v}" for k, v in given.items() if v != preset[k])
+            raise ValueError(
+                f"preset={self.preset} sets {', '.join(preset)}, got {other} too; leave them to "
+                "the preset, or set all of them without one"
+            )
+        for name, value in preset.items():
+            object.__setattr__(self, name, value)
+        super().__post_init__()
+        check_prob("prob", self.prob)
+
+
+class Method(Rectangle):
     """Erase with probability `prob`, the position uniform over those that fit."""
 
-    config: Config
-
-    def plan(self, samples: Samples) -> dict[str, np.ndarray]:
-        status = np.zeros_like(samples.ids)
-        box = np.zeros((len(samples.ids), 4))
-        erased, hw, fitted = rectangle.choose(samples, self.run, self.config, self.config.prob)
-        chosen = samples.take(erased)
-        first, last = region.centre_range(hw, chosen.size_px, "inside")
-        centre = region.uniform_centre(chosen.draw(self.run, Stream.CENTRE, 2), first, last)
-        box[erased] = region.box_at(centre, hw, chosen.size_px) * fitted[:, None]
-        status[erased] = np.where(fitted, int(Status.ERASED), int(Status.NO_FIT))
-        return {"status": status, "box": box} | rectangle.fill_fields(
-            samples, self.run, self.config
-        )
+    def _locate(self, samples: Samples, hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._locate_anywhere(samples, hw, "inside")

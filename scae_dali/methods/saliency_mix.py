@@ -5,15 +5,38 @@ for the whole batch: that is the preset `official`. `paper` takes each image's o
 """
 
 import dataclasses
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from scae_dali.config import SaliencyMixConfig as Config
+from scae_dali.checks import check_choice
 from scae_dali.methods import cutmix, guidance
-from scae_dali.methods.base import Run, Samples
+from scae_dali.methods.base import GuidedConfig, Run, Samples
 from scae_dali.plan import region
 
 __all__ = ["Config", "Method"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(cutmix.Config, GuidedConfig):
+    """SaliencyMix (Uddin et al., ICLR 2021), which pastes what is salient in the other image.
+
+    Args:
+        preset: `paper` centres the box on the peak of the second image's map. `official` does what
+            the authors' code does: one box for the whole batch, centred anywhere; `per` is ignored.
+    """
+
+    prob: float = 0.5
+    preset: Literal["paper", "official"] = "paper"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("preset", self.preset, ("paper", "official"))
+
+    @property
+    def guided(self) -> bool:
+        return self.preset == "paper"
 
 
 class Method(cutmix.Method):

@@ -1,14 +1,50 @@
-"""The random crop and flip: which window of the full frame the network sees, and how.
+"""The random crop and flip: which window of the full frame the network sees, and which way round.
 
 The random numbers come in as data, so that a sample's window does not depend on its place in a
 batch.
 """
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from scae_dali.config import CropConfig
+from scae_dali.checks import check, check_choice, check_prob
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropConfig:
+    """Random crop and horizontal flip.
+
+    Args:
+        kind: `resized` crops a random window and resizes it. `pad` crops a window of the image's
+            own size, shifted by up to `pad` pixels, with black outside the image.
+        area: Share of the image that the window covers, drawn uniformly, for kind=resized.
+        aspect: Width divided by height of the window, drawn so that its logarithm is uniform, for
+            kind=resized.
+        tries: How often area and aspect are drawn until the window fits into the image, for
+            kind=resized.
+        pad: Largest shift in pixels, for kind=pad.
+        flip: Probability of a horizontal flip.
+    """
+
+    kind: Literal["resized", "pad"] = "resized"
+    area: tuple[float, float] = (0.08, 1.0)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    tries: int = 10
+    pad: int = 4
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_choice("crop.kind", self.kind, ("resized", "pad"))
+        check(self.pad >= 0, f"crop.pad must be >= 0 pixels, got {self.pad}")
+        low, high = self.area
+        check(0 < low <= high <= 1, f"crop.area must be 0 < low <= high <= 1, got {self.area}")
+        low, high = self.aspect
+        check(0 < low <= high, f"crop.aspect must be 0 < low <= high, got {self.aspect}")
+        check(1 <= self.tries <= 100, f"crop.tries must be in [1, 100], got {self.tries}")
+        check_prob("crop.flip", self.flip)
 
 
 def draws_per_sample(config: CropConfig) -> int:

@@ -1,6 +1,6 @@
 """MixUp's draws (Zhang et al., ICLR 2018): the weight, and the second sample of eq. 8.
 
-What is mixed is decided by the methods; the random numbers come in as data.
+The random numbers come in as data.
 """
 
 import numpy as np

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from scae_dali.config import check, check_choice
+from scae_dali.checks import check, check_choice
 from scae_dali.plan.random import Stream, uniforms
 
 ID = 0xFFFFFFFF  # of a key: the sample's place in the index

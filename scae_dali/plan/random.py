@@ -14,6 +14,8 @@ from enum import IntEnum
 import numba
 import numpy as np
 
+from scae_dali.checks import check_seed
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -45,12 +47,6 @@ def round_keys(seed: int) -> np.ndarray:
     """The key of every round: int64 [rounds, 2]."""
     key = np.array([seed & _MASK, seed >> 32])
     return (key + np.arange(_ROUNDS)[:, None] * np.array(_WEYL)) & _MASK
-
-
-def check_seed(seed: int) -> None:
-    """Raises ValueError unless it is in [0, 2⁶⁴)."""
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
 
 
 def uniforms(

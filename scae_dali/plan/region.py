@@ -13,11 +13,15 @@ Functions of arrays; random numbers are given. The rejection is compiled by Numb
 
 import functools
 import math
+from typing import Literal
 
 import numpy as np
 
-from scae_dali.config import AspectLaw, Border, Range
 from scae_dali.plan.random import compiled
+
+Range = tuple[float, float]
+AspectLaw = Literal["uniform", "log"]
+Border = Literal["inside", "clip"]
 
 PROPOSALS = 6
 DRAWS = 4 * PROPOSALS + 1  # uniforms that draw_centre reads a sample

@@ -1,7 +1,6 @@
 """How strongly and how often: eqs. 5-7 of the method, and when saliency passes are due.
 
-Functions of the epoch and of the class counts alone; what is done with them is decided by the
-methods.
+All are functions of the epoch and of the class counts alone.
 """
 
 import numpy as np

@@ -20,7 +20,7 @@ from torch import distributed, nn
 
 from scae_dali.cache import ChunkWriter, SaliencyCache
 from scae_dali.cache.format import check_neighbors, checked_epoch, flat
-from scae_dali.config import check_choice
+from scae_dali.checks import check_choice
 from scae_dali.data.index import ImageIndex
 from scae_dali.saliency.cam import CAM, SaliencyMethod
 from scae_dali.saliency.gradcam import GradCAM

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from scae_dali.config import check
+from scae_dali.checks import check
 from scae_dali.saliency.cam import SaliencyMethod
 from scae_dali.stage.loader import Batch
 

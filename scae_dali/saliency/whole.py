@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 from nvidia.dali import Pipeline, fn, pipeline_def
 
-from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD, check, check_choice
+from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD, check, check_choice
 from scae_dali.data.index import ImageIndex
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods.base import DataNode, Triple

@@ -5,7 +5,7 @@ from typing import Any
 
 from nvidia.dali import fn
 
-from scae_dali.config import check
+from scae_dali.checks import check
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods.base import DataNode
 from scae_dali.plan.order import ID, Order

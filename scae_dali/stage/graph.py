@@ -1,6 +1,7 @@
-"""The operators of a DALI graph, as they are known before anything runs.
+"""Reads a DALI graph while it is being defined: the operators behind a node, and their arguments.
 
-DALI keeps them in private attributes of its nodes, which this module alone reads.
+`wiring` and `history` ask. DALI keeps all this in private attributes of its nodes, which are read
+in this module and nowhere else.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ __all__ = [
 
 DataNode = Any
 
-# Kinds of operators that hand values on, but for type and shape.
+# Kinds of operators that hand on the values that they get, in another type or shape.
 _VALUES_STAY = {"Cast", "Copy", "ExpandDims", "MakeContiguous", "Reshape", "Squeeze"}
 
 
 class Origin(NamedTuple):
-    """Where values come from that reach a node as they are.
+    """The operator that made the values of a node.
 
-    kind: the operator, such as File or GetProperty. output: which of its outputs. arguments: its
-    constant ones. reader: the name of the reader that it is, or whose output it looks at.
+    kind: of the operator, such as File or GetProperty. output: which of its outputs it is.
+    arguments: those that are constant. reader: the name of the reader that the values come from.
     """
 
     kind: str
@@ -49,7 +50,8 @@ class Origin(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What a random crop is drawn by; equal ones draw the same crops, but for no seed."""
+    """The arguments that a random crop is drawn by. Two operators with the same ones, and a seed
+    that is not None, draw the same crops."""
 
     seed: int | None
     area: tuple[float, ...]
@@ -59,7 +61,7 @@ class Draw(NamedTuple):
 
 @do_not_convert
 def origin(node: DataNode) -> Origin | None:
-    """The operator whose output reaches `node` unchanged but for type and shape; None: unknown."""
+    """The operator whose values reach the node, maybe in another type or shape; None: unknown."""
     while readable(node) and kind_of(node) in _VALUES_STAY:
         node = node.source.inputs[0]
     if not readable(node):
@@ -70,38 +72,38 @@ def origin(node: DataNode) -> Origin | None:
 
 @do_not_convert
 def sources(node: DataNode) -> frozenset[str]:
-    """The readers that a node hangs on, by name."""
+    """The names of the readers that a node's values come from."""
     return frozenset(one.source.name for one in _ancestors(node) if is_reader(one))
 
 
 @do_not_convert
 def permutations(node: DataNode) -> frozenset[str]:
-    """What ids were permuted by within their batch: the indices of fn.permute_batch, by name."""
+    """The indices of every fn.permute_batch on the way to a node, see `permuted_by`."""
     every = (one for one in _ancestors(node) if kind_of(one) == "PermuteBatch")
     return frozenset(permuted_by(one) for one in every)
 
 
 def permuted_by(node: DataNode) -> str:
-    """The indices of an fn.permute_batch: the node that they are, or the numbers themselves."""
+    """The indices of an fn.permute_batch: the name of their node, or the numbers as a text."""
     indices = node.source.inputs[1:]
     return indices[0].name if indices else str(arguments_of(node).get("indices"))
 
 
 @do_not_convert
 def crop_draws(*nodes: DataNode) -> dict[str, Draw]:
-    """The random crop generators that nodes hang on, by name."""
+    """The random crop generators that the nodes' values come from, by name."""
     every = (one for node in nodes for one in _ancestors(node))
     return {one.source.name: draw_of(one) for one in every if kind_of(one) == "RandomCropGenerator"}
 
 
 @do_not_convert
 def output_of(node: DataNode, operator: str) -> int | None:
-    """Which output of an operator of this kind a node is; None where it is another's."""
+    """Which output of an operator of this kind a node is; None where it is of another kind."""
     return node.index or 0 if readable(node) and kind_of(node) == operator else None
 
 
 def draw_of(node: DataNode) -> Draw:
-    """With DALI's defaults, the same for all operators that draw a crop."""
+    """How an operator draws its random crop. The defaults are DALI's, the same for all that do."""
     arguments = arguments_of(node)
     return Draw(
         arguments.get("seed"),
@@ -112,7 +114,7 @@ def draw_of(node: DataNode) -> Draw:
 
 
 def _ancestors(node: DataNode) -> Iterator[DataNode]:
-    """The node, and all that it hangs on, the nearest first."""
+    """The node and all nodes that its values come from, the nearest first."""
     todo, seen = [node], set()
     while todo:
         one = todo.pop(0)
@@ -124,7 +126,7 @@ def _ancestors(node: DataNode) -> Iterator[DataNode]:
 
 
 def readable(node: DataNode) -> bool:
-    """Whether the operator of a node is known; DALI's debug mode has none."""
+    """Whether the operator behind a node can be read; in DALI's debug mode there is none."""
     return hasattr(getattr(getattr(node, "source", None), "_op", None), "_init_args")
 
 
@@ -134,7 +136,7 @@ def schema_of(node: DataNode) -> str:
 
 
 def kind_of(node: DataNode) -> str:
-    """The operator's name: File for fn.readers.file, Image for any of DALI's image decoders."""
+    """The kind of a node's operator: File for fn.readers.file, Image for any image decoder."""
     name = schema_of(node).rpartition("__")[2]
     name = name.replace("ImageDecoder", "Image", 1)
     return name.removesuffix("Reader") or name
@@ -146,7 +148,7 @@ def is_reader(node: DataNode) -> bool:
 
 
 def display_name(node: DataNode) -> str:
-    """As users write it: fn.decoders.image_random_crop."""
+    """The operator's name as users write it, such as fn.decoders.image_random_crop."""
     arguments = getattr(node.source._op, "_init_args", {})
     module = str(arguments.get("_module", "nvidia.dali.fn")).removeprefix("nvidia.dali.")
     name = arguments.get("_display_name", kind_of(node))
@@ -156,7 +158,7 @@ def display_name(node: DataNode) -> str:
 
 
 def arguments_of(node: DataNode) -> dict[str, Any]:
-    """Those that are constant, as numbers, texts, DALI's enumerations and lists."""
+    """The operator's constant arguments: numbers, texts, DALI's enumerations, and lists of them."""
     given = getattr(node.source._op, "_init_args", {})
     return {name: _plain(value) for name, value in given.items()}
 

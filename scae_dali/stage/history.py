@@ -1,7 +1,8 @@
-"""What was done to images on the way to a node of a DALI graph: cropped, resized, normalised.
+"""What was done to images on their way to a node of a DALI graph: cropped, resized, normalised.
 
-What cannot be followed, such as a Python function, is unknown, and what comes behind it is known
-again.
+`wiring` asks for it, to tell whether a stage gets the images that it needs. The graph is followed
+back to the decoder. What an operator does that is not known here, such as a Python function, counts
+as unknown; what is done behind it is seen again.
 """
 
 from __future__ import annotations
@@ -46,15 +47,20 @@ _SMALL = 1 / 32  # a factor that takes grey levels to a range near 1, and no cha
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """What was done to images on the way to a node.
+    """What was done to images on their way to a node.
 
-    known: whether every operator of the way is known. layout: such as HWC, None: unknown. size:
-    (h, w) where the graph fixes it. cropped, flipped, turned, scaled: the names of the operators
-    that did so, as users write them, None: nobody. turned: decoded as stored, not upright. scaled:
-    from grey levels to others, such as normalised ones. crops: how many operators cropped, one
-    after the other. resized: whether one resized; late: whether that was before a crop. drawn_by:
-    the random crop generators that the crop hangs on. fused: how an operator drew it that draws
-    and crops at once. permuted: the indices that changed the order of the batch.
+    known: whether every operator on the way is known.
+    layout: such as HWC; None: unknown. size: (h, w) in pixels where the graph fixes it.
+
+    The next four are names of operators, as users write them, or None where none did so:
+    cropped: the last that cropped. flipped: the last that flipped, or turned by a large angle.
+    turned: the decoder, if it keeps the orientation that an image is stored with instead of making
+    it upright. scaled: the last that took grey levels to other values, such as a normalisation.
+
+    crops: how many operators cropped, one after the other. resized: whether one resized. late:
+    whether one cropped what had been resized. drawn_by: names of the random crop generators that
+    the last crop comes from. fused: how that crop is drawn, if one operator both draws and crops.
+    permuted: the indices by which the order of the batch was changed.
     """
 
     known: bool = True
@@ -77,7 +83,7 @@ _UNKNOWN = History(known=False, layout=None)
 
 @do_not_convert
 def history(node: DataNode) -> History | None:
-    """What was done to the images of a node; None where it has none."""
+    """What was done to the images of a node; None where the node gives no images."""
     return _history(node, {})
 
 
@@ -123,7 +129,7 @@ def _decoded(node: DataNode, kind: str, arguments: dict[str, Any]) -> History:
 
 
 def _merged(histories: list[History]) -> History | None:
-    """Of images that are one or the other."""
+    """Of images that come from one of several branches of a conditional."""
     if not histories:
         return None
     first = histories[0]
@@ -254,7 +260,7 @@ def _of_channels(arguments: dict[str, Any]) -> bool:
 
 
 def _calculated(node: DataNode, before: History) -> History:
-    """Whether arithmetic takes grey levels to other values, or back."""
+    """After arithmetic, which may take grey levels to other values, or back."""
     arguments, name = arguments_of(node), display_name(node)
     operation, _, operands = str(arguments.get("expression_desc", "")).partition("(")
     numbers = [*arguments.get("real_constants", ()), *arguments.get("integer_constants", ())]
@@ -293,7 +299,7 @@ def _size_of_crop(arguments: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def _pair(value: Any, whole: Any) -> tuple[int, int] | None:
-    """(h, w) where both are known; one number is of both, as DALI has it."""
+    """(h, w) where both are known. One number stands for both, as in DALI. whole: rounds."""
     if value is None:
         return None
     values = _values(value)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.pipeline import do_not_convert
 
-from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
+from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods.base import DataNode, Triple
 

@@ -18,9 +18,9 @@ import numpy.typing as npt
 from nvidia.dali import Pipeline, types
 from nvidia.dali.pipeline import do_not_convert
 
-from scae_dali.config import CropConfig
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods.base import DataNode, Status, Triple
+from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import Order
 from scae_dali.plan.random import compiled
 from scae_dali.stage.feed import check_order, feed

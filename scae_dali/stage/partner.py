@@ -16,10 +16,9 @@ import numpy as np
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import do_not_convert
 
-from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
-from scae_dali.methods import conditionals
-from scae_dali.methods.base import DataNode, Status
+from scae_dali.methods.base import DataNode, Status, require_conditionals
+from scae_dali.plan.crop import CropConfig
 from scae_dali.stage.images import cut
 from scae_dali.stage.table import Planner
 
@@ -60,7 +59,7 @@ def decode_crop(
 
 @do_not_convert
 def _check(index: ImageIndex) -> None:
-    conditionals.require("samples are mixed", "set the method's mix_prob=0")
+    require_conditionals("samples are mixed", "set the method's mix_prob=0")
     rarest = int(index.class_counts[index.labels].argmin())  # some class of the tail, if any is
     path = os.path.join(index.root, index.files[rarest])
     if not os.path.isfile(path):

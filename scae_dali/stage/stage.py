@@ -1,15 +1,13 @@
-"""The DALI shell: puts a method's plan into a graph.
+"""An augmentation inside a DALI pipeline: `Stage`, which users call, and what it gives them.
 
-A `Stage` adds one Python operator on the CPU to a pipeline. It receives ids, the iteration and the
-crop windows (never pixels) and returns a small table, a row a sample, that native operators use.
-What is planned is for `planner` and the methods.
+A stage adds one Python operator on the CPU to a pipeline (`Operator`). It receives ids, the number
+of the batch and the crop windows, never pixels, and returns a small table, a row a sample
+(`Planner`). DALI's own operators read the table and change the pixels.
 """
 
 import os
-import time
 import warnings
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -19,14 +17,14 @@ from nvidia.dali.pipeline import do_not_convert
 
 from scae_dali.cache import ResidentCache, SaliencyCache
 from scae_dali.cache.format import check_last_pass, check_neighbors
-from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD, CropConfig
+from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD, check_seed
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import compose
-from scae_dali.methods.base import DataNode, Run, Triple, mixes
+from scae_dali.methods.base import DataNode, Run, Triple
+from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import batches_per_epoch
-from scae_dali.plan.random import check_seed
 from scae_dali.stage import partner, wiring
-from scae_dali.stage.graph import Origin
+from scae_dali.stage.operator import Operator
 from scae_dali.stage.table import Planner
 
 RESIDENT_BYTES = 10**9  # maps of at most this size are kept in memory, unless told otherwise
@@ -44,12 +42,14 @@ class Targets(NamedTuple):
 
 
 class PlanNodes:
-    """A plan inside a graph: `row`, float64 [K] a sample on the CPU, and its parts by name.
+    """The plan of a batch inside a graph: its rows, and its columns by name, as DALI nodes.
 
-    DALI hands every sample of every operator on the CPU to its threads, which costs more than what
-    they do with it, and the more the more threads there are. So parts are cut when asked for, those
-    in float32 from a row of that type, and a pipeline had better give out the row whole:
-    `iterator.Loader` takes it apart. single: the row in float32.
+    row: float64 [K] a sample, on the CPU. single: the same in float32. planner: says which columns
+    a row has.
+
+    A part is cut out of the row when it is asked for, and a pipeline had better give out the whole
+    row, which `Loader` takes apart: DALI hands every sample of every operator on the CPU to its
+    threads, and that costs more than the operator, the more so the more threads there are.
     """
 
     def __init__(self, row: DataNode, single: DataNode, planner: Planner) -> None:
@@ -58,13 +58,13 @@ class PlanNodes:
         self._single = single
 
     def part(self, name: str, dtype: types.DALIDataType, within: slice = slice(None)) -> DataNode:
-        """The columns of a name (see planner), or some of them."""
+        """The columns of this name, or some of them: [width] a sample."""
         whole = self.planner.columns[name]
         begin, end, _ = within.indices(whole.stop - whole.start)
         return self._cut(slice(whole.start + begin, whole.start + end), dtype)
 
     def scalar(self, name: str, dtype: types.DALIDataType) -> DataNode:
-        """A column on its own, as a scalar."""
+        """A column of width 1, as a scalar."""
         return self._cut(self.planner.columns[name].start, dtype)
 
     def fill_boxes(self, images: DataNode, value: Triple) -> bool:
@@ -85,6 +85,7 @@ class PlanNodes:
 
     @property
     def targets(self) -> Targets:
+        """Both labels and their weight."""
         return Targets(
             self.part("label", types.INT64),
             self.part("partner", types.INT64),
@@ -93,25 +94,35 @@ class PlanNodes:
 
 
 class Stage:
-    """One augmentation of one data set, ready to be put into a DALI pipeline.
+    """An augmentation of one data set, ready to be put into a DALI pipeline.
 
-    index: the data set; its order gives the ids. method: see methods.load; its settings are
-    further keywords. Several are joined by +, `rand_augment+scae` (see methods.compose); then the
-    settings of each are a mapping under its name, scae={"lam_max": 1.0}.
-    cache: a SaliencyCache of this index or its path; None: no maps.
-    epochs: T of eq. 5. batch_size: the pipeline's. num_shards: the reader's. seed: of all plans.
-    epoch_size: samples of an epoch, of all shards; None: every sample once.
-    start_epoch: the epoch of the pipeline's first batch, where it does not come from a checkpoint.
-    mean, std: of the images as the stage gets them; the default is ImageNet's in [0, 255].
-    backend: the operator that runs the plan, `python` (fn.python_function; `numpy` is another name
-    of it) or `torch` (fn.dl_tensor_python_function). The plan is the same, and runs on the CPU.
-    torch_device: `cpu` or None.
-    resident: whether all maps are kept in memory, h·w bytes a sample in every process and for every
-    stage, taken anew after each pass; otherwise they are looked up in the cache. None: where they
-    take at most RESIDENT_BYTES. What is planned is the same.
+    Call it where the pipeline is defined: images, targets = stage(images, ids, window=…). Pipelines
+    that mix or crop in ways of their own call `plan` and `apply` instead.
 
-    The reader must pad its shards (`pad_last_batch=True`), so that every epoch has
-    `batches_per_epoch` batches; the epoch is computed from that.
+    index: the data set; its order gives the ids.
+    method: one of methods.BUILT_IN, or the dotted name of a module of your own. Several are joined
+    by +, as in `rand_augment+scae`; see methods.compose.
+    settings: the fields of the method's Config. Of several methods a mapping for each under its
+    name, as in scae={"lam_max": 1.0}. A ready Config goes under the method's name too.
+    cache: a SaliencyCache of this index, or its path; None: there are no maps.
+    epochs: how many the run has, T of eq. 5. batch_size: of the pipeline. num_shards: of the
+    reader. seed: of everything that is planned.
+    epoch_size: how many samples an epoch has, in all shards together; None: every sample once.
+    start_epoch: the epoch of the pipeline's first batch, if it is not restored from a checkpoint.
+    mean, std: of the images as the stage gets them; the default is ImageNet's, in [0, 255].
+    backend: the DALI operator that runs the plan, `python` (fn.python_function; `numpy` is another
+    name for it) or `torch` (fn.dl_tensor_python_function). The plan is the same, and runs on the
+    CPU. torch_device: `cpu` or None.
+    resident: True keeps all maps in memory, h·w bytes a sample in every process and for every
+    stage, and takes them anew after each pass. False looks them up in the cache. None keeps them
+    where they take at most RESIDENT_BYTES. The plan is the same.
+
+    The reader must pad its shards (`pad_last_batch=True`): the epoch is computed from the number of
+    the batch, so every epoch must have `batches_per_epoch` batches.
+
+    mixes: whether the method mixes in second samples, which the pipeline fetches. conditional:
+    whether the pipeline must be defined with `enable_conditionals=True`. moves_pixels: whether the
+    method moves pixels elsewhere than window and flip say. seconds: spent on plans so far.
     """
 
     def __init__(
@@ -173,17 +184,18 @@ class Stage:
             saliency=_saliency_source(cache, resident),
             neighbors=None if cache is None else cache.read_neighbors,
         )
-        self._method = compose.make(method, settings, self._run)
-        self.mixes = mixes(self._method)
+        configs = compose.configs(method, settings)
+        self._method = compose.make(configs, self._run)
+        self.mixes = self._method.mixes
         if cache is not None:
-            for config in compose.guides(self._method):
-                neighbors = getattr(config, "neighbors", 0) if self.mixes else 0
+            for config in compose.guides(configs):
+                neighbors = config.neighbors if self.mixes else 0
                 check_neighbors(neighbors, index.num_classes)
                 check_last_pass(epochs, config.refresh_every)
                 if cache is not named:  # whoever opened it has looked
                     _look_at(cache, len(index), config.refresh_every)
-        self.moves_pixels = "policy" in getattr(self._method, "kinds", ())
-        self.conditional = self.mixes or getattr(self._method, "conditional", False)
+        self.moves_pixels = self._method.moves_pixels
+        self.conditional = self.mixes or self._method.conditional
 
     def __call__(
         self,
@@ -197,27 +209,27 @@ class Stage:
 
         images: HWC, after crop and resize, before flip and normalisation, CPU or GPU.
         ids: int [1], the sample's place in the index, or its name as `source_info` gives it.
-        window: (start, size, shapes), the crop in pixels and the shape of the upright image, each
-        (y, x)/(h, w) on the CPU; None: the whole image is seen.
-        size: (h, w) of the images in pixels; None asks them, which lets the plan wait for them.
+        window: the crop in pixels of the upright image, (start, size, shapes): its (y, x), its
+        (h, w), and the shape of the upright image; all on the CPU. None: the whole image is seen.
+        size: (h, w) of the images in pixels. None asks the images, so the plan waits for them.
+        partner_crop: how second samples are cropped, which are files of the index. Only SCAE with
+        tail classes has any, and then `enable_conditionals=True` must be set in the pipeline.
         Returns (images, Targets).
-        Where the method mixes (SCAE, and the data set has tail classes), the pipeline must be
-        defined with `enable_conditionals=True`; the second sample is a file of the index, cropped
-        by `partner_crop`.
-        Raises ValueError where the graph shows that ids are none, that images are not as above, or
-        that window or size are not theirs; see `wiring`.
+
+        Raises ValueError where the graph shows that something is wired wrongly: ids that are no
+        ids, images that are not as above, or a window or size of other images. See `wiring`.
         """
         size = wiring.checked_size(size)
         wiring.check_sources(images, ids, window)
         if window is not None:
-            _require_frame(window)
+            wiring.check_window(window)
         known = wiring.check_images(
             images,
             window=window,
             size=size,
             run=self._run,
             guided=self._cache is not None,
-            fills=self.mixes or "erase" in getattr(self._method, "kinds", ()),
+            fills=self.mixes or "erase" in self._method.kinds,
         )
         plan = self.plan(
             ids,
@@ -247,14 +259,17 @@ class Stage:
         keyed: bool = False,
         told: tuple[int, int] | None = None,
     ) -> PlanNodes:
-        """Decide for a batch. With `shapes` (of the upright images) the stage draws crop and flip
-        itself by `random_crop`, as purely as all else: then a sample's whole augmentation depends
-        on nothing but (seed, epoch, id), and the plan has the parts `start`, `shape` and `flip`.
-        keyed: ids are keys, as of `Order.keys`. told: what a size that is a node must turn out to
-        be.
+        """Decide for a batch, inside a pipeline definition.
 
-        When the pipeline runs, its first batch raises where the reader's epochs are not the
-        stage's, and ids that a reader gives twice in an epoch raise: they may be class labels.
+        ids, window: as the stage is called with. size: (h, w) of the crops in pixels, or a node
+        that gives it. told: what that node must give, if that is known.
+        shapes, random_crop: shapes of the upright images, and how the stage draws crop and flip;
+        then the plan has the parts `start`, `shape` and `flip`, and a sample's whole augmentation
+        depends on (seed, epoch, id) alone. keyed: ids are keys, see `Order.keys`.
+
+        When the pipeline runs, its first batch raises ValueError if the reader's epochs are not
+        those of the stage. So does an id that a reader gives twice in an epoch, if all of them may
+        be class labels.
         """
         pipeline = Pipeline.current()
         if pipeline is not None and pipeline.max_batch_size != self.batch_size:
@@ -272,15 +287,14 @@ class Stage:
                 "draw it; give window, or the other two"
             )
         if window is not None:
-            _require_frame(window)
+            wiring.check_window(window)
         frames = window if window is not None else () if shapes is None else (shapes,)
         sizes = () if isinstance(size, tuple) else (size,)
-        operator = Operator(
-            self,
+        operator = self.operator(
             self.planner(random_crop, keyed=keyed),
-            len(frames),
-            size if isinstance(size, tuple) else None,
-            wiring.check_ids(ids, self.index),
+            frames=len(frames),
+            size=size if isinstance(size, tuple) else None,
+            origin=wiring.check_ids(ids, self.index),
             told=told,
         )
         inputs = (ids, self._iteration(), *frames, *sizes)
@@ -291,7 +305,11 @@ class Stage:
         return PlanNodes(row, single, operator.planner)
 
     def planner(self, random_crop: CropConfig | None = None, *, keyed: bool = False) -> Planner:
-        """The plan outside any pipeline. keyed: for ids that are keys, as of `Order.keys`."""
+        """What makes the plan, to be called outside any pipeline.
+
+        random_crop: how it draws crop and flip; None: the window is given to it. keyed: ids are
+        keys, see `Order.keys`.
+        """
         return Planner(
             self.index,
             self._method,
@@ -303,16 +321,32 @@ class Stage:
             keyed=keyed,
         )
 
+    def operator(self, planner: Planner, **inputs: Any) -> Operator:
+        """What runs the planner inside a pipeline. inputs: how the pipeline feeds it, see
+        `Operator`."""
+
+        def spent(seconds: float) -> None:
+            self.seconds += seconds
+
+        return Operator(
+            planner,
+            epoch_size=self.epoch_size,
+            num_shards=self.num_shards,
+            spent=spent,
+            **inputs,
+        )
+
     def apply(self, images: DataNode, plan: PlanNodes) -> DataNode:
-        """Erase in images (HWC, CPU or GPU) as planned."""
+        """Do to images (HWC, CPU or GPU) what is planned."""
         return self._method.apply(images, plan)
 
     @do_not_convert
     def _iteration(self) -> DataNode:
         """The number of the batch in the run, int64 [1] a sample; a checkpoint restores it.
 
-        Where a reader goes round, DALI counts iterations on. Where a source ends its epochs with
-        StopIteration, DALI counts epochs, and in each of them iterations from 0.
+        With readers, which start again by themselves, DALI counts iterations through the whole run.
+        With a source that ends its epochs by StopIteration, DALI counts epochs, and iterations from
+        0 in each of them.
         """
         b, batches = self.batch_size, self.batches_per_epoch
         longest = 0
@@ -334,7 +368,7 @@ class Stage:
 
 
 class SCAE(Stage):
-    """The stage of SCAE. Keywords are those of Stage and the fields of ScaeConfig.
+    """The stage of SCAE. Keywords are those of Stage and the fields of methods.scae.Config.
 
     scae = SCAE(index, cache="imagenet.lmdb", epochs=100, batch_size=256, seed=7)
     images, targets = scae(images, ids, window=(start, size, shapes))
@@ -344,133 +378,6 @@ class SCAE(Stage):
         self, index: ImageIndex, cache: SaliencyCache | str | os.PathLike[str], **keywords: Any
     ) -> None:
         super().__init__(index, "scae", cache=cache, **keywords)
-
-
-class Operator:
-    """The Python operator: lists of small arrays in, `Planner`, rows in float64 and float32 out.
-
-    frames: how many inputs describe the crop. size: of the crops where it is one for all. origin:
-    of the ids, where it is known. told: what a size that is an input must be.
-    """
-
-    def __init__(
-        self,
-        stage: Stage,
-        planner: Planner,
-        frames: int,
-        size: tuple[int, int] | None,
-        origin: Origin | None = None,
-        told: tuple[int, int] | None = None,
-    ) -> None:
-        self.stage, self.planner = stage, planner
-        self._frames, self._size, self._told = frames, size, told
-        self._names = stage.index.names()
-        # A function that holds its pipeline would keep it alive for good.
-        self._pipeline = weakref.ref(pipeline) if (pipeline := Pipeline.current()) else None
-        self._reader = None if origin is None else origin.reader
-        self._once: wiring.EachOnce | None = None
-        known = origin is None or self._reader is None or origin.kind == "File"
-        if not known and stage.epoch_size <= len(stage.index):  # no sample is wanted twice
-            self._once = wiring.EachOnce(stage.index)
-
-    def python(self, *inputs: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        start = time.perf_counter()
-        rows = self.planner(*self.arguments(inputs))
-        row, single = list(rows), list(rows.astype(np.float32))
-        self.stage.seconds += time.perf_counter() - start
-        return row, single
-
-    def torch(self, *inputs: list[Any]) -> tuple[list[Any], list[Any]]:
-        """Likewise, of DLPack capsules: the plan reads their memory and gives out its own."""
-        import torch
-        from torch.utils import dlpack
-
-        start = time.perf_counter()
-        arrays = [[dlpack.from_dlpack(one).numpy() for one in samples] for samples in inputs]
-        rows = torch.from_numpy(self.planner(*self.arguments(arrays)))
-        row, single = ([*map(dlpack.to_dlpack, table)] for table in (rows, rows.float()))
-        self.stage.seconds += time.perf_counter() - start
-        return row, single
-
-    def arguments(self, inputs: Sequence[list[np.ndarray]]) -> tuple[Any, ...]:
-        """What the planner takes."""
-        ids, iteration, *rest = inputs
-        b, number = len(ids), iteration[0].item()
-        if self._reader is not None:
-            self._check_reader()
-        if ids[0].dtype == np.uint8:  # names, as source_info gives them
-            positions = self._names.ids([bytes(name).decode() for name in ids])
-        else:
-            positions = self._positions(ids, number)
-        frames = [_batch(samples) for samples in rest[: self._frames]]
-        if self._size is None:
-            size_px = _batch(rest[-1])[:, :2].astype(np.int64)
-            if self._told is not None and (wrong := (size_px != self._told).any(axis=1)).any():
-                raise ValueError(
-                    f"size must be (h, w) of the images, got {self._told}, and images of "
-                    f"{tuple(size_px[wrong][0].tolist())}; pass theirs, or leave size out"
-                )
-        else:
-            size_px = np.full((b, 2), self._size)
-        window = None
-        if frames:
-            frames[-1] = frames[-1][:, :2]  # HWC
-            if any(frame.shape[1] != 2 for frame in frames):
-                raise ValueError(
-                    "window must be (start, size, shapes) of (y, x) and (h, w) each, got "
-                    f"{[frame.shape[1] for frame in frames]} numbers"
-                )
-            window = np.concatenate(frames, axis=1).astype(np.float64)
-            if len(frames) > 1:
-                wiring.check_frames(window)
-        # The number is that of the batch, and so the same for all.
-        return positions, np.full(b, number), size_px, window
-
-    def _positions(self, ids: list[np.ndarray], number: int) -> np.ndarray:
-        """Ids that are numbers, int64 [B]."""
-        flat = _batch(ids)[:, 0]
-        samples = len(self.stage.index)
-        if flat.dtype.kind not in "iu" or np.iinfo(flat.dtype).max < samples - 1:
-            raise TypeError(
-                f"ids must be integers that hold the places 0 … {samples - 1}, got {flat.dtype}; "
-                "pass the reader's own, or cast them to INT64"
-            )
-        positions = flat.astype(np.int64)
-        within = (positions >= 0) & (positions < samples)  # of others the planner tells
-        if self._once is not None:
-            stage, step = self.stage, number % self.stage.batches_per_epoch
-            left = stage.epoch_size // stage.num_shards - step * stage.batch_size
-            self._once.look(positions[: max(0, left)][within[: max(0, left)]])  # the rest pads
-            if step + 1 == stage.batches_per_epoch:
-                self._once = None
-        return positions
-
-    def _check_reader(self) -> None:
-        """Once, at the first batch: only a pipeline that is built can be asked."""
-        name, self._reader = self._reader, None
-        pipeline = None if self._pipeline is None else self._pipeline()
-        if pipeline is not None and name is not None:
-            wiring.check_reader(
-                name,
-                pipeline.reader_meta(name),
-                epoch_size=self.stage.epoch_size,
-                num_shards=self.stage.num_shards,
-                batch_size=self.stage.batch_size,
-            )
-
-
-def _require_frame(window: Sequence[DataNode]) -> None:
-    if len(window) != 3:
-        raise ValueError(
-            f"window must be (start, size, shapes), got {len(window)} entries; shapes is what "
-            "fn.peek_image_shape gives"
-        )
-
-
-def _batch(samples: list[np.ndarray]) -> np.ndarray:
-    """Arrays of one size -> [B, size]; np.stack takes three times as long."""
-    flat = samples if samples[0].ndim == 1 else [one.reshape(-1) for one in samples]
-    return np.concatenate(flat).reshape(len(samples), -1)
 
 
 def _look_at(cache: SaliencyCache, samples: int, refresh_every: int) -> None:

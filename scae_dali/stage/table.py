@@ -1,28 +1,32 @@
-"""A batch's whole plan as one table, outside any graph: crop, flip, labels, and the method's part.
+"""A batch's whole plan as one table, a row a sample: crop, flip, labels, and the method's part.
 
-Pure: a row depends on (seed, epoch, id, window, saliency) alone. How the table gets into a DALI
-pipeline and out of it is for `ops` and `iterator`.
+It is made by NumPy, outside any DALI graph, and is pure: a row depends on (seed, epoch, id, window,
+saliency) alone. `Stage` takes it into a pipeline and `Loader` takes it apart behind one.
 """
 
 from itertools import accumulate
 
 import numpy as np
 
-from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
-from scae_dali.methods.base import Method, Run, Samples, mixes
+from scae_dali.methods.base import Method, Run, Samples
 from scae_dali.plan import crop
+from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import ID
 from scae_dali.plan.random import Stream, uniforms
 
-# Of every plan, in this order, with their widths; `box` is (y, x, h, w) in pixels of the crop,
-# `window` the crop in shares of the full frame, and `flip` 0 where it is not drawn here.
+# A row's columns by name, with their widths. First come those that every plan has: the classes of
+# the sample and of its partner; its place in the index; its Status; the weight of its own label;
+# the `box` (y, x, h, w) in pixels of the crop; the `window`, which is the crop in shares of the
+# full frame; and `flip`, which is 0 where the planner does not draw it.
 COMMON = {"label": 1, "partner": 1, "id": 1, "status": 1, "mu": 1, "box": 4, "window": 4, "flip": 1}
 COMMON_WIDTH = sum(COMMON.values())
-# Where the crop is drawn here: start (y, x) and shape (h, w) in pixels of the full frame.
-DRAWN = {"start": 2, "shape": 2}
-# Where the method mixes: what the crop of the second sample is drawn from.
-DRAW = {"key": 1, "epoch": 1}
+# Then the crop, where the planner draws it: start (y, x) and shape (h, w) in pixels of the full
+# frame.
+CROP = {"start": 2, "shape": 2}
+# Then, where the method mixes, what the random numbers for the partner's crop hang on.
+PARTNER_KEY = {"key": 1, "epoch": 1}
+# Last come the method's own fields.
 
 
 def columns_of(widths: dict[str, int]) -> dict[str, slice]:
@@ -35,11 +39,12 @@ def columns_of(widths: dict[str, int]) -> dict[str, slice]:
 
 
 class Planner:
-    """Ids, iteration and crop windows -> float64 [B, K], laid out by `columns`.
+    """Makes the table of a batch: ids, number of the batch and crop windows -> float64 [B, K].
 
-    The epoch is iteration // batches_per_epoch + start_epoch, and the number of the batch in the
-    run goes on from there likewise. random_crop: how to draw crop and flip; None: the window is
-    given. keyed: ids are keys, as of `Order.keys`, where a sample may come twice in an epoch.
+    columns: where each name lies in a row. The epoch is start_epoch + iteration //
+    batches_per_epoch; batches are counted on from start_epoch · batches_per_epoch likewise.
+    random_crop: how the planner draws crop and flip; None: the window is given. keyed: ids are
+    keys, see `Order.keys`, for epochs in which a sample may come twice.
     """
 
     def __init__(
@@ -57,13 +62,13 @@ class Planner:
         self.index = index
         self.keyed = keyed
         self.random_crop = random_crop
-        self.mixes = mixes(method)
-        drawn = {} if random_crop is None else DRAWN
-        draw = DRAW if self.mixes else {}
-        self.columns = columns_of(COMMON | drawn | draw | dict(method.fields))
+        self.mixes = method.mixes
+        cropped = {} if random_crop is None else CROP
+        keyed_partner = PARTNER_KEY if self.mixes else {}
+        self.columns = columns_of(COMMON | cropped | keyed_partner | dict(method.fields))
         self._width = max(part.stop for part in self.columns.values())
-        self._method, self._run, self._batch_size = method, run, batch_size
-        self._batches_per_epoch, self._start_epoch = batches_per_epoch, start_epoch
+        self._method, self._run, self._start_epoch = method, run, start_epoch
+        self.batch_size, self.batches_per_epoch = batch_size, batches_per_epoch
         self._labels = index.labels
 
     def __call__(
@@ -73,19 +78,19 @@ class Planner:
         size_px: np.ndarray,
         window: np.ndarray | None = None,
     ) -> np.ndarray:
-        """The plan of a batch.
+        """The plan of one batch, or of several full ones in a row.
 
-        ids: int64 [B], or keys, of one batch or of several full ones. iteration: int64 [B], the
-        number of the batch. size_px: int64 [B, 2], (H, W) of the crop as the network sees it.
-        window: float64 [B, 6], start, shape and the shape of the upright image, in pixels;
-        [B, 2], that shape alone, where the crop is drawn here; None: the whole image is seen.
-        Raises IndexError for an id outside the index.
+        ids: int64 [B], or keys. iteration: int64 [B], the number of the batch. size_px: int64
+        [B, 2], (H, W) of the crop as the network sees it. window: float64 [B, 6], start and shape
+        of the crop and the shape of the upright image, in pixels; [B, 2], that shape alone, where
+        the planner draws the crop; None: the whole image is seen. Raises IndexError for an id
+        outside the index.
         """
         b = len(ids)
         keys, ids = ids, ids & ID if self.keyed else ids
         labels = self._label(ids, keys)
-        iteration = iteration + self._start_epoch * self._batches_per_epoch
-        epoch = iteration // self._batches_per_epoch
+        iteration = iteration + self._start_epoch * self.batches_per_epoch
+        epoch = iteration // self.batches_per_epoch
         extra: dict[str, np.ndarray] = {}
         flip = np.zeros(b, np.bool_)
         if self.random_crop is not None:
@@ -113,7 +118,7 @@ class Planner:
                 window=share,
                 size_px=size_px,
                 iteration=iteration,
-                place=place % self._batch_size,
+                place=place % self.batch_size,
                 flip=flip,
             )
         )
@@ -121,7 +126,7 @@ class Planner:
         if "partner_id" in plan:
             partner = self._label(plan["partner_id"], ids)
         elif "source" in plan:
-            partner = labels[place - place % self._batch_size + plan["source"]]
+            partner = labels[place - place % self.batch_size + plan["source"]]
         table = np.empty((b, self._width))
         for name, value in {
             "label": labels,
@@ -142,13 +147,14 @@ class Planner:
     def partner_crop(
         self, rows: np.ndarray, full_px: np.ndarray, config: CropConfig
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Crop and flip of the second samples, drawn on their own.
+        """Crop and flip of the partners of mixed samples.
 
-        rows: float64 [n, K] of mixed samples. full_px: int64 [n, 2], of their partners. Returns
-        window and flip as crop_and_flip does. Where the own flip is drawn here too it comes after
-        mixing, and the partner's is relative to it.
+        rows: float64 [n, K], of the mixed samples. full_px: int64 [n, 2], (h, w) of the partners'
+        upright images. Returns window and flip as crop_and_flip does. If the planner draws the
+        sample's own flip as well, that one is done after the mixing, to both, so the partner's is
+        given relative to it.
         """
-        key, epoch = (rows[:, self.columns[name].start].astype(np.int64) for name in DRAW)
+        key, epoch = (rows[:, self.columns[name].start].astype(np.int64) for name in PARTNER_KEY)
         window, flip = self._crop(Stream.PARTNER_CROP, key, epoch, full_px, config)
         if self.random_crop is not None:
             flip = flip != (rows[:, self.columns["flip"].start] == 1)

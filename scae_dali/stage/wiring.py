@@ -1,7 +1,9 @@
-"""Refuses a stage that is wired wrongly, before it gives a wrong result without a word.
+"""Refuses a stage that is wired wrongly into a pipeline, which would give wrong results silently.
 
-What the graph tells is looked at when it is made; what the reader tells, and whether ids repeat,
-when the pipeline runs. Every refusal names what was found, and what to do instead.
+Most is seen in the graph while the pipeline is being defined: ids that are class labels, images
+that are normalised or flipped already, a window of another crop. How many samples the reader has,
+and whether ids repeat, is seen when the pipeline runs. Every message says what was found, and what
+to do instead.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ __all__ = [
     "check_images",
     "check_reader",
     "check_sources",
+    "check_window",
     "checked_size",
 ]
 
@@ -34,9 +37,10 @@ _BY_NAME = 'ids=fn.get_property(jpegs, key="source_info")'
 
 @do_not_convert
 def check_ids(ids: DataNode, index: ImageIndex) -> graph.Origin | None:
-    """Where ids come from, None where that is unknown.
+    """Where ids come from; None where that is unknown.
 
-    Raises ValueError for what cannot be ids: encoded images, class labels, another list of files.
+    Raises ValueError for what cannot be ids of this index: encoded images, class labels, places in
+    another list of files.
     """
     origin = graph.origin(ids)
     if origin is None:
@@ -55,7 +59,10 @@ def check_ids(ids: DataNode, index: ImageIndex) -> graph.Origin | None:
 
 
 def _check_files(arguments: Mapping[str, Any], index: ImageIndex) -> None:
-    """Raises ValueError unless a file reader's labels are places in the index."""
+    """Raise ValueError unless the labels that a file reader gives are places in the index.
+
+    arguments: of fn.readers.file.
+    """
     files, labels = arguments.get("files"), arguments.get("labels")
     root = str(arguments.get("file_root") or "")
     if files is None and arguments.get("file_list"):
@@ -104,10 +111,11 @@ def check_images(
     guided: bool,
     fills: bool,
 ) -> bool:
-    """Raises ValueError where the graph shows that images are not as the stage takes them.
+    """Raise ValueError where the graph shows that images are not as the stage takes them.
 
-    guided: whether maps of the whole upright image are laid over them. fills: whether the
-    method fills regions, or mixes in images, in their values. Returns whether their size is known.
+    guided: whether maps of the whole upright image are laid over them, which must then lie the same
+    way round. fills: whether the method fills regions or mixes in other images, whose values must
+    then be of the same range. Returns whether the graph fixes the size of the images.
     """
     past = history(images)
     if past is None:
@@ -140,7 +148,7 @@ def check_images(
 
 
 def _check_frame(past: History, window: Sequence[DataNode] | None) -> None:
-    """Raises ValueError where the map of the whole image would not lie where the crop is."""
+    """Raise ValueError where the map of the whole image would not be laid over the right crop."""
     drawn = "start, size = fn.random_crop_generator(shapes, …) and fn.decoders.image_slice"
     if past.flipped or past.turned:
         how = "be flipped" if past.flipped else "keep the orientation that they are stored with"
@@ -199,7 +207,7 @@ def _check_frame(past: History, window: Sequence[DataNode] | None) -> None:
 
 @do_not_convert
 def check_sources(images: DataNode, ids: DataNode, window: Sequence[DataNode] | None) -> None:
-    """Raises ValueError where images, ids and window are of other samples."""
+    """Raise ValueError where images, ids and window are not of the same samples in one order."""
     seen = graph.sources(images)
     of_window = frozenset().union(*(graph.sources(node) for node in window or ()))
     for what, readers in (("ids", graph.sources(ids)), ("window", of_window)):
@@ -220,9 +228,9 @@ def check_sources(images: DataNode, ids: DataNode, window: Sequence[DataNode] | 
 def check_reader(
     name: str, meta: Mapping[str, Any], *, epoch_size: int, num_shards: int, batch_size: int
 ) -> None:
-    """Raises ValueError where the stage would count other epochs than the reader.
+    """Raise ValueError where the stage would count other epochs than the reader.
 
-    meta: DALI's reader_meta of this reader; the numbers are the stage's.
+    name, meta: the reader's, meta as DALI's reader_meta gives it. The numbers are the stage's.
     """
     size, shards = meta["epoch_size"], meta["number_of_shards"]
     if shards != num_shards:
@@ -245,9 +253,9 @@ def check_reader(
 
 
 class EachOnce:
-    """Watches the ids that a reader gives in one epoch, where a sample that comes twice is none.
+    """Watches the ids of one epoch, in which a reader gives every sample once.
 
-    Class labels that were passed as ids look like places in the index, but for this.
+    Class labels that were passed as ids are places in the index too, but come again and again.
     """
 
     def __init__(self, index: ImageIndex) -> None:
@@ -255,8 +263,10 @@ class EachOnce:
         self._classes, self._highest = index.num_classes, -1
 
     def look(self, ids: np.ndarray) -> None:
-        """ids: int64 [B], within the index, none of them padding. Raises ValueError for an id that
-        came before, as long as all of them could be labels."""
+        """Raise ValueError for an id that came before, as long as all ids could be labels.
+
+        ids: int64 [B], places in the index, without those that pad a shard.
+        """
         again = self._seen[ids]
         self._seen[ids] = True
         self._highest = max(self._highest, int(ids.max(initial=-1)))
@@ -271,8 +281,17 @@ class EachOnce:
             )
 
 
+def check_window(window: Sequence[DataNode]) -> None:
+    """Raise ValueError unless window has three entries."""
+    if len(window) != 3:
+        raise ValueError(
+            f"window must be (start, size, shapes), got {len(window)} entries; shapes is what "
+            "fn.peek_image_shape gives"
+        )
+
+
 def check_frames(window: np.ndarray) -> None:
-    """Raises ValueError for windows that show nothing of their image.
+    """Raise ValueError for windows that show nothing of their image.
 
     window: float64 [B, 6], start, size and the shape of the image, in pixels.
     """
@@ -288,7 +307,7 @@ def check_frames(window: np.ndarray) -> None:
 
 
 def checked_size(size: Any) -> tuple[int, int] | None:
-    """(h, w) of whole pixels; raises ValueError for anything else but None."""
+    """(h, w) in whole pixels, or None. Raises ValueError for anything else."""
     if size is None:
         return None
     values = list(size) if isinstance(size, tuple | list | np.ndarray) else []

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scae_dali.config import check
+from scae_dali.checks import check
 from scae_dali.plan.schedule import frequency
 
 

@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu
 
-from scae_dali.config import check
+from scae_dali.checks import check
 
 MODELS = (
     "cifar_resnet20",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from scae_dali.config import check, check_choice
+from scae_dali.checks import check, check_choice
 
 __all__ = ["EMA", "OptimConfig"]
 

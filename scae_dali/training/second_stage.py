@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # all of them, SyncBatchNorm too
 
-from scae_dali.config import check, check_choice
+from scae_dali.checks import check, check_choice
 from scae_dali.saliency.layers import classifier_of
 from scae_dali.training import checkpoint
 

@@ -8,9 +8,9 @@ from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
-from scae_dali.config import CropConfig
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import Status
+from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import Order, epoch_size
 from scae_dali.stage.stage import Stage
 

@@ -12,9 +12,9 @@ from nvidia.dali import fn
 
 from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.config import CropConfig
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import BUILT_IN, Status
+from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import Order
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage

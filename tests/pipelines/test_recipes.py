@@ -1,13 +1,17 @@
 """The YAML recipes: every setting is known, and they are what they say."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import train
 from pipelines.recipe import Config
-from scae_dali.methods import load, make_config
+from scae_dali.methods import load
 from scae_dali.training.networks import make_network
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
@@ -27,7 +31,8 @@ def recipe(*names: str, **more: str) -> Config:
 def test_every_setting_of_a_recipe_is_known(name):
     more = {"second_stage__weights": "w.pt"} if name in ("crt", "lws", "mislas_stage2") else {}
     config = recipe(*([BASE, name] if name in OVERLAYS else [name]), **more)
-    make_config(load(config.method), config.method_settings())
+    assert config.method_configs().keys() == {config.method}
+    assert type(config.method_configs()[config.method]) is load(config.method).Config
     assert config.image.val_resize >= config.image.size
 
 
@@ -77,7 +82,7 @@ def test_neighbouring_classes_are_asked_for_where_classes_of_the_tail_are_mixed(
 
 METHOD = """
 from dataclasses import dataclass, field
-from scae_dali.config import CropConfig
+from scae_dali.plan.crop import CropConfig
 from scae_dali.methods.none import Method
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +96,97 @@ def test_settings_within_settings_of_a_users_method_stay_what_they_are(tmp_path,
     (tmp_path / "mine_nested" / "method.py").write_text(METHOD)
     monkeypatch.syspath_prepend(tmp_path)
     config = recipe(BASE, method="mine_nested.method")
-    assert config.method_settings()["crop"].pad == 3
+    assert config.method_configs()["mine_nested.method"].crop.pad == 3
+
+
+GUIDED = """
+from dataclasses import dataclass
+from scae_dali.methods.none import Method
+
+@dataclass
+class Config:
+    refresh_every: int = 3
+    guided: bool = True
+"""
+
+
+def test_a_users_own_config_says_what_a_run_needs_and_no_more(tmp_path, monkeypatch):
+    """It derives from nothing of ours."""
+    (tmp_path / "mine_guided").mkdir()
+    (tmp_path / "mine_guided" / "method.py").write_text(GUIDED)
+    monkeypatch.syspath_prepend(tmp_path)
+    guide = recipe(BASE, method="mine_guided.method").guided_config()
+    assert (guide.guided, guide.refresh_every) == (True, 3)
+    assert (guide.wants_neighbors, guide.neighbors, guide.lam_max) == (False, 0, 0.0)
+    with pytest.raises(ValueError, match="refresh_every must be the same for methods that share"):
+        recipe(BASE, method="mine_guided.method+scae", scae__mix_prob="0")
+
+
+MADE_UP = '''
+from dataclasses import dataclass
+from scae_dali.methods import base, none
+
+@dataclass(frozen=True, kw_only=True)
+class Config(base.Config):
+    """Made up for a test.
+
+    Args:
+        shade: How dark it is.
+    """
+
+    shade: float = 0.5
+
+class Method(none.Method):
+    kinds = ("erase",)
+    fields = {"dark": 1}
+
+    def plan(self, samples):
+        return super().plan(samples) | {"dark": self.config.shade + 0 * samples.ids}
+'''
+SEEN = """
+import sys
+import numpy as np
+import scae_dali.methods as methods
+from scae_dali.methods import base
+methods.__path__.append(sys.argv[1])
+methods.BUILT_IN = base.BUILT_IN = (*base.BUILT_IN, "made_up")
+
+import train
+from pipelines.recipe import Config
+from scae_dali import ImageIndex, Stage
+parser = train.make_parser()
+found = parser.parse_args(
+    ["--data.root=none", "--out=none", "--method=made_up+mixup", "--made_up.shade=0.25"]
+)
+settings = parser.instantiate(found)
+config = Config(**{name: settings[name] for name in Config.__dataclass_fields__})
+print(config.method_configs())
+(action,) = [one for one in parser._actions if one.dest == "made_up.shade"]
+print(action.help)
+index = ImageIndex.from_arrays(["a", "b"], np.array([0, 1]))
+for settings in (config.method_configs(), {"made_up": {"shade": 0.25}}):
+    stage = Stage(index, "made_up+mixup", epochs=1, batch_size=2, seed=0, **settings)
+    planner = stage.planner()
+    rows = planner(np.arange(2), np.zeros(2, int), np.full((2, 2), 8))
+    print(rows[:, planner.columns["dark"]].ravel().tolist())
+"""
+
+
+def test_a_new_built_in_method_is_a_module_and_a_name_in_the_list(tmp_path):
+    (tmp_path / "made_up.py").write_text(MADE_UP)
+    command = [sys.executable, "-c", SEEN, str(tmp_path)]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    configs, text, *plans = done.stdout.splitlines()
+    assert configs.startswith("{'made_up': Config(shade=0.25), 'mixup': Config(")
+    assert text.startswith("How dark it is.")
+    assert plans == ["[0.25, 0.25]"] * 2
 
 
 def test_a_second_stage_needs_the_first_ones_weights():

@@ -27,8 +27,12 @@ import train as train_script
 from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali import SCAE
-from scae_dali.cache import CacheError, SaliencyCache
-from scae_dali.config import CropConfig
+from scae_dali.cache import CacheError
+from scae_dali.cache import SaliencyCache
+from scae_dali.plan.crop import CropConfig
+from scae_dali.cache import CacheError
+from scae_dali.cache import SaliencyCache
+from scae_dali.plan.crop import CropConfig
 from scae_dali.data.index import DatasetError, ImageIndex
 from scae_dali.stage.loader import ImageError, Loader
 from scae_dali.methods import Status

@@ -11,8 +11,8 @@ from conftest import run, write_images
 from PIL import Image
 
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
+from scae_dali.plan.crop import CropConfig
 from tools.benchmarks import native, peers, pipeline, pipeline_rows, processes
 
 

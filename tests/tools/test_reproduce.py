@@ -125,7 +125,7 @@ def test_train_py_takes_every_cell(tmp_path, number, section, model, cell):
     counts = profile(500, 100, config.data.imbalance or 1)
     labels = np.repeat(np.arange(100), counts)
     run = Run(seed=2, epochs=config.epochs, labels=labels, class_counts=counts)
-    compose.make(config.method, config.method_settings(), run)
+    compose.make(config.method_configs(), run)
     assert config.out == str(job.path)
     assert config.second_stage.weights == (str(job.first / "weights.pt") if job.first else None)
     for text in (*section.overrides, *cell.overrides):
@@ -196,7 +196,7 @@ def test_the_masks_of_gridmask_grow_over_the_same_share_of_a_shorter_run(tmp_pat
     args = arguments(3, tmp_path, "--epochs", "50")
     section = TABLES[3].sections[0]
     job = making.make_job(args, section, "cifar_resnet32", section.cell("grid_mask"), 0)
-    assert job.config.method_settings()["ramp_epochs"] == 40
+    assert job.config.method_configs()["grid_mask"].ramp_epochs == 40
 
 
 def test_a_dry_run_tells_what_would_be_done_and_does_nothing(data, tmp_path, capsys):

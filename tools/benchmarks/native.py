@@ -14,16 +14,13 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.files import crop_planned, planned, read_shuffled
-from scae_dali.config import (
-    AutoAugmentConfig,
-    PolicyConfig,
-    RandAugmentConfig,
-    RandomErasingConfig,
-    TrivialAugmentConfig,
-)
 from scae_dali.data.index import ImageIndex
+from scae_dali.methods.auto_augment import Config as AutoAugmentConfig
 from scae_dali.methods.base import DataNode
-from scae_dali.methods.policy import deprecations_hidden
+from scae_dali.methods.policy import PolicyConfig, deprecations_hidden
+from scae_dali.methods.rand_augment import Config as RandAugmentConfig
+from scae_dali.methods.random_erasing import Config as RandomErasingConfig
+from scae_dali.methods.trivial_augment import Config as TrivialAugmentConfig
 from scae_dali.plan.random import derive
 from scae_dali.stage.images import READER, decode, decoder, normalise, resolve_decode
 from scae_dali.stage.stage import Stage

@@ -36,11 +36,13 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 from scae_dali.cache import SaliencyCache
-from scae_dali.config import CropConfig, ScaeConfig
 from scae_dali.data.index import ImageIndex
+from scae_dali.methods.scae import Config as ScaeConfig
 from scae_dali.plan import region
+from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.random import Stream, uniforms
-from scae_dali.stage.stage import Operator, Stage
+from scae_dali.stage.operator import Operator
+from scae_dali.stage.stage import Stage
 from tools.common import bench
 from tools.common.live import GUIDED
 from tools.common.made_up import SEED, random_cache, smooth_maps
@@ -80,9 +82,12 @@ def given(ids: np.ndarray, step: int) -> Inputs:
     )
 
 
-def operator(index: ImageIndex, args: argparse.Namespace, method: str, **keywords: Any) -> Operator:
-    stage = Stage(index, method, batch_size=args.batch_size, **keywords, **GUIDED)
-    return Operator(stage, stage.planner(CropConfig()), 1, (args.size, args.size))
+def stage(index: ImageIndex, args: argparse.Namespace, method: str, **keywords: Any) -> Stage:
+    return Stage(index, method, batch_size=args.batch_size, **keywords, **GUIDED)
+
+
+def operator(of: Stage, args: argparse.Namespace) -> Operator:
+    return of.operator(of.planner(CropConfig()), frames=1, size=(args.size, args.size))
 
 
 def in_turn(function: Callable[..., object], arguments: Iterable[tuple]) -> Callable[[], object]:
@@ -112,11 +117,11 @@ def assembled(table: np.ndarray) -> tuple[list, list]:
     return list(table), list(table.astype(np.float32))
 
 
-def graph(of: Operator, args: argparse.Namespace, ids: np.ndarray) -> Pipeline:
+def graph(of: Stage, args: argparse.Namespace, ids: np.ndarray) -> Pipeline:
     """The operator in a pipeline, with inputs as those of a training pipeline. ids: int [n, B]."""
 
     def define() -> Any:
-        return of.stage.plan(
+        return of.plan(
             fed(ids[:, :, None].astype(np.int32)),
             size=(args.size, args.size),
             shapes=fed(np.tile(np.array(FULL_PX, np.int64), (1, ids.shape[1], 1))),
@@ -221,18 +226,20 @@ def main(argv: list[str] | None = None) -> None:
     maps = smooth_maps(b, (7, 7))
     with tempfile.TemporaryDirectory() as folder:
         cache = random_cache(os.path.join(folder, "maps.lmdb"), index)
-        ours = operator(index, args, "scae", cache=cache)
-        looked_up = operator(index, args, "scae", cache=cache, resident=False)
-        by_torch = operator(index, args, "scae", cache=cache, backend="torch")
+        scae = stage(index, args, "scae", cache=cache)
+        ours = operator(scae, args)
+        looked_up = operator(stage(index, args, "scae", cache=cache, resident=False), args)
+        by_torch = operator(stage(index, args, "scae", cache=cache, backend="torch"), args)
         calls: dict[str, Callable[[], object]] = {"operator": in_turn(ours.python, batches)}
         calls |= pieces(ours, batches, cache)
         calls["operator, maps looked up"] = in_turn(looked_up.python, batches)
         tensors = [tuple(list(map(torch.from_numpy, one)) for one in part) for part in batches]
         calls["operator, torch"] = in_turn(by_torch.torch, tensors)
         for method in ("none", "random_erasing"):
-            calls[f"operator, {method}"] = in_turn(operator(index, args, method).python, batches)
+            other = operator(stage(index, args, method), args)
+            calls[f"operator, {method}"] = in_turn(other.python, batches)
         width = ours.python(*batches[0])[0][0].size
-        calls["graph, scae"] = graph(ours, args, ids).run
+        calls["graph, scae"] = graph(scae, args, ids).run
         calls["graph, empty function"] = empty_graph(args, (1, 1, 3), width).run
         calls["graph, empty function of one input"] = empty_graph(args, (5,), width).run
         steps = range(args.batches)

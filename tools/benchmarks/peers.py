@@ -18,8 +18,8 @@ from torchvision import io
 from torchvision.transforms import v2
 
 from pipelines.config import ImageConfig
-from scae_dali.config import RandomErasingConfig
 from scae_dali.data.index import ImageIndex
+from scae_dali.methods.random_erasing import Config as RandomErasingConfig
 
 __all__ = ["AHEAD", "BY_TIMM", "BY_TORCHVISION", "DECODERS", "has_timm", "timm", "torchvision"]
 

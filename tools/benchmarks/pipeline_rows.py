@@ -12,9 +12,9 @@ from nvidia.dali import Pipeline
 from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.cache import SaliencyCache
-from scae_dali.config import ScaeConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.data.longtail import profile
+from scae_dali.methods.scae import Config as ScaeConfig
 from scae_dali.plan.schedule import frequency
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage

@@ -35,8 +35,8 @@ import torch
 from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.cache import SaliencyCache
-from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
+from scae_dali.plan.crop import CropConfig
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage
 from tools.common import bench

@@ -38,8 +38,8 @@ import numpy as np
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.files import train_pipeline
 from scae_dali.cache import ChunkWriter, SaliencyCache
-from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
+from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import Order
 from scae_dali.stage.images import READER
 from scae_dali.stage.stage import Stage

@@ -10,9 +10,9 @@ import numpy as np
 
 from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.data.pixels import ArrayImages
+from scae_dali.plan.crop import CropConfig
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage
 from tools.common.live import memory_loader, planned_ahead

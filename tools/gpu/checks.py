@@ -22,7 +22,7 @@ from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
 from scae_dali.cache import SaliencyCache
-from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
+from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD
 from scae_dali.data.index import ImageIndex
 from scae_dali.stage.loader import Batch, Loader
 from scae_dali.stage.stage import Stage

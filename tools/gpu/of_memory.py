@@ -20,8 +20,8 @@ from pipelines.config import ImageConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
 from pipelines.recipe import autocast
-from scae_dali.config import CropConfig
 from scae_dali.methods import BUILT_IN, Status
+from scae_dali.plan.crop import CropConfig
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.harvest import Harvest
 from scae_dali.saliency.refresh import refresh_cache

@@ -11,9 +11,9 @@ from test_partner import shifted
 
 from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.config import CropConfig
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import BUILT_IN, Run, Samples, Status, compose, load, make_config
+from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import Order
 from scae_dali.stage.stage import Stage
 
@@ -47,6 +47,10 @@ def samples(n=320, run=None):
         place=np.arange(n) % 16,
         flip=rng.random(n) < 0.5,
     )
+
+
+def made(names, settings, run):
+    return compose.make(compose.configs(names, settings), run)
 
 
 def single(name, run, **settings):
@@ -102,7 +106,7 @@ def users(monkeypatch):
     ],
 )
 def test_the_order_goes_by_kind_whatever_that_of_the_names(names):
-    one = compose.make(names, {}, run_of())
+    one = made(names, {}, run_of())
     assert one.kinds == ("policy", "erase", "mix")
     order = list(one.fields)
     assert order.index("op0") < order.index("source")
@@ -115,17 +119,45 @@ def test_images_go_through_the_methods_in_that_order(users):
     for name, kind in (("third", "mix"), ("first", "policy"), ("second", "erase")):
         users(name, kinds=(kind,), apply=applied(name))
     for names in ("third+first+second", "second+third+first"):
-        one = compose.make("+".join(f"mine.{name}" for name in names.split("+")), {}, run_of())
+        one = made("+".join(f"mine.{name}" for name in names.split("+")), {}, run_of())
         assert one.apply([], None) == ["first", "second", "third"]
         assert one.conditional is False
     users("first", kinds=("policy",), conditional=True)
-    assert compose.make("mine.third+mine.first", {}, run_of()).conditional is True
+    assert made("mine.third+mine.first", {}, run_of()).conditional is True
 
 
 def test_a_single_method_is_itself_with_settings_of_its_own():
-    one = compose.make("cutmix", {"prob": 0.25}, run_of())
+    one = made("cutmix", {"prob": 0.25}, run_of())
     assert type(one) is load("cutmix").Method
     assert one.config == load("cutmix").Config(prob=0.25)
+
+
+def test_settings_may_be_ready_configs():
+    scae = load("scae").Config(lam_max=5.0)
+    assert compose.configs("scae", {"scae": scae})["scae"] is scae
+    assert compose.configs(" scae ", {"lam_max": 5.0}) == {"scae": scae}
+    both = compose.configs("scae+mixup", {"scae": scae, "mixup": {"alpha": 0.2}})
+    assert both["scae"] is scae
+    assert both["mixup"] == load("mixup").Config(alpha=0.2)
+    message = "settings of scae must be a mapping, .*or its Config, got scae=.*alpha"
+    with pytest.raises(ValueError, match=message):
+        compose.configs("scae+mixup", {"scae": both["mixup"]})
+    with pytest.raises(ValueError, match=r"unknown setting scae of .*scae; it has"):
+        compose.configs("scae", {"scae": both["mixup"]})
+    with pytest.raises(ValueError, match=r"go by the method's name, as in scae=.*got lam_max"):
+        compose.configs("scae", {"scae": scae, "lam_max": 1.0})
+
+
+def test_a_stage_takes_a_config_as_it_takes_its_fields(tailed, tailed_cache):
+    settings = {"tail": 0.5, "mix_alpha": 4.0, "p_max": 0.8}
+    shared = {"epochs": 3, "batch_size": 63, "seed": 8, "cache": tailed_cache}
+    ready = load("scae").Config(**settings)
+    given = (np.arange(63), np.full(63, 2), np.full((63, 2), 24))
+    for names, more in (("scae", {}), ("rand_augment+scae", {"rand_augment": {"n": 1}})):
+        one = Stage(tailed, names, scae=ready, **shared, **more)
+        other = Stage(tailed, names, **shared, **(more | {"scae": settings} if more else settings))
+        assert one.mixes
+        np.testing.assert_array_equal(one.planner()(*given), other.planner()(*given))
 
 
 COMBINE = r"do not combine: "
@@ -161,19 +193,19 @@ MIXED_ONCE = rf"{COMBINE}an image is mixed with one other at most .*mix_prob=0 s
 )
 def test_what_does_not_combine_is_refused(names, settings, message):
     with pytest.raises(ValueError, match=message):
-        compose.make(names, settings, run_of(TAILED))
+        made(names, settings, run_of(TAILED))
 
 
 def test_a_users_own_module_needs_kinds_and_fields_of_its_own(users):
     users("plain")
     message = "method mine.plain combines with no other, got mine.plain+mixup: its Method has no"
     with pytest.raises(ValueError, match=re.escape(message)):
-        compose.make("mine.plain+mixup", {}, run_of())
-    assert compose.make("mine.plain", {}, run_of()).fields == {}
+        made("mine.plain+mixup", {}, run_of())
+    assert made("mine.plain", {}, run_of()).fields == {}
     users("erasing", kinds=("erase",), fields={"weight": 1})
     with pytest.raises(ValueError, match=r"mine.erasing and mixup .*both plan a field 'weight'"):
-        compose.make("mine.erasing+mixup", {}, run_of())
-    one = compose.make("mine.erasing+cutmix", {}, run_of())
+        made("mine.erasing+mixup", {}, run_of())
+    one = made("mine.erasing+cutmix", {}, run_of())
     assert (one.plan(samples())["weight"] == 5).all()
 
 
@@ -181,7 +213,7 @@ def check_parts(names, run, settings, these):
     """The plan of a composition against those of its parts; returns them."""
     parts = [single(name, run, **settings.get(name, {})) for name in names.split("+")]
     plans = [part.plan(these) for part in parts]
-    both = compose.make(names, settings, run)
+    both = made(names, settings, run)
     plan = both.plan(these)
     assert plan.keys() == set().union(*plans)
     assert both.fields == {key: n for part in parts for key, n in part.fields.items()}
@@ -218,7 +250,7 @@ def test_scae_with_classes_of_the_tail_combines_where_it_does_not_mix():
     settings = {"scae": {"mix_prob": 0.0, "tail_erase": "always"}}
     plan = check_parts("scae+mixup", run, settings, samples(run=run))
     assert "partner_id" not in plan
-    one = compose.make("rand_augment+scae", {}, run)  # and it may mix under a policy
+    one = made("rand_augment+scae", {}, run)  # and it may mix under a policy
     assert one.kinds == ("policy", "erase", "mix")
     assert (one.plan(samples(run=run))["status"] == Status.MIXED).any()
 

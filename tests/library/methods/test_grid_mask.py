@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import stats
 from test_methods import check_pure, method, samples
 
-from scae_dali.config import IMAGENET_MEAN
+from scae_dali.checks import IMAGENET_MEAN
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import Status, grid, load
 from scae_dali.stage.stage import PlanNodes, Stage

@@ -10,8 +10,8 @@ from test_methods import method, samples
 from test_policies import H, N, W, pixels, stage_of, transformed  # noqa: F401
 from test_region import brute_saliency
 
-from scae_dali.config import KeepAugmentConfig
 from scae_dali.methods import Run, Status, compose
+from scae_dali.methods.keep_augment import Config as KeepAugmentConfig
 from scae_dali.methods.keep_augment import importance
 from scae_dali.plan.random import Stream
 
@@ -263,15 +263,15 @@ def test_paste_needs_conditionals(pixels):  # noqa: F811
 
 def test_cut_combines_with_a_policy_and_paste_does_not():
     run = Run(seed=3, epochs=1, labels=np.zeros(9, int), class_counts=np.array([9]))
-    both = compose.make("keep_augment+rand_augment", {}, run)
+    both = compose.make(compose.configs("keep_augment+rand_augment", {}), run)
     assert both.kinds == ("policy", "erase")
     assert both.fields.keys() == {"op0", "sign0", "op1", "sign1"}
     paste = {"keep_augment": {"mode": "paste"}}
     with pytest.raises(ValueError, match="keep_augment and rand_augment do not combine"):
-        compose.make("keep_augment+rand_augment", paste, run)
+        compose.make(compose.configs("keep_augment+rand_augment", paste), run)
     with pytest.raises(ValueError, match="keep_augment and random_erasing do not combine"):
-        compose.make("keep_augment+random_erasing", paste, run)
-    mixed = compose.make("cutmix+keep_augment", paste, run)
+        compose.make(compose.configs("keep_augment+random_erasing", paste), run)
+    mixed = compose.make(compose.configs("cutmix+keep_augment", paste), run)
     assert mixed.kinds == ("policy", "erase", "mix")
     assert mixed.conditional
 

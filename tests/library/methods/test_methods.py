@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from scae_dali.methods import BUILT_IN, Run, Samples, Status, load, make_config
+from scae_dali.methods import BUILT_IN, Run, Samples, Status, base, load, make_config
 from scae_dali.plan import schedule
 
 
@@ -365,6 +365,75 @@ def test_a_module_of_the_users_own_is_a_method(monkeypatch):
     del module.Method
     with pytest.raises(ValueError, match=r"'my_package.my_method': the module lacks Method"):
         load("my_package.my_method")
+
+
+@dataclasses.dataclass
+class PlainConfig:
+    """Of a user's own module that derives from nothing of ours."""
+
+    neighbors: int  # without a default
+    guided: bool = True
+
+
+class PlainMethod:
+    """Likewise: a plan, an apply and fields."""
+
+    fields = {"partner_id": 1, "shade": 1}  # noqa: RUF012
+
+    def __init__(self, config, run):
+        self.shade = config.neighbors + run.epochs
+
+    def plan(self, samples):
+        n = len(samples.ids)
+        return {"status": 0 * samples.ids, "partner_id": samples.ids, "shade": np.full(n, 1.0)}
+
+    def apply(self, images, plan):
+        return images + self.shade
+
+
+def test_a_users_own_classes_get_the_defaults_of_ours():
+    module = types.ModuleType("plain")
+    module.Config, module.Method = PlainConfig, PlainMethod
+    run = Run(seed=3, epochs=10, labels=np.zeros(5, int), class_counts=np.array([5]))
+    own = make_config(module, {"neighbors": 2})
+    one = base.make_method(module, own, run)
+    assert isinstance(one, base.Method)
+    assert (one.kinds, one.conditional, one.mixes, one.moves_pixels) == ((), False, True, False)
+    assert (one.config, one.run, one.fields) == (own, run, PlainMethod.fields)
+    assert one.plan(samples(5))["shade"].tolist() == [1.0] * 5
+    assert one.apply(100, None) == 112
+    asked = base.as_config(own)
+    assert (asked.guided, asked.neighbors) == (True, 2)
+    assert (asked.refresh_every, asked.lam_max, asked.wants_neighbors) == (0, 0.0, False)
+
+
+def test_a_guided_config_of_a_users_own_may_have_any_field():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Own(base.GuidedConfig):
+        lam_max: float
+        neighbors: int = 2
+
+    own = Own(lam_max=4.0)
+    assert (own.guided, own.refresh_every, own.lam_max, own.neighbors) == (True, 10, 4.0, 2)
+    scae = load("scae").Config(lam_max=3.0)
+    assert base.as_config(scae) is scae
+    assert (scae.guided, scae.neighbors, scae.refresh_every, scae.lam_max) == (True, 1, 10, 3.0)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_methods_derive_from_the_bases(name):
+    one = method(name)
+    assert isinstance(one, base.Method)
+    assert isinstance(one.config, base.Config)
+
+
+def test_a_method_without_a_plan_is_refused():
+    class Method(base.Method):
+        def apply(self, images, plan):
+            return images
+
+    with pytest.raises(TypeError, match=r"abstract method '?plan"):
+        Method(base.Config(), None)
 
 
 def test_unknown_names_are_refused_with_the_known_ones():

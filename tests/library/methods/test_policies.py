@@ -16,12 +16,11 @@ from test_methods import check_pure, method, samples
 
 from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali import config
-from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import load
 from scae_dali.methods.policy import deprecations_hidden
+from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import Order
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage
@@ -306,20 +305,20 @@ def test_training_pipelines_of_files_and_of_arrays_give_the_same_samples(tailed,
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("RandAugment", {"n": 0}, r"n must be in \[1, 16\] operations, got 0; usual is 2"),
-        ("RandAugment", {"m": 31}, r"m must be in \[0, 31\), a magnitude of as many bins, got 31"),
-        ("RandAugment", {"m": -1}, r"m must be in \[0, 31\).*got -1; usual is 9"),
-        ("RandAugment", {"fill_value": 256}, r"grey level in \[0, 255\], got 256"),
-        ("TrivialAugment", {"bins": 0}, "bins must be at least 1, got 0; usual is 31"),
+        ("rand_augment", {"n": 0}, r"n must be in \[1, 16\] operations, got 0; usual is 2"),
+        ("rand_augment", {"m": 31}, r"m must be in \[0, 31\), a magnitude of as many bins, got 31"),
+        ("rand_augment", {"m": -1}, r"m must be in \[0, 31\).*got -1; usual is 9"),
+        ("rand_augment", {"fill_value": 256}, r"grey level in \[0, 255\], got 256"),
+        ("trivial_augment", {"bins": 0}, "bins must be at least 1, got 0; usual is 31"),
         (
-            "TrivialAugment",
+            "trivial_augment",
             {"max_translate_rel": 1.5},
             r"max_translate_rel must be in \[0, 1\] or None, got 1.5; 100/224 is usual",
         ),
-        ("AutoAugment", {"fill_value": -1}, r"fill_value must be a grey level in \[0, 255\]"),
-        ("AutoAugment", {"policy": "cifar"}, "policy must be one of image_net, .*got 'cifar'"),
+        ("auto_augment", {"fill_value": -1}, r"fill_value must be a grey level in \[0, 255\]"),
+        ("auto_augment", {"policy": "cifar"}, "policy must be one of image_net, .*got 'cifar'"),
     ],
 )
 def test_settings_are_validated(name, settings, message):
     with pytest.raises(ValueError, match=message):
-        getattr(config, f"{name}Config")(**settings)
+        load(name).Config(**settings)

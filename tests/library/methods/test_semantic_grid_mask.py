@@ -12,10 +12,10 @@ from test_methods import check_pure, corner_maps, method, samples
 from test_region import brute_saliency, saliency_map
 
 from pipelines.config import ImageConfig
-from scae_dali.config import CropConfig
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import Status, load
 from scae_dali.plan import schedule
+from scae_dali.plan.crop import CropConfig
 
 ALWAYS = {"p_min": 1.0, "p_max": 1.0}
 WINDOW = (0.21, 0.1, 0.6, 0.8)

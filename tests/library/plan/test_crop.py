@@ -6,8 +6,8 @@ import torch
 from scipy import stats
 from torchvision.transforms import v2
 
-from scae_dali.config import CropConfig
 from scae_dali.plan import crop
+from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.random import Stream, uniforms
 
 

@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw
 from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.cache import SaliencyCache
-from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
+from scae_dali.plan.crop import CropConfig
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import SCAE, Stage
 

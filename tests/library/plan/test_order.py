@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
+from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import ID, Order, batches_per_epoch, epoch_size
 from scae_dali.stage.stage import Stage
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scae_dali.config import ScaeConfig
+from scae_dali.methods.scae import Config as ScaeConfig
 from scae_dali.plan import schedule
 
 

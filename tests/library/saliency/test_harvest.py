@@ -15,10 +15,10 @@ from test_refresh import Net, fresh, loaders  # noqa: F401 - a fixture
 
 from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import Status
+from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import Order
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.harvest import Harvest, crop_to_frame, min_max

@@ -12,7 +12,7 @@ from conftest import ROOT, write_pngs
 from PIL import Image
 
 from scae_dali.cache import SaliencyCache
-from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD
+from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD
 from scae_dali.data.index import ImageIndex
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.plan.order import Order

@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 
 from scae_dali.cache import SaliencyCache
-from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import BUILT_IN, Status
+from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import ID, Order, Sampling, epoch_size
 from scae_dali.plan.random import Stream, uniforms
 from scae_dali.stage.stage import Stage

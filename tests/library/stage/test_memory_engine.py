@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from nvidia.dali import fn, pipeline_def, types
 
-from scae_dali.config import CropConfig
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import Status
+from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import Order
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.memory import FedPlan

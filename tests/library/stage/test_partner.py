@@ -10,10 +10,10 @@ from PIL import Image
 
 from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.config import CropConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import Status
+from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import Order
 from scae_dali.stage import memory as engine
 from scae_dali.stage.loader import ImageError, Loader

@@ -10,13 +10,14 @@ from torch.utils import dlpack
 
 from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.config import IMAGENET_MEAN, IMAGENET_STD, CropConfig
+from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD
 from scae_dali.methods import BUILT_IN
 from scae_dali.plan import crop
+from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.random import Stream, uniforms
 from scae_dali.stage import stage as ops
 from scae_dali.stage.loader import Loader
-from scae_dali.stage.stage import SCAE, Operator, Stage
+from scae_dali.stage.stage import SCAE, Stage
 
 IMAGE = ImageConfig(size=48, val_resize=48)
 EPOCHS = 4
@@ -89,7 +90,7 @@ def test_both_operators_give_the_same_rows(index, cache, name):
     given = []
     for backend in ("python", "torch"):
         one = stage(index, cache, 10, name, backend=backend, **settings)
-        given.append(Operator(one, one.planner(CropConfig()), 1, (48, 48)))
+        given.append(one.operator(one.planner(CropConfig()), frames=1, size=(48, 48)))
     by_python, by_torch = given
     told = set()
     for step, batch in enumerate(ids.reshape(5, 10)):

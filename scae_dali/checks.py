@@ -1,0 +1,26 @@
+"""What settings are checked by, and the constants of images that several folders share."""
+
+# ImageNet's mean and standard deviation of R, G and B, in grey levels [0, 255].
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+def check(ok: bool, message: str) -> None:
+    """Raise ValueError(message) unless ok."""
+    if not ok:
+        raise ValueError(message)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless value is one of the choices."""
+    check(value in choices, f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def check_prob(name: str, value: float) -> None:
+    """Raise ValueError unless value is in [0, 1]."""
+    check(0 <= value <= 1, f"{name} must be a probability in [0, 1], got {value}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless seed is in [0, 2⁶⁴)."""
+    check(0 <= seed < 1 << 64, f"seed must be in [0, 2**64), got {seed}")

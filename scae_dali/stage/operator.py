@@ -1,0 +1,144 @@
+"""The Python operator of a stage, as DALI runs it: many small arrays in, the rows of a plan out.
+
+DALI hands every input over as a list with one array a sample. The operator joins them to arrays of
+the batch, checks what can only be seen while the pipeline runs, and asks the planner.
+"""
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from nvidia.dali import Pipeline
+
+from scae_dali.stage import wiring
+from scae_dali.stage.graph import Origin
+from scae_dali.stage.table import Planner
+
+
+class Operator:
+    """Ids, the batch's number and crop windows -> rows of the plan, in float64 and in float32.
+
+    frames: how many inputs describe the crop. size: (h, w) of the crops in pixels; None: it is the
+    last input. told: what that input must be, if anything. origin: where ids come from, None where
+    that is unknown. epoch_size, num_shards: of the reader, as the stage counts. spent: told the
+    seconds that every batch took.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        *,
+        frames: int,
+        size: tuple[int, int] | None,
+        epoch_size: int,
+        num_shards: int,
+        spent: Callable[[float], None],
+        origin: Origin | None = None,
+        told: tuple[int, int] | None = None,
+    ) -> None:
+        self.planner = planner
+        self._frames, self._size, self._told = frames, size, told
+        self._epoch_size, self._num_shards, self._spent = epoch_size, num_shards, spent
+        self._names = planner.index.names()
+        # A function that holds its pipeline would keep it alive for good.
+        self._pipeline = weakref.ref(pipeline) if (pipeline := Pipeline.current()) else None
+        self._reader = None if origin is None else origin.reader
+        self._once: wiring.EachOnce | None = None
+        known = origin is None or self._reader is None or origin.kind == "File"
+        if not known and epoch_size <= len(planner.index):  # no sample is wanted twice
+            self._once = wiring.EachOnce(planner.index)
+
+    def python(self, *inputs: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """What fn.python_function calls."""
+        start = time.perf_counter()
+        rows = self.planner(*self.arguments(inputs))
+        row, single = list(rows), list(rows.astype(np.float32))
+        self._spent(time.perf_counter() - start)
+        return row, single
+
+    def torch(self, *inputs: list[Any]) -> tuple[list[Any], list[Any]]:
+        """What fn.dl_tensor_python_function calls, with DLPack capsules: the plan reads their
+        memory and gives out its own."""
+        import torch
+        from torch.utils import dlpack
+
+        start = time.perf_counter()
+        arrays = [[dlpack.from_dlpack(one).numpy() for one in samples] for samples in inputs]
+        rows = torch.from_numpy(self.planner(*self.arguments(arrays)))
+        row, single = ([*map(dlpack.to_dlpack, table)] for table in (rows, rows.float()))
+        self._spent(time.perf_counter() - start)
+        return row, single
+
+    def arguments(self, inputs: Sequence[list[np.ndarray]]) -> tuple[Any, ...]:
+        """What the planner takes."""
+        ids, iteration, *rest = inputs
+        b, number = len(ids), iteration[0].item()
+        if self._reader is not None:
+            self._check_reader()
+        if ids[0].dtype == np.uint8:  # names, as source_info gives them
+            positions = self._names.ids([bytes(name).decode() for name in ids])
+        else:
+            positions = self._positions(ids, number)
+        frames = [_batch(samples) for samples in rest[: self._frames]]
+        if self._size is None:
+            size_px = _batch(rest[-1])[:, :2].astype(np.int64)
+            if self._told is not None and (wrong := (size_px != self._told).any(axis=1)).any():
+                raise ValueError(
+                    f"size must be (h, w) of the images, got {self._told}, and images of "
+                    f"{tuple(size_px[wrong][0].tolist())}; pass theirs, or leave size out"
+                )
+        else:
+            size_px = np.full((b, 2), self._size)
+        window = None
+        if frames:
+            frames[-1] = frames[-1][:, :2]  # HWC
+            if any(frame.shape[1] != 2 for frame in frames):
+                raise ValueError(
+                    "window must be (start, size, shapes) of (y, x) and (h, w) each, got "
+                    f"{[frame.shape[1] for frame in frames]} numbers"
+                )
+            window = np.concatenate(frames, axis=1).astype(np.float64)
+            if len(frames) > 1:
+                wiring.check_frames(window)
+        # The number is that of the batch, and so the same for all.
+        return positions, np.full(b, number), size_px, window
+
+    def _positions(self, ids: list[np.ndarray], number: int) -> np.ndarray:
+        """Ids that are numbers, int64 [B]."""
+        flat = _batch(ids)[:, 0]
+        samples = len(self.planner.index)
+        if flat.dtype.kind not in "iu" or np.iinfo(flat.dtype).max < samples - 1:
+            raise TypeError(
+                f"ids must be integers that hold the places 0 … {samples - 1}, got {flat.dtype}; "
+                "pass the reader's own, or cast them to INT64"
+            )
+        positions = flat.astype(np.int64)
+        within = (positions >= 0) & (positions < samples)  # of others the planner tells
+        if self._once is not None:
+            step = number % self.planner.batches_per_epoch
+            left = self._epoch_size // self._num_shards - step * self.planner.batch_size
+            self._once.look(positions[: max(0, left)][within[: max(0, left)]])  # the rest pads
+            if step + 1 == self.planner.batches_per_epoch:
+                self._once = None
+        return positions
+
+    def _check_reader(self) -> None:
+        """Once, at the first batch: only a pipeline that is built can be asked."""
+        name, self._reader = self._reader, None
+        pipeline = None if self._pipeline is None else self._pipeline()
+        if pipeline is not None and name is not None:
+            wiring.check_reader(
+                name,
+                pipeline.reader_meta(name),
+                epoch_size=self._epoch_size,
+                num_shards=self._num_shards,
+                batch_size=self.planner.batch_size,
+            )
+
+
+def _batch(samples: list[np.ndarray]) -> np.ndarray:
+    """Arrays of one size -> [B, size]; np.stack takes three times as long."""
+    flat = samples if samples[0].ndim == 1 else [one.reshape(-1) for one in samples]
+    return np.concatenate(flat).reshape(len(samples), -1)
