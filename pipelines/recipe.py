@@ -17,6 +17,7 @@ from pipelines.data import Data, DataConfig
 from scae_dali.cache.cache import SaliencyCache
 from scae_dali.checks import check, check_choice, check_seed
 from scae_dali.methods import BUILT_IN, base, compose, load, make_config
+from scae_dali.methods.loading import as_config
 from scae_dali.plan.order import epoch_size
 from scae_dali.stage.stage import Stage
 from scae_dali.training import networks
@@ -277,7 +278,7 @@ class Config:
     def guide(self) -> base.Config | None:
         """The Config of the method that looks at saliency maps or neighbouring classes, if one
         does."""
-        configs = {name: base.as_config(one) for name, one in self.method_configs().items()}
+        configs = {name: as_config(one) for name, one in self.method_configs().items()}
         guides = {
             name: config
             for name, config in configs.items()
