@@ -143,8 +143,11 @@ METHODS = {name: load(name).Config for name in BUILT_IN if dataclasses.fields(lo
 
 
 def with_methods(cls: type) -> type:
-    """The class body of a config, with a field behind `method` for each of METHODS. The field has
-    the method's name; its help text is the first line of its Config's docstring."""
+    """Add a field for each of METHODS, behind `method`, to a class that becomes a dataclass.
+
+    The field has the method's name. Its heading in --help is the first line of the docstring of the
+    method's Config.
+    """
     types: dict[str, Any] = {}
     for name, annotation in cls.__annotations__.items():
         types[name] = annotation
