@@ -15,6 +15,7 @@ from scae_dali.cache import SaliencyCache
 from scae_dali.checks import check, check_choice, check_seed
 from scae_dali.methods import BUILT_IN, base, compose, load, make_config
 from scae_dali.methods.class_adaptive import ClassAdaptiveConfig
+from scae_dali.methods.loading import as_config
 from scae_dali.plan.order import epoch_size
 from scae_dali.stage.stage import Stage
 from scae_dali.training.losses import LossConfig
@@ -77,8 +78,11 @@ METHODS = {name: load(name).Config for name in BUILT_IN if dataclasses.fields(lo
 
 
 def with_methods(cls: type) -> type:
-    """The class body of a config, with a field behind `method` for each of METHODS. The field has
-    the method's name; its help text is the first line of its Config's docstring."""
+    """Add a field for each of METHODS, behind `method`, to a class that becomes a dataclass.
+
+    The field has the method's name. Its heading in --help is the first line of the docstring of the
+    method's Config.
+    """
     types: dict[str, Any] = {}
     for name, annotation in cls.__annotations__.items():
         types[name] = annotation
@@ -212,7 +216,7 @@ class Config:
     def guided_config(self) -> base.Config | None:
         """The Config of the method that looks at saliency maps or neighbouring classes; None where
         none does."""
-        configs = {name: base.as_config(one) for name, one in self.method_configs().items()}
+        configs = {name: as_config(one) for name, one in self.method_configs().items()}
         guided = {
             name: config
             for name, config in configs.items()

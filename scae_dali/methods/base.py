@@ -2,17 +2,14 @@
 
 A method is a module with a dataclass `Config`, its settings, and a class `Method`, made as
 Method(config, run). `plan` decides with arrays alone and is pure; `apply` turns the plan into DALI
-operators. A new built-in method is such a module in this folder and its name in BUILT_IN. A user's
-own module is found by its dotted name, and need not derive its classes from those here.
+operators. Here are the bases of both, and what they get.
 """
 
 import dataclasses
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntFlag
-from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -24,21 +21,6 @@ from scae_dali.plan.random import Stream, uniforms
 
 DataNode = Any
 Triple = tuple[float, float, float]
-BUILT_IN = (
-    "none",
-    "scae",
-    "semantic_grid_mask",
-    "random_erasing",
-    "cutout",
-    "grid_mask",
-    "mixup",
-    "cutmix",
-    "saliency_mix",
-    "keep_augment",
-    "rand_augment",
-    "auto_augment",
-    "trivial_augment",
-)
 Kind = Literal["policy", "erase", "mix"]
 # Fields of a method that mixes in a second sample, which the pipeline fetches.
 MIX_FIELDS = {"partner_id": 1}
@@ -135,21 +117,6 @@ class Config:
         return False
 
 
-_ASKED = ("guided", "refresh_every", "lam_max", "neighbors", "wants_neighbors")
-
-
-def as_config(config: Any) -> Config:
-    """What a run must do for a method, by its settings of whatever class.
-
-    The dataclass of a user's own module need not derive from Config. Then what it has of Config's
-    names counts, and for the others Config's own values do.
-    """
-    if isinstance(config, Config):
-        return config
-    told = {name: getattr(config, name) for name in _ASKED if hasattr(config, name)}
-    return type("Config", (Config,), told)()
-
-
 @dataclass(frozen=True, kw_only=True)
 class GuidedConfig(Config):
     """The settings of a method that looks at saliency maps.
@@ -218,29 +185,6 @@ class Method(ABC):
         return "policy" in self.kinds
 
 
-class _Foreign(Method):
-    """The Method of a user's own module, where it does not derive from the one here."""
-
-    def __init__(self, method: Any, config: Any, run: Run) -> None:
-        super().__init__(config, run)
-        self.method = method
-        self.kinds = getattr(method, "kinds", self.kinds)
-        self.conditional = getattr(method, "conditional", self.conditional)
-        self.fields = getattr(method, "fields", self.fields)
-
-    def plan(self, samples: Samples) -> dict[str, np.ndarray]:
-        return self.method.plan(samples)
-
-    def apply(self, images: DataNode, plan: Any) -> DataNode:
-        return self.method.apply(images, plan)
-
-
-def make_method(module: ModuleType, config: Any, run: Run) -> Method:
-    """module.Method(config, run), with the defaults of Method for what a user's class lacks."""
-    method = module.Method(config, run)
-    return method if isinstance(method, Method) else _Foreign(method, config, run)
-
-
 @do_not_convert
 def require_conditionals(where: str, remedy: str) -> None:
     """Raise ValueError if the pipeline that is being defined may not branch on data.
@@ -252,36 +196,3 @@ def require_conditionals(where: str, remedy: str) -> None:
             f"enable_conditionals must be True where {where}: define the pipeline with "
             f"@pipeline_def(enable_conditionals=True, ...), or {remedy}"
         )
-
-
-def load(name: str) -> ModuleType:
-    """The module of a method: one of BUILT_IN, or the dotted name of the user's own module."""
-    if name not in BUILT_IN and "." not in name:
-        raise ValueError(
-            f"method must be one of {', '.join(BUILT_IN)} or the dotted name of a module with "
-            f"Config and Method, got {name!r}"
-        )
-    try:
-        module = importlib.import_module(f"scae_dali.methods.{name}" if name in BUILT_IN else name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # it is found, and imports something that is not
-        raise ValueError(
-            f"method {name!r}: there is no module {error.name!r}; put its folder on PYTHONPATH"
-        ) from error
-    missing = [part for part in ("Config", "Method") if not hasattr(module, part)]
-    if missing:
-        raise ValueError(f"method {name!r}: the module lacks {' and '.join(missing)}")
-    return module
-
-
-def make_config(module: ModuleType, settings: Mapping[str, Any]) -> Any:
-    """module.Config(**settings); ValueError for a setting that it does not have."""
-    known = [f.name for f in dataclasses.fields(module.Config)]
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise ValueError(
-            f"unknown setting {', '.join(unknown)} of {module.__name__}; it has "
-            f"{', '.join(known) or 'none'}"
-        )
-    return module.Config(**settings)

@@ -105,8 +105,8 @@ class ClassAdaptiveConfig(GuidedConfig):
 class ClassAdaptive(Erasing):
     """Erases a sample of class k with probability p_k, guided by its map; or mixes it.
 
-    A subclass for a shape comes beside it, class Method(ClassAdaptive, Rectangle); `_guidance` and
-    `_draw_centre` are for what it places.
+    It is combined with the class of a shape, as in Method(ClassAdaptive, Rectangle). Method says
+    where the shape lies (`_locate`), with the help of `_guidance` and `_draw_centre`.
     """
 
     config: ClassAdaptiveConfig

@@ -11,17 +11,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from scae_dali.methods.base import (
-    DataNode,
-    GuidedConfig,
-    Kind,
-    Method,
-    Run,
-    Samples,
-    load,
-    make_config,
-    make_method,
-)
+from scae_dali.methods.base import DataNode, GuidedConfig, Kind, Method, Run, Samples
+from scae_dali.methods.loading import load, make_config, make_method
 
 _WHY_ONE = {
     "policy": "an image is transformed by one policy",

@@ -225,7 +225,7 @@ def test_the_command_line_knows_every_field_and_explains_it(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "train on a long-tailed subset, the largest class so many times the smallest" in said
+    assert "Train on a long-tailed subset, whose largest class has this many times" in said
     assert "CIFAR's files as torchvision downloads them" in said
 
 

@@ -147,9 +147,9 @@ SEEN = """
 import sys
 import numpy as np
 import scae_dali.methods as methods
-from scae_dali.methods import base
+from scae_dali.methods import loading
 methods.__path__.append(sys.argv[1])
-methods.BUILT_IN = base.BUILT_IN = (*base.BUILT_IN, "made_up")
+methods.BUILT_IN = loading.BUILT_IN = (*loading.BUILT_IN, "made_up")
 
 import train
 from pipelines.recipe import Config

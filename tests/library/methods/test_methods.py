@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from scae_dali.methods import BUILT_IN, Run, Samples, Status, base, load, make_config
+from scae_dali.methods import BUILT_IN, Run, Samples, Status, base, load, loading, make_config
 from scae_dali.plan import schedule
 
 
@@ -396,13 +396,13 @@ def test_a_users_own_classes_get_the_defaults_of_ours():
     module.Config, module.Method = PlainConfig, PlainMethod
     run = Run(seed=3, epochs=10, labels=np.zeros(5, int), class_counts=np.array([5]))
     own = make_config(module, {"neighbors": 2})
-    one = base.make_method(module, own, run)
+    one = loading.make_method(module, own, run)
     assert isinstance(one, base.Method)
     assert (one.kinds, one.conditional, one.mixes, one.moves_pixels) == ((), False, True, False)
     assert (one.config, one.run, one.fields) == (own, run, PlainMethod.fields)
     assert one.plan(samples(5))["shade"].tolist() == [1.0] * 5
     assert one.apply(100, None) == 112
-    asked = base.as_config(own)
+    asked = loading.as_config(own)
     assert (asked.guided, asked.neighbors) == (True, 2)
     assert (asked.refresh_every, asked.lam_max, asked.wants_neighbors) == (0, 0.0, False)
 
@@ -416,7 +416,7 @@ def test_a_guided_config_of_a_users_own_may_have_any_field():
     own = Own(lam_max=4.0)
     assert (own.guided, own.refresh_every, own.lam_max, own.neighbors) == (True, 10, 4.0, 2)
     scae = load("scae").Config(lam_max=3.0)
-    assert base.as_config(scae) is scae
+    assert loading.as_config(scae) is scae
     assert (scae.guided, scae.neighbors, scae.refresh_every, scae.lam_max) == (True, 1, 10, 3.0)
 
 
