@@ -152,7 +152,7 @@ def tailed_cache(tailed, tmp_path_factory) -> SaliencyCache:
 
 def weights_of(name, classes, path):
     """Weights of a random network, in a file; the network."""
-    from pipelines.recipe import make_network
+    from scae_dali.training.networks import make_network
 
     torch.manual_seed(1)
     net = make_network(name, classes).eval()
