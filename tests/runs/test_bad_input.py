@@ -1,6 +1,7 @@
 """What a user may get wrong: each gives an error that names it and the remedy, or a fallback that
 is stated here."""
 
+from passes import batches
 import contextlib
 import importlib
 import os
@@ -292,18 +293,6 @@ class Net(nn.Module):
         return self.head(self.features(images).mean((2, 3)))
 
 
-def batches(index: ImageIndex, size: int = 7, batch_size: int = 64):
-    """loader_for of refresh, of random images."""
-
-    def loader_for(ids):
-        for start in range(0, len(ids), batch_size):
-            some = torch.as_tensor(np.array(ids[start : start + batch_size]))
-            n = len(some)
-            labels = torch.from_numpy(index.labels[some])
-            images = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
-            yield batch_of(images, labels, some)
-
-    return loader_for
 
 
 def test_maps_without_a_positive_value_mean_no_guidance_and_are_counted(index, tmp_path):

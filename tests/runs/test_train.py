@@ -1,5 +1,6 @@
 """train.py end to end: learning to the end, killed and resumed, on two processes."""
 
+from scripts import KILLER, ROOT, check_same_weights, rows, run_here, run_there
 import json
 import os
 import signal
@@ -17,24 +18,6 @@ import train
 from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 
-ROOT = Path(__file__).parents[2]
-# Kills itself with SIGKILL at the n-th call of a method.
-KILLER = """
-import os, signal, sys
-import {module} as module
-owner, name, calls = {owner}, {name!r}, {calls}
-original = getattr(owner, name)
-def counting(*arguments, **keywords):
-    global calls
-    calls -= 1
-    if calls < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*arguments, **keywords)
-setattr(owner, name, counting)
-import train
-sys.argv = ["train.py", *sys.argv[1:]]
-train.main()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -67,35 +50,12 @@ def arguments(data, out, **more):
     return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 
 
-def run_here(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-    train.main()
 
 
-def run_there(code_or_file, *argv, **keywords):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, *code_or_file, *argv],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **keywords,
-    )
 
 
-def rows(out):
-    """metrics.jsonl without what a clock gave."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "img_per_s", "overhead_percent")
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
-def check_same_weights(out, other):
-    mine, theirs = (torch.load(o / "weights.pt", weights_only=True) for o in (out, other))
-    for name, value in theirs.items():
-        torch.testing.assert_close(mine[name], value, rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")

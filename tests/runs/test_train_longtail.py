@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TWO_PROCESSES, write_pngs
-from test_train import KILLER, ROOT, rows, run_here, run_there
+from scripts import KILLER, ROOT, rows, run_here, run_there
 
 from scae_dali.cache import SaliencyCache
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchvision
 from conftest import TWO_PROCESSES, batch_of
-from test_refresh import Net, fresh, loaders  # noqa: F401 - a fixture
+from passes import Net, loaders
 
 from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
@@ -289,7 +289,7 @@ def harvested(net, index, part=slice(None)):
     return harvest
 
 
-def test_the_cache_takes_the_harvest_without_a_pass(net, fresh, index):  # noqa: F811
+def test_the_cache_takes_the_harvest_without_a_pass(net, fresh, index):
     harvest, asked = harvested(net, index, slice(0, 40)), []
     report = refresh_cache(
         net,
@@ -309,7 +309,7 @@ def test_the_cache_takes_the_harvest_without_a_pass(net, fresh, index):  # noqa:
     assert (fresh.meta.method, fresh.meta.epoch, fresh.meta.part) == ("harvest", 3, 40)
 
 
-def test_a_pass_over_a_share_and_the_harvest_of_the_rest(net, fresh, index):  # noqa: F811
+def test_a_pass_over_a_share_and_the_harvest_of_the_rest(net, fresh, index):
     harvest, asked = harvested(net, index), []
     settings = {"epoch": 3, "layer": "features", "share": 0.2, "harvest": harvest}
     report = refresh_cache(net, fresh, index, loaders(index, asked), **settings)
@@ -323,7 +323,7 @@ def test_a_pass_over_a_share_and_the_harvest_of_the_rest(net, fresh, index):  # 
     assert len({*asked[0]} & {*asked[1]}) < 10
 
 
-def test_a_pass_with_a_harvest_that_breaks_goes_on_where_it_was(net, fresh, index):  # noqa: F811
+def test_a_pass_with_a_harvest_that_breaks_goes_on_where_it_was(net, fresh, index):
     harvest, asked = harvested(net, index), []
 
     def breaking(ids):
@@ -361,7 +361,7 @@ def second_chunk_breaks(harvest):
         yield
 
 
-def test_a_harvest_that_breaks_goes_on_with_what_is_not_written(net, fresh, index):  # noqa: F811
+def test_a_harvest_that_breaks_goes_on_with_what_is_not_written(net, fresh, index):
     harvest, asked = harvested(net, index), []
     whole = harvest.blended(np.arange(50), *fresh.read(np.arange(50)))
     settings = {"epoch": 3, "layer": "features", "share": 0.2, "harvest": harvest}
@@ -374,7 +374,7 @@ def test_a_harvest_that_breaks_goes_on_with_what_is_not_written(net, fresh, inde
     np.testing.assert_array_equal(fresh.read(rest)[0], whole[rest])
 
 
-def test_a_pass_whose_harvest_was_half_written_keeps_to_its_samples(net, fresh, index):  # noqa: F811
+def test_a_pass_whose_harvest_was_half_written_keeps_to_its_samples(net, fresh, index):
     """By then more maps are of this epoch than its share has, some of samples that were chosen and
     never harvested."""
     refresh_cache(net, fresh, index, loaders(index, []), epoch=1, layer="features")
@@ -395,7 +395,7 @@ def test_a_pass_whose_harvest_was_half_written_keeps_to_its_samples(net, fresh, 
     assert (again.images, again.harvested, len(asked)) == (0, 0, 1)
 
 
-def test_neighbouring_classes_alone_take_no_pass(net, fresh, index):  # noqa: F811
+def test_neighbouring_classes_alone_take_no_pass(net, fresh, index):
     asked = []
     report = refresh_cache(
         net, fresh, index, loaders(index, asked), epoch=3, layer="features", share=0.0, neighbors=1
@@ -415,7 +415,7 @@ def test_crops_are_counted_beyond_what_half_precision_holds(net):
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.5])
-def test_a_share_without_a_harvest_is_of_some_samples(net, fresh, index, share):  # noqa: F811
+def test_a_share_without_a_harvest_is_of_some_samples(net, fresh, index, share):
     with pytest.raises(ValueError, match=rf"share must be in \(0, 1\], .* got {share}"):
         refresh_cache(net, fresh, index, loaders(index, []), epoch=3, layer="features", share=share)
 
@@ -486,7 +486,7 @@ import sys, torch
 sys.path[:0] = {places!r}
 from torch import distributed
 from test_harvest import batch_of, harvest_of, pictures, see
-from test_refresh import Net
+from passes import Net
 distributed.init_process_group("gloo")
 rank = distributed.get_rank()
 net = Net().eval()
