@@ -1,4 +1,4 @@
-"""A small network and its images, for saliency passes over the images of `index`."""
+"""A small network, its images, and what a saliency pass or a harvest over them takes."""
 
 import numpy as np
 import torch
@@ -6,7 +6,10 @@ from conftest import batch_of
 from torch import nn
 
 from scae_dali.data.index import ImageIndex
+from scae_dali.saliency.harvest import Harvest
 from scae_dali.saliency.whole import whole_loader
+
+SIZE, GRID = 28, (7, 7)
 
 
 class Net(nn.Module):
@@ -53,3 +56,18 @@ class Here:
 
     def gather(self, value):
         return [value]
+
+
+def harvest_of(net, samples=50, classes=3, layer="features", **more):
+    settings = {"samples": samples, "num_classes": classes, "grid": GRID, "size": SIZE} | more
+    return Harvest(net, layer, **settings)
+
+
+def pictures(n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 3, SIZE, SIZE, generator=generator), torch.arange(n) % 3
+
+
+def see(net, harvest, batch):
+    net(batch.images)
+    harvest.add(batch)

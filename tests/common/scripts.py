@@ -61,3 +61,49 @@ def check_same_weights(out, other):
     mine, theirs = (torch.load(o / "weights.pt", weights_only=True) for o in (out, other))
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name], value, rtol=0, atol=0)
+
+
+def arguments(data, out, **more):
+    """Of four epochs on small images in files."""
+    settings = {
+        "data.root": data,
+        "out": out,
+        "model": "resnet18",
+        "epochs": 4,
+        "batch_size": 8,
+        "threads": 2,
+        "device": "cpu",
+        "image.size": 32,
+        "image.val_resize": 32,
+        "saliency.size": 64,
+        "saliency.layer": "layer3",
+        "scae.refresh_every": 2,
+        "optim.lr": 0.02,
+        "optim.ema": 0.9,
+        "optim.decay_norms": "false",
+        "checkpoint_every": 2,
+    } | more
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+def long_tailed(data, out, **more):
+    """Of two epochs on small images in memory, by the recipe of CIFAR-100-LT."""
+    settings = {
+        "config": ROOT / "pipelines" / "cifar100_lt.yaml",
+        "data.root": data,
+        "data.format": "folder",
+        "data.val_dir": "test",
+        "data.in_memory": "true",
+        "data.imbalance": "null",
+        "out": out,
+        "model": "cifar_resnet20",
+        "epochs": 2,
+        "batch_size": 8,
+        "device": "cpu",
+        "amp": "none",
+        "scae.refresh_every": 1,
+        "scae.mix_prob": 0.9,
+        "optim.lr": 0.02,
+        "checkpoint_every": 2,
+    } | more
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]

@@ -1,7 +1,6 @@
 """What a user may get wrong: each gives an error that names it and the remedy, or a fallback that
 is stated here."""
 
-from passes import batches
 import contextlib
 import importlib
 import os
@@ -19,8 +18,9 @@ import lmdb
 import numpy as np
 import pytest
 import torch
-from conftest import batch_of, fill_cache, write_images
+from conftest import fill_cache, write_images
 from nvidia.dali import Pipeline, fn, pipeline_def
+from passes import batches
 from PIL import Image
 from torch import nn
 
@@ -28,19 +28,15 @@ import train as train_script
 from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali import SCAE
-from scae_dali.cache import CacheError
-from scae_dali.cache import SaliencyCache
-from scae_dali.plan.crop import CropConfig
-from scae_dali.cache import CacheError
-from scae_dali.cache import SaliencyCache
-from scae_dali.plan.crop import CropConfig
+from scae_dali.cache import CacheError, SaliencyCache
 from scae_dali.data.index import DatasetError, ImageIndex
-from scae_dali.stage.loader import ImageError, Loader
 from scae_dali.methods import Status
-from scae_dali.stage.stage import Stage
-from scae_dali.stage.table import Planner
+from scae_dali.plan.crop import CropConfig
 from scae_dali.saliency.refresh import refresh_cache
 from scae_dali.saliency.whole import whole_loader
+from scae_dali.stage.loader import ImageError, Loader
+from scae_dali.stage.stage import Stage
+from scae_dali.stage.table import Planner
 
 ROOT = Path(__file__).parents[2]
 PIPELINES = ("train", "val", "saliency")
@@ -291,8 +287,6 @@ class Net(nn.Module):
 
     def forward(self, images):
         return self.head(self.features(images).mean((2, 3)))
-
-
 
 
 def test_maps_without_a_positive_value_mean_no_guidance_and_are_counted(index, tmp_path):

@@ -1,8 +1,6 @@
 """Harvest: class activation maps of training crops, put back into the full frame."""
 
 import copy
-import subprocess
-import sys
 import weakref
 from contextlib import contextmanager
 
@@ -10,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import TWO_PROCESSES, batch_of
-from passes import Net, loaders
+from conftest import batch_of
+from pairs import in_two
+from passes import GRID, SIZE, Net, harvest_of, loaders, pictures, see
 
 from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
@@ -21,33 +20,16 @@ from scae_dali.methods import Status
 from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import Order
 from scae_dali.saliency.gradcam import GradCAM
-from scae_dali.saliency.harvest import Harvest, crop_to_frame, min_max
+from scae_dali.saliency.harvest import crop_to_frame, min_max
 from scae_dali.saliency.refresh import agreement, refresh_cache
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage
-
-SIZE, GRID = 28, (7, 7)
 
 
 @pytest.fixture
 def net():
     """In evaluation mode, so that a map does not depend on the batch."""
     return Net().eval()
-
-
-def harvest_of(net, samples=50, classes=3, layer="features", **more):
-    settings = {"samples": samples, "num_classes": classes, "grid": GRID, "size": SIZE} | more
-    return Harvest(net, layer, **settings)
-
-
-def pictures(n, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 3, SIZE, SIZE, generator=generator), torch.arange(n) % 3
-
-
-def see(net, harvest, batch):
-    net(batch.images)
-    harvest.add(batch)
 
 
 def bilinear(values, y, x):
@@ -481,12 +463,12 @@ def test_windows_and_flips_say_what_a_pixel_of_a_crop_shows(kind):
             assert np.abs(picture[channel] - wanted[channel])[inside].max() < 3
 
 
-MERGED = """
-import sys, torch
-sys.path[:0] = {places!r}
+IMPORTS = """
+import torch
 from torch import distributed
-from test_harvest import batch_of, harvest_of, pictures, see
-from passes import Net
+from passes import Net, batch_of, harvest_of, pictures, see
+"""
+MERGED = """
 distributed.init_process_group("gloo")
 rank = distributed.get_rank()
 net = Net().eval()
@@ -506,9 +488,7 @@ distributed.destroy_process_group()
 
 
 def test_two_ranks_bring_together_what_each_has_seen(net, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(MERGED.format(places=sys.path, out=str(tmp_path)))
-    subprocess.run([sys.executable, *TWO_PROCESSES, str(script)], check=True, timeout=120)
+    in_two(IMPORTS, MERGED.format(out=str(tmp_path)))
     images, labels = pictures(20)
     whole = harvest_of(net)
     for half in (slice(0, 12), slice(8, 20)):
