@@ -464,7 +464,9 @@ def test_malformed_meta(path, meta, message):
 
 
 def test_meta_is_plain_json(cache):
-    blob = cache._view(lambda txn: txn.get(b"meta"))
+    cache.close()
+    with lmdb.open(cache.path, readonly=True) as env, env.begin() as txn:
+        blob = txn.get(b"meta")
     assert json.loads(blob)["grid"] == [7, 7]
     assert json.loads(blob)["format"] == 1
 
