@@ -10,6 +10,7 @@ from PIL import Image
 
 from scae_dali.training.networks import make_network
 from tools import ROOT, benchmark
+from tools.common import live
 
 PLOTTED = ("pipeline_native", "scale")
 
@@ -19,6 +20,12 @@ def images(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
     write_images(root / "train", {"class0": 3, "class1": 3})
     return root
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """Rows are not compared here, so that nobody waits until the process rests."""
+    monkeypatch.setattr(live.settle, "__defaults__", (0.01, 0.1))
 
 
 def test_the_runner_lists_what_there_is():
