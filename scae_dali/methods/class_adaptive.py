@@ -1,8 +1,8 @@
-"""What makes SCAE of a method that erases: guidance by saliency maps, and adaptation to the class.
+"""What SCAE adds to a method that erases: guidance by saliency maps, and adaptation to the class.
 
 Eqs. 4-8, whatever the shape that is erased: `scae` erases a rectangle, `semantic_grid_mask` a grid.
-A sample whose map is missing or constant is erased without guidance (λ = 0), and its status tells.
-Samples of tail classes may be mixed with a second sample instead, which the pipeline fetches.
+A sample whose map is missing or constant is erased without guidance (λ = 0); its status says so.
+Samples of tail classes may be mixed with a partner instead, which the pipeline fetches.
 """
 
 from dataclasses import dataclass
@@ -95,7 +95,7 @@ class ClassAdaptiveConfig(GuidedConfig):
     def tail_classes(self, class_counts: np.ndarray) -> np.ndarray:
         """Eq. 8: which classes are of the tail, f_k < τ: bool [K]. class_counts: int [K].
 
-        None is where the method is not class-aware. A class without samples is none: it is neither
+        Without class_aware there is none. A class without samples is not of the tail: it is neither
         mixed nor a partner.
         """
         frequency = schedule.frequency(class_counts)
@@ -177,7 +177,7 @@ class ClassAdaptive(Erasing):
         first: np.ndarray,
         last: np.ndarray,
     ) -> np.ndarray:
-        """Eq. 4; see region.draw_centre."""
+        """A centre by eq. 4, int64 [B, 2]; see region.draw_centre."""
         return region.draw_centre(
             samples.draw(self.run, Stream.CENTRE, region.DRAWS),
             saliency,

@@ -22,7 +22,7 @@ from scae_dali.plan.random import Stream
 
 __all__ = ["Config", "Method", "importance"]
 
-_STEPS = 2.0**20  # of importance: the order of additions must not decide what is equal
+_STEPS = 2.0**20  # importance is rounded, lest the order of additions decide what is equal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,8 @@ class Method(Rectangle):
     """The size of the rectangle is drawn as in Random Erasing, its place from the candidates that
     qualify: for `cut` the unimportant ones, for `paste` the important ones, all equally likely.
 
-    A method of mode `paste` counts as one that erases too, so that it combines with no method that
-    erases: that one could erase what was put back.
+    Mode `paste` counts as erasing too. So it combines with no method that erases, which could erase
+    what was put back.
     """
 
     config: Config
@@ -145,7 +145,7 @@ def _weights(
 
 
 def _quantile(values: np.ndarray, tau: float) -> np.ndarray:
-    """Of each row, linear between two values: float64 [B, n] -> [B, 1]."""
+    """The tau-quantile of each row, linear between two values: float64 [B, n] -> [B, 1]."""
     ordered = np.sort(values, axis=1)
     place = tau * (values.shape[1] - 1)
     low, high = math.floor(place), math.ceil(place)

@@ -120,7 +120,7 @@ class Stage:
     The reader must pad its shards (`pad_last_batch=True`): the epoch is computed from the number of
     the batch, so every epoch must have `batches_per_epoch` batches.
 
-    mixes: whether the method mixes in second samples, which the pipeline fetches. conditional:
+    mixes: whether the method mixes in partners, which the pipeline fetches. conditional:
     whether the pipeline must be defined with `enable_conditionals=True`. moves_pixels: whether the
     method moves pixels elsewhere than window and flip say. seconds: spent on plans so far.
     """
@@ -192,7 +192,7 @@ class Stage:
                 neighbors = config.neighbors if self.mixes else 0
                 check_neighbors(neighbors, index.num_classes)
                 check_last_pass(epochs, config.refresh_every)
-                if cache is not named:  # whoever opened it has looked
+                if cache is not named:  # opened here: whoever opens a cache looks at it
                     _look_at(cache, len(index), config.refresh_every)
         self.moves_pixels = self._method.moves_pixels
         self.conditional = self.mixes or self._method.conditional
@@ -212,8 +212,8 @@ class Stage:
         window: the crop in pixels of the upright image, (start, size, shapes): its (y, x), its
         (h, w), and the shape of the upright image; all on the CPU. None: the whole image is seen.
         size: (h, w) of the images in pixels. None asks the images, so the plan waits for them.
-        partner_crop: how second samples are cropped, which are files of the index. Only SCAE with
-        tail classes has any, and then `enable_conditionals=True` must be set in the pipeline.
+        partner_crop: how partners, which are files of the index, are cropped. Only SCAE with tail
+        classes has any, and then `enable_conditionals=True` must be set in the pipeline.
         Returns (images, Targets).
 
         Raises ValueError where the graph shows that something is wired wrongly: ids that are no
@@ -305,7 +305,7 @@ class Stage:
         return PlanNodes(row, single, operator.planner)
 
     def planner(self, random_crop: CropConfig | None = None, *, keyed: bool = False) -> Planner:
-        """What makes the plan, to be called outside any pipeline.
+        """The function that makes the plan, to be called outside any pipeline.
 
         random_crop: how it draws crop and flip; None: the window is given to it. keyed: ids are
         keys, see `Order.keys`.
@@ -322,8 +322,8 @@ class Stage:
         )
 
     def operator(self, planner: Planner, **inputs: Any) -> Operator:
-        """What runs the planner inside a pipeline. inputs: how the pipeline feeds it, see
-        `Operator`."""
+        """The operator that runs the planner inside a pipeline. inputs: how the pipeline feeds it,
+        see `Operator`."""
 
         def spent(seconds: float) -> None:
             self.seconds += seconds
@@ -381,8 +381,8 @@ class SCAE(Stage):
 
 
 def _look_at(cache: SaliencyCache, samples: int, refresh_every: int) -> None:
-    """Warn of a cache that lacks maps of some samples. Raises ValueError where it has none, and
-    gets none."""
+    """Warn of a cache that lacks maps of some samples. Raises ValueError where it has none and no
+    pass will make any."""
     found = cache.coverage().found
     if not found and not refresh_every:
         raise ValueError(
@@ -401,7 +401,7 @@ def _look_at(cache: SaliencyCache, samples: int, refresh_every: int) -> None:
 def _saliency_source(
     cache: SaliencyCache | None, resident: bool | None
 ) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None:
-    """ids -> (maps, found)."""
+    """How maps are looked up: a function ids -> (maps, found); None without a cache."""
     if cache is None:
         return None
     if resident is None:

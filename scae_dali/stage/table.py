@@ -1,7 +1,7 @@
 """A batch's whole plan as one table, a row a sample: crop, flip, labels, and the method's part.
 
 It is made by NumPy, outside any DALI graph, and is pure: a row depends on (seed, epoch, id, window,
-saliency) alone. `Stage` takes it into a pipeline and `Loader` takes it apart behind one.
+saliency) alone.
 """
 
 from itertools import accumulate
@@ -42,7 +42,7 @@ class Planner:
     """Makes the table of a batch: ids, number of the batch and crop windows -> float64 [B, K].
 
     columns: where each name lies in a row. The epoch is start_epoch + iteration //
-    batches_per_epoch; batches are counted on from start_epoch · batches_per_epoch likewise.
+    batches_per_epoch. The method gets iteration + start_epoch · batches_per_epoch.
     random_crop: how the planner draws crop and flip; None: the window is given. keyed: ids are
     keys, see `Order.keys`, for epochs in which a sample may come twice.
     """
