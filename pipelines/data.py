@@ -1,5 +1,5 @@
-"""The data of a training run as a config: folders, lists or CIFAR, long-tailed or not, in memory
-or not."""
+"""The data of a run, by its settings: folders, lists or CIFAR, long-tailed or not, on disk or in
+memory."""
 
 import os
 from dataclasses import dataclass, fields
@@ -112,8 +112,9 @@ class DataConfig:
         )
 
     def open(self, threads: int = 4) -> Data:
-        """Read what there is. threads: of the decoder, for in_memory. Raises DatasetError for what
-        cannot be used, ValueError for an imbalance or a holdout that leaves a class empty."""
+        """Index the images, or read them. threads: of the decoder, for in_memory. Raises
+        DatasetError for folders, lists or files that cannot be used, ValueError for an imbalance or
+        a holdout that leaves a class empty."""
         if self.format != "folder":
             whole = ArrayImages.from_cifar(self.root, self.format, train=True)
             kept, held = self._split(whole.index)

@@ -1,5 +1,5 @@
-"""A training run as a config: what train.py takes from the command line and from YAML, and what is
-made from it."""
+"""The settings of a run, which train.py takes from the command line and from YAML, and what is made
+from them."""
 
 import dataclasses
 from contextlib import AbstractContextManager, nullcontext
@@ -78,7 +78,7 @@ METHODS = {name: load(name).Config for name in BUILT_IN if dataclasses.fields(lo
 
 
 def with_methods(cls: type) -> type:
-    """Add a field for each of METHODS, behind `method`, to a class that becomes a dataclass.
+    """Decorator: add a field for each of METHODS, behind `method`, to a class before @dataclass.
 
     The field has the method's name. Its heading in --help is the first line of the docstring of the
     method's Config.
@@ -214,7 +214,7 @@ class Config:
         }
 
     def guided_config(self) -> base.Config | None:
-        """The Config of the method that looks at saliency maps or neighbouring classes; None where
+        """The Config of the method that looks at saliency maps or neighbouring classes; None if
         none does."""
         configs = {name: as_config(one) for name, one in self.method_configs().items()}
         guided = {
@@ -227,7 +227,7 @@ class Config:
             len(set(passes.values())) < 2,
             f"refresh_every must be the same for methods that share the maps, got {passes}",
         )
-        # One that wants neighbours alone must not hide one that wants maps.
+        # A method that wants neighbours alone must not hide one that wants maps.
         return max(guided.values(), key=lambda one: one.guided, default=None)
 
     def neighbors(self, class_counts: np.ndarray) -> int:
@@ -244,7 +244,7 @@ class Config:
         return config.neighbors
 
     def stage(self, data: Data, cache: SaliencyCache | None, *, num_shards: int) -> Stage:
-        """The augmentation. num_shards: ranks."""
+        """The augmentation as a stage. num_shards: number of ranks."""
         return Stage(
             data.train,
             self.method,
@@ -267,7 +267,7 @@ class Config:
 
 
 def autocast(amp: str, device: torch.device) -> AbstractContextManager:
-    """The mixed precision of a run, for training and saliency pass alike."""
+    """The context of a run's mixed precision, for training and saliency passes alike."""
     if amp == "none":
         return nullcontext()
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[amp])

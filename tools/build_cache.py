@@ -82,7 +82,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load_model(name: str, weights: str | None, classes: int) -> torch.nn.Module:
-    """The network in eval mode; ValueError where weights and network do not fit."""
+    """The network in eval mode. Raises ValueError where weights and network do not fit."""
     torch.manual_seed(0)
     model = make_network(name, classes)
     if weights is None:
@@ -100,7 +100,7 @@ def load_model(name: str, weights: str | None, classes: int) -> torch.nn.Module:
 
 
 def open_data(arguments: argparse.Namespace) -> Data:
-    """The images; there are none to validate with."""
+    """The images, without any for validation."""
     if arguments.format != "folder":
         if arguments.list or arguments.exclude:
             raise ValueError(
@@ -125,8 +125,8 @@ def open_data(arguments: argparse.Namespace) -> Data:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the maps depend on beside the network. Not on --channels-last, nor on the device: those
-    only round in another order."""
+    """The settings that the maps depend on, besides the network. --channels-last and the device are
+    left out: they only change the order of rounding."""
     return {
         "mean": list(arguments.mean),
         "std": list(arguments.std),
@@ -137,7 +137,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def open_cache(
     arguments: argparse.Namespace, index: ImageIndex, cam: CAM, size: int
 ) -> SaliencyCache:
-    """The cache, new or to be continued; ValueError rather than replace maps that were made by
+    """The cache, new or to be continued. Raises ValueError where it has maps that were made by
     another method or network, or with other weights or settings."""
     path = arguments.out
     cache = SaliencyCache.create(
@@ -161,7 +161,7 @@ def open_cache(
     if not differing:
         return cache
     if meta.under_way is not None:
-        cache.claim()  # says so where the process that makes them is alive
+        cache.claim()  # raises its own error if the process that makes them is alive
     if "method" in differing:
         raise ValueError(
             f"saliency cache {path!r} has maps by {made['method']!r}, not {arguments.method!r}; "
@@ -182,7 +182,7 @@ def open_cache(
 
 
 def build(arguments: argparse.Namespace) -> None:
-    """The pass, with a progress bar and its rate."""
+    """Make the maps by one pass, with a progress bar, and print its rate."""
     data = open_data(arguments)
     index = data.train
     number = arguments.device_id
@@ -211,7 +211,7 @@ def build(arguments: argparse.Namespace) -> None:
     batch_size, commit_every = arguments.batch_size, 4096
     if arguments.method == "scorecam":
         method = partial(ScoreCAM, chunk=batch_size)
-        # With 64 channels or more, so few images fill a chunk; and a kill loses little.
+        # Layers have 64 channels or more, so that few images fill a chunk; and a kill loses little.
         batch_size, commit_every = max(1, batch_size // 64), 16
     cam = method(model, arguments.layer)
     cache = open_cache(arguments, index, cam, image.size)

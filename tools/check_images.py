@@ -58,8 +58,8 @@ def decoded(index: ImageIndex, ids: Sequence[int], threads: int) -> int:
 def undecodable(
     index: ImageIndex, ids: Sequence[int], threads: int, progress: Callable[[int], object]
 ) -> Iterator[int]:
-    """Those of `ids` that DALI cannot decode, in their order: a failing batch is halved down to
-    the files. progress: called with the number of images settled since its last call."""
+    """Those of `ids` that DALI cannot decode, in their order. A failing batch is halved until its
+    bad files are found. progress: called with the number of images settled since its last call."""
     todo = [ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK)][::-1]
     while todo:
         part = todo.pop()
@@ -94,7 +94,7 @@ def check(index: ImageIndex, *, deep: bool, threads: int) -> list[str]:
 
 
 def folder(data: str, split: str | None) -> str:
-    """The folder of the classes."""
+    """The folder that holds one folder for each class."""
     return train_folder(data) if split is None else os.path.join(data, split)
 
 

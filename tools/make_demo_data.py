@@ -1,8 +1,8 @@
 """Draw a small long-tailed data set on which saliency-guided erasing can be tried within minutes.
 
 Every image holds one object on clutter. A class is a shape in a colour, solid or striped; classes
-share all three, so that none alone tells the class, and the clutter uses the same colours. Where
-the object lies goes into `objects.json`, so that a saliency map can be judged against the truth.
+share all three, so that none alone tells the class, and the clutter uses the same colours.
+`objects.json` says where the objects lie, so that a saliency map can be judged against the truth.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="the folder to write: train/, val/, objects.json"
     )
-    parser.add_argument("place", nargs="?", type=Path, help=argparse.SUPPRESS)  # --out, before
+    parser.add_argument("folder", nargs="?", type=Path, help=argparse.SUPPRESS)  # the older --out
     parser.add_argument("--classes", type=int, default=10, help=f"2 … {MAX_CLASSES}")
     parser.add_argument("--train-max", type=int, default=200, help="images of the largest class")
     parser.add_argument("--imbalance", type=float, default=20.0, help="largest / smallest class")
@@ -237,8 +237,8 @@ def main(argv: list[str] | None = None) -> int:
         "--size-range", type=int, nargs=2, default=(96, 160), metavar=("LOW", "HIGH"), help="pixels"
     )
     arguments = vars(parser.parse_args(argv))
-    place = arguments.pop("place")
-    arguments["out"] = arguments["out"] or place
+    folder = arguments.pop("folder")
+    arguments["out"] = arguments["out"] or folder
     if arguments["out"] is None:
         parser.error("--out must name the folder to write, got none")
     arguments["size_range"] = tuple(arguments["size_range"])

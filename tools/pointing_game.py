@@ -4,8 +4,8 @@
 
 A hit is a map whose peak lies in the object's box (Zhang et al., "Top-down neural attention by
 excitation backprop", IJCV 2018). `objects.json` beside train/ names the boxes, as
-tools/make_demo_data.py writes them. Printed beside the rate: what a peak at random would hit, the
-boxes' mean area.
+tools/make_demo_data.py writes them. The rate of random peaks, which is the boxes' mean area, is
+printed beside the rate of hits.
 """
 
 import json

@@ -4,10 +4,10 @@
     python tools/reproduce.py --table 3 --data DIR --out runs --jobs 2
     python tools/reproduce.py --table 3 --out runs --report                # what there is so far
 
-Every run is train.py's, in OUT/table<N>/<section>-<network>-<cell>-s<seed>. The same command goes
-on after Ctrl-C, a kill or a failure: what is finished is left alone, what is begun is resumed.
-Options after `--` go to train.py, as in `-- --data.format folder --threads 1`; what makes a cell
-what it is stays.
+Every run is one of train.py, in OUT/table<N>/<section>-<network>-<cell>-s<seed>. The same command
+goes on after Ctrl-C, a kill or a failure: finished runs are left alone, the others are resumed.
+Options after `--` go to train.py, as in `-- --data.format folder --threads 1`; they cannot change
+the settings that define a cell.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tools.paper.tables import TABLES
 
 TRAIN = ROOT / "train.py"
 POLL_S = 0.2
-# Decided by the table and by our own options.
+# Options of train.py that the table and this command's own options decide.
 OURS = {
     *("data.root", "epochs", "method", "model", "out", "resume", "seed"),
     *("help", "print_config", "second_stage.weights"),
@@ -87,7 +87,7 @@ def _names(text: str) -> list[str]:
 
 
 def execute(args: argparse.Namespace, jobs: Sequence[Job]) -> list[str]:
-    """Run what is not finished, `args.jobs` at once; -> names of runs that failed or were left."""
+    """Run what is not finished, `args.jobs` at once; returns the runs that failed or were left."""
     for job in jobs:
         if (other := twin(args, job)) is not None:
             args.place.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def ready(job: Job, jobs: Sequence[Job]) -> bool:
 
 
 def launch(args: argparse.Namespace, job: Job, slot: int) -> subprocess.Popen | None:
-    """Start a run, or go on with it, and note on what; None where another process is at it."""
+    """Start or resume a run, and note the machine; None if another process is running it."""
     note = {
         **about(),
         "command": shlex.join(["python", "train.py", *job.options]),
@@ -157,7 +157,7 @@ def launch(args: argparse.Namespace, job: Job, slot: int) -> subprocess.Popen | 
 
 
 def tell(job: Job, jobs: Sequence[Job], status: int, seconds: float, ended: str) -> bool:
-    """Print how a run ended; -> whether it is finished."""
+    """Print how a run ended; returns whether it is finished."""
     if status == 0 and finished(job, jobs):
         _, row = runs.read_run(job.path)
         figure = f"top-1 {row['val_top1']:.2f}"
@@ -191,7 +191,7 @@ def describe(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
 
 
 def estimate(args: argparse.Namespace, jobs: Sequence[Job], probe: bool = False) -> str:
-    """Runs, epochs, image-steps and time of what is left, in words.
+    """What is left to do, in words: runs, epochs, images and time.
 
     probe: whether a network that has no run yet is tried for a moment.
     """
@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """What the command line asks for; -> exit status, 1 where runs are not done."""
+    """Do what the command line asks for; returns the exit status, 1 if runs are not done."""
     lost: list[str] = []
     if not args.report:
         refuse_others(args)

@@ -2,9 +2,9 @@
 
     python tools/show_erasing.py --data imagenet --cache maps.lmdb --lam 0,2,5 --out sheet.png
 
-A row an image: the upright image with the crop's window; its saliency over the full frame; eq. 4's
-P over the centres that the rectangle may have, for the λ of largest magnitude; and for each λ the
-crop as the pipeline erases it, before the flip. Every image is erased here, whatever its class.
+Each image has a row: the upright image with the crop's window; its saliency over the full frame;
+P of eq. 4 over the possible centres of the rectangle, for the λ of largest magnitude; and for each
+λ the crop as the pipeline erases it, before the flip. All images are erased, whatever their class.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def open_data(args: argparse.Namespace) -> tuple[ImageIndex, SaliencyCache, list
 
 
 def show_pipeline(stage: Stage, ids: list[int], image: ImageConfig) -> Pipeline:
-    """As train_pipeline, without shuffle and flip; it gives what is planned, too."""
+    """The training pipeline without shuffle and flip; it also gives the plan."""
     run = ExecConfig(batch_size=len(ids), threads=2)
 
     @pipeline_def(**run.arguments())
@@ -96,7 +96,7 @@ def show_pipeline(stage: Stage, ids: list[int], image: ImageConfig) -> Pipeline:
 
 
 def run_once(pipeline: Pipeline, image: ImageConfig) -> list[list[Array]]:
-    """By sample: upright image, start, shape, box (int64) and the erased crop (uint8)."""
+    """For each sample: upright image, start, shape, box (int64) and the erased crop (uint8)."""
     samples = []
     for sample in zip(*pipeline.run(), strict=True):
         upright, start, shape, box, crop = (np.array(value) for value in sample)
@@ -132,13 +132,13 @@ def probability(
 
 
 def outline(axes, box, **style) -> None:
-    """box: (y, x, h, w) in pixels, from pixel edge to pixel edge."""
+    """Draw a box (y, x, h, w), in pixels, from pixel edge to pixel edge."""
     y, x, h, w = box
     axes.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, fill=False, linewidth=1.5, **style))
 
 
 def draw_row(axes, title: str, saliency: Array, found: bool, shown: dict[float, list[Array]]):
-    """saliency: float [gh, gw]. shown: by λ, what the pipeline gave for this image."""
+    """Draw an image's row. saliency: float [gh, gw]. shown: λ -> what the pipeline gave for it."""
     strongest = max(shown, key=abs)
     upright, start, shape, *_ = shown[strongest]
     window = np.concatenate([start, shape])

@@ -13,8 +13,8 @@ from scae_dali.cache.cache import CacheError, SaliencyCache
 
 
 def summary(cache: SaliencyCache) -> dict[str, Any]:
-    """found: maps, of how many samples; flat: those that are the same everywhere; malformed:
-    records without a map; ages: maps by stamp."""
+    """The facts of a cache, by name. found: samples that have a map; flat: maps that are the same
+    everywhere; malformed: records withdrawn or of a wrong length; ages: number of maps by stamp."""
     meta = cache.meta
     ages, malformed = cache.census()
     found = sum(ages.values())
@@ -32,7 +32,7 @@ def summary(cache: SaliencyCache) -> dict[str, Any]:
 
 
 def text(facts: dict[str, Any]) -> str:
-    """summary -> lines to read."""
+    """The `summary` as lines to read."""
     lines = [facts["path"]]
     lines += [
         f"  {name:12} {'-' if value in (None, '') else value}"

@@ -29,9 +29,9 @@ def mixed_cross_entropy(
     """Mean of μ·CE(label) + (1 - μ)·CE(partner), which is CE against the mixed label.
 
     logits: float [B, K]. labels, partners: int64 [B] or, as DALI gives them, [B, 1], on any device.
-    mu: float32 alike, in [0, 1]; 1 leaves the label as it is. label_smoothing: ε in [0, 1], or
-    float32 [K], one a class. weight: float32 [K] of class weights; None: all 1. Returns a float32
-    scalar.
+    mu: float32 of the same shape, in [0, 1]; 1 leaves the label as it is. label_smoothing: ε in
+    [0, 1], or float32 [K], one a class. weight: float32 [K] of class weights; None: all 1. Returns
+    a float32 scalar.
 
     CE(y) = (1 - ε_y)·(-log p_y) + ε_y·mean_k(-log p_k), with the ε of the class itself. With
     weights, the sum of μ·w_y·CE(y) + (1 - μ)·w_j·CE(j) is divided by that of μ·w_y + (1 - μ)·w_j.
@@ -40,7 +40,7 @@ def mixed_cross_entropy(
     """
     log_p = logits.log_softmax(1, dtype=torch.float32)
     labels, partners, mu = (t.to(logits.device).reshape(-1) for t in (labels, partners, mu))
-    classes = torch.stack([labels, partners], 1)  # [B, 2], as all that follows
+    classes = torch.stack([labels, partners], 1)  # [B, 2], like all that follows
     share = torch.stack([mu, 1 - mu], 1)
     loss = -log_p.gather(1, classes)
     if isinstance(label_smoothing, Tensor):
@@ -153,6 +153,6 @@ class Loss:
             self.weight = tensor(class_balanced_weights(class_counts, config.class_balanced))
 
     def at(self, epoch: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """`mixed_cross_entropy` of (logits, labels, partners, mu) as it is in this epoch."""
+        """This epoch's `mixed_cross_entropy`, as a function of (logits, labels, partners, mu)."""
         weight = self.weight if epoch >= self.config.defer else None
         return partial(mixed_cross_entropy, label_smoothing=self.smoothing, weight=weight)

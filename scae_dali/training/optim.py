@@ -57,7 +57,7 @@ class OptimConfig:
         check(0 <= self.ema < 1, f"optim.ema must be in [0, 1), got {self.ema}; 0 switches it off")
 
     def optimizer(self, trained: Sequence[Mapping[str, Any]]) -> torch.optim.SGD:
-        """SGD over groups of parameters, `{"params": […], "lr_factor": float}` each."""
+        """SGD. trained: groups of parameters, each `{"params": […], "lr_factor": float}`."""
         groups: list[dict[str, Any]] = []
         for group in trained:
             decayed = [p for p in group["params"] if self.decay_norms or p.ndim > 1]
@@ -88,15 +88,15 @@ _Pairs = tuple[list[Tensor], list[Tensor]]  # ours, theirs
 class EMA(AveragedModel):
     """The exponential moving average of a network, which validation and the saved weights use.
 
-    θ' <- decay·θ' + (1 - decay)·θ of parameters and buffers; integers, and the first time all, are
-    copied. decay: in (0, 1). torch's own update moves the number of updates to the device, and so
-    waits for the device at every step; this one does not.
+    θ' <- decay·θ' + (1 - decay)·θ for parameters and buffers. Integers are copied, and the first
+    update copies all. decay: in (0, 1). torch's own update waits for the device at every step; this
+    one does not.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model, use_buffers=True)
         self._average = get_ema_multi_avg_fn(decay)
-        # Of the model that was last taken in: to walk through modules takes longer than all else.
+        # Tensors of the model that was last taken in: finding them takes longer than all else.
         self._walked: tuple[nn.Module, _Pairs, _Pairs] | None = None
 
     @torch.no_grad()

@@ -1,11 +1,12 @@
-"""What Grad-CAM costs beside the forward pass it rides on. Goal: at most 1.10 times the forward.
+"""Measure the cost of Grad-CAM against a forward pass alone. Goal: at most 1.10 times the forward.
 
     python tools/benchmark.py gradcam --model resnet50 --json tools/results/gradcam_cpu.json
 
-Rows: `forward` (the plain model, evaluation mode, no graph), `gradcam` (ours) and, where it is
-installed and knows the precision, `grad-cam (PyPI)`: same images, weights, precision and memory
-format. `ratio` is a row's rate over the forward's, `cost` its inverse for ours. `--scorecam` adds
-that row, of as many forward passes as the layer has channels: mind --batch-size and --rounds.
+Rows: `forward` (the plain model, evaluation mode, no graph), `gradcam` (ours) and, if it is
+installed and supports the precision, `grad-cam (PyPI)`: all with the same images, weights,
+precision and memory format. `ratio` is a row's rate over that of `forward`, `cost` its inverse for
+ours. `--scorecam` adds a row with as many forward passes as the layer has channels: choose small
+--batch-size and --rounds.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def rate(
     step: Callable[[], object], args: argparse.Namespace, device: torch.device
 ) -> Callable[[], float]:
-    """-> a function that runs `step` and gives img/s; on a GPU so often that what is queued there,
-    and not the host, is measured."""
+    """A function that runs `step` and returns img/s. On a GPU it runs it often enough that the work
+    queued there is measured, and not the host."""
     cuda = device.type == "cuda"
     times = 20 if cuda else 1
 
@@ -84,7 +85,7 @@ def candidates(args: argparse.Namespace) -> dict[str, Callable[[], float]]:
     if args.scorecam:
         masking = ScoreCAM(model, args.layer)
         steps["scorecam"] = lambda: masking(images, labels)
-    # It turns features into NumPy arrays, which know no bfloat16.
+    # The package turns features into NumPy arrays, which have no bfloat16.
     if importlib.util.find_spec("pytorch_grad_cam") and args.amp != "bf16":
         from pytorch_grad_cam import GradCAM as ReferenceCAM
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget

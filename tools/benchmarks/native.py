@@ -1,4 +1,4 @@
-"""What DALI does by its own operators: counterparts of methods, pipelines without a stage."""
+"""Counterparts of methods and pipelines with DALI's own operators alone, without a stage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["COUNTERPARTS", "augmented_pipeline", "decoded", "plain", "undecoded"
 
 
 def erase(images: Any, image: ImageConfig) -> Any:
-    """A random rectangle by DALI's operators alone."""
+    """Erase a random rectangle, by DALI's operators alone."""
     erasing = RandomErasingConfig()
     area = fn.random.uniform(range=erasing.area, seed=derive(SEED, "area"))
     aspect = fn.random.uniform(range=erasing.aspect, seed=derive(SEED, "aspect"))
@@ -49,7 +49,7 @@ def erase(images: Any, image: ImageConfig) -> Any:
 
 
 def policy(augment: Callable, config: PolicyConfig, **settings) -> Callable:
-    """One of auto_aug's own, with the settings of ours."""
+    """A policy of auto_aug itself, with the settings of ours."""
 
     def apply(images: Any, image: ImageConfig) -> Any:
         largest, moved = config.max_translate_rel, {}
@@ -77,7 +77,7 @@ COUNTERPARTS = {
 def augmented_pipeline(
     stage: Stage, image: ImageConfig, run: ExecConfig, augment: Callable
 ) -> Pipeline:
-    """As train_pipeline with the method `none`, and one of COUNTERPARTS."""
+    """The training pipeline with the method `none` and then `augment`, one of COUNTERPARTS."""
 
     @pipeline_def(enable_checkpointing=True, enable_conditionals=True, **run.arguments())
     def define():
@@ -139,8 +139,8 @@ def plain(index: ImageIndex, image: ImageConfig, run: ExecConfig) -> Iterator[to
 
 
 def undecoded(stage: Stage, image: ImageConfig, run: ExecConfig) -> Iterator[Any]:
-    """Batches of plans without end, TensorLists: what train_pipeline does on the CPU where a GPU
-    decodes."""
+    """Batches of plans without end, TensorLists: the part of the training pipeline that the CPU has
+    to do if a GPU decodes."""
 
     @pipeline_def(enable_checkpointing=True, **run.arguments())
     def define():
@@ -166,6 +166,6 @@ def decoded(index: ImageIndex, run: ExecConfig) -> Iterator[Any]:
 
 
 def outputs(pipeline: Pipeline) -> Iterator[Any]:
-    """The first output of batch after batch."""
+    """The first output of the pipeline, batch after batch."""
     pipeline.build()
     return (pipeline.run()[0] for _ in itertools.count())

@@ -1,4 +1,4 @@
-"""The rows of the pipeline's benchmark: our methods, samples that are mixed, and what others do."""
+"""The rows of the benchmark `pipeline`: our methods, mixed samples, and other libraries."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ CIFAR_LT = profile(500, 100, 100)  # images of each class of CIFAR-100-LT
 
 
 class Rows:
-    """Rows that live at once, in `live`. new_cache: a name and an index -> a cache of random maps.
+    """Rows that live at once, in `live`. new_cache: (name, index) -> a cache of random maps.
 
-    counts: of our own rows, how many samples are mixed. baselines: of every row, the name of the
-    one that its ratio is to.
+    counts: name of one of our rows -> how many samples are mixed. baselines: name of a row -> name
+    of the row that its ratio is to.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Rows:
         self.baselines: dict[str, str] = {}
 
     def add_methods(self, methods: Sequence[str], backends: Sequence[str]) -> None:
-        """A row a method, and `none` a second time."""
+        """A row for each method, and a second one for `none`."""
         for method in methods:
             if method != "scae" or {"python", "numpy"} & {*backends}:
                 self._ours(method, method)
@@ -66,7 +66,7 @@ class Rows:
         self._ours("scae, long tail", "scae", source=tailed, cache=cache)
 
     def add_mixed(self, share: float) -> None:
-        """SCAE that mixes this share of the samples, and SCAE that could and does not."""
+        """SCAE that mixes this share of the samples, and SCAE on the same data with mix_prob=0."""
         label = f"{100 * share:g}%"
         tailed = self._source.relabelled(with_tail(self._source.index, share))
         cache = self._new_cache(label, tailed.index)
@@ -81,7 +81,7 @@ class Rows:
             )
 
     def add_native(self, methods: Sequence[str]) -> None:
-        """DALI's own counterparts, and parts of our pipeline by themselves."""
+        """DALI's own counterparts, and parts of our pipeline alone."""
         index, image, run = self._source.index, self._image, self._run
         self._add("native none", Row(native.plain(index, image, run), self._ahead))
         for method in methods:

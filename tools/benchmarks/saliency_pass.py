@@ -1,16 +1,16 @@
-"""The saliency pass against plain inference, from file to cache, and what smaller images cost it.
+"""Measure a saliency pass, from file to cache, against plain inference, at several image sizes.
 
     python tools/benchmark.py saliency_pass --data imagenet --sizes 224,160 --json OUT
     python tools/benchmark.py saliency_pass --data demo/data --model resnet18 --layer layer3 \\
         --weights demo/run/weights.pt --sizes 128,96,64 --json OUT
 
-Rows, of each size: `images`, what the pipeline gives with nothing done to them; `inference`, their
-logits, nothing kept; `pass`, their maps in a cache. `ratio` is to the inference of the first size,
-`of_inference` that of a pass to the inference of its own size (goal: 0.90). With `--weights`:
-`agreement`, the mean rank correlation (Spearman) of a size's maps with those of the first.
+Rows, for each size: `images`, the pipeline alone; `inference`, the logits of its images; `pass`,
+their maps in a cache. `ratio` is to the inference of the first size, `of_inference` that of a pass
+to the inference of its own size (goal: 0.90). With `--weights`: `agreement`, the mean rank
+correlation (Spearman) of a size's maps with those of the first.
 
-`forward …`: one batch on the device over and over: as it is, with BatchNorm folded into the
-convolutions (torch.fx), and with the memory format changed. They tell what the pass could gain.
+`forward …`: the network alone on one batch, as it is, with BatchNorm folded into the convolutions
+(torch.fx), and with the memory format changed. These rows show what the pass could gain.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def forwards(net: nn.Module, images: torch.Tensor, amp: Amp) -> dict[str, Callable[[], float]]:
-    """The network alone on a batch, in evaluation mode, in several shapes -> img/s of a call."""
+    """Name -> a function that runs a variant of the network, in evaluation mode, on a batch, and
+    returns img/s."""
     last = images.is_contiguous(memory_format=torch.channels_last)
     layout = torch.contiguous_format if last else torch.channels_last
     turned = deepcopy(net).to(memory_format=layout)
@@ -103,8 +104,8 @@ def forwards(net: nn.Module, images: torch.Tensor, amp: Amp) -> dict[str, Callab
 
 
 def agreements(caches: Mapping[int, SaliencyCache], samples: int) -> dict[str, float]:
-    """Of each size's maps with those of the first, both bilinear on the finest grid of all: the
-    mean rank correlation over images."""
+    """The mean rank correlation of each size's maps with those of the first, both bilinear on the
+    finest grid of all."""
     finest = max((cache.meta.grid for cache in caches.values()), key=np.prod)
     maps = {}
     for size, cache in caches.items():

@@ -1,17 +1,17 @@
-"""What SCAE costs where it counts: in the time of training, saliency passes included.
+"""Measure how much SCAE adds to the time of training, saliency passes included.
 
     python tools/benchmark.py train --data imagenet --repeat 20 --model resnet50 --device 0 \\
         --batch-size 256 --threads 16 --amp bf16 --channels-last --pass-every 10 --json OUT
     python tools/benchmark.py train --source memory --model cifar_resnet32 --device 0 \\
         --batch-size 128 --amp bf16 --channels-last --compile reduce-overhead --json OUT
 
-Rows train a network as train.py does: `synthetic` on a batch that lies on the device already;
-`none` and `scae` on what the pipeline gives, SCAE where λ is largest, with random maps; `harvest`,
-where the network allows it, another one like it that gathers maps from its forward passes besides.
-The row `saliency pass`: Grad-CAM of --pass-steps batches, stretched to --pass-size, into a cache,
-without its start; a pipeline's first batches are slower, so give many on a fast GPU. `ratio` is to
-`none`; `overhead` what SCAE adds to the time of `none`, by its steps and by a pass over
---pass-share of the images every so many epochs, and what `harvest` adds to that of `scae`.
+Rows train a network as train.py does: `synthetic` on one batch that is on the device already;
+`none` and `scae` on batches of the pipeline, SCAE where λ is largest, with random maps; `harvest`,
+if the network allows it, as `scae`, while it gathers maps from the forward passes. The row
+`saliency pass`: Grad-CAM of --pass-steps batches, stretched to --pass-size, into a cache, without
+its start; a pipeline's first batches are slower, so give many on a fast GPU. `ratio` is to `none`.
+`overhead` is the time that SCAE adds to that of `none`, by its steps and by a pass over
+--pass-share of the images every --pass-every epochs; and what `harvest` adds to that of `scae`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 class Network:
     """A network in training, as train.py trains it.
 
-    harvests: it gathers maps besides; ValueError for one that cannot be harvested.
+    harvests: whether it gathers maps. Raises ValueError for a network that cannot be harvested.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Network:
         self._score = torch.zeros(2, device=device)  # as train.py sums it
 
     def step(self, batch: Batch) -> torch.Tensor:
-        """Train on a batch; -> its images."""
+        """Train on a batch; returns its images."""
         images = batch.images.contiguous(memory_format=self._layout)
         with autocast(self._amp, self._device):
             logits = self._model(images)
@@ -142,7 +142,7 @@ class Network:
 
 
 class Bench:
-    """The data, and what is done with it."""
+    """The data of the benchmark, and the rows that are made from it."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -190,7 +190,7 @@ class Bench:
         return Row(map(network.step, endless(loader)), ahead, stage)
 
     def pass_rate(self, network: Network, folder: str) -> Callable[[], float]:
-        """-> a function that makes a saliency pass over some images and gives img/s."""
+        """A function that makes a saliency pass over some images and returns img/s."""
         images = (self.args.pass_steps or self.steps) * self.run.batch_size
         part = self.index.subset(range(min(images, len(self.index))))
         pixels = self.source.pixels
@@ -210,7 +210,7 @@ class Bench:
 
 
 def overhead(samples: dict[str, list[float]], args: argparse.Namespace) -> dict[str, float]:
-    """Time that SCAE adds to that of `none`, as a share of it: medians over the rounds."""
+    """The time that SCAE adds, as a share of the time of `none`: medians over the rounds."""
     none = np.array(samples["none"])
     found = {"steps": none / samples["scae"] - 1}
     if "harvest" in samples:

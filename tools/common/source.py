@@ -24,7 +24,7 @@ __all__ = ["Source", "add_source", "check_source", "open_source"]
 
 @dataclass(frozen=True)
 class Source:
-    """What is trained on. pixels: uint8 [N, H, W, 3], in the order of the index; None: files."""
+    """The training images. pixels: uint8 [N, H, W, 3], in the order of the index; None: files."""
 
     index: ImageIndex
     pixels: np.ndarray | None = None
@@ -34,8 +34,8 @@ class Source:
         return replace(self, index=index)
 
     def image(self, size: int | None, **settings: Any) -> ImageConfig:
-        """Crops as training makes them: random and resized of files, shifted by up to 4 pixels of
-        images in memory, whose size they keep. size: of the crop's side; None: 224."""
+        """The crops of training: random and resized for files; shifted by up to 4 pixels, in their
+        own size, for images in memory. size: side of the crop; None: 224."""
         if self.pixels is None:
             side, crop = size or 224, CropConfig()
         else:
@@ -84,8 +84,8 @@ def check_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 
 def open_source(args: argparse.Namespace, batch_size: int) -> Source:
-    """Images in classes of one size, so that nothing is of a tail. SystemExit where they do not
-    fill a batch."""
+    """Images in classes of one size, so that none is a tail class. Raises SystemExit where they do
+    not fill a batch."""
     if args.source == "files":
         return Source(evened(epoch_index(args.data, args.repeat, batch_size)))
     if args.data is None:
