@@ -85,7 +85,7 @@ def make(configs: Mapping[str, Any], run: Run) -> Method:
     )
 
 
-def guides(configs: Mapping[str, Any]) -> list[GuidedConfig]:
+def guided(configs: Mapping[str, Any]) -> list[GuidedConfig]:
     """Those of the Configs whose methods look at saliency maps."""
     return [one for one in configs.values() if isinstance(one, GuidedConfig) and one.guided]
 

@@ -188,7 +188,7 @@ class Stage:
         self._method = compose.make(configs, self._run)
         self.mixes = self._method.mixes
         if cache is not None:
-            for config in compose.guides(configs):
+            for config in compose.guided(configs):
                 neighbors = config.neighbors if self.mixes else 0
                 check_neighbors(neighbors, index.num_classes)
                 check_last_pass(epochs, config.refresh_every)

@@ -33,11 +33,11 @@ class Passes:
         layer: str | None,
         index: ImageIndex,
         loaders: Loaders,
-        run: ExecConfig,
+        execution: ExecConfig,
         autocast: Callable[[], AbstractContextManager],
     ) -> None:
         self._net, self._layer, self._index = net, layer, index
-        self._loaders, self._run, self._autocast = loaders, run, autocast
+        self._loaders, self._execution, self._autocast = loaders, execution, autocast
 
     def pipeline(self, image: ImageConfig) -> Callable[[], float]:
         """Makes images and drops them."""
@@ -66,7 +66,7 @@ class Passes:
             begun: list[tuple[float, int]] = []  # when the first batch was made; its images
 
             def loader_for(ids: Sequence[int]) -> Iterator[Batch]:
-                for batch in self._loaders.saliency(image, self._run, ids):
+                for batch in self._loaders.saliency(image, self._execution, ids):
                     yield batch
                     if not begun:
                         live.synchronize()
@@ -88,7 +88,7 @@ class Passes:
         return measure
 
     def _batches(self, image: ImageConfig) -> Iterator[Batch]:
-        return iter(self._loaders.saliency(image, self._run, range(len(self._index))))
+        return iter(self._loaders.saliency(image, self._execution, range(len(self._index))))
 
     def _logits(self, batch: Batch) -> torch.Tensor:
         with self._autocast():

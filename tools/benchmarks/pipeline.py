@@ -167,11 +167,11 @@ def measure(
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
     """Measures one combination; returns its rows, and further figures: name -> row -> figure."""
     tensors = {name: chosen[name] for name in ("dtype", "decode", "layout")}
-    execution = {name: chosen[name] for name in chosen if name not in tensors}
-    run = ExecConfig(device_id=args.device_id, **execution)
-    source = open_source(args, run.batch_size)
+    others = {name: chosen[name] for name in chosen if name not in tensors}
+    execution = ExecConfig(device_id=args.device_id, **others)
+    source = open_source(args, execution.batch_size)
     image = source.image(args.size, **tensors)
-    batches = args.batches or len(source.index) // run.batch_size
+    batches = args.batches or len(source.index) // execution.batch_size
     side = args.grid or (7 if args.source == "files" else 8)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -180,7 +180,7 @@ def measure(
             path = os.path.join(folder, f"{name}.lmdb")
             return stack.enter_context(random_cache(path, index, (side, side)))
 
-        rows = Rows(source, image, run, new_cache)
+        rows = Rows(source, image, execution, new_cache)
         rows.add_methods(args.methods, args.backends)
         if args.source == "memory" and "scae" in args.methods:
             rows.add_long_tail()

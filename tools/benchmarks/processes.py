@@ -123,7 +123,7 @@ def file_rows(
 ) -> dict[str, Row]:
     """The rows of the training pipeline, in one of so many processes."""
     image = ImageConfig(size=args.size, val_resize=args.size)
-    run = ExecConfig(
+    execution = ExecConfig(
         batch_size=args.batch_size,
         device_id=args.device_id[rank],
         threads=args.threads,
@@ -140,9 +140,9 @@ def file_rows(
             num_shards=processes,
             **GUIDED,
         )
-        pipeline = files.train_pipeline(stage, image, run, seed=SEED)
+        pipeline = files.train_pipeline(stage, image, execution, seed=SEED)
         loader = Loader(pipeline, files.OUTPUTS, index, drop_last=False)
-        return Row((batch.images for batch in endless(loader)), run.prefetch + 1, stage)
+        return Row((batch.images for batch in endless(loader)), execution.prefetch + 1, stage)
 
     return {method: row(method) for method in FILES}
 

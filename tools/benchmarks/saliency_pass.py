@@ -136,7 +136,9 @@ def main(argv: list[str] | None = None) -> None:
     net = load_model(args.model, args.weights, index.num_classes)
     net.to(device, memory_format=layout)  # type: ignore[call-overload]
     amp = partial(autocast, args.amp, device)
-    run = ExecConfig(batch_size=args.batch_size, device_id=args.device_id, threads=args.threads)
+    execution = ExecConfig(
+        batch_size=args.batch_size, device_id=args.device_id, threads=args.threads
+    )
     image = ImageConfig(
         dtype="fp32" if args.amp == "none" else "fp16",
         layout="NHWC" if args.channels_last else "NCHW",
@@ -145,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     loaders = Loaders(
         Data(index, index, None, None), images[args.sizes[0]], sampling="shuffle", seed=0
     )
-    passes = Passes(net, args.layer, index, loaders, run, amp)
+    passes = Passes(net, args.layer, index, loaders, execution, amp)
     with tempfile.TemporaryDirectory() as folder:
         calls: dict[str, Callable[[], float]] = {}
         paths = {size: Path(folder, f"{size}.lmdb") for size in args.sizes}

@@ -76,8 +76,8 @@ def labelled(names: list[str]) -> ImageIndex:
 
 def stage_of(index: Any, cache: SaliencyCache, batch: int, resident: bool) -> Stage:
     """A stage with λ(t) = λ_max from the first epoch on."""
-    run: dict[str, Any] = {"epochs": 1, "start_epoch": 1, "batch_size": batch, "seed": SEED}
-    return Stage(index, "scae", cache=cache, resident=resident, **run)
+    settings: dict[str, Any] = {"epochs": 1, "start_epoch": 1, "batch_size": batch, "seed": SEED}
+    return Stage(index, "scae", cache=cache, resident=resident, **settings)
 
 
 def order_of(index: Any, batch: int) -> Order:
@@ -300,8 +300,8 @@ def tree(root: str, n: int) -> None:
 def built(index: ImageIndex, cache: SaliencyCache, batch: int) -> int:
     """Builds a training pipeline that reads no file yet; returns its reader's number of samples."""
     stage = stage_of(index, cache, batch, resident=False)
-    run = ExecConfig(batch_size=batch, threads=1)
-    pipeline = train_pipeline(stage, ImageConfig(), run, seed=SEED)
+    execution = ExecConfig(batch_size=batch, threads=1)
+    pipeline = train_pipeline(stage, ImageConfig(), execution, seed=SEED)
     pipeline.build()
     return pipeline.reader_meta(READER)["epoch_size"]
 

@@ -148,7 +148,7 @@ class Bench:
         self.args = args
         self.device = torch.device("cpu" if args.device_id is None else f"cuda:{args.device_id}")
         batch_size, where = args.batch_size, args.device_id
-        self.run = ExecConfig(
+        self.execution = ExecConfig(
             batch_size=batch_size,
             device_id=where,
             threads=args.threads,
@@ -177,21 +177,21 @@ class Bench:
         stage = Stage(
             self.index,
             method,
-            batch_size=self.run.batch_size,
+            batch_size=self.execution.batch_size,
             cache=cache,
             **GUIDED,
         )
-        loader = self.source.loader(stage, self.image, self.run)
+        loader = self.source.loader(stage, self.image, self.execution)
         if synthetic:
             return Row(map(network.step, itertools.repeat(next(iter(loader)))), ahead=0)
-        ahead = self.source.ahead(self.run)
+        ahead = self.source.ahead(self.execution)
         if self.args.device_id is None:  # plans take no time beside a step there
-            ahead = self.run.prefetch + 1
+            ahead = self.execution.prefetch + 1
         return Row(map(network.step, endless(loader)), ahead, stage)
 
     def pass_rate(self, network: Network, folder: str) -> Callable[[], float]:
         """A function that makes a saliency pass over some images and returns img/s."""
-        images = (self.args.pass_steps or self.steps) * self.run.batch_size
+        images = (self.args.pass_steps or self.steps) * self.execution.batch_size
         part = self.index.subset(range(min(images, len(self.index))))
         pixels = self.source.pixels
         pixels = None if pixels is None else pixels[: len(part)]
@@ -199,13 +199,16 @@ class Bench:
         loaders = Loaders(data, self.image, sampling="shuffle", seed=SEED)
         amp = partial(autocast, self.args.amp, self.device)
         side = self.args.pass_size or self.image.size
-        image, run = replace(self.image, size=side, val_resize=side), self.run.for_inference(side)
-        if len(part) <= run.batch_size:
+        image, execution = (
+            replace(self.image, size=side, val_resize=side),
+            self.execution.for_inference(side),
+        )
+        if len(part) <= execution.batch_size:
             raise SystemExit(
-                f"a pass needs at least two batches of {run.batch_size}, got {len(part)} images; "
-                "pass a larger --pass-steps, or more images"
+                f"a pass needs at least two batches of {execution.batch_size}, got {len(part)} "
+                "images; pass a larger --pass-steps, or more images"
             )
-        passes = Passes(network.net, None, part, loaders, run, amp)
+        passes = Passes(network.net, None, part, loaders, execution, amp)
         return passes.maps(image, Path(folder, "pass.lmdb"))
 
 

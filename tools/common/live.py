@@ -48,19 +48,19 @@ def memory_loader(
     stage: Stage,
     pixels: np.ndarray,
     image: ImageConfig,
-    run: ExecConfig,
+    execution: ExecConfig,
     *,
     drop_last: bool = True,
 ) -> Loader:
     """Batches of pixels uint8 [N, H, W, 3], from the stage's first epoch on."""
     order = Order(
         stage.index.labels,
-        batch_size=run.batch_size,
+        batch_size=execution.batch_size,
         seed=SEED,
         start_epoch=stage.start_epoch,
     )
     images = ArrayImages(stage.index, pixels)
-    pipeline = memory.train_pipeline(stage, images, order, image, run)
+    pipeline = memory.train_pipeline(stage, images, order, image, execution)
     return Loader(pipeline, files.OUTPUTS, stage.index, drop_last=drop_last, order=order)
 
 

@@ -42,17 +42,17 @@ class Source:
             side, crop = self.pixels.shape[1], CropConfig(kind="pad")
         return ImageConfig(size=side, val_resize=side, crop=crop, **settings)
 
-    def loader(self, stage: Stage, image: ImageConfig, run: ExecConfig) -> Loader:
+    def loader(self, stage: Stage, image: ImageConfig, execution: ExecConfig) -> Loader:
         """Whole batches of the training pipeline."""
         if self.pixels is not None:
-            return memory_loader(stage, self.pixels, image, run)
-        pipeline = files.train_pipeline(stage, image, run, seed=SEED)
+            return memory_loader(stage, self.pixels, image, execution)
+        pipeline = files.train_pipeline(stage, image, execution, seed=SEED)
         return Loader(pipeline, files.OUTPUTS, stage.index, drop_last=True)
 
-    def ahead(self, run: ExecConfig) -> int:
+    def ahead(self, execution: ExecConfig) -> int:
         """Batches that may be finished before anybody asks for them."""
-        filled = 0 if self.pixels is None else planned_ahead(self.pixels, run.batch_size)
-        return run.prefetch + 1 + filled
+        filled = 0 if self.pixels is None else planned_ahead(self.pixels, execution.batch_size)
+        return execution.prefetch + 1 + filled
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
