@@ -223,8 +223,8 @@ def _class_folders(rows: list[Folder], key: Callable[[str], str]) -> dict[str, N
     that have most of the labels among them.
     """
     labels = {row.label for row in rows}
-    for place in range(min(len(row.parts) for row in rows)):
-        names = _tally((key(row.parts[place]), row.parts[place], row) for row in rows)
+    for depth in range(min(len(row.parts) for row in rows)):
+        names = _tally((key(row.parts[depth]), row.parts[depth], row) for row in rows)
         told = _told(names)
         known = {one.label for one in told.values()}
         if len(names) > 1 and _is_pure(names) and 2 * len(known) > len(labels):
@@ -251,7 +251,7 @@ def _endings(
     """The longest endings of folders, such as `kitchen/in`, that two lists share, for each list."""
 
     def of(row: Folder) -> list[tuple[str, str]]:
-        ends = ["/".join(row.parts[place:]) for place in range(len(row.parts))]
+        ends = ["/".join(row.parts[start:]) for start in range(len(row.parts))]
         return [("/".join(map(key, end.split("/"))), end) for end in ends]
 
     mine = _tally((name, shown, row) for row in rows for name, shown in of(row))

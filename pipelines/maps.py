@@ -116,7 +116,7 @@ class Maps:
             self._note(
                 f"saliency cache {self.cache.path!r} no longer has the maps that this run made "
                 f"before its checkpoint (its last pass is {found}): all maps are made anew, with "
-                f"the weights of now, for epoch {due}{advice}"
+                f"the present weights, for epoch {due}{advice}"
             )
         return due
 

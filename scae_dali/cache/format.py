@@ -430,5 +430,5 @@ def check_neighbors(neighbors: int, num_classes: int) -> None:
         not neighbors or num_classes <= CLASSES,
         f"neighbors must be 0 where there are more than {CLASSES:,} classes (a cache keeps the "
         f"neighbours of a class in 16 bits), got neighbors={neighbors} and {num_classes:,} "
-        "classes; with 0, tail classes are mixed with themselves alone",
+        "classes; with 0, samples of tail classes are mixed within their class alone",
     )

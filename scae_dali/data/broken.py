@@ -74,9 +74,9 @@ def fault(path: str) -> str | None:
 
 def _jpeg_fault(file: BinaryIO, size: int) -> str | None:
     """Walks the segments up to the first scan, as strictly as DALI's parser; then seeks the end."""
-    place, framed = 2, False
+    offset, framed = 2, False
     while True:
-        file.seek(place)
+        file.seek(offset)
         segment = file.read(9)
         if len(segment) < 4:
             return "is cut off (a JPEG that ends in its header)"
@@ -84,9 +84,9 @@ def _jpeg_fault(file: BinaryIO, size: int) -> str | None:
         if segment[0] != 0xFF or marker in (0x00, 0xD9):
             return "has a damaged header"
         if marker == 0xFF:  # a fill byte
-            place += 1
+            offset += 1
         elif marker in _BARE:
-            place += 2
+            offset += 2
         elif marker == _SOS:
             break
         else:
@@ -94,10 +94,10 @@ def _jpeg_fault(file: BinaryIO, size: int) -> str | None:
                 framed = True
                 if segment[5:7] == b"\0\0" or segment[7:9] == b"\0\0":
                     return "has a damaged header (a JPEG of no size)"
-            place += 2 + int.from_bytes(segment[2:4], "big")
+            offset += 2 + int.from_bytes(segment[2:4], "big")
     if not framed:
         return "has a damaged header (a JPEG without a frame)"
-    for start in (max(place, size - _TAIL), place):  # mostly the tail is enough
+    for start in (max(offset, size - _TAIL), offset):  # mostly the tail is enough
         file.seek(start)
         if b"\xff\xd9" in file.read():
             return None

@@ -132,13 +132,13 @@ def centred(grid: np.ndarray, centre: np.ndarray) -> np.ndarray:
 
 
 def _shifted(
-    grid: np.ndarray, degrees: np.ndarray, pixel: np.ndarray, place: np.ndarray
+    grid: np.ndarray, degrees: np.ndarray, pixel: np.ndarray, target: np.ndarray
 ) -> np.ndarray:
-    """`grid` with the shifts that bring a pixel to `place`, float64 [B, 2], its (g_y, g_x)."""
+    """`grid` with the shifts that bring a pixel to `target`, float64 [B, 2], its (g_y, g_x)."""
     cos, sin = _COS[degrees], _SIN[degrees]
     y, x = pixel[:, 0], pixel[:, 1]
-    grid[:, _SHIFT_Y] = (x * sin + y * cos - place[:, 0]) % grid[:, _CELL]
-    grid[:, _SHIFT_X] = (x * cos - y * sin - place[:, 1]) % grid[:, _CELL]
+    grid[:, _SHIFT_Y] = (x * sin + y * cos - target[:, 0]) % grid[:, _CELL]
+    grid[:, _SHIFT_X] = (x * cos - y * sin - target[:, 1]) % grid[:, _CELL]
     return grid
 
 

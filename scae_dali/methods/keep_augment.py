@@ -55,7 +55,7 @@ class Config(GuidedConfig, RectangleConfig, rand_augment.Config):
 
 
 class Method(Rectangle):
-    """The size of the rectangle is drawn as in Random Erasing, its place from the candidates that
+    """The size of the rectangle is drawn as in Random Erasing, its position from candidates that
     qualify: for `cut` the unimportant ones, for `paste` the important ones, all equally likely.
 
     Mode `paste` counts as erasing too. So it combines with no method that erases, which could erase
@@ -147,7 +147,7 @@ def _weights(
 def _quantile(values: np.ndarray, tau: float) -> np.ndarray:
     """The tau-quantile of each row, linear between two values: float64 [B, n] -> [B, 1]."""
     ordered = np.sort(values, axis=1)
-    place = tau * (values.shape[1] - 1)
-    low, high = math.floor(place), math.ceil(place)
+    at = tau * (values.shape[1] - 1)
+    low, high = math.floor(at), math.ceil(at)
     lower = ordered[:, low : low + 1]
-    return lower + (place - low) * (ordered[:, high : high + 1] - lower)
+    return lower + (at - low) * (ordered[:, high : high + 1] - lower)

@@ -41,7 +41,7 @@ def plan_of(name: str, box: np.ndarray, size_px: np.ndarray) -> dict[str, np.nda
 
 
 def paste(name: str, images: DataNode, others: DataNode, plan: Any) -> DataNode:
-    """Images (HWC) with the boxes of others, as large as they are, at the same place."""
+    """Images (HWC) with the boxes of others, as large as they are, at the same position."""
     anchors, shapes = (
         fn.reshape(plan.part(field, types.INT32), shape=[2, 2]) for field in fields(name)
     )

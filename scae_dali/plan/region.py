@@ -86,9 +86,9 @@ def saliency_at(saliency: np.ndarray, position: np.ndarray, axis_window: np.ndar
     v = axis_window[:, None, :, 0] + axis_window[:, None, :, 1] * (position + 0.5)
     inside = np.abs(v - 0.5) <= 0.5
     cells = np.array([gh, gw])
-    place = np.clip(v * cells - 0.5, 0.0, cells - 1)  # the centre of cell k is at k
-    low = np.floor(place).astype(np.int64)
-    t = place - low
+    at = np.clip(v * cells - 0.5, 0.0, cells - 1)  # the centre of cell k is at k
+    low = np.floor(at).astype(np.int64)
+    t = at - low
     ends = np.stack([low, np.minimum(low + 1, cells - 1)])  # [2, B, N, 2]
     # Of the four cells around each pixel: [2, 2, B, N].
     value = saliency[np.arange(b)[:, None], ends[:, None, :, :, 0], ends[None, :, :, :, 1]]
@@ -321,6 +321,6 @@ def _cell_weights(v: np.ndarray, cells: int) -> np.ndarray:
     """Along one axis, the weight of each cell at positions of the full frame; 0 outside the image.
     float64 [n] -> float64 [n, cells].
     """
-    place = np.clip(v * cells - 0.5, 0.0, cells - 1.0)
-    weight = np.maximum(1 - np.abs(place[:, None] - np.arange(cells)), 0.0)
+    at = np.clip(v * cells - 0.5, 0.0, cells - 1.0)
+    weight = np.maximum(1 - np.abs(at[:, None] - np.arange(cells)), 0.0)
     return weight * (np.abs(v - 0.5) <= 0.5)[:, None]

@@ -275,8 +275,8 @@ def _of_places(
     the images, or else a token changes where the image does. All, if neither decides."""
     axes = moved(model, module, shape, images, 3)
     if axes:
-        places = {"[B,N,C]": [1], "[B,C,N]": [2]}
-        return [layout for layout in found if axes == places[layout.axes]]
+        token_axes = {"[B,N,C]": [1], "[B,C,N]": [2]}
+        return [layout for layout in found if axes == token_axes[layout.axes]]
     return _local(found, images, model, module) or (found if len(found) > 1 else [])
 
 

@@ -240,7 +240,7 @@ class Stage:
         if self.mixes:
             if not self._run.grey_levels:
                 raise ValueError(
-                    "mean must be in grey levels where tail classes are mixed, for second images "
+                    "mean must be in grey levels where tail classes are mixed, because partners "
                     f"are fetched in [0, 255], got {self._run.mean}; call the stage before the "
                     "normalisation, or set mix_prob=0"
                 )

@@ -108,7 +108,7 @@ class Planner:
             share = np.tile([0.0, 0.0, 1.0, 1.0], (b, 1))
         else:
             share = window[:, :4] / np.tile(window[:, 4:], 2)
-        place = np.arange(b)
+        position = np.arange(b)
         plan = self._method.plan(
             Samples(
                 ids=ids,
@@ -118,7 +118,7 @@ class Planner:
                 window=share,
                 size_px=size_px,
                 iteration=iteration,
-                place=place % self.batch_size,
+                place=position % self.batch_size,
                 flip=flip,
             )
         )
@@ -126,7 +126,7 @@ class Planner:
         if "partner_id" in plan:
             partner = self._label(plan["partner_id"], ids)
         elif "source" in plan:
-            partner = labels[place - place % self.batch_size + plan["source"]]
+            partner = labels[position - position % self.batch_size + plan["source"]]
         table = np.empty((b, self._width))
         for name, value in {
             "label": labels,
