@@ -83,7 +83,7 @@ class State:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.epoch = self.step = 0  # the next ones; step counts within the epoch
         self.meter = Meter()
-        self.log: Log | None = None  # of the first rank
+        self.log: Log | None = None  # in the first rank alone
         self.pipeline_state: bytes | None = None
         self.loader: Loader | None = None
         self.val_loader = self.loaders.val(self.execution().for_inference(config.image.size))

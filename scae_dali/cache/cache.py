@@ -83,7 +83,7 @@ class SaliencyCache(CacheReader):
     locks: then nobody may write to it meanwhile.
     """
 
-    _pass: dict[str, Any] | None = None  # that this object has begun and not ended
+    _pass: dict[str, Any] | None = None  # the one that this object has begun and not ended
     _reserved: weakref.ref[Reservation] | None = None
 
     @classmethod

@@ -47,8 +47,8 @@ class Claim(Enum):
 
     OURS = auto()  # since before; or the file system has no locks, and nobody can tell
     TAKEN = auto()  # just now: another process may have written until then
-    PARENTS = auto()  # of the process that this one was forked from
-    THEIRS = auto()  # of another process that lives
+    PARENTS = auto()  # the process that this one was forked from is the one
+    THEIRS = auto()  # another living process is the one
 
 
 class Environment:
@@ -321,5 +321,5 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def _code(error: lmdb.Error, codes: tuple[int, ...]) -> int | None:
-    """Which of the codes an error of LMDB is; it has them in its text only."""
+    """Which of these codes an LMDB error has; only its text tells. None: none of them."""
     return next((code for code in codes if os.strerror(code) in str(error)), None)

@@ -69,8 +69,8 @@ __all__ = [
 FORMAT_VERSION = 1
 META, NEIGHBORS = b"meta", b"neighbors"
 KEY_BYTES = 8  # of a record key; the other keys are longer or shorter
-EPOCHS = 1 << 16  # that a stamp of 16 bits tells apart
-CLASSES = 1 << 16  # that neighbours of 16 bits tell apart
+EPOCHS = 1 << 16  # how many epochs a stamp of 16 bits tells apart
+CLASSES = 1 << 16  # how many classes neighbours of 16 bits tell apart
 CHUNK = 4096  # records a commit: some 290 KB at 7x7, one sync
 PROVENANCE = ("method", "model", "layer", "input_size")
 

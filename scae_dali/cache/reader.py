@@ -188,7 +188,7 @@ class CacheReader:
         return self._view(_version)
 
     def snapshot(self) -> Snapshot:
-        """All maps, of one moment."""
+        """A copy of all maps, at one moment."""
 
         def copy(txn: lmdb.Transaction) -> Snapshot:
             maps = np.zeros((self._samples, *self._grid), np.uint8)
@@ -201,7 +201,7 @@ class CacheReader:
         return self._view(copy)
 
     def resident(self) -> ResidentCache:
-        """All maps in memory, N·h·w bytes."""
+        """The same cache with all maps in memory, N·h·w bytes."""
         resident = ResidentCache(self)
         resident.refresh()
         return resident

@@ -1,4 +1,4 @@
-"""Which image files are broken: a quick look at their first and last bytes, without decoding.
+"""Finds broken image files by a quick look at their first and last bytes, without decoding.
 
 It finds files that are missing, empty, no image, damaged in the header, or cut off. DALI's decoder
 mends some of them: `decodes` tries it with one file. `explain` turns an error of DALI into one for

@@ -49,7 +49,7 @@ class Names:
                 for name, member in zip(relative, members, strict=True)
             ]
             found = self._find(short)
-            if (left := np.flatnonzero(found < 0)).size:  # of an archive that is named for some
+            if (left := np.flatnonzero(found < 0)).size:  # not listed behind their archive
                 alone = [_member(m) if (m := members[k]) else short[k] for k in left.tolist()]
                 found[left] = self._find(alone)
             ids[unknown] = found
@@ -67,7 +67,7 @@ class Names:
     def _relative(self, name: str) -> str:
         prefix = os.path.join(self._root, "")
         name = name[len(prefix) :] if self._root and name.startswith(prefix) else name
-        return name.removeprefix("./")  # as readers name files of their file_root
+        return name.removeprefix("./")  # readers name files of their file_root so
 
     def _prefix(self, archive: str) -> str:
         """What `files` has before the members of an archive: the longest that is known, or ""."""
@@ -106,7 +106,7 @@ class Names:
 
 
 def _member(match: re.Match[str]) -> str:
-    return match[3].removeprefix("./")  # as `tar cf x.tar .` has it
+    return match[3].removeprefix("./")  # `tar cf x.tar .` names members so
 
 
 def _apart(archive: str, other: str) -> str:

@@ -1,4 +1,4 @@
-"""Which sample comes when: the order of every epoch as a pure function of (seed, epoch).
+"""The order of the samples in every epoch, as a pure function of (seed, epoch).
 
 Pipelines that feed DALI themselves use it: for images in memory, and for sampling by class. DALI's
 file reader has an order of its own.

@@ -1,4 +1,4 @@
-"""Which rectangle to erase: its size, and its centre by eq. 4, exactly, over the crop's pixels.
+"""Draws the rectangle to erase: its size, and its centre by eq. 4, exactly, over the crop's pixels.
 
 Â is bilinear between the centres of the map's cells (`align_corners=False`), constant beyond the
 outermost ones, and 0 outside the image. Summing exp(λ·Â) over every pixel of every crop would take

@@ -1,4 +1,4 @@
-"""Which layer of a network a saliency method looks at: by its name, or by the network's family.
+"""Finds the layer that a saliency method looks at: by its name, or by the network's family.
 
 It also finds the classifier, the network inside its wrappers, and a layer to recommend in an error.
 """

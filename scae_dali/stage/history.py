@@ -107,7 +107,7 @@ def _step(node: DataNode, seen: dict[str, History | None]) -> History | None:
         return None
     if kind == "Merge":  # the last input tells which branch
         return _merged([one for one in (_history(i, seen) for i in inputs[:-1]) if one])
-    if kind == "_ArithmeticGenericOp":  # of two images, as in a mix, the first is looked at
+    if kind == "_ArithmeticGenericOp":  # with two images, as in a mix, the first one counts
         before = next((one for one in (_history(i, seen) for i in inputs) if one), None)
         return None if before is None else _calculated(node, before)
     before = _history(inputs[0], seen)

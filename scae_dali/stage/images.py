@@ -1,4 +1,4 @@
-"""From the files of an index to normalised images: what pipelines do with DALI's own operators.
+"""Turns the files of an index into normalised images, by DALI's own operators.
 
 All of it is called while a pipeline is being defined. GPU decoding of a region of interest is
 reported to crash the process with nvImageCodec 0.9 (NVIDIA/nvImageCodec#55), so the decode path

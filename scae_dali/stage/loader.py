@@ -1,4 +1,4 @@
-"""From a DALI pipeline to torch batches, epoch by epoch, with a state that can be saved."""
+"""Turns the outputs of a DALI pipeline into torch batches, with a state that can be saved."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence

@@ -46,7 +46,7 @@ class Log:
     """
 
     def __init__(self, out: Path, first_epoch: int, saved: str = "") -> None:
-        from torch.utils.tensorboard import SummaryWriter  # of the extra `train`
+        from torch.utils.tensorboard import SummaryWriter  # needs the extra `train`
 
         self._path = out / "metrics.jsonl"
         self.rows = known_rows(self._path, saved)[:first_epoch]

@@ -77,7 +77,7 @@ def draw(
     xlabel: str = "samples",
 ) -> None:
     """Draws lines on two logarithmic axes: panels[label of the y axis][name] = points (x, y)."""
-    from matplotlib.figure import Figure  # of the extra `train`
+    from matplotlib.figure import Figure  # needs the extra `train`
 
     figure = Figure(figsize=(7.5 * len(panels), 6), layout="constrained")
     for axes, (label, lines) in zip(

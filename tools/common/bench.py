@@ -136,7 +136,7 @@ def report(
 def draw(panels: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Draws the ratios as bars, with half the interquartile range to either side. panels: title ->
     rows; all panels have rows of the same names."""
-    from matplotlib.figure import Figure  # of the extra `train`
+    from matplotlib.figure import Figure  # needs the extra `train`
 
     across = min(3, len(panels))
     down = -(-len(panels) // across)

@@ -166,7 +166,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
 
     Draws nothing if there is no gain.
     """
-    from matplotlib.figure import Figure  # of the extra `train`
+    from matplotlib.figure import Figure  # needs the extra `train`
 
     groups = [rows for rows in parts(report) if any(row["gain"] for row in rows)]
     if not groups:
