@@ -298,10 +298,10 @@ class Stage:
             told=told,
         )
         inputs = (ids, self._iteration(), *frames, *sizes)
-        run, function = fn.python_function, operator.python
+        call, function = fn.python_function, operator.python
         if self._by_torch:
-            run, function = fn.dl_tensor_python_function, operator.torch
-        row, single = run(*inputs, function=function, num_outputs=2, batch_processing=True)
+            call, function = fn.dl_tensor_python_function, operator.torch
+        row, single = call(*inputs, function=function, num_outputs=2, batch_processing=True)
         return PlanNodes(row, single, operator.planner)
 
     def planner(self, random_crop: CropConfig | None = None, *, keyed: bool = False) -> Planner:
