@@ -45,7 +45,7 @@ class PlanNodes:
     """The plan of a batch inside a graph: its rows, and its columns by name, as DALI nodes.
 
     row: float64 [K] a sample, on the CPU. single: the same in float32. planner: says which columns
-    a row has. partners_mixed: whether the images have their partners in them, where any are planned.
+    a row has. partners_mixed: whether the planned partners have been mixed into the images.
 
     A part is cut out of the row when it is asked for, and a pipeline had better give out the whole
     row, which `Loader` takes apart: DALI hands every sample of every operator on the CPU to its
