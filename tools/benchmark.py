@@ -1,4 +1,4 @@
-"""Measure something: `python tools/benchmark.py NAME [options]`; NAME --help tells the options.
+"""Run a benchmark: `python tools/benchmark.py NAME [options]`. NAME --help explains the options.
 
 Every benchmark is a module of tools/benchmarks/, whose first lines say what it measures and how.
 """
