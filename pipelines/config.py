@@ -27,7 +27,7 @@ class ImageConfig:
         dtype: Type of the images that the network gets. `fp16` needs amp.
         layout: Memory layout of the images that the network gets.
         mean: Mean of the data set that is subtracted, one grey level in [0, 255] a channel (RGB).
-        std: Standard deviation that the images are divided by, one value a channel, as mean.
+        std: Standard deviation that the images are divided by, in grey levels, one a channel (RGB).
     """
 
     size: int = 224

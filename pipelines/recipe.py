@@ -30,15 +30,18 @@ class SaliencyConfig:
     Args:
         source: `pass` makes the maps by Grad-CAM on whole images, in separate passes. `harvest`
             takes them from the forward passes of training; the network must end in a pooling and
-            one linear layer. `both` makes passes over `share` of the images and harvests the rest.
-        share: Share of the images that each pass sees, those with the oldest maps first.
+            one linear layer. `both` makes passes over `share` of the images, and harvests the maps
+            of the others.
+        share: Share of the images, above 0 and at most 1, that each pass sees: those with the
+            oldest maps first.
         cache: LMDB cache of the maps. null puts saliency.lmdb into the run's folder, one for each
             node.
         layer: Name of the module whose output Grad-CAM looks at. null takes the usual one of the
             network's family.
         batch_size: Batch size of a pass in one process. null takes that of training, or a larger
             one on a GPU if the images are small.
-        size: Side in pixels that a pass stretches whole images to. null takes image.size.
+        size: Side in pixels of the square to which a pass resizes whole images. null takes
+            image.size.
     """
 
     source: Literal["pass", "harvest", "both"] = "pass"
@@ -123,9 +126,10 @@ class Config:
             equally often, as often as the largest class has images.
         saliency: Saliency maps, for methods that look at them
         epochs: Number of epochs, T in eq. 5.
-        batch_size: Batch size of one process.
+        batch_size: Number of images in a batch of one process.
         threads: DALI's CPU threads in one process.
-        hw_decoder_load: Share of a batch that the GPU's JPEG engine decodes, if the GPU has one.
+        hw_decoder_load: Share of a batch, from 0 to 1, that the GPU's JPEG engine decodes, if the
+            GPU has one.
         device: Where to train; `auto` takes a GPU if there is one.
         amp: Mixed precision, as the type that torch.autocast computes in.
         channels_last: Keep the network's weights and the images in channels-last memory format.

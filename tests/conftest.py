@@ -1,5 +1,8 @@
 """Small data that the tests make themselves, and tools as users run them."""
 
+import contextlib
+import importlib
+import io
 import os
 import pickle
 import subprocess
@@ -22,11 +25,32 @@ TOOLS = ROOT / "tools"
 sys.path[:0] = sorted({str(path.parent) for path in (ROOT / "tests").rglob("*.py")})
 
 
-def run(tool, *arguments, status=0, timeout=300):
-    """What a tool printed, run as users do; fails unless it ended with this status."""
+def run(tool, *arguments, status=0):
+    """What a tool printed, run in this process; fails unless it ended with this status."""
+    module = importlib.import_module(f"tools.{tool}")
+    said = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+    ):
+        patch.setattr(sys, "argv", [str(TOOLS / f"{tool}.py"), *map(str, arguments)])
+        try:
+            ended = module.main()
+        except SystemExit as stop:
+            ended = stop.code
+    if isinstance(ended, str):  # as the interpreter does
+        said.write(ended)
+        ended = 1
+    assert (ended or 0) == status, said.getvalue()
+    return said.getvalue()
+
+
+def run_script(tool, *arguments, status=0):
+    """The same in a process of its own, as users run it."""
     strict = ["-W", "error", "-W", "ignore::DeprecationWarning:gast.astn"]  # as in pyproject.toml
     command = [sys.executable, *strict, str(TOOLS / f"{tool}.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -152,7 +176,7 @@ def tailed_cache(tailed, tmp_path_factory) -> SaliencyCache:
 
 def weights_of(name, classes, path):
     """Weights of a random network, in a file; the network."""
-    from pipelines.recipe import make_network
+    from scae_dali.training.networks import make_network
 
     torch.manual_seed(1)
     net = make_network(name, classes).eval()

@@ -1,4 +1,4 @@
-"""Run a benchmark: `python tools/benchmark.py NAME [options]`; NAME --help shows its options.
+"""Run a benchmark: `python tools/benchmark.py NAME [options]`. NAME --help explains the options.
 
 Every benchmark is a module of tools/benchmarks/, whose first lines say what it measures and how.
 """

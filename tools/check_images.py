@@ -100,12 +100,27 @@ def folder(data: str, split: str | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    add_data(parser, type=str, required=True, help="the images: DIR/train/<class>/<image>")
-    parser.add_argument("--split", metavar="NAME", help="folder in DIR; default: train")
-    parser.add_argument("--list", metavar="FILE", help="`path label` lines, relative to --data")
-    parser.add_argument("--out", metavar="FILE", help="write the broken ones there, one a line")
-    parser.add_argument("--decode", action="store_true", help="decode every image too")
-    parser.add_argument("--threads", type=count, default=4, help="of the decoder")
+    add_data(parser, type=str, required=True, help="folder of the data set")
+    parser.add_argument(
+        "--split", metavar="NAME", help="folder in DIR whose images are checked; default: train"
+    )
+    parser.add_argument(
+        "--list",
+        metavar="FILE",
+        help="text file of the images to check, instead of a folder; each line is a path relative "
+        "to --data, a space and the number of the class",
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="write the paths of broken images to FILE, one a line"
+    )
+    parser.add_argument(
+        "--decode",
+        action="store_true",
+        help="decode every image; without it, only those that look broken",
+    )
+    parser.add_argument(
+        "--threads", type=count, default=4, help="CPU threads that decode; default: %(default)s"
+    )
     arguments = parser.parse_args(argv)
     try:
         if arguments.list:

@@ -18,8 +18,12 @@ from tools.common.options import parser_of
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--json", type=Path, default=None, metavar="OUT")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, which is its --out"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="OUT", help="write the figures to OUT as JSON"
+    )
     return parser.parse_args(argv)
 
 

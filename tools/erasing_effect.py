@@ -1,4 +1,4 @@
-"""What does guidance take away? A trained network on its own training images, erased at several λ.
+"""Measure what erasing at several λ takes from a trained network, on its own training images.
 
     python tools/erasing_effect.py runs/scae --lam=-2,0,2,8 --json OUT
 
@@ -43,11 +43,25 @@ WHOLE = np.array([[0.0, 0.0, 1.0, 1.0]])  # the window of an image that is seen 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
-    add_data(parser, type=str, help="train.py's data.root, if not the run's")
-    parser.add_argument("--lam", default="-2,0,1,2,4,8", metavar="λ,λ,...")
-    parser.add_argument("--images", type=int, default=5000, help="so many at most, evenly spaced")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=None, metavar="OUT")
+    add_data(parser, type=str, help="folder of the data set; default: the --data.root of the run")
+    parser.add_argument(
+        "--lam",
+        default="-2,0,1,2,4,8",
+        metavar="λ,λ,...",
+        help="values of λ, joined by commas; default: %(default)s",
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=5000,
+        help="how many training images are taken at most, evenly spaced; default: %(default)s",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the rectangles; default: %(default)s"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="OUT", help="write the figures to OUT as JSON"
+    )
     args = parser.parse_args(argv)
     try:
         args.lam = [float(value) for value in args.lam.split(",")]

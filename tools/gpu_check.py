@@ -1,4 +1,4 @@
-"""Does a GPU do what the CPU does? Every pipeline and every method, compared with the CPU's result.
+"""Compare every pipeline and every method on a GPU with the same on the CPU.
 
     python tools/gpu_check.py --data imagenet --json tools/results/gpu_check.json
     python tools/gpu_check.py --dry-run
@@ -169,15 +169,38 @@ def run_all(args: argparse.Namespace) -> list[dict]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    add_data(parser, help="the images: DIR/train/<class>/<image>; default: drawn images")
+    add_data(
+        parser,
+        help="folder of the data set, with images in DIR/train/<class>/; default: the command "
+        "draws images",
+    )
     add_device(parser, "0", type=device)
     parser.add_argument(
-        "--only", default="*", metavar="A,B,...", help="such as 'val/*,train/scae/*'"
+        "--only",
+        default="*",
+        metavar="A,B,...",
+        help="names or patterns of the checks to run, such as 'val/*,train/scae/*'; default: all",
     )
-    parser.add_argument("--timeout", type=positive, default=120, metavar="SECONDS", help="a check")
-    parser.add_argument("--jobs", type=count, default=1, metavar="N", help="checks at a time")
-    parser.add_argument("--dry-run", action="store_true", help="list the checks; needs no GPU")
-    parser.add_argument("--json", type=Path, default=None, metavar="OUT")
+    parser.add_argument(
+        "--timeout",
+        type=positive,
+        default=120,
+        metavar="SECONDS",
+        help="seconds after which a check is stopped; default: %(default)s",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=count,
+        default=1,
+        metavar="N",
+        help="how many checks run at once; default: %(default)s",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only list the checks, for which no GPU is needed"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="OUT", help="write the results to OUT as JSON"
+    )
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.names = [

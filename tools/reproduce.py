@@ -1,4 +1,4 @@
-"""Run a table of SCAE's paper again, cell by cell and seed by seed, and report it beside the paper.
+"""Train the cells of a table of the paper with several seeds, and report them beside its figures.
 
     python tools/reproduce.py --table 3 --data DIR --out runs --dry-run    # what, and how long
     python tools/reproduce.py --table 3 --data DIR --out runs --jobs 2
@@ -44,20 +44,69 @@ OURS = {
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("--table", type=int, required=True, choices=sorted(TABLES))
-    add_data(parser, type=str, help="train.py's data.root")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
-    parser.add_argument("--methods", type=_names, metavar="A,B", help="cells of the table")
-    parser.add_argument("--sections", type=_names, metavar="A,B", help="parts of the table")
-    parser.add_argument("--models", type=_names, metavar="A,B", help="networks of train.py")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--epochs", type=int, help="instead of the recipe's; schedules shrink too")
-    parser.add_argument("--rate", type=float, metavar="IMG_PER_S", help="of one run, to estimate")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
-    parser.add_argument("--report", action="store_true", help="report only; run nothing")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="default: OUT/table<N>.json")
-    parser.add_argument("options", nargs="*", metavar="-- OPTION", help="for train.py")
+    parser.add_argument(
+        "--table",
+        type=int,
+        required=True,
+        choices=sorted(TABLES),
+        help="number of the table in the paper",
+    )
+    add_data(parser, type=str, help="folder of the data set, as --data.root of train.py")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the runs and the report"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=3,
+        help="number of seeds for each cell; the seeds are 0, 1, 2, …; default: %(default)s",
+    )
+    parser.add_argument(
+        "--methods",
+        type=_names,
+        metavar="A,B",
+        help="methods (rows of the table) to train; default: all",
+    )
+    parser.add_argument(
+        "--sections",
+        type=_names,
+        metavar="A,B",
+        help="sections of the table to train; default: all",
+    )
+    parser.add_argument(
+        "--models",
+        type=_names,
+        metavar="A,B",
+        help="networks to train; default: those of the table",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="how many runs train at once; default: %(default)s"
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        help="number of epochs, instead of the recipe's; schedules are shortened in proportion",
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        metavar="IMG_PER_S",
+        help="images per second of one run, from which the time is estimated; default: it is "
+        "measured",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only print which runs are left, and about how long they take",
+    )
+    parser.add_argument("--report", action="store_true", help="only report the runs that there are")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="file of the report; default: table<N>.json in --out",
+    )
+    parser.add_argument("options", nargs="*", metavar="-- OPTION", help="options for train.py")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     args.place = args.out / f"table{args.table}"

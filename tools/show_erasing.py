@@ -1,4 +1,4 @@
-"""A picture of what the pipeline erases: saliency, eq. 4 and the rectangles, image by image.
+"""Draw a sheet of images with their saliency maps and with what the pipeline erases.
 
     python tools/show_erasing.py --data imagenet --cache maps.lmdb --lam 0,2,5 --out sheet.png
 
@@ -37,15 +37,41 @@ Array = NDArray[Any]
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     add_data(parser, required=True)
-    parser.add_argument("--cache", required=True, help="the saliency cache of these images")
+    parser.add_argument(
+        "--cache", required=True, help="folder of the saliency cache of these images"
+    )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--images", type=int, default=4, help="so many, evenly spaced")
-    which.add_argument("--ids", default=None, metavar="3,5,8", help="these places in the index")
-    parser.add_argument("--lam", default="0,2,5", metavar="λ,λ,...")
-    parser.add_argument("--epoch", type=int, default=1, help="another one gives other draws")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=224, help="side of the crop in pixels")
-    parser.add_argument("--out", required=True, metavar="PNG")
+    which.add_argument(
+        "--images",
+        type=int,
+        default=4,
+        help="how many images are shown, evenly spaced in the list of files; default: %(default)s",
+    )
+    which.add_argument(
+        "--ids",
+        default=None,
+        metavar="3,5,8",
+        help="which images are shown, by their place in the list of files, from 0",
+    )
+    parser.add_argument(
+        "--lam",
+        default="0,2,5",
+        metavar="λ,λ,...",
+        help="values of λ, joined by commas; default: %(default)s",
+    )
+    parser.add_argument(
+        "--epoch",
+        type=int,
+        default=1,
+        help="epoch whose crops and rectangles are shown; default: %(default)s",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the crops and rectangles; default: %(default)s"
+    )
+    parser.add_argument(
+        "--size", type=int, default=224, help="side of the crop in pixels; default: %(default)s"
+    )
+    parser.add_argument("--out", required=True, metavar="PNG", help="picture to write")
     args = parser.parse_args(argv)
     try:
         args.lam = [float(value) for value in args.lam.split(",")]

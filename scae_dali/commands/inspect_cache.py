@@ -1,4 +1,4 @@
-"""Show what a saliency cache holds: its meta record, coverage, flat and old maps, its size."""
+"""Show what a saliency cache holds: how its maps were made, how many there are, and their age."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def text(facts: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("cache", metavar="CACHE", help="the directory, such as imagenet.lmdb")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("cache", metavar="CACHE", help="folder of the cache, such as imagenet.lmdb")
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     args = parser.parse_args(argv)
     try:
         with SaliencyCache(args.cache) as cache:

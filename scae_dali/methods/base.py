@@ -122,8 +122,8 @@ class GuidedConfig(Config):
     """The settings of a method that looks at saliency maps.
 
     Args:
-        refresh_every: Epochs between two saliency passes. 0 means that the cache was built offline
-            and stays as it is.
+        refresh_every: Epochs between two saliency passes. 0 makes no passes: the cache was built
+            beforehand and stays as it is.
     """
 
     refresh_every: int = 10

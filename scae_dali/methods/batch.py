@@ -27,7 +27,7 @@ class BatchMixConfig(base.Config):
     """Mixing images of one batch.
 
     Args:
-        prob: Probability of mixing.
+        prob: Probability that an image, or with per=batch a batch, is mixed.
         alpha: The weight of a mix is drawn from Beta(alpha, alpha).
         per: `sample` draws for each image, `batch` draws once for all images of a batch, as the
             authors' code does.

@@ -28,8 +28,8 @@ class ClassAdaptiveConfig(GuidedConfig):
     Args:
         lam_max: λ at the end of the run: how strongly the map guides the erasing (eq. 5). A
             negative value protects the salient region.
-        p_min: Probability of erasing that the rarest classes tend to (eq. 7).
-        p_max: Probability of erasing for images of the largest class (eq. 7).
+        p_min: Lowest probability of erasing, to which it falls for the rarest classes (eq. 7).
+        p_max: Probability of erasing an image of the largest class (eq. 7).
         gamma: Exponent of the class frequency in the probability of erasing (eq. 7). 0 erases every
             class with p_max.
         class_aware: If false, every class is erased with p_max, and no image is mixed.
@@ -39,9 +39,9 @@ class ClassAdaptiveConfig(GuidedConfig):
             being erased (β in eq. 8).
         mix_alpha: The weight of a mixed image is drawn from Beta(mix_alpha, mix_alpha) (α in
             eq. 8).
-        neighbors: How many of the nearest classes a partner may come from, besides the image's own
-            class. All of these classes are equally likely. 0 takes partners from the own class
-            only.
+        neighbors: The second image of a mix is of the image's own class, or of one of this many
+            classes whose classifier weights are most alike. All of these are equally likely. 0
+            takes second images of the own class alone.
         tail_erase: How often an image of a tail class that is not mixed is erased: `class` by the
             probability of its class, `always` every time.
         tail_lambda: λ of tail classes at the end of the run, instead of lam_max. -1 protects their

@@ -32,7 +32,7 @@ class Config(GuidedConfig, RectangleConfig, rand_augment.Config):
     Args:
         mode: `cut` erases a rectangle that is not important. `paste` applies RandAugment and puts
             an important rectangle back; `fill` then has no effect.
-        prob: Probability of erasing, or of putting back.
+        prob: Probability that a rectangle is erased, or with mode=paste put back.
         tau: A rectangle is important if its mean saliency is above this quantile of random
             rectangles of its size.
         candidates: How many random rectangles the quantile is taken from.

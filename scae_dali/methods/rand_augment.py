@@ -18,7 +18,7 @@ class Config(policy.PolicyConfig):
     Args:
         n: How many operations are applied to an image, one after the other.
         m: Magnitude of the operations, from 0 to bins - 1.
-        bins: Number of magnitudes.
+        bins: Number of magnitudes that m chooses from.
     """
 
     n: int = 2

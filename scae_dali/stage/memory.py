@@ -111,6 +111,7 @@ class FedPlan(PlanNodes):
         self._parts: list[tuple[slice | int, npt.DTypeLike]] = []
         self._fill: np.ndarray | None = None  # fill of boxes; None: the graph erases
         self.planner = stage.planner(crop, keyed=True)
+        self.partners_mixed = True
         self.images = on_device(self._feed(lambda block: block.images, layout="HWC"))
         self.row = self._feed(lambda block: block.rows)
         if not self._crops_here:

@@ -45,7 +45,7 @@ class PlanNodes:
     """The plan of a batch inside a graph: its rows, and its columns by name, as DALI nodes.
 
     row: float64 [K] a sample, on the CPU. single: the same in float32. planner: says which columns
-    a row has.
+    a row has. partners_mixed: whether the planned partners have been mixed into the images.
 
     A part is cut out of the row when it is asked for, and a pipeline had better give out the whole
     row, which `Loader` takes apart: DALI hands every sample of every operator on the CPU to its
@@ -55,6 +55,7 @@ class PlanNodes:
     def __init__(self, row: DataNode, single: DataNode, planner: Planner) -> None:
         self.row = row
         self.planner = planner
+        self.partners_mixed = False
         self._single = single
 
     def part(self, name: str, dtype: types.DALIDataType, within: slice = slice(None)) -> DataNode:
@@ -337,7 +338,16 @@ class Stage:
         )
 
     def apply(self, images: DataNode, plan: PlanNodes) -> DataNode:
-        """Do to images (HWC, CPU or GPU) what is planned."""
+        """Do to images (HWC, CPU or GPU) what is planned.
+
+        Raises ValueError where the method mixes in partners and `partner.mix` has not been called.
+        """
+        if self.mixes and not plan.partners_mixed:
+            raise ValueError(
+                "images must be mixed with their partners before apply where the method mixes, or "
+                "the labels would be mixed alone: call the stage itself, which does both, or "
+                "partner.mix before apply, or set mix_prob=0"
+            )
         return self._method.apply(images, plan)
 
     @do_not_convert

@@ -89,13 +89,13 @@ class LossConfig:
     """The loss: cross-entropy against the mixed labels.
 
     Args:
-        label_smoothing: Share of the label that is spread over all classes.
+        label_smoothing: Share of the label, from 0 to below 1, that is spread over all classes.
         smoothing_head: Label-aware smoothing (MiSLAS), instead of label_smoothing: the share for
-            the largest class.
-        smoothing_tail: The share for the smallest class. For classes in between it follows a sine
-            of their size.
-        class_balanced: β of class-balanced weights of the classes, 0.9999 in their paper. 0 weighs
-            all classes alike.
+            the largest class, from 0 to below 1.
+        smoothing_tail: The share for the smallest class in label-aware smoothing. For classes in
+            between, the share follows a sine of their size.
+        class_balanced: β of class-balanced weights in the loss (Cui et al., CVPR 2019), who take
+            0.9999. 0 weighs all classes alike.
         defer: Epoch from which the class-balanced weights act (deferred re-weighting).
     """
 

@@ -20,18 +20,18 @@ class OptimConfig:
     """SGD with Nesterov momentum.
 
     Args:
-        lr: Learning rate, for the batches of all processes together.
-        momentum: Nesterov momentum.
-        weight_decay: Weight decay (L2).
+        lr: Learning rate. With several processes, it is the one for their batches together.
+        momentum: Nesterov momentum, from 0 (none) to below 1.
+        weight_decay: Weight decay (L2); 0 is none.
         decay_norms: Whether weight decay also acts on biases and on the weights of norm layers.
         schedule: `step` multiplies the learning rate by `factor` at each of the `milestones`.
             `cosine` lowers it to `lr_min` along a cosine.
         milestones: Epochs at which schedule=step lowers the learning rate.
         factor: What schedule=step multiplies the learning rate by.
         lr_min: Learning rate at the end of schedule=cosine.
-        warmup_epochs: Epochs over which the learning rate first rises linearly to lr.
-        ema: Decay, for each step, of an averaged copy of the weights, which is then the one
-            validated and saved. 0 averages nothing.
+        warmup_epochs: Epochs at the start in which the learning rate rises linearly to lr.
+        ema: Keep a running average of the weights with this decay a step, from 0 to below 1, and
+            validate and save the average. 0 averages nothing.
     """
 
     lr: float = 0.1

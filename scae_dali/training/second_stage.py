@@ -26,8 +26,8 @@ class SecondStageConfig:
         classifier: `reset` trains a new classifier (cRT). `scale` trains only a factor for each
             class (LWS). `tune` trains the old classifier on, and a factor for each class
             (MiSLAS). null trains the whole network: no second stage.
-        weights: weights.pt of the first stage.
-        classifier_lr: Factor of the learning rate for the classifier's own weights.
+        weights: Path of weights.pt in the folder of the first run.
+        classifier_lr: The learning rate of the classifier's own weights is `optim.lr` times this.
         train_norms: Whether the BatchNorm layers of the frozen features normalise by the batch and
             update their running statistics.
     """

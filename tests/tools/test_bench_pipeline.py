@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import run, write_images
+from conftest import run, run_script, write_images
 from PIL import Image
 
 from pipelines.config import ExecConfig, ImageConfig
@@ -206,7 +206,7 @@ def test_peers_normalise_whole_images_alike(tmp_path, start_method, peer):
 def test_processes(tmp_path, images):
     out = tmp_path / "bench.json"
     size = ["--size", 32, "--batch-size", 2, "--samples", 50, "--plans", 5, "--rounds", 2]
-    run("benchmark", "processes", "--data", images, "--repeat", 2, *size, "--json", out)
+    run_script("benchmark", "processes", "--data", images, "--repeat", 2, *size, "--json", out)
     result = json.loads(out.read_text())
     rows = {row["name"]: row for row in result["rows"]}
     names = ["none", "scae", "plan", "plan without maps", "lookups"]

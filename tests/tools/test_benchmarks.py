@@ -96,7 +96,7 @@ def test_saliency_pass(tmp_path, images):
     ("name", "options", "rows"),
     [
         ("operator", ["--batch-size", 16, "--size", 32, "--samples", 2000], 21),
-        ("cache", ["--batch", 64], 7),
+        ("cache", ["--batch", 64, "--records", "1e4", "--processes", "1", "--seconds", 0.1], 7),
     ],
 )
 def test_a_benchmark_in_a_minute_with_a_plot(tmp_path, name, options, rows):

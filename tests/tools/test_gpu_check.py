@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import run, write_images
+from conftest import run, run_script, write_images
 
 from scae_dali.methods import BUILT_IN
 
@@ -19,51 +19,75 @@ def test_gpu_check_lists_every_method():
     assert not [name for name in listed if name.startswith("_")]
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("train/scae/roi/fp16-NHWC", ["python: 24 images", "torch: 24 images"]),
-        ("mix/roi/fp16-NHWC", ["72 images", "mixed", "batches had none"]),
-        ("user-mix", ["72 images", "mixed"]),
-        ("arrays/scae/fp16-NHWC", ["45 images", "mixed"]),
-        ("saliency-arrays/fp32-NCHW", ["45 images", "maps: mean |difference| 0.0000"]),
-        ("harvest/plain", ["maps, mean |difference| 0.0000"]),
-        ("erase/noise", ["roughness of the noise"]),
-        ("compile/reduce-overhead", ["skipped"]),
-    ],
-)
-def test_gpu_check_passes_on_the_cpu(tmp_path, name, expected):
-    out = tmp_path / "checks.json"
-    run("gpu_check", "--device", "cpu", "--only", name, "--json", out)
-    result = json.loads(out.read_text())
-    assert {"command", "commit", "hardware", "versions", "complete", "checks"} == set(result)
-    assert result["complete"]
-    (check,) = result["checks"]
+PASSES = {
+    "train/scae/roi/fp16-NHWC": ["python: 24 images", "torch: 24 images"],
+    "mix/roi/fp16-NHWC": ["72 images", "mixed", "batches had none"],
+    "user-mix": ["72 images", "mixed"],
+    "arrays/scae/fp16-NHWC": ["45 images", "mixed"],
+    "saliency-arrays/fp32-NCHW": ["45 images", "maps: mean |difference| 0.0000"],
+    "harvest/plain": ["maps, mean |difference| 0.0000"],
+    "erase/noise": ["roughness of the noise"],
+    "compile/reduce-overhead": ["skipped"],
+}
+FAILS = {
+    "_crash": "killed by SIGABRT",
+    "_differ/images": "allowed are 3.0",
+    "_differ/boxes": "AssertionError: boxes differ",
+}
+
+
+@pytest.fixture(scope="module")
+def passed(tmp_path_factory):
+    """The report of all PASSES, by the script as users run it."""
+    out = tmp_path_factory.mktemp("passed") / "checks.json"
+    run_script("gpu_check", "--device", "cpu", "--only", ",".join(PASSES), "--json", out)
+    return json.loads(out.read_text())
+
+
+def test_gpu_check_reports_what_it_ran(passed):
+    assert {"command", "commit", "hardware", "versions", "complete", "checks"} == set(passed)
+    assert passed["complete"]
+    assert {check["name"] for check in passed["checks"]} == set(PASSES)
+    assert len(passed["checks"]) == len(PASSES)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_gpu_check_passes_on_the_cpu(passed, name):
+    (check,) = (check for check in passed["checks"] if check["name"] == name)
     assert check["ok"]
-    assert check["name"] == name
-    assert all(part in check["detail"] for part in expected), check["detail"]
+    assert all(part in check["detail"] for part in PASSES[name]), check["detail"]
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("_crash", "killed by SIGABRT"),
-        ("_hang", "no end after 2.0 s"),
-        ("_differ/images", "allowed are 3.0"),
-        ("_differ/boxes", "AssertionError: boxes differ"),
-    ],
-)
-def test_gpu_check_reports_what_fails(tmp_path, name, expected):
-    images = tmp_path / "data"
-    write_images(images, {"a": 3, "b": 3})
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images") / "data"
+    write_images(root, {"a": 3, "b": 3})
+    return root
+
+
+@pytest.fixture(scope="module")
+def failed(images, tmp_path_factory):
+    """The rows of FAILS. Each check ends its process, and the next one has a new one."""
+    out = tmp_path_factory.mktemp("failed") / "checks.json"
+    options = ["--only", ",".join(FAILS), "--data", images, "--json", out]
+    said = run_script("gpu_check", "--device", "cpu", *options, status=1)
+    assert "\n0 of 3 checks passed\n" in said
+    return {check["name"]: check for check in json.loads(out.read_text())["checks"]}
+
+
+@pytest.mark.parametrize("name", FAILS)
+def test_gpu_check_reports_what_fails(failed, name):
+    assert not failed[name]["ok"]
+    assert FAILS[name] in failed[name]["detail"]
+
+
+def test_gpu_check_reports_what_hangs(images, tmp_path):
     out = tmp_path / "checks.json"
-    arguments = ["--device", "cpu", "--only", name, "--data", images, "--json", out]
-    if name == "_hang":
-        arguments += ["--timeout", 2]
-    run("gpu_check", *arguments, status=1)
+    options = ["--only", "_hang", "--data", images, "--timeout", 2, "--json", out]
+    run_script("gpu_check", "--device", "cpu", *options, status=1)
     (check,) = json.loads(out.read_text())["checks"]
     assert not check["ok"]
-    assert expected in check["detail"]
+    assert "no end after 2.0 s" in check["detail"]
 
 
 def test_gpu_check_without_a_gpu():
@@ -74,4 +98,4 @@ def test_gpu_check_without_a_gpu():
 
 @pytest.mark.gpu
 def test_every_check_of_the_gpu_passes():
-    run("gpu_check", timeout=None)
+    run("gpu_check")

@@ -1,4 +1,4 @@
-"""Measure the saliency cache: lookups and writes, cold and warm, by one process and by several.
+"""Measure lookups and writes of the saliency cache, cold and warm, with one process and several.
 
     python tools/benchmark.py cache --json tools/results/cache_cpu.json
 
@@ -334,19 +334,43 @@ def growth(table: Sequence[dict], found: Sequence[dict], batch: int) -> dict[str
 def main(argv: list[str] | None = None) -> None:
     parser = bench.parser_of(__doc__, __name__)
     parser.add_argument(
-        "--records", type=sizes, default="1e5,1281167,1e7", help="of each cache; ImageNet's is one"
+        "--records",
+        type=sizes,
+        default="1e5,1281167,1e7",
+        help="numbers of maps in a cache, each measured in turn; default: %(default)s",
     )
-    parser.add_argument("--grid", type=count, nargs=2, default=[7, 7], metavar=("H", "W"))
-    add_batch_size(parser, 256, "lookups a transaction")
-    parser.add_argument("--batches", type=count, default=400, help="batches a round")
     parser.add_argument(
-        "--processes", type=whole_numbers, default="1,2,4", help="that read at once; default: 1,2,4"
+        "--grid",
+        type=count,
+        nargs=2,
+        default=[7, 7],
+        metavar=("H", "W"),
+        help="height and width of a map in cells; default: 7 7",
     )
-    parser.add_argument("--seconds", type=positive, default=2, help="that processes read together")
+    add_batch_size(parser, 256, "maps that are looked up in one transaction")
+    parser.add_argument(
+        "--batches",
+        type=count,
+        default=400,
+        help="batches of a row in a round; default: %(default)s",
+    )
+    parser.add_argument(
+        "--processes",
+        type=whole_numbers,
+        default="1,2,4",
+        help="numbers of processes that read at once; default: %(default)s",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=positive,
+        default=2,
+        help="seconds for which the processes read; default: %(default)s",
+    )
     parser.add_argument(
         "--dir",
         type=existing_folder,
-        help="where to put the caches meanwhile; default: the temporary",
+        help="folder for the caches, which are removed at the end; default: the system's "
+        "temporary folder",
     )
     quick = {"rounds": 2, "records": [100_000], "batches": 50, "processes": [1, 2], "seconds": 0.5}
     args = bench.parse(parser, argv, rounds=3, quick=quick)

@@ -1,4 +1,4 @@
-"""Measure the cost of Grad-CAM against a forward pass alone. Goal: at most 1.10 times the forward.
+"""Compare the time of Grad-CAM with a forward pass. The goal is at most 1.10 times as long.
 
     python tools/benchmark.py gradcam --model resnet50 --json tools/results/gradcam_cpu.json
 
@@ -29,14 +29,31 @@ from tools.common.options import add_batch_size, add_device, count
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = bench.parser_of(__doc__, __name__)
-    parser.add_argument("--model", default="resnet50", help="a torchvision classification model")
-    parser.add_argument("--layer", default=None, help="module name; default: by the model's family")
-    add_batch_size(parser, 16)
-    parser.add_argument("--size", type=count, default=224, help="side of the images, in pixels")
+    parser.add_argument(
+        "--model",
+        default="resnet50",
+        help="name of a classification network of torchvision; default: %(default)s",
+    )
+    parser.add_argument(
+        "--layer",
+        default=None,
+        help="name of the layer that the maps are made from; default: the usual one of the network",
+    )
+    add_batch_size(parser, 16, "images in a batch")
+    parser.add_argument(
+        "--size", type=count, default=224, help="side of the images in pixels; default: %(default)s"
+    )
     add_device(parser)
-    parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--scorecam", action="store_true")
+    parser.add_argument(
+        "--amp",
+        choices=["none", "bf16", "fp16"],
+        default="none",
+        help="mixed precision; default: %(default)s",
+    )
+    parser.add_argument(
+        "--channels-last", action="store_true", help="use the channels-last memory format"
+    )
+    parser.add_argument("--scorecam", action="store_true", help="measure Score-CAM too")
     return bench.parse(parser, argv, rounds=7, quick={"rounds": 3, "batch_size": 4})
 
 

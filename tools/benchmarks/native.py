@@ -148,6 +148,7 @@ def undecoded(stage: Stage, image: ImageConfig, execution: ExecConfig) -> Iterat
         start, shape, plan = planned(stage, encoded, ids, image)
         where = "cpu" if execution.device_id is None else "gpu"
         pixel = fn.constant(idata=0, shape=(1, 1, 3), dtype=types.UINT8, layout="HWC", device=where)
+        plan.partners_mixed = True  # nothing is decoded here, partners neither
         erased = stage.apply(pixel, plan)
         return plan.row, start, shape, plan.part("flip", types.INT32), erased
 

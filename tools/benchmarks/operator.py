@@ -1,4 +1,4 @@
-"""Measure how long the Python operator, and each of its parts, takes for a batch on one core.
+"""Measure how long the Python operator and each of its parts take for a batch, on one core.
 
     python tools/benchmark.py operator --json tools/results/operator_cpu.json
 
@@ -201,11 +201,28 @@ def left_behind(call: Callable[[], object], calls: int = 100) -> float:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = bench.parser_of(__doc__, __name__)
-    add_batch_size(parser, 256)
-    parser.add_argument("--batches", type=count, default=100, help="that take turns; default: 100")
-    parser.add_argument("--samples", type=count, default=1_281_167, help="default: ImageNet's")
-    parser.add_argument("--size", type=count, default=224, help="side of the crop in pixels")
-    parser.add_argument("--seconds", type=positive, default=0.3, help="of a row in a round")
+    add_batch_size(parser, 256, "images in a batch")
+    parser.add_argument(
+        "--batches",
+        type=count,
+        default=100,
+        help="number of different batches that take turns; default: %(default)s",
+    )
+    parser.add_argument(
+        "--samples",
+        type=count,
+        default=1_281_167,
+        help="number of images of the data set; default: %(default)s, as in ImageNet",
+    )
+    parser.add_argument(
+        "--size", type=count, default=224, help="side of the crop in pixels; default: %(default)s"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=positive,
+        default=0.3,
+        help="seconds for which a row is measured in a round; default: %(default)s",
+    )
     return bench.parse(
         parser,
         argv,

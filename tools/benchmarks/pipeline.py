@@ -1,4 +1,4 @@
-"""Measure the throughput of the training pipeline by method, against none and other libraries.
+"""Measure the speed of the training pipeline by method, and of what other libraries do.
 
     python tools/benchmark.py pipeline --data imagenet --json tools/results/pipeline_cpu.json
     python tools/benchmark.py pipeline --data imagenet --methods none,scae --peers native \
@@ -95,40 +95,84 @@ SWEPT = {
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = bench.parser_of(__doc__, __name__)
     add_source(parser)
-    parser.add_argument("--methods", default=",".join(BUILT_IN), metavar="A,B,...")
+    parser.add_argument(
+        "--methods",
+        default=",".join(BUILT_IN),
+        metavar="A,B,...",
+        help="methods to measure; none must be among them; default: all",
+    )
     parser.add_argument(
         "--backends",
         type=some_of("python", "torch", "numpy"),
         default="python",
         metavar="A,B",
-        help="of SCAE's plan: python (or numpy, its other name), torch or both",
+        help="operators of DALI that run the plan: python (numpy is the same), torch, or both; "
+        "default: %(default)s",
     )
     parser.add_argument(
         "--peers",
         type=some_of(*PEERS, "none"),
         default=",".join(PEERS),
         metavar="A,B,...",
-        help="rows of others, which read files, or none; default: all",
+        help="whom to compare with, or none; they read files; default: all",
     )
     parser.add_argument(
         *("--mixed-share", "--tail-share"),
         type=shares,
         default=[],
         metavar="S,...",
-        help="rows of which this share of the samples is mixed",
+        help="measure SCAE also with this share of the images mixed, above 0 and at most 0.25",
     )
-    parser.add_argument("--grid", type=count, help="side of the maps; default: 7, in memory 8")
-    parser.add_argument("--batches", type=count, help="a round; default: an epoch's")
+    parser.add_argument(
+        "--grid",
+        type=count,
+        help="cells on a side of a saliency map; default: 7, or 8 for images in memory",
+    )
+    parser.add_argument(
+        "--batches", type=count, help="batches of a row in a round; default: one epoch"
+    )
     add_device(parser)
     several = partial(parser.add_argument, metavar="A,B,...")
-    several("--threads", type=whole_numbers, default="2", help="default: 2")
-    add_batch_size(parser, "64", type=whole_numbers, metavar="A,B,...")
+    several(
+        "--threads",
+        type=whole_numbers,
+        default="2",
+        help="CPU threads of DALI; default: %(default)s",
+    )
+    add_batch_size(parser, "64", "images in a batch", type=whole_numbers, metavar="A,B,...")
     ahead, load = str(ExecConfig.prefetch), str(ExecConfig.hw_decoder_load)
-    several("--prefetch", type=whole_numbers, default=ahead, help=f"batches; default: {ahead}")
-    several("--hw-decoder-load", type=shares, default=load, help=f"default: {load}")
-    several("--dtype", type=some_of("fp32", "fp16"), default="fp32", help="fp32, fp16")
-    several("--layout", type=some_of("NCHW", "NHWC"), default="NCHW", help="NCHW, NHWC")
-    several("--decode", type=some_of("auto", "roi", "full"), default="auto", help="auto, roi, full")
+    several(
+        "--prefetch",
+        type=whole_numbers,
+        default=ahead,
+        help="batches that DALI makes ahead; default: %(default)s",
+    )
+    several(
+        "--hw-decoder-load",
+        type=shares,
+        default=load,
+        help="share of a batch, from 0 to 1, that the GPU's JPEG engine decodes; default: "
+        "%(default)s",
+    )
+    several(
+        "--dtype",
+        type=some_of("fp32", "fp16"),
+        default="fp32",
+        help="type of the images: fp32, fp16; default: %(default)s",
+    )
+    several(
+        "--layout",
+        type=some_of("NCHW", "NHWC"),
+        default="NCHW",
+        help="memory layout of the images: NCHW, NHWC; default: %(default)s",
+    )
+    several(
+        "--decode",
+        type=some_of("auto", "roi", "full"),
+        default="auto",
+        help="what is decoded: the crop (roi), the whole image (full), or auto; default: "
+        "%(default)s",
+    )
     args = bench.parse(
         parser,
         argv,

@@ -1,4 +1,4 @@
-"""Draw the plot of performance from results of the benchmarks.
+"""Draw the plot of tools/results/README.md from the results of two benchmarks.
 
     python tools/benchmark.py plot_performance --pipeline tools/results/pipeline_native_cpu.json \\
         --scale tools/results/scale_cpu.json --out tools/results/performance.png
@@ -107,9 +107,21 @@ def held(step: str, found: dict[str, Any], samples: int) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = bench.parser_of(__doc__, __name__)
-    parser.add_argument("--pipeline", type=existing_file, required=True, metavar="JSON")
-    parser.add_argument("--scale", type=existing_file, required=True, metavar="JSON")
-    parser.add_argument("--out", type=Path, required=True, metavar="PNG")
+    parser.add_argument(
+        "--pipeline",
+        type=existing_file,
+        required=True,
+        metavar="JSON",
+        help="result of the benchmark `pipeline`",
+    )
+    parser.add_argument(
+        "--scale",
+        type=existing_file,
+        required=True,
+        metavar="JSON",
+        help="result of the benchmark `scale`",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
     args = parser.parse_args(argv)
     pipeline, scale = (json.loads(path.read_text()) for path in (args.pipeline, args.scale))
     figure = Figure(figsize=(17, 5.8), layout="constrained")

@@ -1,4 +1,4 @@
-"""Measure how processes that share a saliency cache, as the ranks of a machine do, slow each other.
+"""Measure how much processes that share one saliency cache slow each other down.
 
     python tools/benchmark.py processes --data imagenet --json tools/results/processes_cpu.json
 
@@ -57,15 +57,49 @@ PATIENCE_S = 300.0  # for the other processes of a round
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = bench.parser_of(__doc__, __name__)
-    add_data(parser, help="the training images: DIR/train/<class>/<image>; default: plans alone")
-    parser.add_argument("--processes", type=whole_numbers, default="1,2", metavar="N,...")
-    add_batch_size(parser, 64, "of a process")
-    parser.add_argument("--batches", type=count, help="a round; default: a shard's")
-    parser.add_argument("--repeat", type=count, default=1, help="times each file is in an epoch")
-    parser.add_argument("--threads", type=count, default=1, help="of DALI, a process")
-    parser.add_argument("--size", type=count, default=224, help="side of the crop in pixels")
-    parser.add_argument("--samples", type=count, default=100_000, help="of the cache of the plans")
-    parser.add_argument("--plans", type=count, default=2000, help="batches planned in a round")
+    add_data(
+        parser,
+        help="folder of the data set, with the training images in DIR/train/<class>/; default: no "
+        "pipeline is measured",
+    )
+    parser.add_argument(
+        "--processes",
+        type=whole_numbers,
+        default="1,2",
+        metavar="N,...",
+        help="numbers of processes; default: %(default)s",
+    )
+    add_batch_size(parser, 64, "images in a batch of one process")
+    parser.add_argument(
+        "--batches", type=count, help="batches of a process in a round; default: those of one epoch"
+    )
+    parser.add_argument(
+        "--repeat",
+        type=count,
+        default=1,
+        help="how many times an epoch reads each file; default: %(default)s",
+    )
+    parser.add_argument(
+        "--threads",
+        type=count,
+        default=1,
+        help="CPU threads of DALI in one process; default: %(default)s",
+    )
+    parser.add_argument(
+        "--size", type=count, default=224, help="side of the crop in pixels; default: %(default)s"
+    )
+    parser.add_argument(
+        "--samples",
+        type=count,
+        default=100_000,
+        help="number of maps in the cache that the plans use; default: %(default)s",
+    )
+    parser.add_argument(
+        "--plans",
+        type=count,
+        default=2000,
+        help="number of batches that a process plans in a round; default: %(default)s",
+    )
     add_device(
         parser, type=usable_devices, help="a GPU for each process, or cpu", metavar="A,B,..."
     )

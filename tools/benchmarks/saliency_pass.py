@@ -1,4 +1,4 @@
-"""Measure a saliency pass, from file to cache, against plain inference, at several image sizes.
+"""Compare a saliency pass with plain inference, at several sizes of the images.
 
     python tools/benchmark.py saliency_pass --data imagenet --sizes 224,160 --json OUT
     python tools/benchmark.py saliency_pass --data demo/data --model resnet18 --layer layer3 \\
@@ -51,18 +51,45 @@ Amp = Callable[[], AbstractContextManager]
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = bench.parser_of(__doc__, __name__)
     add_data(parser, required=True)
-    parser.add_argument("--repeat", type=count, default=1, help="times each file is in a pass")
-    parser.add_argument("--images", type=count, help="at most so many in a pass")
-    parser.add_argument("--model", default="resnet50", help="a network as train.py takes it")
-    parser.add_argument("--weights", metavar="PT", help="of train.py; default: random")
-    parser.add_argument("--layer", help="module name; default: by the model's family")
     parser.add_argument(
-        "--sizes", type=whole_numbers, default="224,160", metavar="A,B,...", help="in pixels"
+        "--repeat",
+        type=count,
+        default=1,
+        help="how many times a pass reads each file; default: %(default)s",
     )
-    add_batch_size(parser, 32)
-    parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--threads", type=count, default=2, help="of DALI")
+    parser.add_argument("--images", type=count, help="number of images in a pass; default: all")
+    parser.add_argument(
+        "--model",
+        default="resnet50",
+        help="name of the network, as --model of train.py takes it; default: %(default)s",
+    )
+    parser.add_argument(
+        "--weights", metavar="PT", help="weights.pt of a run of train.py; default: random weights"
+    )
+    parser.add_argument(
+        "--layer",
+        help="name of the layer that the maps are made from; default: the usual one of the network",
+    )
+    parser.add_argument(
+        "--sizes",
+        type=whole_numbers,
+        default="224,160",
+        metavar="A,B,...",
+        help="sides in pixels that images are resized to; default: %(default)s",
+    )
+    add_batch_size(parser, 32, "images in a batch")
+    parser.add_argument(
+        "--amp",
+        choices=["none", "bf16", "fp16"],
+        default="none",
+        help="mixed precision; default: %(default)s",
+    )
+    parser.add_argument(
+        "--channels-last", action="store_true", help="use the channels-last memory format"
+    )
+    parser.add_argument(
+        "--threads", type=count, default=2, help="CPU threads of DALI; default: %(default)s"
+    )
     add_device(parser)
     return bench.parse(
         parser,

@@ -441,14 +441,39 @@ def epochs(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, An
 
 def main(argv: list[str] | None = None) -> None:
     parser = bench.parser_of(__doc__, __name__)
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
-    parser.add_argument("--samples", type=sizes, default="1e5,1e6,1e7", help="of `sizes`")
-    parser.add_argument("--epoch", type=count, default=1_281_167, help="samples of `epoch`")
-    parser.add_argument("--files", type=count, default=1_281_167, help="of `startup`")
-    add_batch_size(parser, 256)
-    parser.add_argument("--lookups", type=count, default=100_000, help="and plans, of a size")
     parser.add_argument(
-        "--dir", type=existing_folder, help="for caches and files meanwhile; default: the temporary"
+        "--parts", default=",".join(PARTS), help="parts to measure; default: %(default)s"
+    )
+    parser.add_argument(
+        "--samples",
+        type=sizes,
+        default="1e5,1e6,1e7",
+        help="numbers of images that the part `sizes` goes through; default: %(default)s",
+    )
+    parser.add_argument(
+        "--epoch",
+        type=count,
+        default=1_281_167,
+        help="number of images of the part `epoch`; default: %(default)s",
+    )
+    parser.add_argument(
+        "--files",
+        type=count,
+        default=1_281_167,
+        help="number of files of the part `startup`; default: %(default)s",
+    )
+    add_batch_size(parser, 256, "images in a batch")
+    parser.add_argument(
+        "--lookups",
+        type=count,
+        default=100_000,
+        help="number of lookups, and of plans, at each size; default: %(default)s",
+    )
+    parser.add_argument(
+        "--dir",
+        type=existing_folder,
+        help="folder for caches and files, which are removed at the end; default: the system's "
+        "temporary folder",
     )
     quick = {
         "rounds": 1,

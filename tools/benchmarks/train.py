@@ -1,4 +1,4 @@
-"""Measure how much SCAE adds to the time of training, saliency passes included.
+"""Measure what SCAE adds to the time of training, with saliency passes.
 
     python tools/benchmark.py train --data imagenet --repeat 20 --model resnet50 --device 0 \\
         --batch-size 256 --threads 16 --amp bf16 --channels-last --pass-every 10 --json OUT
@@ -56,22 +56,63 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--arrays", dest="source", action="store_const", const="memory", help=argparse.SUPPRESS
     )
-    parser.add_argument("--model", default="resnet50", help="a network as train.py takes it")
-    add_batch_size(parser, 64)
-    parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
-    parser.add_argument("--channels-last", action="store_true")
-    modes = ["none", "default", "reduce-overhead", "max-autotune"]
-    parser.add_argument("--compile", choices=modes, default="none")
-    parser.add_argument("--pass-every", type=int, default=0, metavar="EPOCHS")
-    parser.add_argument("--pass-size", type=count, help="of its images, in pixels; default: --size")
     parser.add_argument(
-        "--pass-steps", type=count, help="training batches it sees; default: --steps"
+        "--model",
+        default="resnet50",
+        help="name of the network, as --model of train.py takes it; default: %(default)s",
     )
-    parser.add_argument("--pass-share", type=share, default=1.0, help="of the images, that it sees")
-    parser.add_argument("--steps", type=count, help="a round; default: an epoch's")
-    parser.add_argument("--threads", type=count, default=2, help="of DALI")
+    add_batch_size(parser, 64, "images in a batch")
+    parser.add_argument(
+        "--amp",
+        choices=["none", "bf16", "fp16"],
+        default="none",
+        help="mixed precision; default: %(default)s",
+    )
+    parser.add_argument(
+        "--channels-last", action="store_true", help="use the channels-last memory format"
+    )
+    modes = ["none", "default", "reduce-overhead", "max-autotune"]
+    parser.add_argument(
+        "--compile",
+        choices=modes,
+        default="none",
+        help="mode of torch.compile; default: %(default)s",
+    )
+    parser.add_argument(
+        "--pass-every",
+        type=int,
+        default=0,
+        metavar="EPOCHS",
+        help="epochs between two saliency passes; default: 0, no passes",
+    )
+    parser.add_argument(
+        "--pass-size",
+        type=count,
+        help="side in pixels of the images in a saliency pass; default: --size",
+    )
+    parser.add_argument(
+        "--pass-steps", type=count, help="number of batches in a saliency pass; default: --steps"
+    )
+    parser.add_argument(
+        "--pass-share",
+        type=share,
+        default=1.0,
+        help="share of the images, from 0 to 1, that a saliency pass sees; default: %(default)s",
+    )
+    parser.add_argument(
+        "--steps", type=count, help="training steps of a row in a round; default: one epoch"
+    )
+    parser.add_argument(
+        "--threads", type=count, default=2, help="CPU threads of DALI; default: %(default)s"
+    )
     load = ExecConfig.hw_decoder_load
-    parser.add_argument("--hw-decoder-load", type=share, default=load, help=f"default: {load}")
+    parser.add_argument(
+        "--hw-decoder-load",
+        type=share,
+        default=load,
+        help="share of a batch, from 0 to 1, that the GPU's JPEG engine decodes; default: "
+        "%(default)s",
+    )
     add_device(parser)
     args = bench.parse(
         parser,

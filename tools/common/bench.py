@@ -41,10 +41,21 @@ def parse(
     that the benchmark takes a minute.
     """
     sets = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in quick.items())
-    parser.add_argument("--rounds", type=count, default=rounds, help=f"default: {rounds}")
-    parser.add_argument("--quick", action="store_true", help=f"for a look: {sets}")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there")
-    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the ratios there")
+    parser.add_argument(
+        "--rounds",
+        type=count,
+        default=rounds,
+        help=f"how often every row is measured; default: {rounds}",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help=f"measure for about a minute, by {sets}"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="OUT", help="write the result to this file as JSON"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="OUT.png", help="draw the ratios into this file"
+    )
     args = parser.parse_args(argv)
     if args.quick:
         parser.set_defaults(**quick)

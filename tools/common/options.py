@@ -58,7 +58,7 @@ def add_data(
     *,
     type: Callable[[str], Any] | None = None,
     required: bool = False,
-    help: str = "the training images: DIR/train/<class>/<image>",
+    help: str = "folder of the data set, with the training images in DIR/train/<class>/",
 ) -> None:
     """--data DIR, the folder that holds train/ and val/. type: by default `training_images`."""
     parser.add_argument(

@@ -61,17 +61,31 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         "--source",
         choices=["files", "memory"],
         default="files",
-        help="files, or images in memory as those of CIFAR; default: files",
+        help="whether images are read from files, or lie in memory as CIFAR's do; default: "
+        "%(default)s",
     )
     add_data(
         parser,
-        help="the training images: DIR/train/<class>/<image>; in memory they are of one size, "
-        "and by default of random pixels",
+        help="folder of the data set, with the training images in DIR/train/<class>/; --source "
+        "memory "
+        "needs images of one size, and without --data it takes random pixels",
     )
-    parser.add_argument("--repeat", type=count, default=1, help="times each file is in an epoch")
-    parser.add_argument("--images", type=count, default=50_000, help="how many of random pixels")
     parser.add_argument(
-        "--size", type=count, help="side of the crop in pixels; default: 224, in memory 32"
+        "--repeat",
+        type=count,
+        default=1,
+        help="how many times an epoch reads each file; default: %(default)s",
+    )
+    parser.add_argument(
+        "--images",
+        type=count,
+        default=50_000,
+        help="number of images, if they are random pixels; default: %(default)s",
+    )
+    parser.add_argument(
+        "--size",
+        type=count,
+        help="side of the crop in pixels; default: 224, or 32 for images in memory",
     )
 
 

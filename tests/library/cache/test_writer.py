@@ -6,7 +6,8 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from scae_dali.cache import ChunkWriter, Reservation
+from scae_dali.cache import ChunkWriter
+from scae_dali.cache.cache import Reservation
 
 
 class Store:
