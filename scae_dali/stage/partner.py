@@ -33,8 +33,8 @@ def mix(images: DataNode, plan: Any, crop: CropConfig, fetch: Fetch) -> DataNode
     """μ·image + (1 - μ)·partner where the plan says so; the other images are left as they are.
 
     images: HWC, before the flip. plan: PlanNodes, whose `partners_mixed` is set. crop: how the
-    partners are cropped. Raises
-    ValueError in a pipeline without conditionals, and where the index's files are not on the disk.
+    partners are cropped. Raises ValueError in a pipeline without conditionals, and where the
+    index's files are not on the disk.
     """
     _check(plan.planner.index)
     _note_mixed(plan)
