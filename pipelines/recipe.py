@@ -14,7 +14,6 @@ from pipelines.data import Data, DataConfig
 from scae_dali.cache import SaliencyCache
 from scae_dali.checks import check, check_choice, check_seed
 from scae_dali.methods import BUILT_IN, base, compose, load, make_config
-from scae_dali.methods.class_adaptive import ClassAdaptiveConfig
 from scae_dali.methods.loading import as_config
 from scae_dali.plan.order import epoch_size
 from scae_dali.stage.stage import Stage
@@ -240,12 +239,7 @@ class Config:
         class_counts: int64 [K], of the training set.
         """
         config = self.guided_config()
-        if config is None:
-            return 0
-        if isinstance(config, ClassAdaptiveConfig):
-            mixes = config.mix_prob and config.tail_classes(class_counts).any()
-            return config.neighbors if mixes else 0
-        return config.neighbors
+        return 0 if config is None else config.neighbors_for(class_counts)
 
     def stage(self, data: Data, cache: SaliencyCache | None, *, num_shards: int) -> Stage:
         """The augmentation as a stage. num_shards: number of ranks."""

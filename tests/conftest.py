@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
 # Tests share what they need with others, wherever these lie.
 sys.path[:0] = sorted({str(path.parent) for path in (ROOT / "tests").rglob("*.py")})
+pytest.register_assert_rewrite(*(path.stem for path in (ROOT / "tests" / "common").glob("*.py")))
 
 
 def run(tool, *arguments, status=0):
@@ -155,6 +156,12 @@ def index(folder) -> ImageIndex:
 @pytest.fixture(scope="session")
 def cache(index, tmp_path_factory) -> SaliencyCache:
     return fill_cache(tmp_path_factory.mktemp("cache") / "maps.lmdb", index)
+
+
+@pytest.fixture
+def fresh(index, tmp_path) -> SaliencyCache:
+    """An empty cache of the same images."""
+    return SaliencyCache.create(tmp_path / "maps.lmdb", index, grid=(7, 7))
 
 
 @pytest.fixture(scope="session")

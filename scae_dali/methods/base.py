@@ -116,6 +116,11 @@ class Config:
         """Whether every saliency pass must find the nearest classes of each."""
         return False
 
+    def neighbors_for(self, class_counts: np.ndarray) -> int:
+        """How many of the nearest classes the method asks for, of data with so many samples of each
+        class; 0: none. class_counts: int64 [K]."""
+        return self.neighbors
+
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedConfig(Config):

@@ -92,6 +92,10 @@ class ClassAdaptiveConfig(GuidedConfig):
     def wants_neighbors(self) -> bool:
         return bool(self.mix_prob and self.neighbors and self.refresh_every)
 
+    def neighbors_for(self, class_counts: np.ndarray) -> int:
+        mixes = self.mix_prob and self.tail_classes(class_counts).any()
+        return self.neighbors if mixes else 0
+
     def tail_classes(self, class_counts: np.ndarray) -> np.ndarray:
         """Eq. 8: which classes are of the tail, f_k < τ: bool [K]. class_counts: int [K].
 

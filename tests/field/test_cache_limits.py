@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_bad_input import batches
-from test_cache import FakeIndex
-from test_refresh import Net, fresh  # noqa: F401 - a fixture
+from caches import FakeIndex
+from passes import Net, batches
 
 from pipelines.data import DataConfig
 from pipelines.maps import Maps
@@ -108,7 +107,7 @@ def test_build_cache_of_many_classes_names_the_option(build, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("value", [1.01, -0.5, float("nan"), float("inf")])
-def test_maps_that_levels_of_8_bits_do_not_hold_are_refused(fresh, index, value):  # noqa: F811
+def test_maps_that_levels_of_8_bits_do_not_hold_are_refused(fresh, index, value):
     """They wrapped: 1.01 became 2 of 255."""
 
     class Mine:

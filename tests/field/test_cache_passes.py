@@ -26,8 +26,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from caches import GRID, FakeIndex, fill, in_process, maps_of
 from conftest import weights_of, write_pngs
-from test_cache import GRID, FakeIndex, fill, in_process, maps_of
+from passes import Here
 
 from pipelines import maps as maps_module
 from pipelines.config import ExecConfig
@@ -344,17 +345,6 @@ def test_an_offline_cache_is_not_replaced_by_one_of_other_weights(build, tmp_pat
     SaliencyCache(out).close()
     with another_process(out), pytest.raises(SystemExit, match="another process is writing to"):
         build(**options, weights=tmp_path / "w.pt")  # nobody is told to delete what is being made
-
-
-class Here:
-    """Ranks of one process."""
-
-    rank = local = node = 0
-    world, first = 1, True
-    device = torch.device("cpu")
-
-    def gather(self, value):
-        return [value]
 
 
 class Nodes(Here):

@@ -12,11 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from caches import GRID, FakeIndex, maps_of, spoil
 from conftest import write_pngs
-from test_bad_input import batches
-from test_cache import GRID, FakeIndex, cache, fill, maps_of, path, spoil  # noqa: F401 - fixtures
-from test_cache_passes import Here
-from test_refresh import Net, fresh  # noqa: F401 - a fixture
+from passes import Here, Net, batches
 
 from pipelines.data import DataConfig
 from pipelines.maps import Maps
@@ -28,6 +26,17 @@ from scae_dali.data.index import ImageIndex
 from scae_dali.saliency.harvest import Harvest
 from scae_dali.saliency.refresh import refresh_cache
 from scae_dali.training.networks import make_network
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "maps.lmdb")
+
+
+@pytest.fixture(params=["index", "path"])
+def cache(request, path):
+    with SaliencyCache.create(path, FakeIndex(), grid=GRID, naming=request.param) as cache:
+        yield cache
 
 
 def partly(blank):
@@ -52,13 +61,13 @@ def partly(blank):
     return Method
 
 
-def make(cache, index, blank):  # noqa: F811
+def make(cache, index, blank):
     loader_for = batches(index, size=28, batch_size=16)
     return refresh_cache(Net(), cache, index, loader_for, epoch=1, method=partly(blank))
 
 
 @pytest.mark.parametrize("blank", [26, 50])
-def test_a_pass_of_which_more_than_half_is_flat_warns(fresh, index, blank):  # noqa: F811
+def test_a_pass_of_which_more_than_half_is_flat_warns(fresh, index, blank):
     told = rf"{blank} of 50 saliency maps of layer 'encoder.last' are flat .*the last attention"
     with pytest.warns(RuntimeWarning, match=told):
         report = make(fresh, index, blank)
@@ -68,14 +77,14 @@ def test_a_pass_of_which_more_than_half_is_flat_warns(fresh, index, blank):  # n
 
 
 @pytest.mark.parametrize("blank", [0, 25])
-def test_half_of_the_maps_may_be_flat(fresh, index, blank):  # noqa: F811
+def test_half_of_the_maps_may_be_flat(fresh, index, blank):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert make(fresh, index, blank).flat == blank
         assert make(fresh, index, blank).flat == 0  # nothing left to do
 
 
-def test_harvested_maps_are_counted_too(fresh, index):  # noqa: F811
+def test_harvested_maps_are_counted_too(fresh, index):
     harvest = Harvest(Net(), "features", samples=50, num_classes=3, grid=(7, 7), size=28)
     harvest._counts[:30] = 1.0
     harvest._sums[:10, 0] = 1.0
@@ -96,7 +105,7 @@ def test_flat_is_whatever_is_the_same_everywhere():
     assert flat(np.array([[[7]]], np.uint8)).tolist() == [True]
 
 
-def test_coverage_counts_samples_of_the_index(cache):  # noqa: F811
+def test_coverage_counts_samples_of_the_index(cache):
     assert cache.coverage() == (0, 0)
     maps = maps_of(np.arange(100))
     maps[[3, 50, 99]] = 9

@@ -10,8 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_bad_input import batches
-from test_refresh import Net, fresh  # noqa: F401 - a fixture
+from passes import Net, batches
 
 from scae_dali.saliency import refresh
 from scae_dali.saliency.refresh import refresh_cache
@@ -43,7 +42,7 @@ def seen(monkeypatch):
 
 
 @pytest.mark.parametrize("share", [0.5, 0.1])
-def test_a_loader_of_all_samples_is_told_at_its_first_batch(fresh, index, sound, seen, share):  # noqa: F811
+def test_a_loader_of_all_samples_is_told_at_its_first_batch(fresh, index, sound, seen, share):
     wanted = fresh.stalest(int(share * 50), epoch=3)
     first = next(k for k, sample in enumerate(wanted) if k != sample)
     told = rf"gave sample {first} where sample {wanted[first]} was asked for.*; {REMEDY}"
@@ -54,7 +53,7 @@ def test_a_loader_of_all_samples_is_told_at_its_first_batch(fresh, index, sound,
     assert make(fresh, index, sound, share=share).images == 50 * share
 
 
-def test_a_rank_is_given_its_own_part(fresh, index, sound, seen, monkeypatch):  # noqa: F811
+def test_a_rank_is_given_its_own_part(fresh, index, sound, seen, monkeypatch):
     monkeypatch.setattr(refresh.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(refresh.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(refresh.distributed, "get_rank", lambda: 1)
@@ -79,7 +78,7 @@ def test_a_rank_is_given_its_own_part(fresh, index, sound, seen, monkeypatch):  
     ],
     ids=["swapped", "backwards", "too few", "one more", "twice", "none"],
 )
-def test_what_was_sound_is_kept_and_the_next_loader_goes_on(fresh, index, sound, given, told):  # noqa: F811
+def test_what_was_sound_is_kept_and_the_next_loader_goes_on(fresh, index, sound, given, told):
     with pytest.raises(ValueError, match=rf"loader_for {told}"):
         make(fresh, index, lambda ids: sound(given(ids)))
     kept = int((fresh.stamps() == 3).sum())
@@ -88,7 +87,7 @@ def test_what_was_sound_is_kept_and_the_next_loader_goes_on(fresh, index, sound,
     assert fresh.meta.epoch == 3
 
 
-def test_a_loader_that_was_read_already_is_told_at_the_next_pass(fresh, index, sound):  # noqa: F811
+def test_a_loader_that_was_read_already_is_told_at_the_next_pass(fresh, index, sound):
     once = sound(range(50))
     assert make(fresh, index, lambda ids: once).images == 50
     with pytest.raises(ValueError, match=r"gave 0 of the 50 .* in a new loader for every call"):
@@ -107,7 +106,7 @@ def test_a_loader_that_was_read_already_is_told_at_the_next_pass(fresh, index, s
     ],
     ids=["cropped", "flipped", "erased"],
 )
-def test_a_training_loader_is_told(fresh, index, sound, altered):  # noqa: F811
+def test_a_training_loader_is_told(fresh, index, sound, altered):
     """Its crops would lie in the cache as maps of the whole."""
 
     def training(ids):

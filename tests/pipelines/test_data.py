@@ -6,7 +6,7 @@ import jsonargparse
 import numpy as np
 import pytest
 from conftest import write_cifar
-from test_pixels import write_pngs
+from crops import write_pngs
 from torchvision import datasets
 
 from pipelines.data import Data, DataConfig

@@ -7,16 +7,15 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
+from crops import train_batches
 from nvidia.dali import fn
 
-from pipelines import files, memory
+from pipelines import memory
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import BUILT_IN, Status
 from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import Order
-from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage
 
 PAD = CropConfig(kind="pad", pad=3)
@@ -25,30 +24,6 @@ PAD = CropConfig(kind="pad", pad=3)
 @pytest.fixture(scope="module")
 def pixels(tailed):
     return ArrayImages.from_index(tailed, threads=1).pixels
-
-
-def train_batches(kind, index, pixels, image, *, name="scae", epochs=2, **settings):
-    """id -> (image, everything else), of every epoch."""
-    stage = Stage(index, name, epochs=3, batch_size=16, seed=4, **settings)
-    run = ExecConfig(batch_size=16, threads=1)
-    order = None if kind == "files" else Order(index.labels, batch_size=16, seed=4)
-    if kind == "memory":
-        pipeline = memory.train_pipeline(stage, ArrayImages(index, pixels), order, image, run)
-    else:
-        pipeline = files.train_pipeline(stage, image, run, seed=4, order=order)
-    loader = Loader(pipeline, files.OUTPUTS, index, drop_last=False, order=order)
-    out = []
-    for _ in range(epochs):
-        seen = {}
-        for b in loader:
-            last = b.images.is_contiguous(memory_format=torch.channels_last)
-            assert last == (image.layout == "NHWC")
-            rest = zip(b.labels, b.partners, b.mu, b.status, b.boxes, strict=True)
-            rows = zip(b.ids.tolist(), b.images.numpy(), rest, strict=True)
-            seen |= {i: (one, [v.tolist() for v in values]) for i, one, values in rows}
-        out.append(seen)
-    assert stage.seconds > 0
-    return out
 
 
 GRID = {"d_min": 6, "d_max": 12}

@@ -18,8 +18,9 @@ import lmdb
 import numpy as np
 import pytest
 import torch
-from conftest import batch_of, fill_cache, write_images
+from conftest import fill_cache, write_images
 from nvidia.dali import Pipeline, fn, pipeline_def
+from passes import batches
 from PIL import Image
 from torch import nn
 
@@ -27,19 +28,15 @@ import train as train_script
 from pipelines import files
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali import SCAE
-from scae_dali.cache import CacheError
-from scae_dali.cache import SaliencyCache
-from scae_dali.plan.crop import CropConfig
-from scae_dali.cache import CacheError
-from scae_dali.cache import SaliencyCache
-from scae_dali.plan.crop import CropConfig
+from scae_dali.cache import CacheError, SaliencyCache
 from scae_dali.data.index import DatasetError, ImageIndex
-from scae_dali.stage.loader import ImageError, Loader
 from scae_dali.methods import Status
-from scae_dali.stage.stage import Stage
-from scae_dali.stage.table import Planner
+from scae_dali.plan.crop import CropConfig
 from scae_dali.saliency.refresh import refresh_cache
 from scae_dali.saliency.whole import whole_loader
+from scae_dali.stage.loader import ImageError, Loader
+from scae_dali.stage.stage import Stage
+from scae_dali.stage.table import Planner
 
 ROOT = Path(__file__).parents[2]
 PIPELINES = ("train", "val", "saliency")
@@ -290,20 +287,6 @@ class Net(nn.Module):
 
     def forward(self, images):
         return self.head(self.features(images).mean((2, 3)))
-
-
-def batches(index: ImageIndex, size: int = 7, batch_size: int = 64):
-    """loader_for of refresh, of random images."""
-
-    def loader_for(ids):
-        for start in range(0, len(ids), batch_size):
-            some = torch.as_tensor(np.array(ids[start : start + batch_size]))
-            n = len(some)
-            labels = torch.from_numpy(index.labels[some])
-            images = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
-            yield batch_of(images, labels, some)
-
-    return loader_for
 
 
 def test_maps_without_a_positive_value_mean_no_guidance_and_are_counted(index, tmp_path):

@@ -1,40 +1,18 @@
 """train.py end to end: learning to the end, killed and resumed, on two processes."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TWO_PROCESSES, write_images
+from conftest import write_images
+from scripts import KILLER, ROOT, arguments, check_same_weights, rows, run_here, run_there
 
 import train
 from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
-
-ROOT = Path(__file__).parents[2]
-# Kills itself with SIGKILL at the n-th call of a method.
-KILLER = """
-import os, signal, sys
-import {module} as module
-owner, name, calls = {owner}, {name!r}, {calls}
-original = getattr(owner, name)
-def counting(*arguments, **keywords):
-    global calls
-    calls -= 1
-    if calls < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*arguments, **keywords)
-setattr(owner, name, counting)
-import train
-sys.argv = ["train.py", *sys.argv[1:]]
-train.main()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -43,59 +21,6 @@ def data(tmp_path_factory):
     write_images(root / "train", {"a": 30, "b": 15, "c": 5})
     write_images(root / "val", {"a": 5, "b": 5, "c": 5}, seed=1)
     return root
-
-
-def arguments(data, out, **more):
-    settings = {
-        "data.root": data,
-        "out": out,
-        "model": "resnet18",
-        "epochs": 4,
-        "batch_size": 8,
-        "threads": 2,
-        "device": "cpu",
-        "image.size": 32,
-        "image.val_resize": 32,
-        "saliency.size": 64,
-        "saliency.layer": "layer3",
-        "scae.refresh_every": 2,
-        "optim.lr": 0.02,
-        "optim.ema": 0.9,
-        "optim.decay_norms": "false",
-        "checkpoint_every": 2,
-    } | more
-    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-
-
-def run_here(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-    train.main()
-
-
-def run_there(code_or_file, *argv, **keywords):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, *code_or_file, *argv],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **keywords,
-    )
-
-
-def rows(out):
-    """metrics.jsonl without what a clock gave."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "img_per_s", "overhead_percent")
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
-
-
-def check_same_weights(out, other):
-    mine, theirs = (torch.load(o / "weights.pt", weights_only=True) for o in (out, other))
-    for name, value in theirs.items():
-        torch.testing.assert_close(mine[name], value, rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +55,7 @@ def test_a_run_leaves_metrics_weights_cache_and_pictures(data, whole):
 
 
 def test_killed_in_an_epoch_and_in_a_pass_a_run_goes_on_as_if_nothing_happened(
-    data, whole, tmp_path
+    data, whole, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "killed"
     argv = [*arguments(data, out), "--resume"]
@@ -141,17 +66,16 @@ def test_killed_in_an_epoch_and_in_a_pass_a_run_goes_on_as_if_nothing_happened(
     passing = KILLER.format(
         module="scae_dali.saliency.refresh", owner="module.SaliencyCache", name="write", calls=2
     )
-    refreshing = (
-        "import scae_dali.saliency.refresh as r\nr.refresh_cache.__kwdefaults__['commit_every'] = 16\n"
+    small = "module.refresh_cache.__kwdefaults__['commit_every'] = 16"
+    killed = run_there(
+        ["-c", f"import scae_dali.saliency.refresh as module; {small}{passing}"], *argv
     )
-    killed = run_there(["-c", refreshing + passing], *argv)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     cache = SaliencyCache(out / "saliency.lmdb", index=ImageIndex(data / "train"))
     assert 0 < (cache.stamps() == 2).sum() < 50
     cache.close()
-    finished = run_there(["train.py"], *argv)
-    assert finished.returncode == 0, finished.stderr
-    assert "saliency 2" in finished.stderr
+    run_here(monkeypatch, *argv)
+    assert "saliency 2" in capsys.readouterr().err
     resumed = rows(out)
     assert 0 < resumed[2]["saliency_images"] < 50
     resumed[2]["saliency_images"] = 50
@@ -169,25 +93,6 @@ def test_a_finished_run_has_nothing_left_to_do(data, whole, monkeypatch):
     before = rows(whole)
     run_here(monkeypatch, *arguments(data, whole), "--resume")
     assert rows(whole) == before
-
-
-def test_two_processes_share_the_epoch_the_pass_and_the_log(data, tmp_path):
-    out = tmp_path / "two"
-    launch = [*TWO_PROCESSES, "train.py"]
-    settings = {"batch_size": 4, "epochs": 3, "scae.refresh_every": 1}
-    done = run_there(launch, *arguments(data, out, **settings))
-    assert done.returncode == 0, done.stderr
-    lines = rows(out)
-    assert [line["epoch"] for line in lines] == [0, 1, 2]
-    assert [line["saliency_images"] for line in lines] == [0, 50, 50]
-    assert all(np.isfinite(line["train_loss"]) for line in lines)
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
-    assert len(state["ranks"]) == 2
-    with SaliencyCache(out / "saliency.lmdb", index=ImageIndex(data / "train")) as cache:
-        assert (cache.stamps() == 2).all()
-    again = run_there(["train.py"], *arguments(data, out, **settings), "--resume")
-    assert again.returncode == 1
-    assert "was made by 2 processes, now there are 1" in again.stderr
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import TWO_PROCESSES, write_pngs
-from test_train import KILLER, ROOT, rows, run_here, run_there
+from conftest import write_pngs
+from scripts import KILLER, ROOT, check_same_weights, long_tailed, rows, run_here, run_there
 
 from scae_dali.cache import SaliencyCache
 
@@ -21,34 +21,12 @@ def data(tmp_path_factory):
     return root
 
 
-def arguments(data, out, **more):
-    settings = {
-        "config": ROOT / "pipelines" / "cifar100_lt.yaml",
-        "data.root": data,
-        "data.format": "folder",
-        "data.val_dir": "test",
-        "data.in_memory": "true",
-        "data.imbalance": "null",
-        "out": out,
-        "model": "cifar_resnet20",
-        "epochs": 2,
-        "batch_size": 8,
-        "device": "cpu",
-        "amp": "none",
-        "scae.refresh_every": 1,
-        "scae.mix_prob": 0.9,
-        "optim.lr": 0.02,
-        "checkpoint_every": 2,
-    } | more
-    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-
-
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     """A run that nobody disturbed."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     monkeypatch = pytest.MonkeyPatch()
-    run_here(monkeypatch, *arguments(data, out))
+    run_here(monkeypatch, *long_tailed(data, out))
     monkeypatch.undo()
     return out
 
@@ -75,7 +53,7 @@ def test_without_guidance_neighbouring_classes_are_found_and_no_maps_made(
 ):
     out = tmp_path / "unguided"
     more = {"scae.lam_max": 0.0, "saliency.source": "harvest"}
-    run_here(monkeypatch, *arguments(data, out, **more))
+    run_here(monkeypatch, *long_tailed(data, out, **more))
     assert [line["saliency_images"] for line in rows(out)] == [0, 0]
     with SaliencyCache(out / "saliency.lmdb") as cache:
         assert cache.read_neighbors().shape == (3, 1)
@@ -85,7 +63,7 @@ def test_without_guidance_neighbouring_classes_are_found_and_no_maps_made(
 def test_maps_of_another_run_are_made_anew(data, whole, tmp_path, monkeypatch):
     cache = shutil.copytree(whole / "saliency.lmdb", tmp_path / "theirs.lmdb")
     out = tmp_path / "run"
-    run_here(monkeypatch, *arguments(data, out, **{"saliency.cache": cache, "seed": 3}))
+    run_here(monkeypatch, *long_tailed(data, out, **{"saliency.cache": cache, "seed": 3}))
     assert [line["saliency_images"] for line in rows(out)] == [0, 63]
 
 
@@ -96,20 +74,17 @@ def test_killed_within_an_epoch_a_run_goes_on_as_if_nothing_happened(
     reference, out = whole, tmp_path / "killed"
     if sampling != "shuffle":
         reference = tmp_path / "reference"
-        run_here(monkeypatch, *arguments(data, reference, sampling=sampling))
-    argv = [*arguments(data, out, sampling=sampling), "--resume"]
+        run_here(monkeypatch, *long_tailed(data, reference, sampling=sampling))
+    argv = [*long_tailed(data, out, sampling=sampling), "--resume"]
     steps = {"shuffle": 7, "class_balanced": 15}[sampling]
     code = KILLER.format(module="train", owner="module.Run", name="train_step", calls=steps + 3)
     killed = run_there(["-c", code], *argv)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert (state["epoch"], state["step"]) == (1, 2)
-    finished = run_there(["train.py"], *argv)
-    assert finished.returncode == 0, finished.stderr
+    run_here(monkeypatch, *argv)
     assert rows(out) == rows(reference)
-    mine, other = (torch.load(run / "weights.pt", weights_only=True) for run in (out, reference))
-    for name, value in other.items():
-        torch.testing.assert_close(mine[name], value, rtol=0, atol=0)
+    check_same_weights(out, reference)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +100,7 @@ def test_a_second_stage_trains_the_classifier_and_nothing_else(
 ):
     out = tmp_path / "second"
     config = {"config": ROOT / "pipelines" / "cifar100_lt.yaml"}
-    argv = arguments(data, out, **config)
+    argv = long_tailed(data, out, **config)
     argv[2:2] = ["--config", str(ROOT / "pipelines" / f"{overlay}.yaml")]
     argv += ["--second_stage.weights", str(whole / "weights.pt"), "--epochs", "1"]
     run_here(monkeypatch, *argv)
@@ -141,18 +116,8 @@ def test_a_second_stage_trains_the_classifier_and_nothing_else(
     assert rows(out)[0]["share"]["erased"] == 0
 
 
-def test_two_processes_share_images_in_memory(data, tmp_path):
-    out = tmp_path / "two"
-    launch = [*TWO_PROCESSES, "train.py"]
-    done = run_there(launch, *arguments(data, out, batch_size=4, epochs=2))
-    assert done.returncode == 0, done.stderr
-    lines = rows(out)
-    assert [line["saliency_images"] for line in lines] == [0, 63]
-    assert len(lines[-1]["val_per_class"]) == 3
-
-
 def test_mixup_and_deferred_weights_train(data, tmp_path, monkeypatch):
-    argv = arguments(data, tmp_path / "run", method="mixup", epochs=2)
+    argv = long_tailed(data, tmp_path / "run", method="mixup", epochs=2)
     argv += ["--loss.class_balanced", "0.99", "--loss.defer", "1"]
     run_here(monkeypatch, *argv)
     lines = rows(tmp_path / "run")

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
+
 import train
 from pipelines.data import DataConfig
 from pipelines.recipe import Config
@@ -109,12 +111,18 @@ def _options(settings: Mapping[str, Any]) -> list[str]:
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
+@functools.cache
+def parser() -> jsonargparse.ArgumentParser:
+    """train.py's, which takes longer to make than to use; it raises where that one exits."""
+    made = train.make_parser()
+    made.exit_on_error = False
+    return made
+
+
 def resolve(name: str, options: Sequence[str]) -> Config:
     """The Config that train.py makes of its options."""
-    parser = train.make_parser()
-    parser.exit_on_error = False
     try:
-        found = parser.instantiate(parser.parse_args(list(options)))
+        found = parser().instantiate(parser().parse_args(list(options)))
         return Config(**{field.name: found[field.name] for field in dataclasses.fields(Config)})
     except (argparse.ArgumentError, ValueError, OSError) as error:
         raise ValueError(f"{name}: train.py does not take its options: {error}") from error

@@ -6,18 +6,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-import textwrap
 import threading
 import tracemalloc
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import lmdb
 import numpy as np
 import pytest
+from caches import GRID, FakeIndex, fill, in_process, maps_of, spoil
 
 from scae_dali.cache import (
     CacheError,
@@ -30,38 +28,6 @@ from scae_dali.cache import (
 )
 from scae_dali.plan.random import Stream, uniforms
 
-GRID = (7, 7)
-
-
-@dataclass(frozen=True)
-class FakeIndex:
-    """What the cache needs of an index; the keys of paths straddle b"meta" and b"neighbors"."""
-
-    samples: int = 100
-    fingerprint: str = "00ff" * 8
-    classes: tuple[str, ...] = ("cat", "dog", "eel")
-
-    def __len__(self) -> int:
-        return self.samples
-
-    def keys(self, naming: str) -> np.ndarray:
-        if naming == "index":
-            return np.arange(self.samples, dtype=np.uint64)
-        return np.random.default_rng(7).integers(0, 2**64, self.samples, np.uint64)
-
-
-def maps_of(ids, salt=0, grid=GRID):
-    """A map that tells its sample and its pass: u8[B,h,w]."""
-    cells = np.arange(grid[0] * grid[1]).reshape(grid)
-    return ((np.asarray(ids)[:, None, None] * 3 + salt * 11 + cells) % 256).astype(np.uint8)
-
-
-def fill(cache, epoch, salt=None, **begin):
-    with ChunkWriter(cache, epoch, **begin) as writer:
-        for ids in np.array_split(writer.pending, max(len(writer.pending) // 50, 1)):
-            writer.write(ids, maps_of(ids, epoch if salt is None else salt))
-    return cache
-
 
 @pytest.fixture
 def path(tmp_path):
@@ -72,26 +38,6 @@ def path(tmp_path):
 def cache(request, path):
     with SaliencyCache.create(path, FakeIndex(), grid=GRID, naming=request.param) as cache:
         yield cache
-
-
-PREAMBLE = """
-import os, sys, threading, time
-sys.path[:0] = sys.argv[1].split(os.pathsep)
-import numpy as np
-from test_cache import FakeIndex, fill, maps_of, GRID
-from scae_dali.cache import CacheError, ChunkWriter, SaliencyCache
-path = sys.argv[2]
-"""
-
-
-def in_process(code, path, *, check=True):
-    """Runs code in another interpreter, warnings being errors there as well."""
-    command = [sys.executable, "-W", "error", "-c", PREAMBLE + textwrap.dedent(code)]
-    command += [os.pathsep.join(sys.path), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    if check:
-        assert done.returncode == 0, done.stderr
-    return done
 
 
 def test_reads_back_what_was_written(cache):
@@ -499,11 +445,6 @@ def test_chunk_writer_demands_a_whole_pass(cache):
         ChunkWriter(cache, 0, commit_every=0)
 
 
-def spoil(cache, key, value):
-    """Puts bytes into the file behind the cache's back, in the environment it has open."""
-    cache._environment().update(lambda txn: txn.put(key, value) and None, needs=0)
-
-
 @pytest.mark.parametrize(
     ("meta", "message"),
     [
@@ -523,7 +464,9 @@ def test_malformed_meta(path, meta, message):
 
 
 def test_meta_is_plain_json(cache):
-    blob = cache._view(lambda txn: txn.get(b"meta"))
+    cache.close()
+    with lmdb.open(cache.path, readonly=True) as env, env.begin() as txn:
+        blob = txn.get(b"meta")
     assert json.loads(blob)["grid"] == [7, 7]
     assert json.loads(blob)["format"] == 1
 

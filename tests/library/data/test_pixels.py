@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import write_images
+from crops import write_pngs
 from PIL import Image
 
 from scae_dali.data.index import DatasetError, ImageIndex
@@ -21,17 +22,6 @@ from scae_dali.data.pixels import ArrayImages, _allocate
 DEFAULT = Path(__file__).parents[4] / "shared" / "data" / "cifar100.zip"
 ZIP = Path(os.environ.get("SCAE_CIFAR100", DEFAULT))
 MEAN_OF_CIFAR100 = (129.3, 124.1, 112.4)  # of the training images, RGB
-
-
-def write_pngs(root: Path, sizes: dict[str, tuple[int, int]]) -> dict[str, np.ndarray]:
-    """Random PNGs of (h, w); returns their pixels."""
-    rng = np.random.default_rng(1)
-    pixels = {}
-    for name, size in sizes.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        pixels[name] = rng.integers(0, 256, (*size, 3), np.uint8)
-        Image.fromarray(pixels[name]).save(root / name)
-    return pixels
 
 
 def test_cifar_100_in_its_native_order(cifar):

@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
+from plans import brute_saliency
 from scipy import stats
-from test_region import brute_saliency
 
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import Run, Samples, Status, batch, load, make_config

@@ -6,8 +6,8 @@ import types
 
 import numpy as np
 import pytest
+from crops import shifted
 from nvidia.dali import fn, pipeline_def
-from test_partner import shifted
 
 from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig

@@ -4,8 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
+from plans import check_pure, method, samples
 from scipy import stats
-from test_methods import check_pure, method, samples
 
 from scae_dali.methods import Status, load
 

@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from plans import method, samples
 from scipy import stats
-from test_methods import method, samples
 from timm.data.random_erasing import RandomErasing as TimmErasing
 from torchvision.transforms import v2
 

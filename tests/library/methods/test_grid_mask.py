@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
+from plans import check_pure, drawn, masks, method, samples
 from scipy import stats
-from test_methods import check_pure, method, samples
 
 from scae_dali.checks import IMAGENET_MEAN
 from scae_dali.data.index import ImageIndex
@@ -25,20 +25,6 @@ def plans(n, size, epoch=5, **settings):
     """The plan of n samples that are all erased, unless told otherwise."""
     one = method("grid_mask", **{"prob": 1.0} | settings)
     return one.plan(samples(n, size=size, epoch=epoch))
-
-
-def drawn(plan):
-    """(d, kept, y, x, degrees) of each sample, int64 [B, 5]: y, x is where a square begins in the
-    upright grid, which is then turned about the image's centre."""
-    d, share, angle, shift_y, shift_x, height, width = plan["grid"].T
-    sin, cos = np.sin(angle), np.cos(angle)
-    y, x = (height - 1) / 2, (width - 1) / 2  # the centre, in pixels
-    begin = [height / 2 - x * sin - y * cos + shift_y, width / 2 - x * cos + y * sin + shift_x]
-    degrees = np.degrees(angle)
-    numbers = np.stack([d, d - share * d, *np.mod(np.round(begin, 6), d), degrees], axis=1)
-    whole = np.round(numbers).astype(int)
-    np.testing.assert_allclose(numbers, whole, atol=1e-5)
-    return whole
 
 
 def official_mask(size, d, kept, y, x, degrees):
@@ -57,20 +43,6 @@ def official_mask(size, d, kept, y, x, degrees):
     mask = np.asarray(mask.rotate(degrees)).astype(bool)
     top, left = ((length - one) // 2 for length, one in zip(whole, size, strict=True))
     return mask[top : top + size[0], left : left + size[1]]
-
-
-def masks(plan, size):
-    """What the plan erases, int64 [B, H, W]: how many rectangles lie over each pixel."""
-    out = np.zeros((len(plan["grid"]), *size), int)
-    for i, (y, x, h, w) in zip(*grid.rectangles(plan["grid"]), strict=True):
-        assert h > 0
-        assert w > 0
-        assert y >= 0
-        assert x >= 0
-        assert y + h <= size[0]
-        assert x + w <= size[1]
-        out[i, y : y + h, x : x + w] += 1
-    return out
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 50), (9, 70)])

@@ -5,10 +5,16 @@ import dataclasses
 import numpy as np
 import pytest
 from conftest import fill_cache
+from crops import (
+    H,
+    N,
+    W,
+    smooth,
+    stage_of,
+    transformed,
+)
+from plans import brute_saliency, method, samples
 from scipy import stats
-from test_methods import method, samples
-from test_policies import H, N, W, pixels, stage_of, transformed  # noqa: F401
-from test_region import brute_saliency
 
 from scae_dali.methods import Run, Status, compose
 from scae_dali.methods.keep_augment import Config as KeepAugmentConfig
@@ -16,6 +22,11 @@ from scae_dali.methods.keep_augment import importance
 from scae_dali.plan.random import Stream
 
 TAU = 0.6
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return smooth()
 
 
 def random_maps(ids):
@@ -228,7 +239,7 @@ def cache(tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch_size", [N, 7])
-def test_cut_fills_exactly_the_box(pixels, cache, batch_size):  # noqa: F811
+def test_cut_fills_exactly_the_box(pixels, cache, batch_size):
     """In a pipeline without conditionals."""
     settings = {"cache": cache, "fill": "zero", "conditionals": False}
     out, plan = transformed("keep_augment", pixels, batch_size, prob=0.7, **settings)
@@ -241,7 +252,7 @@ def test_cut_fills_exactly_the_box(pixels, cache, batch_size):  # noqa: F811
 
 @pytest.mark.parametrize("batch_size", [N, 7])
 @pytest.mark.parametrize("size", [None, (H, W)])
-def test_paste_is_rand_augment_with_the_box_of_the_original(pixels, cache, batch_size, size):  # noqa: F811
+def test_paste_is_rand_augment_with_the_box_of_the_original(pixels, cache, batch_size, size):
     settings = {"n": 3, "m": 25, "fill_value": 0}
     moved, _ = transformed("rand_augment", pixels, **settings)
     settings |= {"mode": "paste", "prob": 0.7, "cache": cache, "size": size}
@@ -256,7 +267,7 @@ def test_paste_is_rand_augment_with_the_box_of_the_original(pixels, cache, batch
     assert (expected != moved).any((1, 2, 3)).mean() > 0.5
 
 
-def test_paste_needs_conditionals(pixels):  # noqa: F811
+def test_paste_needs_conditionals(pixels):
     with pytest.raises(ValueError, match="enable_conditionals must be True where a policy is"):
         transformed("keep_augment", pixels, mode="paste", conditionals=False)
 

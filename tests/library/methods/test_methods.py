@@ -7,52 +7,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from plans import check_pure, corner_maps, method, samples
 from scipy import stats
 
-from scae_dali.methods import BUILT_IN, Run, Samples, Status, base, load, loading, make_config
+from scae_dali.methods import BUILT_IN, Run, Status, base, load, loading, make_config
 from scae_dali.plan import schedule
-
-
-def samples(n, labels=None, epoch=5, size=(64, 64), window=(0.0, 0.0, 1.0, 1.0)):
-    return Samples(
-        ids=np.arange(n),
-        keys=np.arange(n),
-        labels=np.zeros(n, np.int64) if labels is None else labels,
-        epoch=np.full(n, epoch),
-        window=np.tile(np.array(window), (n, 1)),
-        size_px=np.tile(np.array(size), (n, 1)),
-        iteration=np.full(n, 7),
-        place=np.arange(n),
-        flip=np.zeros(n, bool),
-    )
-
-
-def corner_maps(ids):
-    """All saliency at the top left."""
-    maps = np.zeros((len(ids), 7, 7), np.uint8)
-    maps[:, :2, :2] = 255
-    return maps, np.ones(len(ids), bool)
-
-
-def method(name, saliency=None, counts=(100,), epochs=10, **settings):
-    module = load(name)
-    run = Run(
-        seed=3,
-        epochs=epochs,
-        labels=np.arange(30_000) % len(counts),
-        class_counts=np.array(counts),
-        saliency=saliency,
-    )
-    return module.Method(make_config(module, settings), run)
-
-
-def check_pure(one, batch, parts):
-    """A part's plan is that of the whole batch. Returns the whole's."""
-    whole = one.plan(batch)
-    for part in parts:
-        for key, value in one.plan(batch.take(part)).items():
-            np.testing.assert_array_equal(value, whole[key][part])
-    return whole
 
 
 def test_none_plans_nothing():

@@ -7,16 +7,21 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
+from crops import (
+    H,
+    N,
+    W,
+    smooth,
+    transformed,
+)
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.auto_aug import augmentations as a
 from nvidia.dali.auto_aug import auto_augment as policies
+from plans import check_pure, method, samples
 from scipy import stats
-from test_methods import check_pure, method, samples
 
 from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
-from scae_dali.data.index import ImageIndex
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import load
 from scae_dali.methods.policy import deprecations_hidden
@@ -144,42 +149,9 @@ def test_defaults_are_those_of_the_papers():
         assert level[0].mag_range == mag_range
 
 
-H, W, N = 40, 56, 60
-
-
 @pytest.fixture(scope="module")
 def pixels():
-    """Smooth and not square: uint8 [N, H, W, 3], of many ranges of grey."""
-    rng = np.random.default_rng(0)
-    coarse = rng.integers(0, 256, (N, 5, 7, 3)) * rng.uniform(0.3, 1, (N, 1, 1, 1))
-    coarse = torch.from_numpy(coarse).permute(0, 3, 1, 2)
-    fine = torch.nn.functional.interpolate(coarse, size=(H, W), mode="bicubic")
-    return fine.clamp(0, 255).permute(0, 2, 3, 1).numpy().astype(np.uint8)
-
-
-def stage_of(name, batch_size, **settings):
-    index = ImageIndex.from_arrays([f"{k}.jpg" for k in range(N)], np.arange(N) % 3)
-    return Stage(index, name, epochs=1, batch_size=batch_size, seed=5, **settings)
-
-
-def transformed(name, pixels, batch_size=N, conditionals=True, size=None, **settings):
-    """By the stage in a pipeline: uint8 [N, H, W, 3], and the plan's rows as dict of columns."""
-    one = stage_of(name, batch_size, **settings)
-    ids = np.resize(np.arange(N), (one.batches_per_epoch, batch_size))
-
-    @pipeline_def(
-        batch_size=batch_size, num_threads=1, device_id=None, enable_conditionals=conditionals
-    )
-    def define():
-        images = fn.external_source(source=[pixels[i] for i in ids], layout="HWC", cycle=True)
-        keys = fn.external_source(source=list(ids[:, :, None]), cycle=True)
-        return one(images, keys, size=size)[0]
-
-    pipeline = define()
-    out = np.concatenate([pipeline.run()[0].as_array() for _ in ids])[:N]
-    planner = one.planner()
-    rows = planner(np.arange(N), np.zeros(N, int), np.tile([[H, W]], (N, 1)))
-    return out, {key: rows[:, columns] for key, columns in planner.columns.items()}
+    return smooth()
 
 
 def direct(operation, pixels, bins, magnitude, negated, settings):

@@ -5,11 +5,18 @@ import itertools
 
 import numpy as np
 import pytest
+from crops import train_batches
+from plans import (
+    brute_saliency,
+    check_pure,
+    corner_maps,
+    drawn,
+    masks,
+    method,
+    saliency_map,
+    samples,
+)
 from scipy import stats
-from test_grid_mask import drawn, masks
-from test_memory import train_batches
-from test_methods import check_pure, corner_maps, method, samples
-from test_region import brute_saliency, saliency_map
 
 from pipelines.config import ImageConfig
 from scae_dali.data.pixels import ArrayImages

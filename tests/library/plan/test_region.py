@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import torch
+from plans import brute_saliency, saliency_map
 from scipy import stats
 
 from scae_dali.plan import region
@@ -10,27 +10,6 @@ from scae_dali.plan.random import Stream, uniforms
 
 H = W = 32
 DRAWS = 20_000
-
-
-def saliency_map(seed=0, grid=(7, 7)):
-    rng = np.random.default_rng(seed)
-    values = rng.random(grid) ** 2
-    return (values - values.min()) / (values.max() - values.min())
-
-
-def brute_saliency(saliency, window, h, w):
-    """Â at every pixel of the crop, by torch's own bilinear sampling with zeros outside."""
-    y = window[0] + (np.arange(h) + 0.5) / h * window[2]
-    x = window[1] + (np.arange(w) + 0.5) / w * window[3]
-    grid = np.stack(np.meshgrid(x * 2 - 1, y * 2 - 1, indexing="xy"), axis=-1)
-    out = torch.nn.functional.grid_sample(
-        torch.from_numpy(saliency)[None, None],
-        torch.from_numpy(grid)[None],
-        align_corners=False,
-        padding_mode="border",
-    )[0, 0].numpy()
-    inside = ((y >= 0) & (y <= 1))[:, None] & ((x >= 0) & (x <= 1))[None, :]
-    return np.where(inside, out, 0.0)
 
 
 def draw(saliency, lam, window, hw, border, n=DRAWS, chunk=1000, size=(H, W), draws=region.DRAWS):

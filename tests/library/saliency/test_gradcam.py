@@ -9,6 +9,18 @@ import numpy as np
 import pytest
 import torch
 import torchvision.models as tv
+from cams import (
+    CLASSES,
+    Net,
+    assert_same,
+    compiled,
+    minmax,
+    mixed_modes,
+    network,
+    pictures,
+    settle,
+    snapshot,
+)
 from torch import nn
 
 from scae_dali.plan.region import saliency_at
@@ -18,47 +30,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of grad-cam's own imports
     from pytorch_grad_cam import GradCAM as ReferenceCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
-CLASSES = 10
-
-
-def settle(model, size, batch=4):
-    """BatchNorm statistics of random weights, so that the features are of order 1."""
-    generator = torch.Generator().manual_seed(1)
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # the mean of the batches; at 0.01 three of them settle nothing
-    with torch.no_grad():
-        for _ in range(3):
-            model(torch.randn(batch, 3, size, size, generator=generator))
-    return model.eval()
-
-
-_MODELS: dict[tuple[str, int], nn.Module] = {}
-
-
-def network(name, size=96):
-    """A torchvision network with random weights; one instance a name, so do not change it."""
-    if (name, size) not in _MODELS:
-        torch.manual_seed(0)
-        plain = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-        _MODELS[name, size] = settle(getattr(tv, name)(num_classes=CLASSES, **plain), size)
-    return _MODELS[name, size]
-
-
-def pictures(model, size=96, batch=4):
-    """Images, and the labels the model gives them: those have a positive score to explain."""
-    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        return images, model(images).argmax(1)
-
-
-def minmax(maps):
-    """f64, for references."""
-    a = maps.double().clamp_min(0)
-    low, high = a.amin((1, 2), keepdim=True), a.amax((1, 2), keepdim=True)
-    return torch.where(high > low, (a - low) / (high - low), 0.0)
 
 
 def reference(model, layer, images, labels, reshape=None):
@@ -77,23 +48,9 @@ def reference(model, layer, images, labels, reshape=None):
     return minmax(torch.from_numpy(raw))
 
 
-class Net(nn.Module):
-    """Small enough for tests of everything but the numbers."""
-
-    def __init__(self, head=None):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
-        self.act = nn.ReLU()
-        self.body = nn.Conv2d(8, 6, 3, stride=2, padding=1)
-        self.unused = nn.Conv2d(8, 6, 1)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.drop = nn.Dropout(0.5)
-        self.head = head or nn.Linear(6, CLASSES)
-
-    def forward(self, x):
-        x = self.body(self.act(self.norm(self.act(self.stem(x)))))
-        return self.head(self.drop(self.pool(x).flatten(1)))
+@pytest.fixture
+def mixed():
+    return mixed_modes()
 
 
 @pytest.fixture
@@ -390,38 +347,6 @@ def test_outputs_with_logits(net):
 # ---- the model is left as it was found
 
 
-def snapshot(model):
-    return {
-        "state": {name: value.clone() for name, value in model.state_dict().items()},
-        "modes": [module.training for module in model.modules()],
-        "grads": [p.grad if p.grad is None else p.grad.clone() for p in model.parameters()],
-        "requires_grad": [p.requires_grad for p in model.parameters()],
-        "hooks": [
-            {key: len(value) for key, value in vars(module).items() if "hooks" in key}
-            for module in model.modules()
-        ],
-        "attributes": [set(vars(module)) for module in model.modules()],
-    }
-
-
-@pytest.fixture
-def mixed():
-    """A network in the middle of training: mixed modes, frozen parts, some gradients."""
-    torch.manual_seed(4)
-    model = tv.resnet18(num_classes=CLASSES).train()
-    model.layer1.eval()
-    model.conv1.requires_grad_(False)
-    model.fc.weight.grad = torch.ones_like(model.fc.weight)
-    model.layer4.register_forward_hook(lambda *args: None)
-    return model
-
-
-def assert_same(found, expected):
-    torch.testing.assert_close(found.pop("state"), expected.pop("state"), rtol=0, atol=0)
-    torch.testing.assert_close(found.pop("grads"), expected.pop("grads"), rtol=0, atol=0)
-    assert found == expected
-
-
 def test_model_is_left_as_found(mixed):
     before = snapshot(mixed)
     random = torch.get_rng_state()
@@ -585,12 +510,6 @@ def test_labels_out_of_range(net, label):
 def test_inputs_of_another_kind(net, images, labels, message):
     with pytest.raises(ValueError, match=message):
         GradCAM(net, "body")(images, labels)
-
-
-def compiled(model):
-    wrapper = torch.compile(model, backend="eager")
-    assert isinstance(wrapper, nn.Module)
-    return wrapper
 
 
 def test_wrapped_models(net):

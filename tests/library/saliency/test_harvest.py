@@ -1,8 +1,6 @@
 """Harvest: class activation maps of training crops, put back into the full frame."""
 
 import copy
-import subprocess
-import sys
 import weakref
 from contextlib import contextmanager
 
@@ -10,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import TWO_PROCESSES, batch_of
-from test_refresh import Net, fresh, loaders  # noqa: F401 - a fixture
+from conftest import batch_of
+from pairs import in_two
+from passes import GRID, SIZE, Net, harvest_of, loaders, pictures, see
 
 from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
@@ -21,33 +20,16 @@ from scae_dali.methods import Status
 from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import Order
 from scae_dali.saliency.gradcam import GradCAM
-from scae_dali.saliency.harvest import Harvest, crop_to_frame, min_max
+from scae_dali.saliency.harvest import crop_to_frame, min_max
 from scae_dali.saliency.refresh import agreement, refresh_cache
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage
-
-SIZE, GRID = 28, (7, 7)
 
 
 @pytest.fixture
 def net():
     """In evaluation mode, so that a map does not depend on the batch."""
     return Net().eval()
-
-
-def harvest_of(net, samples=50, classes=3, layer="features", **more):
-    settings = {"samples": samples, "num_classes": classes, "grid": GRID, "size": SIZE} | more
-    return Harvest(net, layer, **settings)
-
-
-def pictures(n, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 3, SIZE, SIZE, generator=generator), torch.arange(n) % 3
-
-
-def see(net, harvest, batch):
-    net(batch.images)
-    harvest.add(batch)
 
 
 def bilinear(values, y, x):
@@ -289,7 +271,7 @@ def harvested(net, index, part=slice(None)):
     return harvest
 
 
-def test_the_cache_takes_the_harvest_without_a_pass(net, fresh, index):  # noqa: F811
+def test_the_cache_takes_the_harvest_without_a_pass(net, fresh, index):
     harvest, asked = harvested(net, index, slice(0, 40)), []
     report = refresh_cache(
         net,
@@ -309,7 +291,7 @@ def test_the_cache_takes_the_harvest_without_a_pass(net, fresh, index):  # noqa:
     assert (fresh.meta.method, fresh.meta.epoch, fresh.meta.part) == ("harvest", 3, 40)
 
 
-def test_a_pass_over_a_share_and_the_harvest_of_the_rest(net, fresh, index):  # noqa: F811
+def test_a_pass_over_a_share_and_the_harvest_of_the_rest(net, fresh, index):
     harvest, asked = harvested(net, index), []
     settings = {"epoch": 3, "layer": "features", "share": 0.2, "harvest": harvest}
     report = refresh_cache(net, fresh, index, loaders(index, asked), **settings)
@@ -323,7 +305,7 @@ def test_a_pass_over_a_share_and_the_harvest_of_the_rest(net, fresh, index):  # 
     assert len({*asked[0]} & {*asked[1]}) < 10
 
 
-def test_a_pass_with_a_harvest_that_breaks_goes_on_where_it_was(net, fresh, index):  # noqa: F811
+def test_a_pass_with_a_harvest_that_breaks_goes_on_where_it_was(net, fresh, index):
     harvest, asked = harvested(net, index), []
 
     def breaking(ids):
@@ -361,7 +343,7 @@ def second_chunk_breaks(harvest):
         yield
 
 
-def test_a_harvest_that_breaks_goes_on_with_what_is_not_written(net, fresh, index):  # noqa: F811
+def test_a_harvest_that_breaks_goes_on_with_what_is_not_written(net, fresh, index):
     harvest, asked = harvested(net, index), []
     whole = harvest.blended(np.arange(50), *fresh.read(np.arange(50)))
     settings = {"epoch": 3, "layer": "features", "share": 0.2, "harvest": harvest}
@@ -374,7 +356,7 @@ def test_a_harvest_that_breaks_goes_on_with_what_is_not_written(net, fresh, inde
     np.testing.assert_array_equal(fresh.read(rest)[0], whole[rest])
 
 
-def test_a_pass_whose_harvest_was_half_written_keeps_to_its_samples(net, fresh, index):  # noqa: F811
+def test_a_pass_whose_harvest_was_half_written_keeps_to_its_samples(net, fresh, index):
     """By then more maps are of this epoch than its share has, some of samples that were chosen and
     never harvested."""
     refresh_cache(net, fresh, index, loaders(index, []), epoch=1, layer="features")
@@ -395,7 +377,7 @@ def test_a_pass_whose_harvest_was_half_written_keeps_to_its_samples(net, fresh, 
     assert (again.images, again.harvested, len(asked)) == (0, 0, 1)
 
 
-def test_neighbouring_classes_alone_take_no_pass(net, fresh, index):  # noqa: F811
+def test_neighbouring_classes_alone_take_no_pass(net, fresh, index):
     asked = []
     report = refresh_cache(
         net, fresh, index, loaders(index, asked), epoch=3, layer="features", share=0.0, neighbors=1
@@ -415,7 +397,7 @@ def test_crops_are_counted_beyond_what_half_precision_holds(net):
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.5])
-def test_a_share_without_a_harvest_is_of_some_samples(net, fresh, index, share):  # noqa: F811
+def test_a_share_without_a_harvest_is_of_some_samples(net, fresh, index, share):
     with pytest.raises(ValueError, match=rf"share must be in \(0, 1\], .* got {share}"):
         refresh_cache(net, fresh, index, loaders(index, []), epoch=3, layer="features", share=share)
 
@@ -481,12 +463,12 @@ def test_windows_and_flips_say_what_a_pixel_of_a_crop_shows(kind):
             assert np.abs(picture[channel] - wanted[channel])[inside].max() < 3
 
 
-MERGED = """
-import sys, torch
-sys.path[:0] = {places!r}
+IMPORTS = """
+import torch
 from torch import distributed
-from test_harvest import batch_of, harvest_of, pictures, see
-from test_refresh import Net
+from passes import Net, batch_of, harvest_of, pictures, see
+"""
+MERGED = """
 distributed.init_process_group("gloo")
 rank = distributed.get_rank()
 net = Net().eval()
@@ -506,9 +488,7 @@ distributed.destroy_process_group()
 
 
 def test_two_ranks_bring_together_what_each_has_seen(net, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(MERGED.format(places=sys.path, out=str(tmp_path)))
-    subprocess.run([sys.executable, *TWO_PROCESSES, str(script)], check=True, timeout=120)
+    in_two(IMPORTS, MERGED.format(out=str(tmp_path)))
     images, labels = pictures(20)
     whole = harvest_of(net)
     for half in (slice(0, 12), slice(8, 20)):

@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from passes import Net, loaders
 from torch import nn
 
 from scae_dali.cache import SaliencyCache
@@ -12,34 +13,7 @@ from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.refresh import METHODS, refresh_cache
 from scae_dali.saliency.scorecam import ScoreCAM
 from scae_dali.saliency.weights import nearest_classes, weights_digest
-from scae_dali.saliency.whole import whole_loader
 from scae_dali.training.second_stage import ScaledLinear
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.features = nn.Sequential(
-            nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
-        )
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, images):
-        return self.head(self.features(images).mean((2, 3)))
-
-
-@pytest.fixture
-def fresh(index, tmp_path):
-    return SaliencyCache.create(tmp_path / "maps.lmdb", index, grid=(7, 7))
-
-
-def loaders(index, asked, batch_size=16):
-    def loader_for(ids):
-        asked.append(list(ids))
-        return whole_loader(index, ids, size=28, batch_size=batch_size, threads=2)
-
-    return loader_for
 
 
 def run(model, cache, index, asked, *, epoch=3, **keywords):

@@ -8,13 +8,13 @@ import warnings
 import pytest
 import torch
 import torchvision.models as tv
-from test_gradcam import (
+from cams import (
     CLASSES,
     Net,
     assert_same,
     compiled,
     minmax,
-    mixed,  # noqa: F401
+    mixed_modes,
     network,
     pictures,
     settle,
@@ -28,6 +28,11 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of grad-cam's own imports
     import pytorch_grad_cam.score_cam
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+
+@pytest.fixture
+def mixed():
+    return mixed_modes()
 
 
 @pytest.fixture
@@ -259,7 +264,7 @@ def test_chunks_hold_something(net, chunk):
 # ---- the model is left as it was found
 
 
-def test_model_is_left_as_found(mixed):  # noqa: F811
+def test_model_is_left_as_found(mixed):
     before = snapshot(mixed)
     random = torch.get_rng_state()
     images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))

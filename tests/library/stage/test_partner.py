@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_pngs
+from crops import shifted
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
@@ -115,14 +116,6 @@ def references(data):
         return [whole(loader) for _ in range(EPOCHS)]
 
     return {kind: epochs(kind) for kind in KINDS}
-
-
-def shifted(pixels, window):
-    """A window of an image's own size, black outside it."""
-    pad = 8
-    y, x, h, w = window
-    whole = np.pad(pixels, ((pad, pad), (pad, pad), (0, 0)))
-    return whole[y + pad : y + pad + h, x + pad : x + pad + w]
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
 """Figures of a validation: against torchmetrics, by hand, over two processes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TWO_PROCESSES
+from pairs import in_two
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from scae_dali.training.evaluation import Evaluation
@@ -19,10 +17,12 @@ ROOT = Path(__file__).parents[3]
 COUNTS = np.array([500, 101, 100, 50, 20, 19, 0])
 ALONE = Ranks("cpu")
 # First rank 0 has all batches and rank 1 none, then they have one and two.
-SCRIPT = """
+IMPORTS = """
 import json, torch
 from scae_dali.training.evaluation import Evaluation
 from scae_dali.training.ranks import Ranks
+"""
+CODE = """
 ranks = Ranks("cpu")
 torch.manual_seed(0)
 logits, labels = torch.randn(90, 7) * 3, torch.randint(6, (90,))
@@ -192,20 +192,10 @@ def test_bad_input_is_named():
         evaluation.update(torch.zeros(4, 7), torch.zeros(4, 1, dtype=torch.int64))
 
 
-def test_two_processes_with_uneven_batches_have_the_figures_of_all_samples(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, *TWO_PROCESSES, str(script)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+def test_two_processes_with_uneven_batches_have_the_figures_of_all_samples():
     expected = figures(COUNTS, sample())
     per_class = expected.pop("val_per_class")
-    lines = done.stdout.splitlines()
+    lines = in_two(IMPORTS, CODE).splitlines()
     assert len(lines) == 2
     for got in map(json.loads, lines):
         assert got.pop("val_per_class") == per_class

@@ -1,19 +1,16 @@
 """Processes of one run: what they gather, add up and share."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TWO_PROCESSES
+from pairs import in_two
 
 from scae_dali.training.ranks import Ranks, pick_device
 
 ROOT = Path(__file__).parents[3]
-SCRIPT = """
-import torch
-from scae_dali.training.ranks import Ranks
+IMPORTS = "import torch\nfrom scae_dali.training.ranks import Ranks"
+CODE = """
 ranks = Ranks("cpu")
 norm = torch.nn.BatchNorm1d(2)
 norm.running_mean += 1 + ranks.rank
@@ -47,19 +44,9 @@ def test_a_process_knows_its_node(monkeypatch, told, node):
     assert Ranks("cpu").node == node
 
 
-def test_two_processes_see_each_others_values_and_the_buffers_of_the_first(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, *TWO_PROCESSES, str(script)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+def test_two_processes_see_each_others_values_and_the_buffers_of_the_first():
     seen = [(0, 0, True, [1.0, 1.0]), (1, 1, False, [1.0, 1.0])]
-    assert done.stdout.strip() == f"{seen} {{'a': 3.0, 'b': 1.0}}"
+    assert in_two(IMPORTS, CODE).strip() == f"{seen} {{'a': 3.0, 'b': 1.0}}"
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):

@@ -1,0 +1,37 @@
+"""Code that runs in two processes of one group, as torchrun starts them."""
+
+import os
+import subprocess
+import sys
+
+# Forks once all is imported, since importing takes longer than all else.
+PAIR = """
+import os, socket, sys
+sys.path[:0] = sys.argv[1].split(os.pathsep)
+{imports}
+with socket.create_server(("localhost", 0)) as free:
+    port = free.getsockname()[1]
+os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2")
+children = []
+for rank in "01":
+    if not (child := os.fork()):
+        os.environ |= dict(RANK=rank, LOCAL_RANK=rank)
+        exec({code!r}, globals())
+        sys.stdout.flush()
+        os._exit(0)
+    children.append(child)
+sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+"""
+
+
+def in_two(imports: str, code: str) -> str:
+    """What the two printed; fails unless both end well."""
+    script = PAIR.format(imports=imports, code=code)
+    done = subprocess.run(
+        [sys.executable, "-c", script, os.pathsep.join(sys.path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
