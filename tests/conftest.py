@@ -59,11 +59,6 @@ def run_script(tool, *arguments, status=0):
 # Small networks gain nothing by more, and what tests compare exactly hangs on their number.
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 torch.set_num_threads(1)
-# Behind the interpreter: what follows it runs in two processes.
-TWO_PROCESSES = (
-    *("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"),
-    *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
-)
 
 
 def pytest_collection_modifyitems(items):

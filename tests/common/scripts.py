@@ -11,6 +11,11 @@ import torch
 import train
 
 ROOT = Path(__file__).parents[2]
+# Behind the interpreter: what follows it runs in two processes.
+TWO_PROCESSES = (
+    *("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"),
+    *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
+)
 
 
 # Kills itself with SIGKILL at the n-th call of a method.

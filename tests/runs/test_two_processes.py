@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TWO_PROCESSES, write_images, write_pngs
+from conftest import write_images, write_pngs
 from pairs import in_two
-from scripts import arguments, long_tailed, rows, run_here, run_there
+from scripts import TWO_PROCESSES, arguments, long_tailed, rows, run_here, run_there
 
 from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
