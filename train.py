@@ -32,7 +32,7 @@ from scae_dali.training.evaluation import Evaluation
 from scae_dali.training.log import closing, save_picture, summary
 from scae_dali.training.ranks import Ranks
 
-LOOK_S = 5.0  # seconds for a look at the files of validation, before an epoch is trained in vain
+LOOK_S = 5.0  # seconds for a look at the validation files, before training starts
 
 
 class Run(State):
@@ -45,7 +45,7 @@ class Run(State):
             return
         start = time.perf_counter()
         self.loader = None  # it has planned ahead with the old maps
-        gc.collect()  # what is fed to a pipeline refers to itself
+        gc.collect()  # a pipeline and what feeds it refer to each other
         report = self.maps.refresh(due, self.execution(sharded=False))
         self.loader = self.build_loader()
         seconds = time.perf_counter() - start
@@ -115,8 +115,8 @@ class Run(State):
 
     @torch.inference_mode()
     def finish_epoch(self) -> None:
-        """Validate, on the images of all ranks, and close the epoch that was trained last: write
-        its row of the log."""
+        """Validate, on the images of all ranks, and write the log's row of the epoch that was
+        trained last."""
         start = time.perf_counter()
         model = self.net if self.ema is None else self.ema
         for shared in dict.fromkeys((self.net, model)):  # in the same order on all ranks
@@ -145,7 +145,7 @@ class Run(State):
 
 
 class RecentSteps:
-    """The steps of an epoch since the meter was last told of them.
+    """The steps of an epoch that the meter has not counted yet.
 
     score: float32 [2] on the device, loss and hits of these steps, each a sum over images.
     """
@@ -164,7 +164,7 @@ class RecentSteps:
         self.started = time.perf_counter()
 
     def settle(self) -> None:
-        """Tell the meter, and see that what the steps left is finite; waits for the device."""
+        """Hand the steps to the meter, and check that all is finite; waits for the device."""
         run = self.run
         nets = [run.net] if run.ema is None else [run.net, run.ema]
         loss, hits, kept = torch.cat([self.score.double(), sound(nets, run.optimizer)]).tolist()
@@ -182,8 +182,8 @@ class RecentSteps:
 
 
 def begin(config: Config, ranks: Ranks, resume: bool, check_folder: Callable[[], None]) -> Run:
-    """A run that is ready to train, where its checkpoint says. Whatever is refused, is refused
-    before anything of an older run in `out` is changed. check_folder: see lock.hold."""
+    """A run that is ready to train, from its checkpoint on. All checks come before anything of an
+    older run in `out` is changed. check_folder: see lock.hold."""
     out = Path(config.out)
     ranks.by_first(lambda: resuming.check_files(out) if resume else resuming.check_new(out))
     data = config.data.open(config.threads)
@@ -200,7 +200,7 @@ def begin(config: Config, ranks: Ranks, resume: bool, check_folder: Callable[[],
     notes = resuming.check_same(ranks, out, identity, state, data.val)
     run = Run(config, ranks, data, identity, check_folder)
     if state is None:
-        run.loader = run.build_loader()  # before anything is written: it may object
+        run.loader = run.build_loader()  # before anything is written, since it may raise
     else:
         run.restore(state)
     for note in notes if ranks.first else ():

@@ -1,12 +1,12 @@
-"""Whether training and validation mean the same class by a label.
+"""Checks that a label means the same class in training and in validation.
 
 Folders number their classes by the order of their names, as strings; a list numbers them as it
-likes. Where the list's paths have a class folder, that is compared; where they have none, numbers
-in folder names are. A list that tells nothing about its classes is believed.
+likes. If the list's paths have a class folder, its name is compared; if they have none, numbers in
+folder names are. A list that tells nothing about its classes is believed.
 
 A folder in a path is taken for a class by the label that most of its images have, so that a few
-wrong labels hide nothing. A difference is refused where there is evidence that it is one of
-classes: folders may be named by shards, cameras or people, too.
+wrong labels hide nothing. A difference is refused only with evidence that the names are those of
+classes: folders may also be named by shards, cameras or people.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NUMBER = re.compile(r"(\d+)")
 
 
 class Folder(NamedTuple):
-    """So many images of one label in one folder, of which `sample` is the first."""
+    """A folder's images of one label: how many they are, and the first one, `sample`."""
 
     parts: list[str]
     label: int
@@ -62,7 +62,7 @@ def check_list_and_folders(listed: str, index: ImageIndex, folders: ImageIndex) 
     for row in rows:
         names = [part for part in dict.fromkeys(row.parts) if key(part) in label_of]
         names = [part for part in names if key(part) not in containers]
-        if len(names) == 1:  # of several it is unclear which is the class folder
+        if len(names) == 1:  # with several it is unclear which one is the class folder
             named.append((key(names[0]), names[0], row))
     seen = _tally(named)
     found = {**_told(seen)} if _is_pure(seen) else {}
@@ -108,7 +108,7 @@ def check_lists(one: str, first: ImageIndex, other: str, second: ImageIndex) -> 
     rows, others = _folders(first), _folders(second)
     key = _key({part for row in (*rows, *others) for part in row.parts})
     mine, yours = _class_folders(rows, key), _class_folders(others, key)
-    # Of a list of one class, no folder stands out: then those of the other list are looked for.
+    # In a list of one class no folder stands out. Then the other list's class folders are sought.
     compared = [
         (mine, yours or _named(others, mine, key)),
         (mine or _named(rows, yours, key), yours),
@@ -142,11 +142,11 @@ def check_lists(one: str, first: ImageIndex, other: str, second: ImageIndex) -> 
 
 
 def _folders(index: ImageIndex) -> list[Folder]:
-    """Every folder and label that there are, in the order of the list."""
+    """Every pair of folder and label that occurs, in the order of the list."""
     images: Counter[tuple[str, int]] = Counter()
     first: dict[tuple[str, int], int] = {}
     for i, (path, label) in enumerate(zip(index.files, index.labels.tolist(), strict=True)):
-        pair = (path.replace("\\", "/").rpartition("/")[0], label)  # of lists made on Windows too
+        pair = (path.replace("\\", "/").rpartition("/")[0], label)  # a list may be made on Windows
         images[pair] += 1
         first.setdefault(pair, i)
     return [
@@ -161,7 +161,7 @@ def _folders(index: ImageIndex) -> list[Folder]:
 
 
 def _key(names: Collection[str]) -> Callable[[str], str]:
-    """What names are compared by: without regard to case where that tells these apart."""
+    """By what names are compared: without case, unless these names differ in case alone."""
 
     def folded(name: str) -> str:
         return unicodedata.normalize("NFC", name).casefold()
@@ -170,7 +170,7 @@ def _key(names: Collection[str]) -> Callable[[str], str]:
 
 
 def _tally(named: Iterable[tuple[str, str, Folder]]) -> dict[str, Name]:
-    """Keys -> what is known of the name, of (key, name, folder)."""
+    """What is known of each name, by the name's key. named: (key, name, folder) of each."""
     images: dict[str, Counter[int]] = defaultdict(Counter)
     sample: dict[tuple[str, int], int] = {}
     shown: dict[str, str] = {}
@@ -191,15 +191,15 @@ def _told(names: Names) -> dict[str, Name]:
 
 
 def _is_pure(names: Names) -> bool:
-    """Whether folders and labels belong together: two thirds of the images have their folder's."""
+    """Whether folders go with labels: two thirds of the images have their folder's label."""
     return 3 * sum(n.images for n in names.values()) >= 2 * sum(n.total for n in names.values())
 
 
 def _are_classes(names: Names, same: int) -> bool:
-    """Whether there is evidence that names are those of classes, of which `same` agree.
+    """Whether there is evidence that these names are of classes. same: how many of them agree.
 
-    Several agree; or images beyond a folder's first mostly have its label, which those of a shard
-    or a person need not; or a name is a word, which those of shards are not.
+    Several agree; or images beyond a folder's first mostly have its label, unlike those of a shard
+    or a person; or a name is a word, unlike those of shards.
     """
     more = sum(one.total - 1 for one in names.values())
     alike = sum(one.images - 1 for one in names.values())
@@ -208,8 +208,8 @@ def _are_classes(names: Names, same: int) -> bool:
 
 
 def _containers(rows: list[Folder], key: Callable[[str], str]) -> set[str]:
-    """Names that hold the whole list, and so are no class. Where it is of one class, that is the
-    outermost folder alone."""
+    """Names of folders that hold the whole list, and so are no class. In a list of one class only
+    the outermost folder counts."""
     parts = {*map(key, rows[0].parts[:1])}
     if len({row.label for row in rows}) > 1:
         parts = {*map(key, rows[0].parts)}
@@ -223,8 +223,8 @@ def _class_folders(rows: list[Folder], key: Callable[[str], str]) -> dict[str, N
     that have most of the labels among them.
     """
     labels = {row.label for row in rows}
-    for place in range(min(len(row.parts) for row in rows)):
-        names = _tally((key(row.parts[place]), row.parts[place], row) for row in rows)
+    for depth in range(min(len(row.parts) for row in rows)):
+        names = _tally((key(row.parts[depth]), row.parts[depth], row) for row in rows)
         told = _told(names)
         known = {one.label for one in told.values()}
         if len(names) > 1 and _is_pure(names) and 2 * len(known) > len(labels):
@@ -233,7 +233,7 @@ def _class_folders(rows: list[Folder], key: Callable[[str], str]) -> dict[str, N
 
 
 def _named(rows: list[Folder], names: Names, key: Callable[[str], str]) -> dict[str, Name]:
-    """Those of `names` that are folders in paths, wherever in them."""
+    """Those of `names` that are folders in the paths, at any depth."""
     containers = _containers(rows, key)
     found = []
     for row in rows:
@@ -248,10 +248,10 @@ def _named(rows: list[Folder], names: Names, key: Callable[[str], str]) -> dict[
 def _endings(
     rows: list[Folder], others: list[Folder], key: Callable[[str], str]
 ) -> tuple[dict[str, Name], dict[str, Name]]:
-    """The longest endings of folders that two lists share, `kitchen/in`, in either list."""
+    """The longest endings of folders, such as `kitchen/in`, that two lists share, for each list."""
 
     def of(row: Folder) -> list[tuple[str, str]]:
-        ends = ["/".join(row.parts[place:]) for place in range(len(row.parts))]
+        ends = ["/".join(row.parts[start:]) for start in range(len(row.parts))]
         return [("/".join(map(key, end.split("/"))), end) for end in ends]
 
     mine = _tally((name, shown, row) for row in rows for name, shown in of(row))
@@ -274,7 +274,7 @@ def _endings(
 
 
 def _only_names(names: Names) -> dict[int, str]:
-    """Labels -> the key of the name, for those that have one alone."""
+    """Label -> the key of its name, for labels that have a single name."""
     keys: dict[int, list[str]] = defaultdict(list)
     for key, one in names.items():
         if one.label is not None:
@@ -283,8 +283,8 @@ def _only_names(names: Names) -> dict[int, str]:
 
 
 def _by_number(classes: Collection[str]) -> list[str]:
-    """Class names in the order of the numbers in them: class_2 before class_10. As they are where
-    they have no numbers, or differ in more than those."""
+    """Class names in the order of the numbers in them: class_2 before class_10. The order is kept
+    if they have no numbers, or differ in more than these."""
     parts = [_NUMBER.split(name) for name in classes]
     numbers = [[int(number) for number in one[1::2]] for one in parts]
     if len({tuple(one[::2]) for one in parts}) > 1 or not numbers[0]:

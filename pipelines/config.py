@@ -8,7 +8,7 @@ from scae_dali.methods.base import Triple
 from scae_dali.plan.crop import CropConfig
 from scae_dali.stage.images import HW_DECODER_LOAD, Decode, DTypeName, LayoutName
 
-# A small network is done with fewer before the CPU has launched its next kernels.
+# With fewer pixels a small network is done before the CPU has launched its next kernels.
 BUSY_PIXELS = 1 << 20
 
 
@@ -27,7 +27,7 @@ class ImageConfig:
         dtype: Type of the images that the network gets. `fp16` needs amp.
         layout: Memory layout of the images that the network gets.
         mean: Mean of the data set that is subtracted, one grey level in [0, 255] a channel (RGB).
-        std: Standard deviation that the images are divided by, one value a channel, as mean.
+        std: Standard deviation that the images are divided by, in grey levels, one a channel (RGB).
     """
 
     size: int = 224
@@ -92,7 +92,7 @@ class ExecConfig:
         )
 
     def for_inference(self, size: int) -> "ExecConfig":
-        """With batches of at least BUSY_PIXELS on a GPU. size: side of an image in pixels."""
+        """A copy with batches of at least BUSY_PIXELS on a GPU. size: an image's side in pixels."""
         least = 1 if self.device_id is None else BUSY_PIXELS // size**2
         return replace(self, batch_size=max(self.batch_size, least))
 

@@ -1,5 +1,5 @@
-"""The data of a training run as a config: folders, lists or CIFAR, long-tailed or not, in memory
-or not."""
+"""The data of a run, by its settings: folders, lists or CIFAR, long-tailed or not, on disk or in
+memory."""
 
 import os
 from dataclasses import dataclass, fields
@@ -47,7 +47,7 @@ class DataConfig:
         val_dir: Folder of the validation images in root; in other data sets often called test.
         train_list: Text file of the training images, instead of train_dir. Each line is a path
             relative to root, a space and the number of the class.
-        val_list: The same for validation, instead of val_dir.
+        val_list: The same for the validation images, instead of val_dir.
         exclude: Text file of training images to leave out, one path relative to train_dir, or as in
             train_list, on each line. tools/check_images.py writes one.
         val_exclude: The same for the validation images, or for those that `holdout` sets aside.
@@ -57,7 +57,8 @@ class DataConfig:
             CIFAR's own files always are in memory.
         imbalance: Train on a long-tailed subset, whose largest class has this many times the images
             of the smallest.
-        imbalance_seed: Chooses the subset. 0 is the published subset of CIFAR's own files.
+        imbalance_seed: Seed of the choice of the subset. 0 is the published subset of CIFAR's own
+            files.
         holdout: Validate on this many training images of each class, which are then not trained
             on, instead of on val_dir or val_list. Choose settings with it, not on test images.
     """
@@ -112,8 +113,9 @@ class DataConfig:
         )
 
     def open(self, threads: int = 4) -> Data:
-        """Read what there is. threads: of the decoder, for in_memory. Raises DatasetError for what
-        cannot be used, ValueError for an imbalance or a holdout that leaves a class empty."""
+        """Index the images, or read them. threads: of the decoder, for in_memory. Raises
+        DatasetError for folders, lists or files that cannot be used, ValueError for an imbalance or
+        a holdout that leaves a class empty."""
         if self.format != "folder":
             whole = ArrayImages.from_cifar(self.root, self.format, train=True)
             kept, held = self._split(whole.index)

@@ -1,6 +1,6 @@
 """Training from files: random resized crop, the method's augmentation, flip, normalisation.
 
-A sample's augmentation depends on (seed, epoch, id) alone; the order of an epoch on (seed, epoch).
+A sample's augmentation depends on (seed, epoch, id) alone, the order of an epoch on (seed, epoch).
 """
 
 from functools import partial
@@ -32,8 +32,8 @@ def train_pipeline(
     """A pipeline that yields OUTPUTS for every sample of stage.index, shuffled each epoch, or for
     those of `order`.
 
-    images: float [3, S, S] or [S, S, 3]. plan: float64 [K], see table; the Loader takes it apart.
-    checkpoint: what a pipeline of the same arguments gave as its state.
+    images: float [3, S, S] or [S, S, 3]. plan: float64 [K], a row of scae_dali.stage.table.
+    checkpoint: the state that a pipeline of the same arguments gave.
     """
 
     if order is not None:
@@ -62,8 +62,8 @@ def train_pipeline(
 
 
 def read_shuffled(index: ImageIndex, execution: ExecConfig, seed: int) -> tuple[DataNode, DataNode]:
-    """Encoded files and their ids, int32 [1], in an order of its own each epoch, which depends on
-    (seed, epoch) alone where the pipeline has checkpointing enabled."""
+    """Encoded files and their ids, int32 [1], in another order each epoch, which depends on (seed,
+    epoch) alone if the pipeline has checkpointing enabled."""
     return read(
         index,
         shard=execution.shard,
@@ -76,8 +76,8 @@ def read_shuffled(index: ImageIndex, execution: ExecConfig, seed: int) -> tuple[
 def planned(
     stage: Stage, encoded: DataNode, ids: DataNode, image: ImageConfig, *, keyed: bool = False
 ) -> tuple[DataNode, DataNode, PlanNodes]:
-    """The stage's plan with a crop that it draws, whose start and shape come first. keyed: ids are
-    keys, as of `Order.keys`."""
+    """Start and shape of the crop that the stage draws, and the stage's plan. keyed: ids are keys,
+    see `Order.keys`."""
     plan = stage.plan(
         ids,
         size=(image.size, image.size),
@@ -97,7 +97,7 @@ def crop_planned(
     *,
     keyed: bool = False,
 ) -> tuple[DataNode, PlanNodes]:
-    """The crop that the stage draws, HWC uint8 and not erased yet, and the stage's whole plan."""
+    """The crops that the stage draws, HWC uint8 and not erased yet, and the stage's whole plan."""
     start, shape, plan = planned(stage, encoded, ids, image, keyed=keyed)
     images = decode_crop(
         encoded,

@@ -19,7 +19,7 @@ from scae_dali.stage.stage import Stage
 
 
 class Loaders:
-    """Makes the loaders of `data`. sampling, seed: of the training's order."""
+    """Makes the loaders of `data`. sampling, seed: of the order of training."""
 
     def __init__(self, data: Data, image: ImageConfig, *, sampling: Sampling, seed: int) -> None:
         self._data, self._image, self._sampling, self._seed = data, image, sampling, seed
@@ -32,7 +32,8 @@ class Loaders:
         checkpoint: bytes | None = None,
         position: int = 0,
     ) -> Loader:
-        """checkpoint: the state of an earlier loader. position: batches of the epoch it gave."""
+        """Augmented batches, epoch by epoch. checkpoint: the state of an earlier loader. position:
+        how many batches of the epoch that loader gave."""
         index = self._data.train
         images = _images(index, self._data.train_pixels)
         order = None
@@ -65,7 +66,7 @@ class Loaders:
         )
 
     def val(self, execution: ExecConfig) -> Loader:
-        """Every validation image, its central crop."""
+        """The central crops of all validation images."""
         images = _images(self._data.val, self._data.val_pixels)
         resize = self._image.val_resize
         return _whole(images, None, self._image, execution, resize=resize, remedy=of_validation)

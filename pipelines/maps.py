@@ -1,6 +1,6 @@
 """The saliency maps of a run: its cache, and how the maps in it are kept up to date.
 
-By passes over the images, by what training sees of them anyway (`harvest`), or by both.
+Passes over the images make them, or the forward passes of training do (`harvest`), or both.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from scae_dali.training.ranks import Ranks, together
 class Maps:
     """The saliency maps of a run. Make it before the network is compiled.
 
-    cache: built offline, or the run's own, made where it is missing and claimed for the run; one
-    for every node. harvest: what training sees; None where the maps come from passes alone. guided:
-    the Config of the method that looks at them, or at neighbouring classes alone: then a pass makes
-    no maps. neighbors: how many neighbouring classes the method asks for. made: the token of the
-    last pass of this run, see `CacheMeta.token` (of several nodes whose passes differ, all of
-    them); None where it made none. Of an older version's checkpoint it is the epoch of that pass.
+    cache: built offline, or the run's own, which is made if it is missing and claimed for the run;
+    each node has one. harvest: gathers maps while the network trains; None if they come from passes
+    alone. guided: the Config of the method that looks at the maps. It may look at neighbouring
+    classes alone: then a pass makes no maps. neighbors: how many neighbouring classes the method
+    asks for. made: the token of this run's last pass, see `CacheMeta.token` (all tokens if the
+    passes of several nodes differ); None before the first. In a checkpoint of an older version it
+    is the epoch of that pass.
 
     Raises ValueError where the run could not keep its maps: too many epochs or classes, a cache
     that another process writes to, that several nodes share, or that has no maps and gets none.
@@ -78,7 +79,7 @@ class Maps:
                 self._note_missing_maps()
         self.harvest = None
         self.made: str | int | None = None
-        self._lost = False  # whether the maps of the last pass are gone, or another's
+        self._lost = False  # whether the maps of the last pass are gone, or another run's
         self._trained = False  # whether an epoch has begun
         if settings.source != "pass" and guided.guided:
             self.harvest = Harvest(
@@ -91,7 +92,7 @@ class Maps:
             )
 
     def due(self, epoch: int) -> int | None:
-        """The epoch of the maps that must be made before this one is trained; None where none."""
+        """The epoch of the pass that must be made before `epoch` is trained; None if none must."""
         refresh_every = self._guided.refresh_every
         due = schedule.pass_epoch(epoch, refresh_every)
         if due is None:
@@ -100,7 +101,7 @@ class Maps:
             self._trained = True
             return None
         self._trained = True
-        # A cache that others have filled, or that was lost, is not this run's.
+        # A cache that was lost, or that another run has filled, is not this run's.
         tokens, epochs = self._last_passes()
         if isinstance(self.made, int) and epochs == {self.made} and not self._shared():
             self.made = tokens or self.made
@@ -115,12 +116,12 @@ class Maps:
             self._note(
                 f"saliency cache {self.cache.path!r} no longer has the maps that this run made "
                 f"before its checkpoint (its last pass is {found}): all maps are made anew, with "
-                f"the weights of now, for epoch {due}{advice}"
+                f"the present weights, for epoch {due}{advice}"
             )
         return due
 
     def refresh(self, due: int, execution: ExecConfig) -> PassReport:
-        """Bring the cache to this epoch; every rank calls it.
+        """Bring the cache to epoch `due`; every rank calls it.
 
         execution: as in training, but not sharded: every rank is given ids of its own.
         """
@@ -129,7 +130,7 @@ class Maps:
             execution = execution.for_inference(self._image.size)
         else:
             execution = replace(execution, batch_size=config.saliency.batch_size)
-        # With less than all, maps of another run would go on to guide this one.
+        # If a pass made fewer, maps of another run would go on guiding this one.
         share = 1.0 if self._lost else self._share()
         bar = tqdm(desc=f"saliency {due}", unit="img", disable=not self._ranks.first)
 
@@ -173,7 +174,7 @@ class Maps:
         return None if None in tokens else "+".join(tokens), {epoch for _, epoch in found}
 
     def _shared(self) -> bool:
-        """Whether another run may use this cache: the user has named it."""
+        """Whether other runs may use this cache: they may if the user has named it."""
         return bool(self._config.saliency.cache)
 
     def _share(self) -> float:
@@ -182,9 +183,9 @@ class Maps:
         return 0.0 if settings.source == "harvest" or not self._guided.guided else settings.share
 
     def _is_ours(self, due: int) -> bool:
-        """Whether the cache has no passes beside those of this run; every rank calls it.
+        """Whether all passes in the cache are of this run; every rank calls it.
 
-        The last complete one must be that of `made`. It, or the one under way, may also be the one
+        The last complete pass must be that of `made`. It, or the one under way, may also be the one
         that is due now, if the run ended before it was in a checkpoint.
         """
         meta = self.cache.meta
@@ -196,13 +197,13 @@ class Maps:
             now = (due, weights_digest(unwrap(self._net)))
             ours = ours or (meta.epoch, meta.weights) == now
             if (begun := meta.under_way) is not None:
-                # One of all samples was begun because the maps of this run were lost.
+                # A pass of all samples was begun because the maps of this run were lost.
                 remade = begun["part"] is None and self._share() < 1
                 ours = ours and (begun["epoch"], begun["weights"]) == now and not remade
         return all(self._ranks.gather(ours or self._ranks.local > 0))
 
     def _note_older_maps(self) -> None:
-        """Note that maps of another run guide this one until its first pass, where they do."""
+        """Note if maps of another run guide this one until its first pass."""
         if self.made is not None or not self._guided.guided or not self._ranks.first:
             return
         found, _ = self.cache.coverage()
@@ -218,7 +219,7 @@ class Maps:
             )
 
     def _note_missing_maps(self) -> None:
-        """Note what the maps of a cache that was built offline lack; every rank calls it.
+        """Note which maps a cache that was built offline lacks; every rank calls it.
 
         Raises ValueError where there are none.
         """
@@ -251,9 +252,9 @@ class Maps:
 def path_of_node(path: Path, ranks: Ranks, *, chosen: bool) -> Path:
     """Where the cache of this node is; every rank calls it.
 
-    LMDB cannot be written from two machines, so of nodes that see the same folder all but the first
-    put a number behind the name. chosen: whether the user has named the path, which is refused
-    then.
+    LMDB cannot be written from two machines. If nodes see the same folder, all but the first put a
+    number behind the name. chosen: whether the user has named the path; then this raises ValueError
+    instead.
     """
     nodes = ranks.gather(ranks.node)
     if len(set(nodes)) == 1:
@@ -272,7 +273,7 @@ def path_of_node(path: Path, ranks: Ranks, *, chosen: bool) -> Path:
     try:
         together(ranks, leave)
         seen = [node for node, name in zip(nodes, names, strict=True) if (folder / name).exists()]
-        ranks.gather(None)  # nobody takes a file away before all have looked
+        ranks.gather(None)  # no rank removes its file before all have looked
     finally:
         mine.unlink(missing_ok=True)
     own = min(seen) == ranks.node

@@ -1,4 +1,4 @@
-"""Training from memory: the batches that training from files gives, in an order of ours."""
+"""Training from memory: batches as in training from files, in the order of an `Order`."""
 
 from nvidia.dali import Pipeline, pipeline_def
 
@@ -21,9 +21,8 @@ def train_pipeline(
 ) -> Pipeline:
     """A pipeline that yields files.OUTPUTS for the samples of `order`.
 
-    images: those of stage.index. checkpoint: what a pipeline of the same arguments gave as its
-    state. Raises ValueError where images are mixed that are not cropped in memory, see
-    check_memory.
+    images: those of stage.index. checkpoint: the state that a pipeline of the same arguments gave.
+    Raises ValueError where images are mixed that are not cropped in memory, see check_memory.
     """
     size = (image.size, image.size)
     check_memory(stage, order, images, size=size, crop=image.crop, batch_size=execution.batch_size)

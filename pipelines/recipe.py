@@ -1,5 +1,5 @@
-"""A training run as a config: what train.py takes from the command line and from YAML, and what is
-made from it."""
+"""The settings of a run, which train.py takes from the command line and from YAML, and what is made
+from them."""
 
 import dataclasses
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +14,6 @@ from pipelines.data import Data, DataConfig
 from scae_dali.cache import SaliencyCache
 from scae_dali.checks import check, check_choice, check_seed
 from scae_dali.methods import BUILT_IN, base, compose, load, make_config
-from scae_dali.methods.class_adaptive import ClassAdaptiveConfig
 from scae_dali.methods.loading import as_config
 from scae_dali.plan.order import epoch_size
 from scae_dali.stage.stage import Stage
@@ -30,15 +29,18 @@ class SaliencyConfig:
     Args:
         source: `pass` makes the maps by Grad-CAM on whole images, in separate passes. `harvest`
             takes them from the forward passes of training; the network must end in a pooling and
-            one linear layer. `both` makes passes over `share` of the images and harvests the rest.
-        share: Share of the images that each pass sees, those with the oldest maps first.
+            one linear layer. `both` makes passes over `share` of the images, and harvests the maps
+            of the others.
+        share: Share of the images, above 0 and at most 1, that each pass sees: those with the
+            oldest maps first.
         cache: LMDB cache of the maps. null puts saliency.lmdb into the run's folder, one for each
             node.
         layer: Name of the module whose output Grad-CAM looks at. null takes the usual one of the
             network's family.
         batch_size: Batch size of a pass in one process. null takes that of training, or a larger
             one on a GPU if the images are small.
-        size: Side in pixels that a pass stretches whole images to. null takes image.size.
+        size: Side in pixels of the square to which a pass resizes whole images. null takes
+            image.size.
     """
 
     source: Literal["pass", "harvest", "both"] = "pass"
@@ -78,7 +80,7 @@ METHODS = {name: load(name).Config for name in BUILT_IN if dataclasses.fields(lo
 
 
 def with_methods(cls: type) -> type:
-    """Add a field for each of METHODS, behind `method`, to a class that becomes a dataclass.
+    """Decorator: add a field for each of METHODS, behind `method`, to a class before @dataclass.
 
     The field has the method's name. Its heading in --help is the first line of the docstring of the
     method's Config.
@@ -123,9 +125,10 @@ class Config:
             equally often, as often as the largest class has images.
         saliency: Saliency maps, for methods that look at them
         epochs: Number of epochs, T in eq. 5.
-        batch_size: Batch size of one process.
+        batch_size: Number of images in a batch of one process.
         threads: DALI's CPU threads in one process.
-        hw_decoder_load: Share of a batch that the GPU's JPEG engine decodes, if the GPU has one.
+        hw_decoder_load: Share of a batch, from 0 to 1, that the GPU's JPEG engine decodes, if the
+            GPU has one.
         device: Where to train; `auto` takes a GPU if there is one.
         amp: Mixed precision, as the type that torch.autocast computes in.
         channels_last: Keep the network's weights and the images in channels-last memory format.
@@ -214,7 +217,7 @@ class Config:
         }
 
     def guided_config(self) -> base.Config | None:
-        """The Config of the method that looks at saliency maps or neighbouring classes; None where
+        """The Config of the method that looks at saliency maps or neighbouring classes; None if
         none does."""
         configs = {name: as_config(one) for name, one in self.method_configs().items()}
         guided = {
@@ -227,7 +230,7 @@ class Config:
             len(set(passes.values())) < 2,
             f"refresh_every must be the same for methods that share the maps, got {passes}",
         )
-        # One that wants neighbours alone must not hide one that wants maps.
+        # A method that wants neighbours alone must not hide one that wants maps.
         return max(guided.values(), key=lambda one: one.guided, default=None)
 
     def neighbors(self, class_counts: np.ndarray) -> int:
@@ -236,15 +239,10 @@ class Config:
         class_counts: int64 [K], of the training set.
         """
         config = self.guided_config()
-        if config is None:
-            return 0
-        if isinstance(config, ClassAdaptiveConfig):
-            mixes = config.mix_prob and config.tail_classes(class_counts).any()
-            return config.neighbors if mixes else 0
-        return config.neighbors
+        return 0 if config is None else config.neighbors_for(class_counts)
 
     def stage(self, data: Data, cache: SaliencyCache | None, *, num_shards: int) -> Stage:
-        """The augmentation. num_shards: ranks."""
+        """The augmentation as a stage. num_shards: number of ranks."""
         return Stage(
             data.train,
             self.method,
@@ -267,7 +265,7 @@ class Config:
 
 
 def autocast(amp: str, device: torch.device) -> AbstractContextManager:
-    """The mixed precision of a run, for training and saliency pass alike."""
+    """The context of a run's mixed precision, for training and saliency passes alike."""
     if amp == "none":
         return nullcontext()
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[amp])

@@ -1,4 +1,4 @@
-"""Whether a run goes on as it began: every setting is compared with the saved one.
+"""Checks that a resumed run goes on as it began: every setting is compared with the saved one.
 
 A short list of settings may change, and a note says so. Every other difference is refused, and so
 are processes of one run that were given different settings.
@@ -26,7 +26,7 @@ from scae_dali.checks import check
 from scae_dali.data.index import ImageIndex, path_key
 from scae_dali.training.ranks import Ranks
 
-# Where files lie and what computes. Which images and weights the files hold is compared besides.
+# Where files lie and what computes. The images and weights in the files are compared separately.
 _WHERE = {"data.root", "data.index_cache", "threads", "hw_decoder_load"}
 _FILES = {"data.train_list", "data.val_list", "data.exclude", "second_stage.weights"}
 _FREE = _WHERE | {"out", "checkpoint_every", "compile", "device", "data.val_exclude"}
@@ -37,7 +37,7 @@ _ABSENT = "no such setting"
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted names -> values as JSON has them, of a Config or of a config.json's content."""
+    """Dotted name -> value as JSON has it. config: a Config, or the content of a config.json."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         config = json.loads(json.dumps(dataclasses.asdict(config)))
     settings: dict[str, Any] = {}
@@ -50,7 +50,7 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def identity(config: Config, data: Data) -> dict[str, Any]:
-    """What a checkpoint says that it is of: all settings, and the images and weights they name."""
+    """What a run is of, for its checkpoint: all settings, and the images and weights they name."""
     weights = config.second_stage.weights  # of the first stage
     return flat(config) | {
         "data": data.train.fingerprint,
@@ -60,14 +60,14 @@ def identity(config: Config, data: Data) -> dict[str, Any]:
 
 
 def file_keys(index: ImageIndex) -> Tensor:
-    """int64 [M], sorted: a key of the path and label of every sample, each once."""
+    """Hashes of path and label of every sample: int64 [M], sorted, each once."""
     pairs = zip(index.labels.tolist(), index.files, strict=True)
     keys = {path_key(f"{label} {name}") - (1 << 63) for label, name in pairs}
     return torch.tensor(sorted(keys), dtype=torch.int64)
 
 
 def agree(ranks: Ranks, settings: Mapping[str, Any]) -> None:
-    """Raise ValueError in every rank where one has other settings; files may lie elsewhere."""
+    """Raise ValueError in all ranks if settings differ between them; files may lie elsewhere."""
     every = ranks.gather(dict(settings))
     odd = []
     for name in sorted({name for one in every for name in one} - _WHERE - _FILES):
@@ -93,7 +93,7 @@ def check_new(out: Path) -> None:
 
 
 def check_files(out: Path) -> None:
-    """Raise ValueError where there is a folder by the name of a run's file."""
+    """Raise ValueError if a folder has the name of one of a run's files."""
     for name in _OF_A_RUN:
         check(
             not (out / name).is_dir(),
@@ -112,7 +112,7 @@ def check_same(
     """Raise ValueError where the run in `out` was made with other settings, or ranks have other
     files. Returns notes on what has changed and may.
 
-    now: the `identity` of this run. state: of the checkpoint in `out`, if there is one.
+    now: the `identity` of this run. state: the content of the checkpoint in `out`, if there is one.
     """
     agree(ranks, {name: now[name] for name in _CONTENTS})
     was = saved_settings(out, state)
@@ -154,7 +154,7 @@ def compare(
     done: int,
     fewer: Callable[[], int | None],
 ) -> list[str]:
-    """Notes on the settings that have changed and may; ValueError names all that may not.
+    """Notes on changed settings that may change. Raises ValueError that names those that may not.
 
     source: what `was` was read from. done: epochs. fewer: how many validation images are left out
     now, None where there are others than before.
@@ -168,7 +168,7 @@ def compare(
         text = f"{name}={before!r}, not {after!r}"
         if name == "val":
             if not _same(was["data"], now["data"]):
-                continue  # other data altogether
+                continue  # validation is on other images altogether
             if (gone := fewer()) is not None:
                 notes.append(f"{gone} validation images are left out from here on")
                 continue
@@ -183,7 +183,7 @@ def compare(
         elif name in _FREE or (name in _FILES and before is not None and after is not None):
             notes.append(f"{name} was {before!r}, now {after!r}")
             continue
-        if name in _CONTENTS:  # then it helps to know what says which they are
+        if name in _CONTENTS:  # then name the settings that choose them
             changed = _changed(name, was, now)
             besides |= {one: f"{one} was {was[one]!r}, now {now[one]!r}" for one in changed}
             flags += [_flag(one, was[one]) for one in changed if one == "data.val_exclude"]
@@ -200,7 +200,7 @@ def compare(
 
 
 def _changed(content: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The settings that say where `content` is, and have changed."""
+    """The changed settings that say where `content` is."""
     group = "second_stage." if content == "weights" else "data."
     return [
         name
@@ -210,7 +210,7 @@ def _changed(content: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> li
 
 
 def _renamed(settings: Any) -> Any:
-    """Saved settings with the values that go by another name today."""
+    """Saved settings, with today's names of their values."""
     if isinstance(settings, dict) and settings.get("backend") == "numpy":
         return settings | {"backend": "python"}
     return settings
@@ -221,9 +221,9 @@ def _flag(name: str, value: Any) -> str:
 
 
 def left_out(before: Tensor | None, index: ImageIndex) -> int | None:
-    """How many files that were validated on are not in `index`; None where it has others.
+    """How many former validation files are not in `index`; None if it has new ones.
 
-    before: `file_keys` of the index that was."""
+    before: `file_keys` of the former index."""
     if before is None:
         return None
     old, new = set(before.tolist()), set(file_keys(index).tolist())
@@ -231,7 +231,7 @@ def left_out(before: Tensor | None, index: ImageIndex) -> int | None:
 
 
 def write_config(out: Path, config: Config, epoch: int) -> None:
-    """config.json as it is now; what it was is kept beside it where something has changed.
+    """Write config.json; if something has changed, the old file is kept beside it.
 
     epoch: the first that is trained with these settings.
     """
@@ -241,7 +241,7 @@ def write_config(out: Path, config: Config, epoch: int) -> None:
             if _same(_renamed(json.loads(path.read_text())), settings):
                 return
         except ValueError:
-            pass  # damaged: kept too
+            pass  # a damaged file is kept, too
         shutil.copy2(path, _until(path, epoch))
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(settings, indent=1) + "\n")
@@ -249,13 +249,13 @@ def write_config(out: Path, config: Config, epoch: int) -> None:
 
 
 def set_aside(path: Path, epoch: int) -> None:
-    """Rename a file that a run which goes on from `epoch` has outlived, if there is one."""
+    """Rename a file, if it exists, whose content holds until `epoch` and no longer."""
     if path.exists():
         path.rename(_until(path, epoch))
 
 
 def _until(path: Path, epoch: int) -> Path:
-    """A new name beside path: config.until-epoch-9.json of config.json."""
+    """A new name beside path, such as config.until-epoch-9.json for config.json."""
     more = itertools.chain([""], (f".{number}" for number in itertools.count(1)))
     names = (f"{path.stem}.until-epoch-{epoch}{one}{path.suffix}" for one in more)
     return next(one for one in map(path.with_name, names) if not one.exists())

@@ -1,4 +1,4 @@
-"""All that a training run holds: how it is built from a config, saved and restored."""
+"""The state of a run: built from a config, saved to a checkpoint, and restored from it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from scae_dali.training.second_stage import prepare
 
 
 class State:
-    """Network, optimiser, pipelines, saliency maps, counters.
+    """All that a run holds: network, optimiser, pipelines, saliency maps, counters.
 
     identity: the settings, images and weights that the run is of, see resume.identity.
     check_folder: raises where the folder is no longer this run's, see lock.hold; the first rank
@@ -83,7 +83,7 @@ class State:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.epoch = self.step = 0  # the next ones; step counts within the epoch
         self.meter = Meter()
-        self.log: Log | None = None  # of the first rank
+        self.log: Log | None = None  # in the first rank alone
         self.pipeline_state: bytes | None = None
         self.loader: Loader | None = None
         self.val_loader = self.loaders.val(self.execution().for_inference(config.image.size))
@@ -105,7 +105,7 @@ class State:
         )
 
     def execution(self, *, sharded: bool = True) -> ExecConfig:
-        """Where and how wide the pipelines of this rank run. sharded: over the ranks."""
+        """How the pipelines of this rank run. sharded: whether ranks share an epoch."""
         return ExecConfig(
             batch_size=self.config.batch_size,
             device_id=self.device.index,
@@ -188,10 +188,10 @@ class State:
             ) from error
 
     def open_log(self, saved: str | None) -> bool:
-        """Begin the log and config.json, or go on with them; whether the last epoch that was
-        trained has no row there yet, and is to be validated.
+        """Begin the log and config.json, or go on with them. Returns whether the last epoch that
+        was trained has no row in the log yet, and must be validated.
 
-        saved: the log as the checkpoint has it; None where there is no checkpoint.
+        saved: the log as the checkpoint has it; None without a checkpoint.
         """
         trained = bool(self.epoch and not self.step and not self.meter.empty)
 
@@ -218,7 +218,7 @@ class State:
         self.ranks.by_first(begin)
         done = self.ranks.gather(0 if self.log is None else len(self.log.rows))[0]
         if trained and done == self.epoch:
-            self.meter.close_epoch(self.ranks, self.maps is not None)  # as the row has it
+            self.meter.close_epoch(self.ranks, self.maps is not None)  # its row is in the log
         return done < self.epoch
 
     def harvest_in_one_rank(self) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from scae_dali.saliency.gradcam import GradCAM
     from scae_dali.saliency.refresh import refresh_cache
     from scae_dali.saliency.scorecam import ScoreCAM
+    from scae_dali.saliency.whole import whole_loader
     from scae_dali.stage.loader import Batch, Loader
     from scae_dali.stage.stage import SCAE, Stage, Targets
     from scae_dali.training.losses import mixed_cross_entropy
@@ -30,6 +31,7 @@ __all__ = [
     "Targets",
     "mixed_cross_entropy",
     "refresh_cache",
+    "whole_loader",
 ]
 
 _HOME = {
@@ -45,6 +47,7 @@ _HOME = {
     "Targets": "stage.stage",
     "mixed_cross_entropy": "training.losses",
     "refresh_cache": "saliency.refresh",
+    "whole_loader": "saliency.whole",
 }
 
 

@@ -1,4 +1,4 @@
-"""The commands of the checkout, and in folders what they are made of."""
+"""The commands of the checkout; its folders hold their parts."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Measure something: `python tools/benchmark.py NAME [options]`; NAME --help tells the options.
+"""Run a benchmark: `python tools/benchmark.py NAME [options]`. NAME --help explains the options.
 
 Every benchmark is a module of tools/benchmarks/, whose first lines say what it measures and how.
 """
@@ -26,7 +26,7 @@ NAMES = (
 
 
 def summary(name: str) -> str:
-    """The first line of a benchmark's module, which is not imported for it."""
+    """The first line of a benchmark's module, read without importing it."""
     text = (ROOT / "tools" / "benchmarks" / f"{name}.py").read_text()
     return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
 

@@ -51,28 +51,107 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser,
         type=str,
         required=True,
-        help="the training images: DIR/train/<class>/<image>; or CIFAR's own folder",
+        help="folder of the data set: the training images are in DIR/train/<class>/, or CIFAR's "
+        "files in DIR",
     )
-    parser.add_argument("--format", choices=["folder", "cifar10", "cifar100"], default="folder")
-    parser.add_argument("--imbalance", type=float, help="of CIFAR's long-tailed subset")
-    parser.add_argument("--list", help="file of `path label` lines, relative to --data")
-    parser.add_argument("--exclude", default=(), help="file of paths to leave out")
-    parser.add_argument("--model", required=True, help="a network as train.py takes it")
-    parser.add_argument("--weights", help="its state_dict; without it the weights are random")
-    parser.add_argument("--method", choices=list(METHODS), default="gradcam")
-    parser.add_argument("--layer", help="module to look at; default: by the network's family")
-    parser.add_argument("--out", required=True, help="the cache")
-    parser.add_argument("--naming", choices=["index", "path"], default="index")
-    parser.add_argument("--size", type=int, default=224, help="side of the network's input")
-    parser.add_argument("--mean", type=float, nargs=3, default=IMAGENET_MEAN, help="in [0, 255]")
-    parser.add_argument("--std", type=float, nargs=3, default=IMAGENET_STD)
-    parser.add_argument("--neighbors", type=int, default=1, help="neighbouring classes of each")
-    add_batch_size(parser, 64, "images of a forward pass")
-    parser.add_argument("--threads", type=count, default=4)
+    parser.add_argument(
+        "--format",
+        choices=["folder", "cifar10", "cifar100"],
+        default="folder",
+        help="what --data holds: folders of images, or the files of CIFAR as torchvision "
+        "downloads them; default: %(default)s",
+    )
+    parser.add_argument(
+        "--imbalance",
+        type=float,
+        help="take the long-tailed subset of CIFAR's files, as --data.imbalance of train.py does; "
+        "for folders give --list",
+    )
+    parser.add_argument(
+        "--list",
+        help="text file of the images, instead of folders; each line is a path relative to "
+        "--data, a space and the number of the class",
+    )
+    parser.add_argument(
+        "--exclude",
+        default=(),
+        help="text file of images to leave out, one path a line; check_images.py writes one",
+    )
+    parser.add_argument(
+        "--model", required=True, help="name of the network, as --model of train.py takes it"
+    )
+    parser.add_argument(
+        "--weights",
+        help="file of the network's weights (a state_dict); without it the weights are random",
+    )
+    parser.add_argument(
+        "--method",
+        choices=list(METHODS),
+        default="gradcam",
+        help="how the maps are made; default: %(default)s",
+    )
+    parser.add_argument(
+        "--layer",
+        help="name of the layer that the maps are made from; default: the usual one of the network",
+    )
+    parser.add_argument(
+        "--out", required=True, help="folder of the cache, which is made if it does not exist"
+    )
+    parser.add_argument(
+        "--naming",
+        choices=["index", "path"],
+        default="index",
+        help="what a map is found by: the place of its image in the list (index), or a hash of "
+        "the image's path (path); default: %(default)s",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=224,
+        help="side in pixels that images are resized to; default: %(default)s",
+    )
+    parser.add_argument(
+        "--mean",
+        type=float,
+        nargs=3,
+        default=IMAGENET_MEAN,
+        help="mean of each channel (RGB) that is subtracted, from 0 to 255; default: that of "
+        "ImageNet",
+    )
+    parser.add_argument(
+        "--std",
+        type=float,
+        nargs=3,
+        default=IMAGENET_STD,
+        help="standard deviation of each channel (RGB) that the images are divided by; default: "
+        "that of ImageNet",
+    )
+    parser.add_argument(
+        "--neighbors",
+        type=int,
+        default=1,
+        help="how many of the most similar classes are stored for each class; default: %(default)s",
+    )
+    add_batch_size(parser, 64, "images in a batch")
+    parser.add_argument(
+        "--threads", type=count, default=4, help="CPU threads of DALI; default: %(default)s"
+    )
     add_device(parser, "auto")
-    parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--epoch", type=int, default=0, help="stamp of the maps, 0 to 65535")
+    parser.add_argument(
+        "--amp",
+        choices=["none", "bf16", "fp16"],
+        default="none",
+        help="mixed precision; default: %(default)s",
+    )
+    parser.add_argument(
+        "--channels-last", action="store_true", help="use the channels-last memory format"
+    )
+    parser.add_argument(
+        "--epoch",
+        type=int,
+        default=0,
+        help="epoch that is stored with the maps, from 0 to 65535; default: %(default)s",
+    )
     arguments = parser.parse_args(argv)
     if arguments.neighbors < 0:
         parser.error(f"--neighbors must be at least 0, got {arguments.neighbors}")
@@ -82,7 +161,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load_model(name: str, weights: str | None, classes: int) -> torch.nn.Module:
-    """The network in eval mode; ValueError where weights and network do not fit."""
+    """The network in eval mode. Raises ValueError where weights and network do not fit."""
     torch.manual_seed(0)
     model = make_network(name, classes)
     if weights is None:
@@ -100,7 +179,7 @@ def load_model(name: str, weights: str | None, classes: int) -> torch.nn.Module:
 
 
 def open_data(arguments: argparse.Namespace) -> Data:
-    """The images; there are none to validate with."""
+    """The images, without any for validation."""
     if arguments.format != "folder":
         if arguments.list or arguments.exclude:
             raise ValueError(
@@ -125,8 +204,8 @@ def open_data(arguments: argparse.Namespace) -> Data:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the maps depend on beside the network. Not on --channels-last, nor on the device: those
-    only round in another order."""
+    """The settings that the maps depend on, besides the network. --channels-last and the device are
+    left out: they only change the order of rounding."""
     return {
         "mean": list(arguments.mean),
         "std": list(arguments.std),
@@ -137,7 +216,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def open_cache(
     arguments: argparse.Namespace, index: ImageIndex, cam: CAM, size: int
 ) -> SaliencyCache:
-    """The cache, new or to be continued; ValueError rather than replace maps that were made by
+    """The cache, new or to be continued. Raises ValueError where it has maps that were made by
     another method or network, or with other weights or settings."""
     path = arguments.out
     cache = SaliencyCache.create(
@@ -161,7 +240,7 @@ def open_cache(
     if not differing:
         return cache
     if meta.under_way is not None:
-        cache.claim()  # says so where the process that makes them is alive
+        cache.claim()  # raises its own error if the process that makes them is alive
     if "method" in differing:
         raise ValueError(
             f"saliency cache {path!r} has maps by {made['method']!r}, not {arguments.method!r}; "
@@ -182,7 +261,7 @@ def open_cache(
 
 
 def build(arguments: argparse.Namespace) -> None:
-    """The pass, with a progress bar and its rate."""
+    """Make the maps by one pass, with a progress bar, and print its rate."""
     data = open_data(arguments)
     index = data.train
     number = arguments.device_id
@@ -211,7 +290,7 @@ def build(arguments: argparse.Namespace) -> None:
     batch_size, commit_every = arguments.batch_size, 4096
     if arguments.method == "scorecam":
         method = partial(ScoreCAM, chunk=batch_size)
-        # With 64 channels or more, so few images fill a chunk; and a kill loses little.
+        # Layers have 64 channels or more, so that few images fill a chunk; and a kill loses little.
         batch_size, commit_every = max(1, batch_size // 64), 16
     cam = method(model, arguments.layer)
     cache = open_cache(arguments, index, cam, image.size)

@@ -58,8 +58,8 @@ def decoded(index: ImageIndex, ids: Sequence[int], threads: int) -> int:
 def undecodable(
     index: ImageIndex, ids: Sequence[int], threads: int, progress: Callable[[int], object]
 ) -> Iterator[int]:
-    """Those of `ids` that DALI cannot decode, in their order: a failing batch is halved down to
-    the files. progress: called with the number of images settled since its last call."""
+    """Those of `ids` that DALI cannot decode, in their order. A failing batch is halved until its
+    bad files are found. progress: called with the number of images settled since its last call."""
     todo = [ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK)][::-1]
     while todo:
         part = todo.pop()
@@ -94,18 +94,33 @@ def check(index: ImageIndex, *, deep: bool, threads: int) -> list[str]:
 
 
 def folder(data: str, split: str | None) -> str:
-    """The folder of the classes."""
+    """The folder that holds one folder for each class."""
     return train_folder(data) if split is None else os.path.join(data, split)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    add_data(parser, type=str, required=True, help="the images: DIR/train/<class>/<image>")
-    parser.add_argument("--split", metavar="NAME", help="folder in DIR; default: train")
-    parser.add_argument("--list", metavar="FILE", help="`path label` lines, relative to --data")
-    parser.add_argument("--out", metavar="FILE", help="write the broken ones there, one a line")
-    parser.add_argument("--decode", action="store_true", help="decode every image too")
-    parser.add_argument("--threads", type=count, default=4, help="of the decoder")
+    add_data(parser, type=str, required=True, help="folder of the data set")
+    parser.add_argument(
+        "--split", metavar="NAME", help="folder in DIR whose images are checked; default: train"
+    )
+    parser.add_argument(
+        "--list",
+        metavar="FILE",
+        help="text file of the images to check, instead of a folder; each line is a path relative "
+        "to --data, a space and the number of the class",
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="write the paths of broken images to FILE, one a line"
+    )
+    parser.add_argument(
+        "--decode",
+        action="store_true",
+        help="decode every image; without it, only those that look broken",
+    )
+    parser.add_argument(
+        "--threads", type=count, default=4, help="CPU threads that decode; default: %(default)s"
+    )
     arguments = parser.parse_args(argv)
     try:
         if arguments.list:

@@ -2,8 +2,8 @@
 
     python tools/compare_runs.py runs/none runs/scae-0 runs/scae-1 --json tools/results/lt.json
 
-Runs whose settings differ in `seed` and `out` alone are one row, mean ± standard deviation. The
-JSON has the values by seed besides; its commit, hardware and versions are the comparison's.
+Runs whose settings differ only in `seed` and `out` make one row: mean ± standard deviation. The
+JSON also has the values by seed. Its commit, hardware and versions are those of the comparison.
 """
 
 import argparse
@@ -18,13 +18,17 @@ from tools.common.options import parser_of
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--json", type=Path, default=None, metavar="OUT")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, which is its --out"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="OUT", help="write the figures to OUT as JSON"
+    )
     return parser.parse_args(argv)
 
 
 def name_of(config: dict[str, Any], others: list[dict[str, Any]]) -> str:
-    """The method, and the settings in which runs of it differ."""
+    """The name of a row: the method, and the settings in which its runs differ."""
     mine = runs.settings(config)
     rivals = [runs.settings(other) for other in others if other["method"] == config["method"]]
     keys = sorted(key for key in mine if any(one.get(key) != mine[key] for one in rivals))
@@ -32,7 +36,7 @@ def name_of(config: dict[str, Any], others: list[dict[str, Any]]) -> str:
 
 
 def table(paths: list[Path]) -> list[dict[str, Any]]:
-    """A row for each set of settings: figures over its seeds, in percent."""
+    """A row for each set of settings, with figures over its seeds, in percent."""
     given: dict[Path, Path] = {}
     for path in paths:
         if (other := given.setdefault(path.resolve(), path)) is not path:

@@ -1,14 +1,13 @@
-"""What does guidance take away? A trained network on its own training images, erased at several λ.
+"""Measure what erasing at several λ takes from a trained network, on its own training images.
 
     python tools/erasing_effect.py runs/scae --lam=-2,0,2,8 --json OUT
 
 RUN is a finished run of train.py with a saliency cache. Its images are seen whole, as in the
-saliency pass, and every one of them is erased; a rectangle has one size at all λ, so that rows
-differ in its place alone. Columns: mean Â under the rectangle over mean Â of the image, top-1, and
-the mean probability of the image's class with its fall against the images that are not erased.
-λ = 0 heeds no saliency; its rectangles fit into the image and so cover the middle more often.
-Where guidance is of use, saliency and fall rise with λ: where they stay those of λ = 0, the maps,
-or λ, do nothing.
+saliency pass, and all are erased. An image's rectangle has the same size at all λ, so that rows
+differ only in its position. Columns: mean Â under the rectangle over mean Â of the image; top-1;
+the mean probability of the image's class, and how far it falls below that without erasing. λ = 0
+ignores saliency; its rectangles fit into the image and so cover the middle more often. If guidance
+works, saliency and fall rise with λ. If they stay as they are at λ = 0, the maps, or λ, do nothing.
 """
 
 from __future__ import annotations
@@ -44,11 +43,25 @@ WHOLE = np.array([[0.0, 0.0, 1.0, 1.0]])  # the window of an image that is seen 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
-    add_data(parser, type=str, help="train.py's data.root, if not the run's")
-    parser.add_argument("--lam", default="-2,0,1,2,4,8", metavar="λ,λ,...")
-    parser.add_argument("--images", type=int, default=5000, help="so many at most, evenly spaced")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=None, metavar="OUT")
+    add_data(parser, type=str, help="folder of the data set; default: the --data.root of the run")
+    parser.add_argument(
+        "--lam",
+        default="-2,0,1,2,4,8",
+        metavar="λ,λ,...",
+        help="values of λ, joined by commas; default: %(default)s",
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=5000,
+        help="how many training images are taken at most, evenly spaced; default: %(default)s",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the rectangles; default: %(default)s"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="OUT", help="write the figures to OUT as JSON"
+    )
     args = parser.parse_args(argv)
     try:
         args.lam = [float(value) for value in args.lam.split(",")]
@@ -101,7 +114,8 @@ def erased(images: Tensor, boxes: np.ndarray) -> Tensor:
 
 
 def contrast(maps: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
-    """Mean Â under each box over mean Â of the image: float64 [B]; NaN where either is nothing.
+    """Mean Â under each box over mean Â of the image: float64 [B]; NaN for an empty box or a map
+    of zeros.
 
     maps: uint8 [B, gh, gw].
     """
@@ -149,7 +163,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def rows(sums: dict[Any, list[np.ndarray]]) -> Iterator[dict[str, Any]]:
-    """sums: by λ, float64 [3, B] a batch: right, probability, contrast."""
+    """The rows of the table. sums: λ -> float64 [3, B] a batch: right, probability, contrast."""
     whole = np.concatenate(sums[None], axis=1)
     for lam, parts in sums.items():
         right, own, ratio = np.concatenate(parts, axis=1)

@@ -1,12 +1,12 @@
-"""Does a GPU do what the CPU does? Every pipeline and every method, compared with the CPU's result.
+"""Compare every pipeline and every method on a GPU with the same on the CPU.
 
     python tools/gpu_check.py --data imagenet --json tools/results/gpu_check.json
     python tools/gpu_check.py --dry-run
 
-Ids, labels, status and boxes must be equal; images may differ by the few grey levels that one JPEG
-decoder differs from another. The checks run in processes of their own, `--jobs` at a time; one
-that fails ends its process, so that a crash or a hang fails that check alone. With `--device
-cpu` the CPU is compared with itself: a test of the checks. The exit status is 1 if a check failed.
+Ids, labels, status and boxes must be equal; images may differ by a few grey levels, as JPEG
+decoders do. The checks run in processes of their own, `--jobs` at a time; a check that fails ends
+its process, so that a crash or a hang fails that check alone. With `--device cpu` the CPU is
+compared with itself, to test the checks. The exit status is 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from tools.common.options import add_data, add_device, count, device, parser_of,
 from tools.gpu import of_files, of_memory  # noqa: F401 - they register their checks
 from tools.gpu.checks import CHECKS, SEED, Setup
 
-COMPARED = 48  # images of --data that the comparing checks use
-EVERY = 2000  # and that those use which go through `every` image
+COMPARED = 48  # images of --data in the checks that compare
+EVERY = 2000  # images of --data in the checks of `every` image
 LONGEST = ("compile", "harvest/reduce-overhead", "every-image")  # these begin first
 
 
@@ -59,7 +59,7 @@ def draw_images(root: Path) -> None:
 
 
 def run_here(name: str, args: argparse.Namespace) -> str:
-    """One check, in this process -> what it found."""
+    """Run one check in this process; returns what it found."""
     faulthandler.dump_traceback_later(0.9 * args.timeout)  # where it hangs, if it does
     index = ImageIndex(args.data)
     most = EVERY if name.startswith("every-image") else COMPARED
@@ -79,7 +79,7 @@ def run_here(name: str, args: argparse.Namespace) -> str:
 def serve(args: argparse.Namespace) -> None:
     """Run the checks that are named on stdin, and answer each with a line of JSON."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a check prints is no answer
+    os.dup2(2, 1)  # what a check prints must not look like an answer
     if args.device_id is not None:
         torch.cuda.set_device(args.device_id)
     for line in sys.stdin:
@@ -102,14 +102,14 @@ class Server:
         self.alive = True
 
     def check(self, name: str) -> dict:
-        """-> its row of the report."""
+        """Run a check; returns its row of the report."""
         start = time.monotonic()
-        self._errors.seek(0)  # for the process too, which shares the place
+        self._errors.seek(0)  # for the process too, which shares the file's position
         self._errors.truncate()
         requests, answers = self._process.stdin, self._process.stdout
         assert requests is not None
         assert answers is not None
-        with suppress(BrokenPipeError):  # of a process that has ended since
+        with suppress(BrokenPipeError):  # the process may have ended
             print(name, file=requests, flush=True)
         answer, how = "", f"no end after {self._timeout} s"
         if select.select([answers], [], [], self._timeout)[0]:
@@ -134,7 +134,7 @@ def ended(code: int) -> str:
 
 def run_all(args: argparse.Namespace) -> list[dict]:
     """The rows of all checks, --jobs at a time; each is printed, and written, when it is known."""
-    servers: list[Server] = []  # that are idle
+    servers: list[Server] = []  # the idle ones
     rows: dict[str, dict] = {}
     told = about() if args.json else {}
     lock = threading.Lock()
@@ -169,15 +169,38 @@ def run_all(args: argparse.Namespace) -> list[dict]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    add_data(parser, help="the images: DIR/train/<class>/<image>; default: drawn images")
+    add_data(
+        parser,
+        help="folder of the data set, with images in DIR/train/<class>/; default: the command "
+        "draws images",
+    )
     add_device(parser, "0", type=device)
     parser.add_argument(
-        "--only", default="*", metavar="A,B,...", help="such as 'val/*,train/scae/*'"
+        "--only",
+        default="*",
+        metavar="A,B,...",
+        help="names or patterns of the checks to run, such as 'val/*,train/scae/*'; default: all",
     )
-    parser.add_argument("--timeout", type=positive, default=120, metavar="SECONDS", help="a check")
-    parser.add_argument("--jobs", type=count, default=1, metavar="N", help="checks at a time")
-    parser.add_argument("--dry-run", action="store_true", help="list the checks; needs no GPU")
-    parser.add_argument("--json", type=Path, default=None, metavar="OUT")
+    parser.add_argument(
+        "--timeout",
+        type=positive,
+        default=120,
+        metavar="SECONDS",
+        help="seconds after which a check is stopped; default: %(default)s",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=count,
+        default=1,
+        metavar="N",
+        help="how many checks run at once; default: %(default)s",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only list the checks, for which no GPU is needed"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="OUT", help="write the results to OUT as JSON"
+    )
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.names = [

@@ -1,8 +1,8 @@
 """Draw a small long-tailed data set on which saliency-guided erasing can be tried within minutes.
 
 Every image holds one object on clutter. A class is a shape in a colour, solid or striped; classes
-share all three, so that none alone tells the class, and the clutter uses the same colours. Where
-the object lies goes into `objects.json`, so that a saliency map can be judged against the truth.
+share all three, so that none alone tells the class, and the clutter uses the same colours.
+`objects.json` says where the objects lie, so that a saliency map can be judged against the truth.
 """
 
 from __future__ import annotations
@@ -225,20 +225,36 @@ def save(image: Image.Image, path: Path, *, turn: bool, number: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = parser_of(__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="the folder to write: train/, val/, objects.json"
+        "--out", type=Path, metavar="DIR", help="new folder for train/, val/ and objects.json"
     )
-    parser.add_argument("place", nargs="?", type=Path, help=argparse.SUPPRESS)  # --out, before
-    parser.add_argument("--classes", type=int, default=10, help=f"2 … {MAX_CLASSES}")
-    parser.add_argument("--train-max", type=int, default=200, help="images of the largest class")
-    parser.add_argument("--imbalance", type=float, default=20.0, help="largest / smallest class")
-    parser.add_argument("--val-per-class", type=int, default=20, help="validation images a class")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("folder", nargs="?", type=Path, help=argparse.SUPPRESS)  # the older --out
     parser.add_argument(
-        "--size-range", type=int, nargs=2, default=(96, 160), metavar=("LOW", "HIGH"), help="pixels"
+        "--classes", type=int, default=10, help=f"number of classes, from 2 to {MAX_CLASSES}"
+    )
+    parser.add_argument(
+        "--train-max", type=int, default=200, help="number of training images of the largest class"
+    )
+    parser.add_argument(
+        "--imbalance",
+        type=float,
+        default=20.0,
+        help="number of training images of the largest class, divided by that of the smallest",
+    )
+    parser.add_argument(
+        "--val-per-class", type=int, default=20, help="number of validation images of each class"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the drawing")
+    parser.add_argument(
+        "--size-range",
+        type=int,
+        nargs=2,
+        default=(96, 160),
+        metavar=("LOW", "HIGH"),
+        help="smallest and largest side of an image in pixels",
     )
     arguments = vars(parser.parse_args(argv))
-    place = arguments.pop("place")
-    arguments["out"] = arguments["out"] or place
+    folder = arguments.pop("folder")
+    arguments["out"] = arguments["out"] or folder
     if arguments["out"] is None:
         parser.error("--out must name the folder to write, got none")
     arguments["size_range"] = tuple(arguments["size_range"])

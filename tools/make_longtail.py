@@ -54,16 +54,32 @@ def describe(counts: np.ndarray) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    add_data(parser, type=str, required=True, help="what paths are relative to")
+    add_data(parser, type=str, required=True, help="folder of the data set")
     parser.add_argument(
-        "--split", default="", metavar="NAME", help="folder in DIR with the classes, such as train"
+        "--split",
+        default="",
+        metavar="NAME",
+        help="folder in DIR that holds the folders of the classes, such as train; default: DIR "
+        "itself",
     )
     parser.add_argument(
-        "--imbalance", required=True, type=float, help="the largest class over the smallest"
+        "--imbalance",
+        required=True,
+        type=float,
+        help="number of images of the largest class, divided by that of the smallest",
     )
-    parser.add_argument("--seed", type=int, default=0, help="which subset")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the list")
-    parser.add_argument("--force", action="store_true", help="overwrite FILE")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the choice of images; default: %(default)s"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="text file to write; each line is a path relative to --data, a space and the number "
+        "of the class",
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite FILE if it exists")
     arguments = parser.parse_args(argv)
     try:
         if arguments.out.exists() and not arguments.force:

@@ -1,11 +1,11 @@
-"""Does the saliency find the objects? The pointing game on a data set whose objects are known.
+"""Count how often the peak of a saliency map lies on the object (the pointing game).
 
     python tools/pointing_game.py --data demo/data --cache demo/run/saliency.lmdb
 
 A hit is a map whose peak lies in the object's box (Zhang et al., "Top-down neural attention by
 excitation backprop", IJCV 2018). `objects.json` beside train/ names the boxes, as
-tools/make_demo_data.py writes them. Printed beside the rate: what a peak at random would hit, the
-boxes' mean area.
+tools/make_demo_data.py writes them. The rate of random peaks, which is the boxes' mean area, is
+printed beside the rate of hits.
 """
 
 import json
@@ -55,9 +55,16 @@ def play(data: Path, cache_path: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    add_data(parser, type=Path, required=True, help="holds train/ and objects.json")
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    add_data(
+        parser,
+        type=Path,
+        required=True,
+        help="folder that holds train/ and objects.json, as make_demo_data.py writes them",
+    )
+    parser.add_argument(
+        "--cache", type=Path, required=True, help="folder of the saliency cache of these images"
+    )
+    parser.add_argument("--json", type=Path, help="write the figures to this file as JSON")
     arguments = parser.parse_args()
     try:
         figures = play(arguments.data, arguments.cache)

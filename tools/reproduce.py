@@ -1,13 +1,13 @@
-"""Run a table of SCAE's paper again, cell by cell and seed by seed, and report it beside the paper.
+"""Train the cells of a table of the paper with several seeds, and report them beside its figures.
 
     python tools/reproduce.py --table 3 --data DIR --out runs --dry-run    # what, and how long
     python tools/reproduce.py --table 3 --data DIR --out runs --jobs 2
     python tools/reproduce.py --table 3 --out runs --report                # what there is so far
 
-Every run is train.py's, in OUT/table<N>/<section>-<network>-<cell>-s<seed>. The same command goes
-on after Ctrl-C, a kill or a failure: what is finished is left alone, what is begun is resumed.
-Options after `--` go to train.py, as in `-- --data.format folder --threads 1`; what makes a cell
-what it is stays.
+Every run is one of train.py, in OUT/table<N>/<section>-<network>-<cell>-s<seed>. The same command
+goes on after Ctrl-C, a kill or a failure: finished runs are left alone, the others are resumed.
+Options after `--` go to train.py, as in `-- --data.format folder --threads 1`; they cannot change
+the settings that define a cell.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tools.paper.tables import TABLES
 
 TRAIN = ROOT / "train.py"
 POLL_S = 0.2
-# Decided by the table and by our own options.
+# Options of train.py that the table and this command's own options decide.
 OURS = {
     *("data.root", "epochs", "method", "model", "out", "resume", "seed"),
     *("help", "print_config", "second_stage.weights"),
@@ -44,20 +44,69 @@ OURS = {
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("--table", type=int, required=True, choices=sorted(TABLES))
-    add_data(parser, type=str, help="train.py's data.root")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
-    parser.add_argument("--methods", type=_names, metavar="A,B", help="cells of the table")
-    parser.add_argument("--sections", type=_names, metavar="A,B", help="parts of the table")
-    parser.add_argument("--models", type=_names, metavar="A,B", help="networks of train.py")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--epochs", type=int, help="instead of the recipe's; schedules shrink too")
-    parser.add_argument("--rate", type=float, metavar="IMG_PER_S", help="of one run, to estimate")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
-    parser.add_argument("--report", action="store_true", help="report only; run nothing")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="default: OUT/table<N>.json")
-    parser.add_argument("options", nargs="*", metavar="-- OPTION", help="for train.py")
+    parser.add_argument(
+        "--table",
+        type=int,
+        required=True,
+        choices=sorted(TABLES),
+        help="number of the table in the paper",
+    )
+    add_data(parser, type=str, help="folder of the data set, as --data.root of train.py")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the runs and the report"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=3,
+        help="number of seeds for each cell; the seeds are 0, 1, 2, …; default: %(default)s",
+    )
+    parser.add_argument(
+        "--methods",
+        type=_names,
+        metavar="A,B",
+        help="methods (rows of the table) to train; default: all",
+    )
+    parser.add_argument(
+        "--sections",
+        type=_names,
+        metavar="A,B",
+        help="sections of the table to train; default: all",
+    )
+    parser.add_argument(
+        "--models",
+        type=_names,
+        metavar="A,B",
+        help="networks to train; default: those of the table",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="how many runs train at once; default: %(default)s"
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        help="number of epochs, instead of the recipe's; schedules are shortened in proportion",
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        metavar="IMG_PER_S",
+        help="images per second of one run, from which the time is estimated; default: it is "
+        "measured",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only print which runs are left, and about how long they take",
+    )
+    parser.add_argument("--report", action="store_true", help="only report the runs that there are")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="file of the report; default: table<N>.json in --out",
+    )
+    parser.add_argument("options", nargs="*", metavar="-- OPTION", help="options for train.py")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     args.place = args.out / f"table{args.table}"
@@ -87,7 +136,7 @@ def _names(text: str) -> list[str]:
 
 
 def execute(args: argparse.Namespace, jobs: Sequence[Job]) -> list[str]:
-    """Run what is not finished, `args.jobs` at once; -> names of runs that failed or were left."""
+    """Run what is not finished, `args.jobs` at once; returns the runs that failed or were left."""
     for job in jobs:
         if (other := twin(args, job)) is not None:
             args.place.mkdir(parents=True, exist_ok=True)
@@ -135,7 +184,7 @@ def ready(job: Job, jobs: Sequence[Job]) -> bool:
 
 
 def launch(args: argparse.Namespace, job: Job, slot: int) -> subprocess.Popen | None:
-    """Start a run, or go on with it, and note on what; None where another process is at it."""
+    """Start or resume a run, and note the machine; None if another process is running it."""
     note = {
         **about(),
         "command": shlex.join(["python", "train.py", *job.options]),
@@ -157,7 +206,7 @@ def launch(args: argparse.Namespace, job: Job, slot: int) -> subprocess.Popen | 
 
 
 def tell(job: Job, jobs: Sequence[Job], status: int, seconds: float, ended: str) -> bool:
-    """Print how a run ended; -> whether it is finished."""
+    """Print how a run ended; returns whether it is finished."""
     if status == 0 and finished(job, jobs):
         _, row = runs.read_run(job.path)
         figure = f"top-1 {row['val_top1']:.2f}"
@@ -191,7 +240,7 @@ def describe(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
 
 
 def estimate(args: argparse.Namespace, jobs: Sequence[Job], probe: bool = False) -> str:
-    """Runs, epochs, image-steps and time of what is left, in words.
+    """What is left to do, in words: runs, epochs, images and time.
 
     probe: whether a network that has no run yet is tried for a moment.
     """
@@ -256,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """What the command line asks for; -> exit status, 1 where runs are not done."""
+    """Do what the command line asks for; returns the exit status, 1 if runs are not done."""
     lost: list[str] = []
     if not args.report:
         refuse_others(args)

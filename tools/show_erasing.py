@@ -1,10 +1,10 @@
-"""A picture of what the pipeline erases: saliency, eq. 4 and the rectangles, image by image.
+"""Draw a sheet of images with their saliency maps and with what the pipeline erases.
 
     python tools/show_erasing.py --data imagenet --cache maps.lmdb --lam 0,2,5 --out sheet.png
 
-A row an image: the upright image with the crop's window; its saliency over the full frame; eq. 4's
-P over the centres that the rectangle may have, for the λ of largest magnitude; and for each λ the
-crop as the pipeline erases it, before the flip. Every image is erased here, whatever its class.
+Each image has a row: the upright image with the crop's window; its saliency over the full frame;
+P of eq. 4 over the possible centres of the rectangle, for the λ of largest magnitude; and for each
+λ the crop as the pipeline erases it, before the flip. All images are erased, whatever their class.
 """
 
 from __future__ import annotations
@@ -37,15 +37,41 @@ Array = NDArray[Any]
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     add_data(parser, required=True)
-    parser.add_argument("--cache", required=True, help="the saliency cache of these images")
+    parser.add_argument(
+        "--cache", required=True, help="folder of the saliency cache of these images"
+    )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--images", type=int, default=4, help="so many, evenly spaced")
-    which.add_argument("--ids", default=None, metavar="3,5,8", help="these places in the index")
-    parser.add_argument("--lam", default="0,2,5", metavar="λ,λ,...")
-    parser.add_argument("--epoch", type=int, default=1, help="another one gives other draws")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=224, help="side of the crop in pixels")
-    parser.add_argument("--out", required=True, metavar="PNG")
+    which.add_argument(
+        "--images",
+        type=int,
+        default=4,
+        help="how many images are shown, evenly spaced in the list of files; default: %(default)s",
+    )
+    which.add_argument(
+        "--ids",
+        default=None,
+        metavar="3,5,8",
+        help="which images are shown, by their place in the list of files, from 0",
+    )
+    parser.add_argument(
+        "--lam",
+        default="0,2,5",
+        metavar="λ,λ,...",
+        help="values of λ, joined by commas; default: %(default)s",
+    )
+    parser.add_argument(
+        "--epoch",
+        type=int,
+        default=1,
+        help="epoch whose crops and rectangles are shown; default: %(default)s",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the crops and rectangles; default: %(default)s"
+    )
+    parser.add_argument(
+        "--size", type=int, default=224, help="side of the crop in pixels; default: %(default)s"
+    )
+    parser.add_argument("--out", required=True, metavar="PNG", help="picture to write")
     args = parser.parse_args(argv)
     try:
         args.lam = [float(value) for value in args.lam.split(",")]
@@ -80,7 +106,7 @@ def open_data(args: argparse.Namespace) -> tuple[ImageIndex, SaliencyCache, list
 
 
 def show_pipeline(stage: Stage, ids: list[int], image: ImageConfig) -> Pipeline:
-    """As train_pipeline, without shuffle and flip; it gives what is planned, too."""
+    """The training pipeline without shuffle and flip; it also gives the plan."""
     run = ExecConfig(batch_size=len(ids), threads=2)
 
     @pipeline_def(**run.arguments())
@@ -96,7 +122,7 @@ def show_pipeline(stage: Stage, ids: list[int], image: ImageConfig) -> Pipeline:
 
 
 def run_once(pipeline: Pipeline, image: ImageConfig) -> list[list[Array]]:
-    """By sample: upright image, start, shape, box (int64) and the erased crop (uint8)."""
+    """For each sample: upright image, start, shape, box (int64) and the erased crop (uint8)."""
     samples = []
     for sample in zip(*pipeline.run(), strict=True):
         upright, start, shape, box, crop = (np.array(value) for value in sample)
@@ -132,13 +158,13 @@ def probability(
 
 
 def outline(axes, box, **style) -> None:
-    """box: (y, x, h, w) in pixels, from pixel edge to pixel edge."""
+    """Draw a box (y, x, h, w), in pixels, from pixel edge to pixel edge."""
     y, x, h, w = box
     axes.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, fill=False, linewidth=1.5, **style))
 
 
 def draw_row(axes, title: str, saliency: Array, found: bool, shown: dict[float, list[Array]]):
-    """saliency: float [gh, gw]. shown: by λ, what the pipeline gave for this image."""
+    """Draw an image's row. saliency: float [gh, gw]. shown: λ -> what the pipeline gave for it."""
     strongest = max(shown, key=abs)
     upright, start, shape, *_ = shown[strongest]
     window = np.concatenate([start, shape])

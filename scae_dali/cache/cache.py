@@ -62,13 +62,13 @@ _ADVICE = (
 )
 
 
-_turn = threading.Lock()  # of whoever reserves
+_turn = threading.Lock()  # held while a reservation is made
 
 
 @dataclass(eq=False)
 class Reservation:
-    """That the passes of one SaliencyCache object are left to a ChunkWriter, as long as it keeps
-    this. begun: whether its pass, of `epoch`, is."""
+    """Leaves the passes of one SaliencyCache object to a ChunkWriter, as long as that keeps it.
+    begun: whether the writer has begun its pass, of `epoch`."""
 
     epoch: int
     begun: bool = False
@@ -83,7 +83,7 @@ class SaliencyCache(CacheReader):
     locks: then nobody may write to it meanwhile.
     """
 
-    _pass: dict[str, Any] | None = None  # that this object has begun and not ended
+    _pass: dict[str, Any] | None = None  # the one that this object has begun and not ended
     _reserved: weakref.ref[Reservation] | None = None
 
     @classmethod
@@ -100,12 +100,12 @@ class SaliencyCache(CacheReader):
         layer: str | None = None,
         input_size: int | tuple[int, int] | None = None,
     ) -> SaliencyCache:
-        """An empty cache for `index`; with exist_ok, the one that is there, checked.
+        """Makes an empty cache for `index`; with exist_ok, opens and checks one that is there.
 
-        Several processes may do the latter at once. grid: (h, w) of the maps. naming: "index" or
-        "path", see `index.keys`; None: that of the one that is there, or "index". The rest says how
-        the maps come about; `begin_pass` may say otherwise later. Raises CacheError where something
-        else is at `path`.
+        With exist_ok, several processes may call it at once. grid: (h, w) of the maps. naming:
+        "index" or "path", see `index.keys`; None: that of the one that is there, or "index". The
+        rest says how the maps are made; `begin_pass` may change it later. Raises CacheError where
+        something else is at `path`.
         """
         path = os.fspath(path)
         if naming not in ("index", "path", None):
@@ -155,8 +155,8 @@ class SaliencyCache(CacheReader):
         ids: int[B], the samples of the pass, each once; None: all. Maps of other epochs stay as
         they are. weights: hex digest of the model's weights; "" where unknown, which trusts any
         other unknown one. The provenance is the last pass's unless given. settings: what else the
-        maps depend on, such as the mean of the normalisation, as JSON can hold it; what one of two
-        passes does not name counts as the same. Maps that carry this epoch are done if the pass
+        maps depend on, such as the mean of the normalisation, as JSON can hold it; one that
+        only one of two passes names counts as equal. Maps with this epoch are done if the pass
         under way, or the last complete one, has the same epoch, weights, samples, provenance and
         settings. If not they are stale: they are withdrawn (emptied) first, and the pass begins
         only then. A pass of no samples makes no maps, and withdraws none.
@@ -188,9 +188,9 @@ class SaliencyCache(CacheReader):
     def claim(self) -> None:
         """Makes this process the one that writes to the cache, until it closes it or ends.
 
-        `begin_pass` does so by itself; a run that will begin its first pass much later had better
-        know at its start. Raises CacheError where another process is the one, PermissionError where
-        the cache is read-only.
+        `begin_pass` does so by itself; a run whose first pass comes late calls this at its start,
+        to fail early. Raises CacheError where another process has claimed the cache,
+        PermissionError where it is read-only.
         """
         patience = _Patience()
         while not self._claimed(self.meta, patience):
@@ -211,7 +211,7 @@ class SaliencyCache(CacheReader):
         records = np.empty(len(ids), self._kind)
         records["stamp"] = epoch
         records["map"] = maps
-        # Ascending, and of twins the last.
+        # In ascending order of the keys; of equal keys the last.
         order = len(ids) - 1 - np.unique(self._keys.of(ids)[::-1], return_index=True)[1]
         keys = self._keys.bytes_of(ids[order])
         values = split(records[order].tobytes(), self._kind.itemsize)
@@ -287,9 +287,9 @@ class SaliencyCache(CacheReader):
         self._update(put)
 
     def reserve(self, epoch: int) -> Reservation:
-        """Leaves the passes of this object to whoever keeps what is returned, until `unreserve`.
+        """Leaves the passes of this object to whoever keeps the Reservation, until `unreserve`.
 
-        Raises CacheError where they are left to another one.
+        Raises CacheError where another reservation is still kept.
         """
         with _turn:
             self._require_unreserved(or_who_begins=True)
@@ -298,7 +298,7 @@ class SaliencyCache(CacheReader):
         return reservation
 
     def unreserve(self) -> None:
-        """Ends what `reserve` has begun."""
+        """Ends the reservation."""
         self._reserved = None
 
     def _require_unreserved(self, *, or_who_begins: bool = False) -> None:
@@ -316,7 +316,7 @@ class SaliencyCache(CacheReader):
     def _try_to_begin(
         self, asked: Mapping[str, Any], chosen: NDArray[np.bool_], patience: _Patience
     ) -> NDArray[np.int64] | None:
-        """`begin_pass`, once -> the ids to do; None where it has to look at the cache again.
+        """One try of `begin_pass` -> the ids to do; None where it must read the cache again.
 
         asked: the fields of the pass; the provenance that is None there is the last pass's.
         chosen: bool[N], the samples of the pass.
@@ -361,14 +361,14 @@ class SaliencyCache(CacheReader):
         full = expected_bytes(self._samples, self._kind.itemsize)
         try:
             lacking = full - self.size_bytes
-        except FileNotFoundError:  # `update` tells it
+        except FileNotFoundError:  # `update` raises the error
             lacking = full
         self._environment().update(change, needs=max(lacking, 1 << 20))
 
     def _claimed(self, meta: CacheMeta, patience: _Patience, *, joins: bool = False) -> bool:
-        """Whether this process may change a cache that says `meta`; if not, look at it again.
+        """Whether this process may change a cache that says `meta`; if not, read meta again.
 
-        joins: whether it makes the very maps that the process makes that has claimed the cache.
+        joins: whether it makes the very maps that the process with the claim makes.
         Raises CacheError once another process has had the cache for too long.
         """
         claim = self._environment().claim()
@@ -392,8 +392,8 @@ class SaliencyCache(CacheReader):
         return False
 
     def _still_under_way(self, meta: CacheMeta, call: str) -> bool:
-        """Whether the pass of this object is; False if it is complete already. Raises CacheError
-        where another one was begun since."""
+        """Whether the pass of this object is under way; False if it is complete already. Raises
+        CacheError where another one was begun since."""
         assert self._pass is not None
         if same_pass(meta.under_way, self._pass):
             return True
@@ -409,7 +409,7 @@ class SaliencyCache(CacheReader):
         )
 
     def _replace_meta(self, old: CacheMeta, new: CacheMeta) -> bool:
-        """Puts `new` unless the record is no longer `old`; whether it was."""
+        """Writes `new` if the meta record still is `old`; returns whether it was."""
         unchanged = False
 
         def put(txn: lmdb.Transaction) -> None:
@@ -422,7 +422,7 @@ class SaliencyCache(CacheReader):
         return unchanged
 
     def _withdraw(self, ids: NDArray[np.int64]) -> None:
-        """ids in key order."""
+        """Empties the records of these ids, i64[n] in key order."""
         for start in range(0, len(ids), CHUNK):
             keys = self._keys.bytes_of(ids[start : start + CHUNK])
             self._update(partial(put_ascending, keys=keys, values=[b""] * len(keys)))
@@ -435,6 +435,6 @@ class _Patience:
         self._end = time.monotonic() + PATIENCE
 
     def wait(self) -> bool:
-        """A moment; False once it was enough."""
+        """Waits for a moment; False once PATIENCE is over."""
         time.sleep(0.02)
         return time.monotonic() < self._end

@@ -1,8 +1,8 @@
 """How a cache's LMDB environment is found, opened, shared, grown, claimed and recovered.
 
-One environment a path and process, whatever the threads and forks; errors that a user can mend come
-with the remedy. A process that writes claims the cache by a lock on its directory (flock), which
-the system takes back when the process ends, however it ends.
+A process has one environment for each path, whatever its threads and forks. Errors that a user can
+mend name the remedy. A process that writes claims the cache by a lock on its directory (flock),
+which the system takes back when the process ends, however it ends.
 
 Every commit is synced (LMDB's default). A killed process or a lost machine never damages what was
 committed. LMDB wants a local file system.
@@ -47,8 +47,8 @@ class Claim(Enum):
 
     OURS = auto()  # since before; or the file system has no locks, and nobody can tell
     TAKEN = auto()  # just now: another process may have written until then
-    PARENTS = auto()  # of the process that this one was forked from
-    THEIRS = auto()  # of another process that lives
+    PARENTS = auto()  # the process that this one was forked from is the one
+    THEIRS = auto()  # another living process is the one
 
 
 class Environment:
@@ -66,7 +66,7 @@ class Environment:
         self._writing = threading.Lock()  # LMDB allows one writer; ours queue here
 
     def view(self, look: Callable[[lmdb.Transaction], T]) -> T:
-        """look(transaction) on one snapshot, the newest."""
+        """Returns look(transaction), for a transaction on the newest snapshot."""
         while True:
             try:
                 with self._shared() as handle:
@@ -75,7 +75,7 @@ class Environment:
                 self._resize(0)
 
     def update(self, change: Callable[[lmdb.Transaction], None], *, needs: int) -> None:
-        """change(transaction), then commit; repeated from its start when the map has to grow.
+        """Calls change(transaction) and commits; does both again when the map had to grow.
 
         needs: bytes for the message of the OSError that a full disk raises. Raises CacheError where
         the data file is no longer the one that was opened: LMDB would write to a file without a
@@ -183,7 +183,7 @@ class Environment:
             yield
 
     def _resize(self, factor: int) -> None:
-        """factor 0: to the size that the file has."""
+        """Multiplies the size of the map by factor; 0 takes the size of the file."""
         with self._alone():
             if self._handle is not None:
                 self._handle.set_mapsize(factor * self._handle.info()["map_size"])
@@ -233,7 +233,7 @@ def _transact(handle: lmdb.Environment, work: Callable[[lmdb.Transaction], T], w
 
 _environments: dict[str, Environment] = {}
 _environments_lock = threading.Lock()
-_parents: dict[str, int] = {}  # whose claim stood when this process was forked, by path
+_parents: dict[str, int] = {}  # path -> the process that had claimed it at the fork
 
 
 def environment_at(path: str) -> Environment:
@@ -277,7 +277,7 @@ os.register_at_fork(
 
 
 def make_directory(path: str, *, exist_ok: bool) -> None:
-    """With exist_ok, one that holds an environment may be there. Raises CacheError."""
+    """Makes a cache's directory; with exist_ok, it may hold an environment. Raises CacheError."""
     if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
         if not exist_ok:
             raise CacheError(
@@ -321,5 +321,5 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def _code(error: lmdb.Error, codes: tuple[int, ...]) -> int | None:
-    """Which of the codes an error of LMDB is; it has them in its text only."""
+    """Which of these codes an LMDB error has; only its text tells. None: none of them."""
     return next((code for code in codes if os.strerror(code) in str(error)), None)

@@ -1,6 +1,6 @@
 """Format 1 of the cache: what its bytes mean, what may be stored in them, and how they are checked.
 
-Without pickle; the keys of records are big-endian so that LMDB's byte order is their numeric order:
+Nothing is pickled. Record keys are big-endian, so that LMDB's byte order is their numeric order:
 
     b"meta"       UTF-8 JSON: the fields of `CacheMeta`
     8 bytes       uint64 BE, position in the index or hash of the path: epoch stamp (uint16 LE)
@@ -68,9 +68,9 @@ __all__ = [
 
 FORMAT_VERSION = 1
 META, NEIGHBORS = b"meta", b"neighbors"
-KEY_BYTES = 8  # of a record; the other keys are longer or shorter
-EPOCHS = 1 << 16  # that a stamp of 16 bits tells apart
-CLASSES = 1 << 16  # that neighbours of 16 bits tell apart
+KEY_BYTES = 8  # of a record key; the other keys are longer or shorter
+EPOCHS = 1 << 16  # how many epochs a stamp of 16 bits tells apart
+CLASSES = 1 << 16  # how many classes neighbours of 16 bits tell apart
 CHUNK = 4096  # records a commit: some 290 KB at 7x7, one sync
 PROVENANCE = ("method", "model", "layer", "input_size")
 
@@ -129,7 +129,8 @@ def put_ascending(txn: lmdb.Transaction, keys: list[bytes], values: list[bytes])
 
 
 def expected_bytes(samples: int, size: int) -> int:
-    """Of a full cache, roughly: 4096 byte pages with a header of 16, 8 + 2 a record."""
+    """About how many bytes a full cache takes: pages of 4096 with a header of 16, and 8 + 2 bytes
+    more for each record."""
     a_page = max((4096 - 16) // (8 + 2 + KEY_BYTES + size + size % 2), 1)
     return 4096 * (samples // a_page + 1) * 102 // 100
 
@@ -141,7 +142,7 @@ def flat(maps: Maps) -> NDArray[np.bool_]:
 
 
 def split(blob: bytes, size: int) -> list[bytes]:
-    """Pieces of `size` bytes each."""
+    """The blob in pieces of `size` bytes."""
     return [blob[start : start + size] for start in range(0, len(blob), size)]
 
 
@@ -285,7 +286,7 @@ def digest_of_samples(chosen: NDArray[np.bool_]) -> str:
 
 
 def settings_of(fields: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Those that are known of a pass; none of no pass."""
+    """The settings that are known of a pass; {} for None."""
     return (fields or {}).get("settings") or {}
 
 
@@ -301,7 +302,8 @@ def same_pass(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) ->
 
 
 def describe_pass(fields: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> str:
-    """For messages; fields as of `pass_token`. beside: another pass, to be told from this one."""
+    """A pass in words, for messages; fields as of `pass_token`. beside: another pass, which the
+    words tell from this one."""
     text = _brief(fields)
     if beside is None or text != _brief(beside):
         return text
@@ -343,8 +345,8 @@ def checked_provenance(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checked_settings(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """As JSON gives them back, NumPy's numbers as Python's; raises ValueError for what it cannot
-    hold."""
+    """Settings as JSON gives them back, NumPy's numbers as Python's; raises ValueError for what
+    JSON cannot hold."""
     if settings is None:
         return None
     try:
@@ -428,5 +430,5 @@ def check_neighbors(neighbors: int, num_classes: int) -> None:
         not neighbors or num_classes <= CLASSES,
         f"neighbors must be 0 where there are more than {CLASSES:,} classes (a cache keeps the "
         f"neighbours of a class in 16 bits), got neighbors={neighbors} and {num_classes:,} "
-        "classes; with 0, tail classes are mixed with themselves alone",
+        "classes; with 0, samples of tail classes are mixed within their class alone",
     )

@@ -1,6 +1,6 @@
 """How the maps of an open cache are looked up, in LMDB or in a copy that is kept in memory.
 
-Every look is at one snapshot, the newest: LMDB shows a reader all of a commit or nothing of it.
+Every look-up sees the newest snapshot: LMDB shows a reader all of a commit or nothing of it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Snapshot(NamedTuple):
 class RecordKeys:
     """The record keys of a cache's N samples: their ids, or hashes of their paths.
 
-    Of ids nothing is kept: at 10^8 samples a table of keys is a gigabyte.
+    No table is kept of keys that are ids: for 10^8 samples it would take a gigabyte.
     """
 
     def __init__(self, path: str, meta: CacheMeta, index: ImageIndex | None) -> None:
@@ -154,7 +154,7 @@ class CacheReader:
 
     @property
     def meta(self) -> CacheMeta:
-        """Read from LMDB each time: another process may have changed it."""
+        """The meta record, read from LMDB each time: another process may have changed it."""
         return self._view(self._meta)
 
     @property
@@ -165,7 +165,7 @@ class CacheReader:
     def read(self, ids: ArrayLike) -> tuple[Maps, NDArray[np.bool_]]:
         """ids: int[B], positions in the index -> maps u8[B,h,w] (255 = 1.0), found bool[B].
 
-        All of one snapshot, the newest. A sample without a map has found False and an all-zero map.
+        All maps are of the newest snapshot. Without a map, found is False and the map all zero.
         Raises IndexError for an id outside the index.
         """
         ids = checked_ids(ids, self._samples)
@@ -188,7 +188,7 @@ class CacheReader:
         return self._view(_version)
 
     def snapshot(self) -> Snapshot:
-        """All maps, of one moment."""
+        """A copy of all maps, at one moment."""
 
         def copy(txn: lmdb.Transaction) -> Snapshot:
             maps = np.zeros((self._samples, *self._grid), np.uint8)
@@ -201,7 +201,7 @@ class CacheReader:
         return self._view(copy)
 
     def resident(self) -> ResidentCache:
-        """All maps in memory, N·h·w bytes."""
+        """The same cache with all maps in memory, N·h·w bytes."""
         resident = ResidentCache(self)
         resident.refresh()
         return resident
@@ -334,7 +334,7 @@ class ResidentCache:
 
     @property
     def maps(self) -> Maps:
-        """Those of the copy, u8[N,h,w]; read-only."""
+        """The maps of the copy, u8[N,h,w]; read-only."""
         return (self._copy or self.refresh()).maps
 
     @property
@@ -343,7 +343,7 @@ class ResidentCache:
         return (self._copy or self.refresh()).found
 
     def read(self, ids: ArrayLike) -> tuple[Maps, NDArray[np.bool_]]:
-        """As `SaliencyCache.read`."""
+        """What `SaliencyCache.read` gives for the same ids."""
         copy = self._copy
         if copy is None or self._cache.version() != copy.version:
             if not self._settled():

@@ -59,7 +59,7 @@ class ChunkWriter:
         return self
 
     def write(self, ids: ArrayLike, maps: ArrayLike) -> None:
-        """As `SaliencyCache.write`; checked at once, committed when enough are together."""
+        """Takes what `SaliencyCache.write` takes: checked at once, committed in chunks."""
         ids, maps = self._cache.checked(ids, maps)
         self._hold(ids, maps.copy())
         if self._held >= self._every:

@@ -1,1 +1,1 @@
-"""Commands, each a module with `main`."""
+"""Commands of the command line, each a module with a function `main`."""

@@ -1,4 +1,4 @@
-"""Show what a saliency cache holds: its meta record, coverage, flat and old maps, its size."""
+"""Show what a saliency cache holds: how its maps were made, how many there are, and their age."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from scae_dali.cache.cache import CacheError, SaliencyCache
 
 
 def summary(cache: SaliencyCache) -> dict[str, Any]:
-    """found: maps, of how many samples; flat: those that are the same everywhere; malformed:
-    records without a map; ages: maps by stamp."""
+    """The facts of a cache, by name. found: samples that have a map; flat: maps that are the same
+    everywhere; malformed: records withdrawn or of a wrong length; ages: number of maps by stamp."""
     meta = cache.meta
     ages, malformed = cache.census()
     found = sum(ages.values())
@@ -32,7 +32,7 @@ def summary(cache: SaliencyCache) -> dict[str, Any]:
 
 
 def text(facts: dict[str, Any]) -> str:
-    """summary -> lines to read."""
+    """The `summary` as lines to read."""
     lines = [facts["path"]]
     lines += [
         f"  {name:12} {'-' if value in (None, '') else value}"
@@ -59,8 +59,8 @@ def text(facts: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("cache", metavar="CACHE", help="the directory, such as imagenet.lmdb")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("cache", metavar="CACHE", help="folder of the cache, such as imagenet.lmdb")
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     args = parser.parse_args(argv)
     try:
         with SaliencyCache(args.cache) as cache:

@@ -1,1 +1,1 @@
-"""The index of images, whole or long-tailed: from folders, lists or arrays; its broken files."""
+"""Data sets: the index of images, long-tailed subsets, images in memory, and broken files."""

@@ -1,9 +1,8 @@
-"""Which image files are broken: a quick look at their first and last bytes, without decoding.
+"""Finds broken image files by a quick look at their first and last bytes, without decoding.
 
-It finds files that are missing, empty, no image, damaged in the header, or cut off. A decoder may
-mend some of them: `decodes` asks it, of one file. What a decoder makes of the rest is its own
-business; `explain` turns what it says into an error for the user, whose remedy is that of training
-files unless `of_validation` changes it.
+It finds files that are missing, empty, no image, damaged in the header, or cut off. DALI's decoder
+mends some of them: `decodes` tries it with one file. `explain` turns an error of DALI into one for
+the user. Its remedy is for training files; `of_validation` turns it into that for validation files.
 """
 
 import itertools
@@ -75,9 +74,9 @@ def fault(path: str) -> str | None:
 
 def _jpeg_fault(file: BinaryIO, size: int) -> str | None:
     """Walks the segments up to the first scan, as strictly as DALI's parser; then seeks the end."""
-    place, framed = 2, False
+    offset, framed = 2, False
     while True:
-        file.seek(place)
+        file.seek(offset)
         segment = file.read(9)
         if len(segment) < 4:
             return "is cut off (a JPEG that ends in its header)"
@@ -85,9 +84,9 @@ def _jpeg_fault(file: BinaryIO, size: int) -> str | None:
         if segment[0] != 0xFF or marker in (0x00, 0xD9):
             return "has a damaged header"
         if marker == 0xFF:  # a fill byte
-            place += 1
+            offset += 1
         elif marker in _BARE:
-            place += 2
+            offset += 2
         elif marker == _SOS:
             break
         else:
@@ -95,10 +94,10 @@ def _jpeg_fault(file: BinaryIO, size: int) -> str | None:
                 framed = True
                 if segment[5:7] == b"\0\0" or segment[7:9] == b"\0\0":
                     return "has a damaged header (a JPEG of no size)"
-            place += 2 + int.from_bytes(segment[2:4], "big")
+            offset += 2 + int.from_bytes(segment[2:4], "big")
     if not framed:
         return "has a damaged header (a JPEG without a frame)"
-    for start in (max(place, size - _TAIL), place):  # mostly the tail is enough
+    for start in (max(offset, size - _TAIL), offset):  # mostly the tail is enough
         file.seek(start)
         if b"\xff\xd9" in file.read():
             return None
@@ -131,7 +130,7 @@ def faults(
 
 
 def concerns_images(message: str) -> bool:
-    """Whether DALI's message tells of reading or decoding, rather than of the machine or a plan."""
+    """Whether DALI's message is about reading or decoding, and not about the machine or a plan."""
     operator = _OPERATOR.search(message)
     return bool(operator and _READS.search(operator[1]) and not _NO_IMAGE.search(message))
 
@@ -150,7 +149,7 @@ def explain(message: str, index: ImageIndex) -> str:
         if name in known
     ]
     if not broken and os.path.exists(os.path.join(index.root, index.files[0])):
-        broken = list(faults(index, seconds=_SECONDS))  # unless the names are those of an archive
+        broken = list(faults(index, seconds=_SECONDS))  # members of an archive are no files
     if broken:
         what = [f"{os.path.join(index.root, name)!r} {wrong}" for name, wrong in broken[:3]]
         more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
@@ -171,12 +170,12 @@ def explain(message: str, index: ImageIndex) -> str:
 
 
 def of_validation(explained: str) -> str:
-    """What `explain` says of a file, with train.py's option that leaves out files of validation."""
+    """A text of `explain`, with train.py's option that leaves out validation files."""
     return explained.replace(_OPTION, _OPTION.replace("exclude", "val_exclude"))
 
 
 def of_training(explained: str) -> str:
-    """What `explain` says of a file, with what is left to a run that has begun."""
+    """A text of `explain`, with the remedies that remain once a run has begun."""
     return (
         f"{explained}\nA run that has begun goes on with the same images alone: put a sound one in "
         "the place of each, or start in a new folder."
@@ -208,7 +207,7 @@ def confirmed(index: ImageIndex, suspects: Iterable[tuple[str, str]]) -> Iterato
 
 
 def look(index: ImageIndex, seconds: float) -> None:
-    """Raise ValueError that names the broken files of validation found within `seconds`."""
+    """Raise ValueError with the names of broken validation files found within `seconds`."""
     suspects = confirmed(index, faults(index, seconds))
     broken = list(itertools.islice(suspects, _NAMED_AT_ONCE + 1))
     if not broken:

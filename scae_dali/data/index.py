@@ -1,7 +1,6 @@
-"""The dataset index: which samples, in which order, of which class, by which 64-bit key.
+"""The index of a data set: its samples in order, each with a path, a class and a record key.
 
-A sample's id is its position. The index reads lists and what `scan` finds in folders, never pixels;
-what a class's frequency means for erasing is for `schedule`, the order of reading for the reader.
+A sample's id is its place in the index. The index reads folders and lists, never pixels.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ MAX_GUESSED_CLASSES = 1 << 16  # a stray number in a list must not make a billio
 
 
 def path_key(name: str) -> int:
-    """The 64-bit key of a name: the first 8 bytes, big-endian, of BLAKE2b of its UTF-8 text."""
+    """The record key of a name: the first 8 bytes, big-endian, of BLAKE2b of its UTF-8 text."""
     return int.from_bytes(hashlib.blake2b(name.encode()).digest()[:8], "big")
 
 
@@ -205,7 +204,7 @@ class ImageIndex:
         return digest.hexdigest()
 
     def keys(self, naming: str) -> npt.NDArray[np.uint64]:
-        """The samples' cache keys, uint64 [N]: "index", the position, or "path", `path_key`.
+        """The samples' record keys, uint64 [N]: their ids for "index", `path_key` for "path".
 
         Raises DatasetError where two samples would share a key.
         """
@@ -217,7 +216,7 @@ class ImageIndex:
 
     @cached_property
     def _path_keys(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], Int64]:
-        """Keys by position, keys sorted, and the positions of the sorted keys."""
+        """Record keys by id, the same keys sorted, and the ids of the sorted keys."""
         keys = np.fromiter(map(path_key, self.files), dtype=np.uint64, count=len(self))
         order = np.argsort(keys, kind="stable")
         ascending = keys[order]
@@ -242,16 +241,16 @@ class ImageIndex:
         A name is the path as in `files`, or the same behind root, or webdataset's
         `archive.tar:OFFSET:member`. The index may have the latter whole, as
         `folder/archive.tar/member`, as `archive.tar/member`, or as the member alone; the longest
-        is taken. Raises DatasetError for an unknown name, and for a sample of two places.
+        is taken. Raises DatasetError for an unknown name, and for a sample of two members.
         """
         return self.names().ids(names)
 
     def names(self) -> Names:
-        """`ids_of` for a whole run: it remembers the place of every member of an archive."""
+        """The `ids_of` of one reader, which remembers the member of an archive of each sample."""
         return Names(self.files, self.root, self._find)
 
     def _find(self, names: Sequence[str]) -> Int64:
-        """Positions of names that are in `files`, -1 for others."""
+        """Places of names that are in `files`, -1 for others."""
         _, ascending, order = self._path_keys
         wanted = np.fromiter(map(path_key, names), dtype=np.uint64, count=len(names))
         ids = order[np.searchsorted(ascending, wanted).clip(max=len(self) - 1)]

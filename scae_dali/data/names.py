@@ -1,7 +1,7 @@
-"""From what a DALI reader calls a sample (`source_info`) to its place in the index.
+"""Finds a sample's place in the index by what a DALI reader calls it (`source_info`).
 
 A member of a tar goes by its own name, or by `archive.tar/member` where several archives hold
-members of one name. That one sample is not read from two places is watched here.
+members of one name. A sample that is read from two members is an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _WEBDATASET = re.compile(r"(.+?):(\d+):(.+)", re.DOTALL)  # archive.tar:OFFSET:m
 
 
 class Names:
-    """Resolves the names of one reader, and remembers which member of which archive a sample was.
+    """Resolves the names of one reader, and remembers which member of an archive each sample was.
 
     files: str [N], those of the index. root: the folder that they are relative to, "" for none.
     find: names -> places in `files`, int64, -1 where there is none.
@@ -30,15 +30,15 @@ class Names:
         self, files: Sequence[str], root: str, find: Callable[[Sequence[str]], Int64]
     ) -> None:
         self._files, self._root, self._find = files, root, find
-        self._prefixes: dict[str, str] = {}  # of archives: what `files` has before their members
-        self._folders: set[str] | None = None  # of `files`; None: not looked yet
-        self._numbers: dict[str, int] = {}  # archives, from 1
-        self._places: Int64 | None = None  # [N, 2], number of the archive and offset; 0: unseen
+        self._prefixes: dict[str, str] = {}  # archive -> what `files` has before its members
+        self._folders: set[str] | None = None  # all folders in `files`; None: not collected yet
+        self._numbers: dict[str, int] = {}  # archive -> its number, from 1
+        self._members: Int64 | None = None  # [N, 2], number of the archive and offset; 0: unseen
 
     def ids(self, names: Sequence[str]) -> Int64:
         """Places in the index, int64 [B], of names as `ImageIndex.ids_of` has them.
 
-        Raises DatasetError for an unknown name, and for a sample that comes from two places.
+        Raises DatasetError for an unknown name, and for a sample that is read from two members.
         """
         ids = self._find(names)
         if (unknown := np.flatnonzero(ids < 0)).size:
@@ -49,7 +49,7 @@ class Names:
                 for name, member in zip(relative, members, strict=True)
             ]
             found = self._find(short)
-            if (left := np.flatnonzero(found < 0)).size:  # of an archive that is named for some
+            if (left := np.flatnonzero(found < 0)).size:  # not listed behind their archive
                 alone = [_member(m) if (m := members[k]) else short[k] for k in left.tolist()]
                 found[left] = self._find(alone)
             ids[unknown] = found
@@ -67,7 +67,7 @@ class Names:
     def _relative(self, name: str) -> str:
         prefix = os.path.join(self._root, "")
         name = name[len(prefix) :] if self._root and name.startswith(prefix) else name
-        return name.removeprefix("./")  # as readers name files of their file_root
+        return name.removeprefix("./")  # readers name files of their file_root so
 
     def _prefix(self, archive: str) -> str:
         """What `files` has before the members of an archive: the longest that is known, or ""."""
@@ -84,17 +84,17 @@ class Names:
         return self._prefixes[archive]
 
     def _watch(self, ids: Int64, members: Sequence[re.Match[str]]) -> None:
-        """Raise DatasetError where one of these samples comes from another place than before."""
-        if self._places is None:
-            self._places = np.zeros((len(self._files), 2), np.int64)
+        """Raise DatasetError where one of these samples comes from another member than before."""
+        if self._members is None:
+            self._members = np.zeros((len(self._files), 2), np.int64)
         number = self._numbers
         for member in members:
             number.setdefault(member[1], len(number) + 1)
         here = np.array([(number[member[1]], int(member[2])) for member in members])
         first = np.unique(ids, return_index=True)[1]
-        new = first[self._places[ids[first], 0] == 0]
-        self._places[ids[new]] = here[new]
-        before = self._places[ids]
+        new = first[self._members[ids[first], 0] == 0]
+        self._members[ids[new]] = here[new]
+        before = self._members[ids]
         if (moved := np.flatnonzero((before != here).any(axis=1))).size:
             at, (first, offset) = members[moved[0]], before[moved[0]].tolist()
             archive = next(name for name, given in number.items() if given == first)
@@ -106,7 +106,7 @@ class Names:
 
 
 def _member(match: re.Match[str]) -> str:
-    return match[3].removeprefix("./")  # as `tar cf x.tar .` has it
+    return match[3].removeprefix("./")  # `tar cf x.tar .` names members so
 
 
 def _apart(archive: str, other: str) -> str:

@@ -1,6 +1,6 @@
 """Images in memory: an index and the pixels of its samples, from CIFAR's files or decoded once.
 
-For small images, of which opening a file costs more than decoding it.
+It pays for small images, where opening a file costs more than decoding it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["ArrayImages"]
 
 UInt8 = npt.NDArray[np.uint8]
 CIFAR = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}  # torchvision's names
-BATCH = 64  # of decoding; larger ones are no faster
+BATCH = 64  # images decoded at once; more are no faster
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ class ArrayImages:
     def from_cifar(cls, root: str | os.PathLike[str], name: str, *, train: bool) -> ArrayImages:
         """CIFAR in its native order, from the files that torchvision downloads into `root`.
 
-        name: "cifar10" or "cifar100" (fine labels). train: or the test images. Sample 17 of the
+        name: "cifar10" or "cifar100" (fine labels). train: False: the test images. Sample 17 of the
         training images is named train/00017, whatever subset it ends up in. Raises DatasetError.
         """
         from torchvision import datasets  # slow to import, and folders do without

@@ -1,7 +1,7 @@
 """The images under a folder of classes, as a scan finds them or as the last one stored them.
 
-Decides which files are images, in which order, and when what is stored still holds. What an empty
-folder or a split's name means is decided in `dataset`.
+Images are told by their extension, and sorted by name. A stored scan holds as long as no folder has
+changed.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Config(policy.PolicyConfig):
 
 
 class Method(policy.Policy):
-    """One sub-policy, uniform; each of its operations with the probability that it has there.
+    """Applies one sub-policy, drawn uniformly, and its operations with their probabilities there.
 
     The policies are those of nvidia.dali.auto_aug.auto_augment.
     """
@@ -55,7 +55,7 @@ class Method(policy.Policy):
         levels = []
         for k in range(length):
             there = {s: sub[k] for s, sub in enumerate(subs) if k < len(sub)}
-            # Last comes what is done where the operation is not applied.
+            # The last one stands for an operation that is not applied.
             level = [*dict.fromkeys(op for op, _, _ in there.values()), augmentations.identity]
             for s, (op, prob, magnitude) in there.items():
                 self._op[s, k], self._prob[s, k] = level.index(op), prob

@@ -2,7 +2,7 @@
 
 A method is a module with a dataclass `Config`, its settings, and a class `Method`, made as
 Method(config, run). `plan` decides with arrays alone and is pure; `apply` turns the plan into DALI
-operators. Here are the bases of both, and what they get.
+operators. This module has the base classes of both, and the classes of their arguments.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from scae_dali.plan.random import Stream, uniforms
 DataNode = Any
 Triple = tuple[float, float, float]
 Kind = Literal["policy", "erase", "mix"]
-# Fields of a method that mixes in a second sample, which the pipeline fetches.
+# Fields of a method that mixes in a partner, which the pipeline fetches.
 MIX_FIELDS = {"partner_id": 1}
 
 
@@ -33,16 +33,16 @@ class Status(IntFlag):
     NO_MAP = 2  # erased without guidance: the cache holds no map of it
     FLAT_MAP = 4  # erased without guidance: its map is constant
     NO_FIT = 8  # not erased: no rectangle fitted into the crop
-    MIXED = 16  # with a second sample that the pipeline fetches
+    MIXED = 16  # with a partner that the pipeline fetches
     MIXED_IN_BATCH = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a plan may depend on besides the samples.
+    """What a plan knows of the training: all that it may depend on besides the samples.
 
-    epochs: T of eq. 5. labels: int64 [N], of all samples. class_counts: int64 [K], of them.
-    mean, std: of the images as `apply` gets them.
+    epochs: T of eq. 5. labels: int64 [N], of all samples. class_counts: int64 [K], samples of each
+    class. mean, std: of the images as `apply` gets them.
     saliency: ids int64 [B] -> (maps uint8 [B, gh, gw], found bool [B]); None: there are no maps.
     neighbors: () -> int [K, m], the nearest other classes, or None as long as they are unknown.
     """
@@ -70,7 +70,7 @@ class Samples:
     full frame. size_px: int64 [B, 2], (H, W) of the crop as the network sees it.
     keys: int64 [B], what the random numbers hang on: the id in the low 32 bits, and above them how
     often the sample came before within the epoch.
-    iteration, place: int64 [B], the number of the batch in the run, and the place in the batch.
+    iteration, place: int64 [B], the batch's number in the run, the sample's position in the batch.
     flip: bool [B], whether the crop is flipped later, as far as the stage knows.
     """
 
@@ -96,15 +96,15 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The settings of a method, and what a run must do for it: for this one, nothing."""
+    """The settings of a method, and what a run must do for it; by default it needs nothing."""
 
-    # These are no fields, for they are not annotated; a subclass may have a field of the name.
+    # These are not annotated, so they are no fields. A subclass may have a field of the same name.
     refresh_every = 0  # epochs between two saliency passes; 0: the cache was built offline
     lam_max = 0.0  # λ at the end of the run (eq. 5)
     neighbors = 0  # nearest classes that a partner may come from, besides the image's own
 
     def __post_init__(self) -> None:
-        """Subclasses check their fields, and call that of their bases."""
+        """Subclasses check their fields here, and call this method of their bases."""
 
     @property
     def guided(self) -> bool:
@@ -116,14 +116,19 @@ class Config:
         """Whether every saliency pass must find the nearest classes of each."""
         return False
 
+    def neighbors_for(self, class_counts: np.ndarray) -> int:
+        """How many of the nearest classes the method asks for, of data with so many samples of each
+        class; 0: none. class_counts: int64 [K]."""
+        return self.neighbors
+
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedConfig(Config):
     """The settings of a method that looks at saliency maps.
 
     Args:
-        refresh_every: Epochs between two saliency passes. 0 means that the cache was built offline
-            and stays as it is.
+        refresh_every: Epochs between two saliency passes. 0 makes no passes: the cache was built
+            beforehand and stays as it is.
     """
 
     refresh_every: int = 10
@@ -140,7 +145,7 @@ class GuidedConfig(Config):
 class Method(ABC):
     """An augmentation of one run.
 
-    kinds: what it does, of Kind in this order; a list of methods has each kind once at most, and a
+    kinds: what it does, in the order of Kind. Methods combine if no two have a kind in common; a
     method without kinds combines with none. conditional: whether `apply` needs a pipeline with
     `enable_conditionals=True`. fields: what `plan` returns besides `status`, `box` and `mu`, with
     the width of each.
@@ -162,21 +167,21 @@ class Method(ABC):
         the crop, of no area where nothing is erased) if there is any; and for each of `fields`
         float64 [B, width], or [B] if the width is 1.
 
-        A method that mixes in second samples has MIX_FIELDS, gives the status MIXED alone to the
-        samples that are mixed, and plans `partner_id` (the sample's own where it is not mixed) and
-        `mu` (float64 [B], the weight of the own sample). A method that mixes within the batch gives
-        those samples the status MIXED_IN_BATCH and plans `source` (int64 [B], the place in the
-        batch of the second sample; its own where there is none) and `mu`.
+        A method that mixes in partners which the pipeline fetches has MIX_FIELDS. It gives the
+        status MIXED alone to the samples that are mixed, and plans `partner_id` (the sample's own
+        id where it is not mixed) and `mu` (float64 [B], the weight of the own sample). A method
+        that mixes within the batch gives those samples the status MIXED_IN_BATCH, and plans `mu`
+        and `source` (int64 [B], the partner's position in the batch; the own one without partner).
         """
 
     @abstractmethod
     def apply(self, images: DataNode, plan: Any) -> DataNode:
-        """Do what is planned, inside a graph. images: HWC, mixed with second samples already. plan:
-        a PlanNodes of scae_dali.stage.stage, which has the plan's fields by name."""
+        """Do what is planned, inside a graph. images: HWC, already mixed with fetched partners.
+        plan: a PlanNodes of scae_dali.stage.stage, which has the plan's fields by name."""
 
     @property
     def mixes(self) -> bool:
-        """Whether it mixes in second samples, which the pipeline must fetch."""
+        """Whether it mixes in partners, which the pipeline must fetch."""
         return MIX_FIELDS.keys() <= self.fields.keys()
 
     @property

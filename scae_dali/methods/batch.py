@@ -1,4 +1,4 @@
-"""Shared by the methods that mix images of one batch: who with whom, and the second images.
+"""Shared by the methods that mix images of one batch: who is whose partner, and the partners.
 
 The permutation is a function of (seed, iteration) alone. Everything else is drawn for each sample
 from (seed, epoch, id), or, where `per` is `batch`, once for all from (seed, iteration), as in the
@@ -17,7 +17,7 @@ from scae_dali.methods.base import DataNode, Kind, Run, Samples
 from scae_dali.plan.mixing import mix_weight
 from scae_dali.plan.random import Stream, uniforms
 
-# `source`: the place of the second image; `source_flip`: whether it is turned against the first.
+# `source`: the partner's position in the batch; `source_flip`: 1 if the two flips differ.
 FIELDS = {"source": 1, "source_flip": 1}
 DRAWS = 4  # of a sample or a batch: whether, the weight, and two for the method
 
@@ -27,7 +27,7 @@ class BatchMixConfig(base.Config):
     """Mixing images of one batch.
 
     Args:
-        prob: Probability of mixing.
+        prob: Probability that an image, or with per=batch a batch, is mixed.
         alpha: The weight of a mix is drawn from Beta(alpha, alpha).
         per: `sample` draws for each image, `batch` draws once for all images of a batch, as the
             authors' code does.
@@ -67,19 +67,19 @@ def draw(
     return u[:, 0] < config.prob, mix_weight(u[:, 1], config.alpha), u[:, 2:]
 
 
-def second(
+def partners(
     samples: Samples, run: Run, mixed: np.ndarray
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The rows of the second samples, int64 [B], and FIELDS; a sample's own where not mixed."""
+    """The rows of the partners, int64 [B], and FIELDS; a sample that is not mixed is its own."""
     u = uniforms(run.seed, Stream.PERMUTATION, samples.iteration, samples.place, 1)[:, 0]
-    # A plan may be of several batches: they stay apart.
+    # A plan may be of several batches. Each is permuted by itself.
     batch = np.cumsum(samples.place == 0)
     rows = np.where(mixed, np.argsort(batch + u, stable=True), np.arange(len(u)))
     flip = samples.flip != samples.flip[rows]
     return rows, {"source": samples.place[rows], "source_flip": flip.astype(np.float64)}
 
 
-def images(first: DataNode, plan: Any) -> DataNode:
-    """The second images of a batch, HWC, in the flip of the first."""
-    other = fn.permute_batch(first, indices=plan.scalar("source", types.INT32))
+def partner_images(images: DataNode, plan: Any) -> DataNode:
+    """The images of the partners, HWC, flipped as the images that they are mixed into."""
+    other = fn.permute_batch(images, indices=plan.scalar("source", types.INT32))
     return fn.flip(other, horizontal=plan.scalar("source_flip", types.INT32))

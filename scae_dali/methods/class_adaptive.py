@@ -1,8 +1,8 @@
-"""What makes SCAE of a method that erases: guidance by saliency maps, and adaptation to the class.
+"""What SCAE adds to a method that erases: guidance by saliency maps, and adaptation to the class.
 
 Eqs. 4-8, whatever the shape that is erased: `scae` erases a rectangle, `semantic_grid_mask` a grid.
-A sample whose map is missing or constant is erased without guidance (λ = 0), and its status tells.
-Samples of tail classes may be mixed with a second sample instead, which the pipeline fetches.
+A sample whose map is missing or constant is erased without guidance (λ = 0); its status says so.
+Samples of tail classes may be mixed with a partner instead, which the pipeline fetches.
 """
 
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ class ClassAdaptiveConfig(GuidedConfig):
     Args:
         lam_max: λ at the end of the run: how strongly the map guides the erasing (eq. 5). A
             negative value protects the salient region.
-        p_min: Probability of erasing that the rarest classes tend to (eq. 7).
-        p_max: Probability of erasing for images of the largest class (eq. 7).
+        p_min: Lowest probability of erasing, to which it falls for the rarest classes (eq. 7).
+        p_max: Probability of erasing an image of the largest class (eq. 7).
         gamma: Exponent of the class frequency in the probability of erasing (eq. 7). 0 erases every
             class with p_max.
         class_aware: If false, every class is erased with p_max, and no image is mixed.
@@ -39,9 +39,9 @@ class ClassAdaptiveConfig(GuidedConfig):
             being erased (β in eq. 8).
         mix_alpha: The weight of a mixed image is drawn from Beta(mix_alpha, mix_alpha) (α in
             eq. 8).
-        neighbors: How many of the nearest classes a partner may come from, besides the image's own
-            class. All of these classes are equally likely. 0 takes partners from the own class
-            only.
+        neighbors: The second image of a mix is of the image's own class, or of one of this many
+            classes whose classifier weights are most alike. All of these are equally likely. 0
+            takes second images of the own class alone.
         tail_erase: How often an image of a tail class that is not mixed is erased: `class` by the
             probability of its class, `always` every time.
         tail_lambda: λ of tail classes at the end of the run, instead of lam_max. -1 protects their
@@ -92,10 +92,14 @@ class ClassAdaptiveConfig(GuidedConfig):
     def wants_neighbors(self) -> bool:
         return bool(self.mix_prob and self.neighbors and self.refresh_every)
 
+    def neighbors_for(self, class_counts: np.ndarray) -> int:
+        mixes = self.mix_prob and self.tail_classes(class_counts).any()
+        return self.neighbors if mixes else 0
+
     def tail_classes(self, class_counts: np.ndarray) -> np.ndarray:
         """Eq. 8: which classes are of the tail, f_k < τ: bool [K]. class_counts: int [K].
 
-        None is where the method is not class-aware. A class without samples is none: it is neither
+        Without class_aware there is none. A class without samples is not of the tail: it is neither
         mixed nor a partner.
         """
         frequency = schedule.frequency(class_counts)
@@ -177,7 +181,7 @@ class ClassAdaptive(Erasing):
         first: np.ndarray,
         last: np.ndarray,
     ) -> np.ndarray:
-        """Eq. 4; see region.draw_centre."""
+        """A centre by eq. 4, int64 [B, 2]; see region.draw_centre."""
         return region.draw_centre(
             samples.draw(self.run, Stream.CENTRE, region.DRAWS),
             saliency,

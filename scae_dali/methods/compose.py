@@ -25,7 +25,7 @@ _WHY_ONE = {
 
 
 def split(names: str) -> list[str]:
-    """`a+b` -> its names. ValueError where one is empty or comes twice."""
+    """`a+b` -> its names. Raises ValueError where one is empty or comes twice."""
     out = [name.strip() for name in names.split("+")]
     if not all(out) or len(set(out)) < len(out):
         raise ValueError(
@@ -85,7 +85,7 @@ def make(configs: Mapping[str, Any], run: Run) -> Method:
     )
 
 
-def guides(configs: Mapping[str, Any]) -> list[GuidedConfig]:
+def guided(configs: Mapping[str, Any]) -> list[GuidedConfig]:
     """Those of the Configs whose methods look at saliency maps."""
     return [one for one in configs.values() if isinstance(one, GuidedConfig) and one.guided]
 
@@ -93,7 +93,7 @@ def guides(configs: Mapping[str, Any]) -> list[GuidedConfig]:
 def _check(methods: Mapping[str, Method]) -> None:
     """Raise ValueError where methods do not combine."""
     of: dict[str, str] = {}  # kind -> the method that has it
-    plans: dict[str, str] = {}  # field -> likewise
+    plans: dict[str, str] = {}  # field -> the method that plans it
     for name, method in methods.items():
         if not method.kinds:
             raise ValueError(

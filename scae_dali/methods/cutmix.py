@@ -21,15 +21,16 @@ class Config(batch.BatchMixConfig):
 
 
 class Method(batch.BatchMix):
-    """Paste a box of area 1 - λ, λ ~ Beta(alpha, alpha), its centre uniform, with probability
-    `prob`. The box is clipped at the border, and μ is what is left of the image's own area.
+    """Paste a box of the partner, with probability `prob`. The box has the area 1 - λ, with λ ~
+    Beta(alpha, alpha), and a uniform centre. It is clipped at the border; μ is the area that the
+    image keeps.
     """
 
     fields = batch.FIELDS | paste.fields("paste")
 
     def plan(self, samples: Samples) -> dict[str, np.ndarray]:
         mixed, lam, u = batch.draw(samples, self.run, self.config)
-        rows, source = batch.second(samples, self.run, mixed)
+        rows, source = batch.partners(samples, self.run, mixed)
         size_px = samples.size_px
         centre = region.uniform_centre(u, np.zeros_like(size_px), size_px - 1)
         centre, status = self._centre(samples, rows, mixed, centre)
@@ -40,13 +41,13 @@ class Method(batch.BatchMix):
         return {"status": status, "mu": mu} | source | paste.plan_of("paste", box, size_px)
 
     def apply(self, images: DataNode, plan: Any) -> DataNode:
-        return paste.paste("paste", images, batch.images(images, plan), plan)
+        return paste.paste("paste", images, batch.partner_images(images, plan), plan)
 
     def _centre(
         self, samples: Samples, rows: np.ndarray, mixed: np.ndarray, uniform: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Centres of the boxes, int64 [B, 2], and status, int64 [B].
 
-        rows: int64 [B], of the second samples. uniform: int64 [B, 2], pixels anywhere.
+        rows: int64 [B], of the partners. uniform: int64 [B, 2], pixels anywhere.
         """
         return uniform, np.zeros_like(samples.ids)

@@ -82,7 +82,7 @@ def erase_rectangles(
     """Fill any number of rectangles of an image. anchor, shape: float32 [2n], y and x in turns."""
     where = {"anchor": anchor, "shape": shape, "axis_names": "HW"}
     if config.fill == "noise":
-        # fn.erase knows one value a channel: cut a mask with it.
+        # fn.erase fills with one value a channel: here it cuts a mask.
         keep = fn.erase(images * 0 + 1, fill_value=0, **where)
         return fill_where(images, keep, plan, run, config)
     return fn.erase(images, fill_value=_value(plan, run, config), **where)
@@ -105,7 +105,7 @@ def fill_where(
 
 
 def _value(plan: Any, run: Run, config: ErasingConfig) -> Any:
-    """One value a channel, of every fill but noise."""
+    """What to fill with, one value a channel, for every fill but noise."""
     if config.fill == "color":
         return plan.part("color", types.FLOAT)
     if config.fill == "zero":

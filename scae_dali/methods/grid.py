@@ -8,9 +8,9 @@ turned about the image's centre. The plan has what fn.grid_mask takes: with
 pixel (y, x) is erased where g_x mod d and g_y mod d are both below the square's side. Shifts are of
 half pixels where θ = 0, so that no pixel lies on an edge and float32 decides as float64 does.
 
-The GPU erases by fn.grid_mask. On the CPU that, and filling what it leaves black, would take a good
-part of a training pipeline's time; fn.erase takes little, with the squares cut into rows of pixels
-by a Python operator, which sees plans and no images.
+The GPU erases by fn.grid_mask. On the CPU, that and filling what it leaves black would take much of
+a training pipeline's time. There fn.erase does it: a Python operator, which sees plans and no
+images, cuts the squares into rows of pixels.
 """
 
 from dataclasses import dataclass
@@ -116,7 +116,7 @@ def draw(samples: Samples, run: Run, config: GridConfig) -> np.ndarray:
 
 
 def place_draws(samples: Samples, run: Run) -> np.ndarray:
-    """Two uniforms that `draw` leaves, float64 [B, 2]."""
+    """Two uniform numbers that `draw` does not use, float64 [B, 2]."""
     return samples.draw(run, Stream.GRID, _DRAWS + 2)[:, _DRAWS:]
 
 
@@ -132,18 +132,18 @@ def centred(grid: np.ndarray, centre: np.ndarray) -> np.ndarray:
 
 
 def _shifted(
-    grid: np.ndarray, degrees: np.ndarray, pixel: np.ndarray, place: np.ndarray
+    grid: np.ndarray, degrees: np.ndarray, pixel: np.ndarray, target: np.ndarray
 ) -> np.ndarray:
-    """`grid` with the shifts for which a pixel lies at this place (g_y, g_x), float64 [B, 2]."""
+    """`grid` with the shifts that bring a pixel to `target`, float64 [B, 2], its (g_y, g_x)."""
     cos, sin = _COS[degrees], _SIN[degrees]
     y, x = pixel[:, 0], pixel[:, 1]
-    grid[:, _SHIFT_Y] = (x * sin + y * cos - place[:, 0]) % grid[:, _CELL]
-    grid[:, _SHIFT_X] = (x * cos - y * sin - place[:, 1]) % grid[:, _CELL]
+    grid[:, _SHIFT_Y] = (x * sin + y * cos - target[:, 0]) % grid[:, _CELL]
+    grid[:, _SHIFT_X] = (x * cos - y * sin - target[:, 1]) % grid[:, _CELL]
     return grid
 
 
 def erase(images: DataNode, plan: Any, run: Run, config: GridConfig) -> DataNode:
-    """images: HWC with 3 channels, CPU or GPU."""
+    """Erases the plan's `grid`. images: HWC with 3 channels, CPU or GPU."""
     if images.device == "gpu":
         return erase_by_mask(images, plan, run, config)
     anchor, shape = fn.python_function(
@@ -153,7 +153,7 @@ def erase(images: DataNode, plan: Any, run: Run, config: GridConfig) -> DataNode
 
 
 def erase_by_mask(images: DataNode, plan: Any, run: Run, config: GridConfig) -> DataNode:
-    """As `erase`, by fn.grid_mask. Where the grid is turned, pixels on an edge may differ."""
+    """Does `erase` by fn.grid_mask. Where the grid is turned, pixels on an edge may differ."""
     part = plan.part("grid", types.FLOAT)
     keep = fn.grid_mask(
         fn.cast(images * 0 + 1, dtype=types.UINT8),
@@ -167,7 +167,7 @@ def erase_by_mask(images: DataNode, plan: Any, run: Run, config: GridConfig) -> 
 
 
 def _regions(grids: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """What fn.erase takes: anchors and shapes, float32 [2n] a sample."""
+    """Rectangles as fn.erase takes them: anchors and shapes, float32 [2n] a sample."""
     sample, boxes = rectangles(np.stack(grids))
     ends = 2 * np.cumsum(np.bincount(sample, minlength=len(grids)))[:-1]
     boxes = boxes.astype(np.float32)
@@ -190,7 +190,7 @@ def rectangles(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         seen = (bottom > top) & (right > left)
         boxes = np.stack([top, left, bottom - top, right - left], axis=1)[seen]
         return sample[seen], boxes.astype(np.int64)
-    # The place of the squares' centres in the image, and how far they reach from there.
+    # Where the squares' centres lie in the image, and how far they reach from there.
     sin, cos = np.sin(angle), np.cos(angle)
     middle_y, middle_x = (begin + side[:, None] / 2).T
     y, x = middle_y * cos - middle_x * sin, middle_y * sin + middle_x * cos
@@ -233,7 +233,7 @@ def _rows(side, sin, cos, top, reach, begin):
     side, sin, cos, top (where a square begins in the image), reach (half its height there):
     float64 [n, 1]. begin: float64 [n, 2], as of _squares.
     """
-    sin, cos = (np.where(np.abs(v) < 1e-9, 1e-9, v) for v in (sin, cos))  # what is divided by
+    sin, cos = (np.where(np.abs(v) < 1e-9, 1e-9, v) for v in (sin, cos))  # no division by 0
     y = np.ceil(top) + np.arange(int(2 * reach.max(initial=0)) + 1)
     # Each pair of a square's edges bounds x along a row: the square is where both do.
     x0, x1 = (begin[:, 1:] + y * sin) / cos, (begin[:, :1] - y * cos) / sin

@@ -22,7 +22,7 @@ from scae_dali.plan.random import Stream
 
 __all__ = ["Config", "Method", "importance"]
 
-_STEPS = 2.0**20  # of importance: the order of additions must not decide what is equal
+_STEPS = 2.0**20  # importance is rounded, lest the order of additions decide what is equal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Config(GuidedConfig, RectangleConfig, rand_augment.Config):
     Args:
         mode: `cut` erases a rectangle that is not important. `paste` applies RandAugment and puts
             an important rectangle back; `fill` then has no effect.
-        prob: Probability of erasing, or of putting back.
+        prob: Probability that a rectangle is erased, or with mode=paste put back.
         tau: A rectangle is important if its mean saliency is above this quantile of random
             rectangles of its size.
         candidates: How many random rectangles the quantile is taken from.
@@ -55,11 +55,11 @@ class Config(GuidedConfig, RectangleConfig, rand_augment.Config):
 
 
 class Method(Rectangle):
-    """The size of the rectangle is drawn as in Random Erasing, its place from the candidates that
+    """The size of the rectangle is drawn as in Random Erasing, its position from candidates that
     qualify: for `cut` the unimportant ones, for `paste` the important ones, all equally likely.
 
-    A method of mode `paste` counts as one that erases too, so that it combines with no method that
-    erases: that one could erase what was put back.
+    Mode `paste` counts as erasing too. So it combines with no method that erases, which could erase
+    what was put back.
     """
 
     config: Config
@@ -145,9 +145,9 @@ def _weights(
 
 
 def _quantile(values: np.ndarray, tau: float) -> np.ndarray:
-    """Of each row, linear between two values: float64 [B, n] -> [B, 1]."""
+    """The tau-quantile of each row, linear between two values: float64 [B, n] -> [B, 1]."""
     ordered = np.sort(values, axis=1)
-    place = tau * (values.shape[1] - 1)
-    low, high = math.floor(place), math.ceil(place)
+    at = tau * (values.shape[1] - 1)
+    low, high = math.floor(at), math.ceil(at)
     lower = ordered[:, low : low + 1]
-    return lower + (place - low) * (ordered[:, high : high + 1] - lower)
+    return lower + (at - low) * (ordered[:, high : high + 1] - lower)

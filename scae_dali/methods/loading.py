@@ -66,10 +66,10 @@ def make_config(module: ModuleType, settings: Mapping[str, Any]) -> Any:
 
 
 def as_config(config: Any) -> Config:
-    """What a run must do for a method, by its settings of whatever class.
+    """The settings of a method as a Config, which says what a run must do for the method.
 
-    The dataclass of a user's own module need not derive from Config. Then what it has of Config's
-    names counts, and for the others Config's own values do.
+    The dataclass of a user's own module need not derive from Config. Names of Config that it lacks
+    then have Config's own values.
     """
     if isinstance(config, Config):
         return config

@@ -27,12 +27,12 @@ class Method(batch.BatchMix):
 
     def plan(self, samples: Samples) -> dict[str, np.ndarray]:
         mixed, mu, _ = batch.draw(samples, self.run, self.config)
-        _, source = batch.second(samples, self.run, mixed)
+        _, source = batch.partners(samples, self.run, mixed)
         mu = np.where(mixed, mu, 1.0)
         status = np.where(mixed, int(Status.MIXED_IN_BATCH), 0)
         return {"status": status, "mu": mu, "weight": mu} | source
 
     def apply(self, images: DataNode, plan: Any) -> DataNode:
-        """Float images: rounding to bytes would cost as much as the mixing."""
+        """Returns float images: rounding to bytes would cost as much as the mixing."""
         weight = plan.scalar("weight", types.FLOAT)
-        return images * weight + batch.images(images, plan) * (1.0 - weight)
+        return images * weight + batch.partner_images(images, plan) * (1.0 - weight)

@@ -9,7 +9,7 @@ from scae_dali.methods.base import DataNode
 
 
 def fields(name: str) -> dict[str, int]:
-    """Of a plan: what fn.multi_paste takes, two regions, the whole first image and the box."""
+    """The plan's fields for fn.multi_paste, which takes two regions: the whole image and a box."""
     return {f"{name}_anchors": 4, f"{name}_shapes": 4}
 
 
@@ -29,8 +29,8 @@ def box_of_share(share: np.ndarray, centre: np.ndarray, size_px: np.ndarray) -> 
 def plan_of(name: str, box: np.ndarray, size_px: np.ndarray) -> dict[str, np.ndarray]:
     """The fields for boxes int64 [B, 4] of images of size_px, int64 [B, 2]; a box of no area pastes
     nothing."""
-    # DALI's GPU kernel takes an empty region for one that reaches to the end of the image: let it
-    # begin there.
+    # DALI's GPU kernel takes an empty region for one that reaches to the image's end. So an empty
+    # one begins there.
     empty = (box[:, 2:] == 0).any(axis=1)[:, None]
     anchor = np.where(empty, size_px, box[:, :2])
     shape = np.where(empty, 0, box[:, 2:])
@@ -41,7 +41,7 @@ def plan_of(name: str, box: np.ndarray, size_px: np.ndarray) -> dict[str, np.nda
 
 
 def paste(name: str, images: DataNode, others: DataNode, plan: Any) -> DataNode:
-    """Images (HWC) with the boxes of others, as large as they are, at the same place."""
+    """Images (HWC) with the boxes of others, as large as they are, at the same position."""
     anchors, shapes = (
         fn.reshape(plan.part(field, types.INT32), shape=[2, 2]) for field in fields(name)
     )

@@ -52,7 +52,7 @@ class PolicyConfig(base.Config):
 
 
 def translation(config: PolicyConfig) -> dict[str, Any]:
-    """What a suite of auto_aug is told of the largest translation."""
+    """The arguments by which a suite of auto_aug is told the largest translation."""
     relative = config.max_translate_rel
     return {"use_shape": relative is not None, "max_translate_rel": relative}
 
@@ -63,7 +63,7 @@ class Policy(base.Method):
     levels: the operations to choose from. bins: into how many steps a range of magnitudes is
     divided. magnitude: the step of all operations; None: it is drawn too.
 
-    The plan's fields are, for level k, `op{k}`, the place in levels[k]; `sign{k}`, 1 where the
+    The plan's fields are, for level k, `op{k}`, the index in levels[k]; `sign{k}`, 1 where the
     magnitude is negated; and, where it is drawn, `bin{k}`. Whole numbers, float64 [B].
     """
 
@@ -119,7 +119,7 @@ class Policy(base.Method):
 
 @contextmanager
 def deprecations_hidden() -> Iterator[None]:
-    """auto_aug calls operators by names that DALI deprecates; nobody here can mend that."""
+    """Hides DALI's warnings that auto_aug calls operators by deprecated names."""
     with warnings.catch_warnings(record=True) as caught:
         yield
     for one in caught:

@@ -18,7 +18,7 @@ class Config(policy.PolicyConfig):
     Args:
         n: How many operations are applied to an image, one after the other.
         m: Magnitude of the operations, from 0 to bins - 1.
-        bins: Number of magnitudes.
+        bins: Number of magnitudes that m chooses from.
     """
 
     n: int = 2
@@ -35,7 +35,7 @@ class Config(policy.PolicyConfig):
 
 
 class Method(policy.Policy):
-    """As nvidia.dali.auto_aug.rand_augment: stronger with the magnitude, for every operation."""
+    """RandAugment as nvidia.dali.auto_aug has it: a larger m makes every operation stronger."""
 
     def __init__(self, config: Config, run: Run) -> None:
         suite = get_rand_augment_suite(**policy.translation(config))

@@ -60,7 +60,8 @@ class Config(RectangleConfig):
         preset = PRESETS.get(self.preset, {})
         given = {name: getattr(self, name) for name in preset}
         default = {f.name: f.default for f in fields(self) if f.name in preset}
-        # A command line passes the defaults on; what was made with the preset has its values.
+        # A command line passes the defaults on, and a Config copied from one with the preset has
+        # the preset's values: the user has set neither.
         if given not in (default, preset):
             other = ", ".join(f"{k}={v}" for k, v in given.items() if v != preset[k])
             raise ValueError(

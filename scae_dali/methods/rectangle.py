@@ -26,7 +26,7 @@ class RectangleConfig(ErasingConfig):
 
     Args:
         area: Share of the crop that the rectangle covers, drawn uniformly from [low, high].
-        aspect: Height divided by width, drawn from [low, high].
+        aspect: Height of the rectangle divided by its width, drawn from [low, high].
         aspect_law: `uniform` draws the aspect uniformly, `log` draws its logarithm uniformly.
         tries: How often area and aspect are drawn until the rectangle fits into the crop. If none
             fits, nothing is erased.

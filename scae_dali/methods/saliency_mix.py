@@ -1,7 +1,7 @@
-"""SaliencyMix (Uddin et al., ICLR 2021): CutMix whose box lies on the second image's salient peak.
+"""SaliencyMix (Uddin et al., ICLR 2021): CutMix whose box lies on the partner's most salient pixel.
 
 The authors' code reads normalised floats as bytes, so that its peak is anywhere, and has one box
-for the whole batch: that is the preset `official`. `paper` takes each image's own map.
+for the whole batch: that is the preset `official`. `paper` takes the map of each partner.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ class Config(cutmix.Config, GuidedConfig):
 
 
 class Method(cutmix.Method):
-    """CutMix; by the preset `paper`, the box is centred at the largest saliency of the second
-    image's crop, and pasted at the same place. Without a map it is CutMix's.
+    """CutMix. With the preset `paper`, the box is centred at the largest saliency of the partner's
+    crop, and pasted at the same position. Without a map it is CutMix's box.
     """
 
     def __init__(self, config: Config, run: Run) -> None:

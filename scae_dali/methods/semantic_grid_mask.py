@@ -1,8 +1,8 @@
-"""SCAE with a grid: where, how strongly and how often as SCAE, what is erased as GridMask.
+"""SCAE with a grid: it is guided and adapts to the class as SCAE does, and erases as GridMask does.
 
 A pixel is drawn by eq. 4, and a square of the grid is centred there. The pixel is drawn from one
-period of the grid, d x d pixels that lie anywhere in the crop, as likely one place as another: over
-the whole crop, some offsets would have more pixels than others, and λ = 0 would not be GridMask.
+period of the grid, d x d pixels at a uniform position in the crop. In the whole crop, some offsets
+would have more pixels than others, and λ = 0 would not be GridMask.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Config(ClassAdaptiveConfig, grid.GridConfig):
 
 
 class Method(ClassAdaptive, grid.Grid):
-    """A grid with the centre of a square drawn from P. Where λ = 0 it is GridMask's, grid by grid.
+    """A grid with the centre of a square drawn from P of eq. 4. For λ = 0, each is GridMask's grid.
 
     As λ goes to 0 the offset becomes uniform, if the grid is upright and its period fits into the
     crop; otherwise nearly so.

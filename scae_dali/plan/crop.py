@@ -1,6 +1,6 @@
 """The random crop and flip: which window of the full frame the network sees, and which way round.
 
-The random numbers come in as data, so that a sample's window does not depend on its place in a
+The random numbers are passed in, so that a sample's window does not depend on its position in a
 batch.
 """
 
@@ -48,7 +48,7 @@ class CropConfig:
 
 
 def draws_per_sample(config: CropConfig) -> int:
-    """How many uniforms `crop_and_flip` reads a sample."""
+    """How many uniform numbers `crop_and_flip` takes for a sample."""
     return 3 if config.kind == "pad" else 3 + 2 * config.tries
 
 
@@ -57,9 +57,10 @@ def crop_and_flip(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw a window and whether to flip it.
 
-    u: float64 [B, draws_per_sample] in (0, 1), the place, the flip, then the tries. full_px: int64
-    [B, 2], (h, w) of the upright image. Returns int64 [B, 4], (y, x, h, w) in pixels of the full
-    frame, and bool [B], whether to flip. A window of kind `pad` may reach over the image's border.
+    u: float64 [B, draws_per_sample] in (0, 1): two for where the window lies, one for the flip, and
+    two for each try. full_px: int64 [B, 2], (h, w) of the upright image. Returns int64 [B, 4],
+    (y, x, h, w) in pixels of the full frame, and bool [B], whether to flip. A window of kind `pad`
+    may reach over the image's border.
     """
     draw = _shifted if config.kind == "pad" else _resized
     return draw(u, full_px, config), u[:, 2] < config.flip
@@ -72,9 +73,9 @@ def _shifted(u, full_px, config):
 
 
 def _resized(u, full_px, config):
-    """Area a ~ U, aspect w/h log-uniform, and the first try that fits counts (Szegedy et al.,
-    "Going deeper with convolutions", 2015, as torchvision and DALI have it). Where no try fits: the
-    largest centred window whose aspect is in range.
+    """A window of uniform area and log-uniform aspect w/h; the first try that fits counts (Szegedy
+    et al., "Going deeper with convolutions", 2015, as in torchvision and DALI). If none fits, it is
+    the largest centred window whose aspect is in range.
     """
     full = full_px.astype(np.float64)
     height, width = full[:, 0:1], full[:, 1:2]

@@ -1,6 +1,6 @@
-"""MixUp's draws (Zhang et al., ICLR 2018): the weight, and the second sample of eq. 8.
+"""What a mix draws: its weight, as in MixUp (Zhang et al., ICLR 2018), and the partner of eq. 8.
 
-The random numbers come in as data.
+The random numbers are passed in.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ def mix_weight(u: np.ndarray, alpha: float) -> np.ndarray:
 
 
 class Partners:
-    """Draws the second sample from the same class or a neighbouring one.
+    """Draws the partner of a sample from the sample's class or a neighbouring one.
 
     labels: int64 [N], of every sample. num_classes: K.
     """
@@ -25,18 +25,18 @@ class Partners:
         self._members = np.argsort(labels, kind="stable")  # class by class
         self._counts = np.bincount(labels, minlength=num_classes)
         self._begin = np.cumsum(self._counts) - self._counts
-        self._place = np.empty_like(self._members)  # of a sample within its class
-        self._place[self._members] = np.arange(len(labels)) - self._begin[labels[self._members]]
+        self._rank = np.empty_like(self._members)  # of a sample within its class
+        self._rank[self._members] = np.arange(len(labels)) - self._begin[labels[self._members]]
 
     def draw(
         self, u: np.ndarray, ids: np.ndarray, labels: np.ndarray, neighbors: np.ndarray | None
     ) -> np.ndarray:
-        """Partners of samples: int64 [B].
+        """The ids of samples' partners: int64 [B].
 
         u: float64 [B, 2] in (0, 1). ids, labels: int64 [B]. neighbors: int [K, m], the classes next
         to each; None: unknown. First a class is drawn, own and neighbours equally likely, then one
         of its samples. A neighbour without samples counts as the own class. A sample never gets
-        itself where its class has another; where it has none, the class is a neighbour's, if any.
+        itself if its class has another one; if not, the class is a neighbour's, if there is any.
         """
         chosen = labels
         if neighbors is not None and neighbors.shape[1]:
@@ -49,5 +49,5 @@ class Partners:
             chosen = classes[np.arange(len(ids)), which.astype(np.int64)]
         own = (chosen == labels) & (self._counts[labels] > 1)
         k = np.floor(u[:, 1] * (self._counts[chosen] - own)).astype(np.int64)
-        k += own & (k >= self._place[ids])  # leaves the sample itself out
+        k += own & (k >= self._rank[ids])  # leaves the sample itself out
         return self._members[self._begin[chosen] + k]

@@ -1,7 +1,7 @@
-"""Which sample comes when: the order of every epoch as a pure function of (seed, epoch).
+"""The order of the samples in every epoch, as a pure function of (seed, epoch).
 
-For pipelines that feed DALI themselves: images in memory, and sampling by class. DALI's file reader
-has an order of its own.
+Pipelines that feed DALI themselves use it: for images in memory, and for sampling by class. DALI's
+file reader has an order of its own.
 """
 
 import math
@@ -12,18 +12,18 @@ import numpy as np
 from scae_dali.checks import check, check_choice
 from scae_dali.plan.random import Stream, uniforms
 
-ID = 0xFFFFFFFF  # of a key: the sample's place in the index
+ID = 0xFFFFFFFF  # the bits of a key that hold the sample's id
 Sampling = Literal["shuffle", "class_balanced", "in_turn"]
 
 
 class Order:
     """The batches of one shard.
 
-    labels: int64 [N]. sampling: `shuffle`, every sample once an epoch; `in_turn`, the same without
-    shuffling; or `class_balanced`, the classes in turn, in a new random order each round, and a
-    class's samples in turn, so that an epoch has as many samples of every class as the largest one
-    has (Kang et al., ICLR 2020). Every shard gets `batches` full batches; the samples past its
-    `shard_size` pad them.
+    labels: int64 [N]. sampling: `shuffle` gives every sample once an epoch; `in_turn` does so in
+    the order of the index; `class_balanced` takes the classes in turn, in a new random order each
+    round, and the samples of a class in turn, so that an epoch has as many samples of every class
+    as the largest one has (Kang et al., ICLR 2020). Every shard gets `batches` full batches; the
+    samples past its `shard_size` pad them.
     """
 
     def __init__(
@@ -75,19 +75,19 @@ class Order:
         counts = np.bincount(self._labels)
         present = np.flatnonzero(counts)
         rounds = counts.max()
-        # Rounds of the classes, each shuffled; their numbers lie behind those of the samples.
+        # Every round shuffles the classes, by random numbers that follow those of the samples.
         u = self._uniforms(epoch, n + np.arange(rounds * len(present)))
         classes = present[np.argsort(u.reshape(rounds, -1), axis=1, kind="stable")]
-        before, place = np.divmod(np.arange(rounds)[:, None], counts[classes])
+        before, rank = np.divmod(np.arange(rounds)[:, None], counts[classes])
         begin = np.cumsum(counts) - counts
-        return (members[begin[classes] + place] + (before << 32)).ravel()
+        return (members[begin[classes] + rank] + (before << 32)).ravel()
 
     def _uniforms(self, epoch: int, numbers: np.ndarray) -> np.ndarray:
         return uniforms(self._seed, Stream.ORDER, epoch, numbers, 1)[:, 0]
 
 
 def epoch_size(labels: np.ndarray, sampling: Sampling) -> int:
-    """Samples that an epoch has, of all shards."""
+    """How many samples an epoch has, in all shards together."""
     if sampling != "class_balanced":
         return len(labels)
     counts = np.bincount(labels)

@@ -20,7 +20,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_BLOCK_BITS = 16  # of the last counter word; the rest names the stream
+_BLOCK_BITS = 16  # low bits of the last counter word; the high bits name the stream
 
 
 class Stream(IntEnum):
@@ -34,12 +34,12 @@ class Stream(IntEnum):
     PARTNER = 5
     PARTNER_CROP = 6
     ORDER = 7
-    PERMUTATION = 8  # of a batch: the epoch is the iteration, the id the place
-    BATCH_MIX = 9  # of a batch: the epoch is the iteration, the id 0
+    PERMUTATION = 8  # of a batch: epoch is the iteration, id the position in the batch
+    BATCH_MIX = 9  # of a batch: epoch is the iteration, id is 0
     POLICY = 10
     GRID = 11
     REGION = 12  # KeepAugment's candidates
-    STALEST = 13  # of maps that are equally old
+    STALEST = 13  # the order of maps that are equally old
 
 
 @functools.cache
@@ -67,18 +67,18 @@ def uniforms(
 
 
 def compiled(function: Callable) -> Callable:
-    """By Numba, at the first call; what it makes is kept on the disk where there is a place for it,
-    beside the module or in the user's cache. Other threads run Python meanwhile."""
+    """The function compiled by Numba, at its first call. The machine code is kept on disk, beside
+    the module or in the user's cache, if one of them is writable. Calls release the GIL."""
     try:
         return numba.njit(function, nogil=True, cache=True)
-    except RuntimeError:  # there is none
+    except RuntimeError:  # neither folder is writable
         return numba.njit(function, nogil=True)
 
 
 @compiled
 def philox(a, b, c, d, keys):
     """One Philox4x32-10 block. a, b, c, d: the counter's words, int64 in [0, 2³²). keys: int64
-    [rounds, 2], of `round_keys`. Returns the four random words likewise.
+    [rounds, 2], of `round_keys`. Returns four random words, int64 in [0, 2³²).
 
     Products of int64 wrap modulo 2⁶⁴, which leaves the needed bits right.
     """
@@ -91,7 +91,7 @@ def philox(a, b, c, d, keys):
 
 @compiled
 def _fill(out, keys, stream, epoch, ids):
-    """`uniforms` into out, float64 [B, n], counter by counter. epoch: int64 [B] or [1]."""
+    """Writes `uniforms` into out, float64 [B, n]. epoch: int64 [B] or [1]."""
     n = out.shape[1]
     for i in range(out.shape[0]):
         for block in range((n + 3) // 4):

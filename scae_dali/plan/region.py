@@ -1,14 +1,15 @@
-"""Which rectangle to erase: its size, and its centre by eq. 4, exactly, over the crop's pixels.
+"""Draws the rectangle to erase: its size, and its centre by eq. 4, exactly, over the crop's pixels.
 
 Â is bilinear between the centres of the map's cells (`align_corners=False`), constant beyond the
 outermost ones, and 0 outside the image. Summing exp(λ·Â) over every pixel of every crop would take
 25 times as long, so the centre is drawn by rejection: over each patch of the grid on which Â is
 bilinear, exp(λ·Â) is at most its value at one of the four corners, which gives an envelope of some
-hundred patches. A proposal is a patch in proportion to its envelope, a pixel uniform in it,
-and is accepted with exp(λ·Â) over the envelope. Where all PROPOSALS fail, the centre is drawn from
-the full sum over pixels: both branches follow eq. 4, hence so does their mixture.
+hundred patches. A proposal is a patch, drawn in proportion to its envelope, and a pixel uniform in
+the patch. It is accepted with the probability exp(λ·Â) / envelope. Where all PROPOSALS fail, the
+centre is drawn from the full sum over pixels: both branches follow eq. 4, hence so does their
+mixture.
 
-Functions of arrays; random numbers are given. The rejection is compiled by Numba.
+All functions take arrays, random numbers among them. Numba compiles the rejection.
 """
 
 import functools
@@ -24,14 +25,14 @@ AspectLaw = Literal["uniform", "log"]
 Border = Literal["inside", "clip"]
 
 PROPOSALS = 6
-DRAWS = 4 * PROPOSALS + 1  # uniforms that draw_centre reads a sample
+DRAWS = 4 * PROPOSALS + 1  # uniform numbers that draw_centre takes for a sample
 _PATCH_LAMBDA = 2.0  # patches are divided until |λ| times the span of Â is at most about this
 
 
 def draw_size(
     u: np.ndarray, size_px: np.ndarray, area: Range, aspect: Range, law: AspectLaw = "uniform"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Area a ~ U[area] of the crop, aspect r = h/w: h = √(a·HW·r), w = √(a·HW/r).
+    """Draw sizes: area a ~ U[area] of the crop, aspect r = h/w; h = √(a·HW·r), w = √(a·HW/r).
 
     u: float64 [B, tries, 2] in (0, 1). size_px: int64 [B, 2], (H, W). law: r ~ U[aspect], or
     log r is uniform. The first try with 1 <= h < H and 1 <= w < W counts, as in Random Erasing.
@@ -78,16 +79,16 @@ def saliency_at(saliency: np.ndarray, position: np.ndarray, axis_window: np.ndar
     """Â at pixels of the crop.
 
     saliency: float64 [B, gh, gw]. position: int64 or float64 [B, N, 2], pixels (y, x). axis_window:
-    float64 [B, 2, 2]: per axis, v = start + step · (pixel + ½) is the place in the full frame.
+    float64 [B, 2, 2]: per axis, v = start + step · (pixel + ½) is the position in the full frame.
     Returns float64 [B, N].
     """
     b, gh, gw = saliency.shape
     v = axis_window[:, None, :, 0] + axis_window[:, None, :, 1] * (position + 0.5)
     inside = np.abs(v - 0.5) <= 0.5
     cells = np.array([gh, gw])
-    place = np.clip(v * cells - 0.5, 0.0, cells - 1)  # the centre of cell k is at k
-    low = np.floor(place).astype(np.int64)
-    t = place - low
+    at = np.clip(v * cells - 0.5, 0.0, cells - 1)  # the centre of cell k is at k
+    low = np.floor(at).astype(np.int64)
+    t = at - low
     ends = np.stack([low, np.minimum(low + 1, cells - 1)])  # [2, B, N, 2]
     # Of the four cells around each pixel: [2, 2, B, N].
     value = saliency[np.arange(b)[:, None], ends[:, None, :, :, 0], ends[None, :, :, :, 1]]
@@ -132,7 +133,7 @@ def draw_centre(
 def peak(saliency: np.ndarray, window: np.ndarray, size_px: np.ndarray) -> np.ndarray:
     """The pixel of the crop where Â is largest, or one of them: int64 [B, 2], (y, x).
 
-    saliency: float64 [B, gh, gw]. window: float64 [B, 4]. size_px: int64 [B, 2]. As in draw_centre.
+    saliency: float64 [B, gh, gw], window: float64 [B, 4], size_px: int64 [B, 2]: see draw_centre.
     """
     b, *grid = saliency.shape
     axis_window = _axis_window(window, size_px)
@@ -180,8 +181,8 @@ def _propose(
 def _fill_centres(
     centre, drawn, u, saliency, lam, axis_window, first, last, ends_y, ends_x, per_cell
 ):
-    """`_propose` into centre and drawn, a sample after the other, with as many proposals as it
-    takes. ends_y, ends_x: of `_patch_ends`."""
+    """Writes what `_propose` returns into centre and drawn. Each sample takes proposals until one
+    is accepted. ends_y, ends_x: see `_patch_ends`."""
     ny, nx = len(ends_y) - 1, len(ends_x) - 1  # patches
     edges_y, edges_x = np.empty(ny + 1), np.empty(nx + 1)
     node, bound = np.empty((ny - 3, nx - 3)), np.empty((ny, nx))
@@ -196,7 +197,7 @@ def _fill_centres(
         _fill_edges(edges_y, ends_y, axis_window[k, 0], first[k, 0], last[k, 0])
         _fill_edges(edges_x, ends_x, axis_window[k, 1], first[k, 1], last[k, 1])
         (y0, y1), (x0, x1) = _reach(edges_y), _reach(edges_x)
-        # λ·Â is at most `top`, which is taken out before exp, for that must not overflow.
+        # λ·Â is at most `top`. It is subtracted so that exp does not overflow.
         own, top = saliency[k], max(lam[k], 0.0)
         for i in range(max(y0 - 2, 0), min(y1 - 1, ny - 3)):
             for j in range(max(x0 - 2, 0), min(x1 - 1, nx - 3)):
@@ -243,7 +244,7 @@ def _fill_centres(
 
 @compiled
 def _reach(edges):
-    """The first patch that has pixels, and one past the last: what is beyond need not be known."""
+    """The first patch that has pixels, and one past the last. The others need no bound."""
     first, end = 0, len(edges) - 1
     while first < end and edges[first + 1] == edges[first]:
         first += 1
@@ -254,8 +255,8 @@ def _reach(edges):
 
 @compiled
 def _fill_edges(edges, ends, frame, first, last):
-    """Along one axis, the first pixel of each patch, and one past the last. frame: start and step.
-    ends: of `_patch_ends`."""
+    """Writes, along one axis, the first pixel of each patch and one past the last into edges.
+    frame: start and step. ends: see `_patch_ends`."""
     for i in range(len(ends)):
         edge = np.ceil((ends[i] - frame[0]) / frame[1] - 0.5)
         edges[i] = min(max(edge, float(first)), last + 1.0)
@@ -278,7 +279,7 @@ def _value_at(saliency, y, x, axis_window):
 
 @compiled
 def _between(saliency, i, j):
-    """Â where the centre of cell (k, l) is at (k, l)."""
+    """Â at (i, j) in cells: the centre of cell (k, l) is at (k, l)."""
     gh, gw = saliency.shape
     top, left = int(np.floor(i)), int(np.floor(j))
     bottom, right = min(top + 1, gh - 1), min(left + 1, gw - 1)
@@ -288,14 +289,14 @@ def _between(saliency, i, j):
 
 
 def _axis_window(window: np.ndarray, size_px: np.ndarray) -> np.ndarray:
-    """What saliency_at takes, of a window and size: float64 [B, axis, (start, step)]."""
+    """The axis_window of `saliency_at` for a window and a size: float64 [B, 2, (start, step)]."""
     return np.stack([window[:, :2], window[:, 2:] / size_px], axis=2)
 
 
 @functools.cache
 def _patch_ends(cells: int, per_cell: int) -> np.ndarray:
     """Where patches may end along one axis of the full frame, float64 [n]: at the image's borders
-    and at the nodes of the envelope, which are the cells' centres and places between."""
+    and at the nodes of the envelope, which are the cells' centres and positions between."""
     nodes = (np.arange((cells - 1) * per_cell + 1) / per_cell + 0.5) / cells
     return np.array([-np.inf, 0.0, *nodes, 1.0, np.inf])
 
@@ -317,9 +318,9 @@ def _draw_exact(u, saliency, lam, window, size_px, first, last) -> np.ndarray:
 
 
 def _cell_weights(v: np.ndarray, cells: int) -> np.ndarray:
-    """Along one axis, the weight of each cell at places of the full frame; 0 outside the image.
+    """Along one axis, the weight of each cell at positions of the full frame; 0 outside the image.
     float64 [n] -> float64 [n, cells].
     """
-    place = np.clip(v * cells - 0.5, 0.0, cells - 1.0)
-    weight = np.maximum(1 - np.abs(place[:, None] - np.arange(cells)), 0.0)
+    at = np.clip(v * cells - 0.5, 0.0, cells - 1.0)
+    weight = np.maximum(1 - np.abs(at[:, None] - np.arange(cells)), 0.0)
     return weight * (np.abs(v - 0.5) <= 0.5)[:, None]

@@ -10,8 +10,8 @@ def lam(epoch, epochs: int, lam_max):
     """Eq. 5: λ(t) = λ_max · t/T. epoch: whole epochs t >= 0, int or int64 [B]; epochs: T; lam_max:
     float or float64 [B].
 
-    Returns float64 of epoch's shape. t is held at T from there on (a pipeline reads ahead of the
-    last epoch).
+    Returns float64 of epoch's shape. Beyond T, where a pipeline reads ahead of the last epoch, t
+    stays at T.
     """
     return lam_max * np.minimum(epoch, epochs).astype(np.float64) / epochs
 

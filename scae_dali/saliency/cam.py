@@ -1,8 +1,8 @@
 """What all class activation maps share: a layer is watched, its channels are weighted and summed,
 and the sum is scaled to [0, 1].
 
-Maps without content are told apart here: they may be the images' own, or a fault of the network or
-of the layer, which is an error.
+All-zero maps may be right for these images, or come from a fault of the network or the layer. This
+module tells which, and raises an error for a fault.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from scae_dali.saliency.reach import logits_of, require_finite
 
 __all__ = ["CAM", "ROUNDING", "SaliencyMethod", "check_inputs", "weighted_map"]
 
-# Relative; less than this is no difference between sums of float32.
+# Relative difference of two float32 sums below which they count as equal.
 ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 
 class SaliencyMethod(Protocol):
-    """What a saliency pass needs of a method. Every `CAM` has it; another class may have it too."""
+    """What a saliency pass needs of a method. Every `CAM` has it; any other class may."""
 
     method: str  # its name, which is recorded in the cache
     model: nn.Module  # inside its wrappers
@@ -70,15 +70,15 @@ class CAM(ABC):
         found: modes, hooks, requires_grad, grad and buffers, also after an error.
 
         Raises ValueError for a label without a logit, logits that are not [B,classes], and a
-        layer that does not run exactly once or whose output is no map. Where the first batch has
-        no map at all, also for a network or a layer that can give none: weights or logits that
-        are not finite, a layer that the logits do not depend on.
+        layer that does not run exactly once or whose output is no map. If all maps of the first
+        batch are zero, it is also raised for a network or a layer that can give none: weights or
+        logits that are not finite, or a layer that the logits do not depend on.
         """
 
     def grid(self, size: int | tuple[int, int]) -> tuple[int, int]:
         """(h, w) of the maps of images of size x size pixels, or of (H, W).
 
-        Raises what a call raises, but not for a network that is not trained yet.
+        Raises what a call raises, except that the network may be untrained.
         """
         height, width = (size, size) if isinstance(size, int) else size
         parameter = next(self.model.parameters())
@@ -95,9 +95,9 @@ class CAM(ABC):
     def _forward(
         self, images: Tensor, extremes: tuple[int, int], hand_on: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Run the model; the head reads what `hand_on` makes of the layer's output.
+        """Run the model, whose head reads `hand_on(the layer's output)`.
 
-        Returns that, and the logits.
+        Returns what the head read, and the logits.
         """
         handed: list[Tensor] = []
 
@@ -165,7 +165,7 @@ class CAM(ABC):
         require_content: raises where what the maps were made of has no content. content: bool[],
         whether the maps say anything about the classes; None: they do where any is not zero.
         """
-        # The weights are the same in a later batch, and the host would wait for it.
+        # Once is enough: later batches have the same weights, and to look would wait for the GPU.
         if self._sound or not len(images):
             return
         finite = logits.isfinite()
@@ -177,11 +177,11 @@ class CAM(ABC):
             ]
         ).tolist()
         if not any_finite:
-            # Minus infinity keeps a class out in some networks.
+            # Some networks exclude a class by a logit of minus infinity.
             require_finite(self.model, infinite_buffers=not scored)
             if not scored:
                 if not images.isfinite().flatten(1).all(1).any():
-                    return  # a later batch tells
+                    return  # a later batch decides
                 half = logits.dtype == torch.float16
                 remedy = "use float32 or bfloat16" if half else "take weights of an earlier epoch"
                 raise ValueError(
@@ -199,7 +199,7 @@ class CAM(ABC):
         and weights."""
 
     def _require_variation(self, features: Tensor, images: Tensor) -> None:
-        """Raises ValueError where the layer is the same at every place, whatever the images.
+        """Raises ValueError where the layer is the same at every position, whatever the images.
         features: float[B,C,h,w], of these images."""
         if _varies(features):
             return
@@ -213,7 +213,7 @@ class CAM(ABC):
             )
 
     def _untrained(self, name: str) -> ValueError:
-        """Of a network whose weights called `name` are zero throughout."""
+        """The error for a network whose weights called `name` are zero throughout."""
         return ValueError(
             f"{name!r} of {type(self.model).__name__} is zero throughout, so no map says anything: "
             "the network is not trained; load its weights, or train it first"

@@ -50,7 +50,7 @@ class GradCAM(CAM):
     """
 
     method = "gradcam"
-    _grad_from_start = False  # whether the trunk itself decides that it runs without a graph
+    _grad_from_start = False  # True once the trunk is known to switch gradients off itself
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         labels, extremes = check_inputs(images, labels)
@@ -92,7 +92,7 @@ class GradCAM(CAM):
             features, logits = self._forward(images, extremes, cut)
             if logits.requires_grad:
                 return leaves[0], features, logits
-        # A trunk that runs under no_grad takes it back behind itself to what was before.
+        # A trunk that runs under no_grad restores the mode that it found.
         with torch.enable_grad(), inference_told(self.model):
             features, logits = self._forward(images, extremes, cut)
         self._grad_from_start = logits.requires_grad

@@ -1,4 +1,4 @@
-"""Harvest: saliency maps out of the forward passes that training makes anyway.
+"""Harvest: saliency maps from the forward passes that training makes anyway.
 
 Where the head is a global average pooling and one linear layer, Grad-CAM is the class activation
 map of Zhou et al. ("Learning deep features for discriminative localization", CVPR 2016), M = sum_k
@@ -29,12 +29,12 @@ from scae_dali.stage.loader import Batch
 
 __all__ = ["Harvest", "crop_to_frame"]
 
-# So many crops are laid into the full frame at once: on a GPU, fewer take no less time.
+# How many crops are laid into the full frame at once. On a GPU, fewer take no less time.
 AT_ONCE = 2048
 
 
 class _Crops(NamedTuple):
-    """Maps of a batch of crops that still are to be laid into the full frame.
+    """Maps of a batch of crops that are not yet laid into the full frame.
 
     maps: float [B,h,w]. size: (H, W) of the crops in pixels. The rest are fields of the `Batch`.
     """
@@ -48,8 +48,8 @@ class _Crops(NamedTuple):
     ids: Tensor
 
     def table(self) -> Tensor:
-        """float64 [B,11], of _COLUMNS: window, erased box in shares of the crop, flip, whether the
-        map is of use, id."""
+        """float64 [B,11], in _COLUMNS: window, erased box in shares of the crop, flip, whether the
+        map is usable, id."""
         boxes = self.boxes / torch.tensor(self.size * 2, dtype=torch.float64)
         by_many = (self.status & Status.ERASED).bool() & (boxes[:, 2:].amin(1) <= 0)
         mixed = (self.status & (Status.MIXED | Status.MIXED_IN_BATCH)).bool()
@@ -73,7 +73,7 @@ class Harvest:
     model's device, 8·h·w bytes a sample: 0.5 GB for ImageNet at 7x7.
 
     Raises ValueError for an unknown layer, for weights that are not finite, and where the logits
-    are not those of the classifier for the layer's mean: maps of such a network need a pass.
+    are not those of the classifier for the layer's mean. Such a network needs saliency passes.
     """
 
     method = "harvest"
@@ -126,7 +126,7 @@ class Harvest:
 
     @torch.no_grad()
     def _lay_waiting(self) -> None:
-        """Lay the maps that wait where their crops were, and add them to the sums."""
+        """Lay the waiting maps into the full frame, where their crops were, and add them up."""
         if not self._waiting:
             return
         table = torch.cat([crops.table() for crops in self._waiting])
@@ -141,10 +141,10 @@ class Harvest:
         self._counts.index_add_(0, ids, seen.float())
 
     def merge(self) -> None:
-        """Add up over the ranks what each has seen; every rank calls it, and has the whole then.
+        """Add up what all ranks have seen. Every rank calls it, and then has the whole.
 
-        Who goes on gathering clears all ranks but one before the next merge, which would count the
-        whole once for each rank.
+        To go on gathering, clear all ranks but one: the next merge would otherwise count the whole
+        once for each rank.
         """
         self._lay_waiting()
         if distributed.is_initialized() and distributed.get_world_size() > 1:
@@ -165,8 +165,8 @@ class Harvest:
     def maps(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """ids: int64 [n] -> saliency f32[n,h,w] in [0, 1], and how often each cell was seen.
 
-        The mean over crops, cut off below 0, from 0 to 1 over the cells that were seen; 0 where
-        none was, or all are the same.
+        The mean over crops, cut off below 0 and scaled to [0, 1] over the cells that were seen; 0
+        in the others, and everywhere if all are the same.
         """
         self._lay_waiting()
         rows = torch.from_numpy(ids).to(self._counts.device)
@@ -176,7 +176,7 @@ class Harvest:
         return min_max(mean, counts > 0), counts
 
     def blended(self, ids: NDArray[np.int64], old: Maps, found: NDArray[np.bool_]) -> Maps:
-        """The mean of maps(ids) and older ones, which count as one crop that shows all.
+        """The mean of maps(ids) and older maps. An older map counts as one crop of the whole image.
 
         old: u8[n,h,w], in 1/255; found: bool[n], whether there is one. Returns u8[n,h,w].
         """

@@ -1,7 +1,6 @@
-"""Which layer of a network a saliency method looks at: by its name, or by the network's family.
+"""Finds the layer that a saliency method looks at: by its name, or by the network's family.
 
-Also which module is the classifier, what is inside the wrappers of a network, and which layer an
-error recommends.
+It also finds the classifier, the network inside its wrappers, and a layer to recommend in an error.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from scae_dali.saliency.reach import serving
 
 __all__ = ["classifier_of", "default_layer", "find_layer", "serving_layer", "unwrap"]
 
-# By class name, so that subclasses and look-alikes (timm's ResNet) are served too. Of several names
-# the first that the network has; torchvision's and timm's networks share class names. "-1" is the
-# last child of what precedes it.
+# By class name, so that subclasses and look-alikes (timm's ResNet) are found too. The first name
+# that the network has counts, since torchvision's and timm's networks share class names. "-1" is
+# the last child of what precedes it.
 _LAYERS = {
     "AlexNet": ("features",),
     "Beit": ("blocks.-1.norm1",),
@@ -94,11 +93,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 def serving_layer(
     model: nn.Module, images: Tensor, channels: int, *, unlike: str = ""
 ) -> str | None:
-    """A layer whose maps have a gradient: the default one, or else the last to run; None: there is
-    none.
+    """A layer whose maps have a gradient: the default one, or else the last to run; None if there
+    is none.
 
-    images: float[B,3,H,W]. channels: of a layer that is to be preferred, such as the width of a
-    transformer. unlike: the layer that does not serve. Call it in `isolated`.
+    images: float[B,3,H,W]. channels: prefer layers with so many, such as the width of a
+    transformer. unlike: the layer that is not usable. Call it in `isolated`.
     """
     serve = serving(model, images)
     serve.pop(unlike, None)
@@ -110,7 +109,7 @@ def serving_layer(
 
 
 def _of_family(model: nn.Module) -> str | None:
-    """The table's layer, by the class or those that it is derived from."""
+    """The table's layer for the model's class, or for one of its base classes."""
     for cls in type(model).__mro__:
         for pattern in _LAYERS.get(cls.__name__, ()):
             name = _resolve(model, pattern)
@@ -133,7 +132,7 @@ def _resolve(model: nn.Module, pattern: str) -> str:
 
 
 def _suggestions(model: nn.Module) -> str:
-    """A few names for an error: those that were seen to serve, or else that look like it."""
+    """A few names for an error: layers found usable by a trial, or else likely ones."""
     parameter = next(model.parameters(), None)
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     channels = linear[-1].in_features if linear else 0
@@ -149,7 +148,7 @@ def _suggestions(model: nn.Module) -> str:
 
 
 def _sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
-    """(H, W) of images that the network may take; timm's say so."""
+    """(H, W) of images that the network may take; timm's networks name theirs."""
     declared = getattr(model, "default_cfg", None)
     if isinstance(declared, dict) and "input_size" in declared:
         yield tuple(declared["input_size"][1:])
@@ -170,9 +169,8 @@ def _candidates(model: nn.Module) -> list[str]:
 def classifier_of(net: nn.Module, num_classes: int) -> tuple[str, nn.Linear]:
     """Dotted name and module of the last linear layer with num_classes outputs.
 
-    The last by registration, which is the classifier in torchvision's networks. Names are those
-    inside `net`, so unwrap DistributedDataParallel and the like before. Raises ValueError where
-    there is none.
+    The last one registered is the classifier in torchvision's networks. Names are those inside
+    `net`, so unwrap DistributedDataParallel and the like first. Raises ValueError if there is none.
     """
     linear = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.Linear)]
     for name, module in reversed(linear):

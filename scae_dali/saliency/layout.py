@@ -1,9 +1,9 @@
 """How the output of a layer is read as maps: [B,C,h,w], [B,h,w,C], tokens [B,N,C] or [B,C,N].
 
-The shape settles it for most outputs: a map has the images' aspect ratio, and the channels rarely
-look like a side of one. In doubt, the network is run on wider and on taller images, which shows the
-axes that grow with the image's sides. Tokens are the cells of the convolution that cut the image
-into patches, in its order, and come after leading ones such as a class token.
+For most outputs the shape is enough: a map has the images' aspect ratio, and the number of channels
+rarely looks like a side of one. In doubt, the network is run on wider and on taller images, which
+shows the axes that grow with the image's sides. Tokens are the cells of the convolution that cut
+the image into patches, in its order, and come after leading ones such as a class token.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from scae_dali.saliency.probe import CHANNELS_FIRST, Seen, changes, moved, up_to
 
 __all__ = ["Layout", "layout_of", "leading_tokens", "of_tokens", "readings"]
 
-# How many cells a map may be off the images' aspect ratio: by rounding, or by borders without
-# padding.
+# By how many cells a map may differ from the images' aspect ratio: through rounding, or through
+# borders without padding.
 _CELLS = (2, 6)
 
 
@@ -68,7 +68,7 @@ def layout_of(
     if len(shape) == 4:
         found = _of_maps(found, shape, images, model, module, seen)
     elif any(layout.axes == "[B,C,N]" for layout in found) and not _reorders(model):
-        # Too rare to be taken for granted.
+        # Such an output is too rare to be believed without an experiment.
         found = _of_places(found, shape, images, model, module)
     given = f"layer {name!r} gives {list(shape)} for images {list(images.shape)}"
     if found and _reorders(model):
@@ -160,7 +160,7 @@ def of_tokens(
             patches[grid] = None
             known.update(dict.fromkeys(_halved(grid)))
     h, w = layout.grid
-    # Of patches that were cut out.
+    # An attention matrix of patches that were cut out without a convolution.
     matrix = h == w and any(number and _grid_of(h - number, size) for number in leading)
     return layout.grid not in known and (matrix or suspect(layout.grid, known))
 
@@ -169,7 +169,7 @@ def leading_tokens(model: nn.Module) -> list[int]:
     """How many tokens may come before those of the patches, ascending.
 
     The model or a part of it may say so by `num_prefix_tokens`, as timm's do (2 with a distillation
-    token). Where nothing is said, one or none.
+    token). If none does, it is one or none.
     """
     for modules in ([model], model.modules()):
         said = {getattr(module, "num_prefix_tokens", None) for module in modules}
@@ -228,9 +228,9 @@ def _of_maps(
     module: nn.Module,
     seen: Seen,
 ) -> list[Layout]:
-    """The readings of a 4-D shape that experiments confirm: by which modules gave such a shape, and
-    by which axes grow when the images become wider or taller. That may also bring one back that the
-    shape alone had ruled out."""
+    """The readings of a 4-D shape that experiments confirm: which modules gave such a shape, and
+    which axes grow with wider or taller images. They may also bring back a reading that the shape
+    alone had ruled out."""
     _, a, b, c = shape
     first, last = Layout("[B,C,h,w]", (b, c)), Layout("[B,h,w,C]", (a, b))
     size, leading = (images.shape[2], images.shape[3]), leading_tokens(model)
@@ -244,7 +244,7 @@ def _of_maps(
         backed = [one for one in found if one not in as_tokens]
         if (a, b, c) in seen.first and first not in as_tokens:
             backed.append(first)
-        # What neither the aspect nor a convolution speaks for must have moved in both directions.
+        # A reading that neither aspect nor convolution supports must have moved along both axes.
         return [
             one
             for one in (first, last)
@@ -254,7 +254,7 @@ def _of_maps(
                 for along, axes in told.items()
             )
         ]
-    # The network takes no other size, or the map has the same size whatever the images'.
+    # The network takes no other size, or gives a map of one size for all images.
     found = [one for one in found if told or one not in as_tokens]
     if first in as_tokens and not told:
         return found
@@ -272,23 +272,23 @@ def _of_places(
     module: nn.Module,
 ) -> list[Layout]:
     """The readings [B,N,C] or [B,C,N] that experiments confirm: the axis of the tokens grows with
-    the images, or else a token changes where the image does. All where neither tells."""
+    the images, or else a token changes where the image does. All, if neither decides."""
     axes = moved(model, module, shape, images, 3)
     if axes:
-        places = {"[B,N,C]": [1], "[B,C,N]": [2]}
-        return [layout for layout in found if axes == places[layout.axes]]
+        token_axes = {"[B,N,C]": [1], "[B,C,N]": [2]}
+        return [layout for layout in found if axes == token_axes[layout.axes]]
     return _local(found, images, model, module) or (found if len(found) > 1 else [])
 
 
 def _local(
     found: list[Layout], images: Tensor, model: nn.Module, module: nn.Module
 ) -> list[Layout]:
-    """The readings by which the layer changes most in that cell of its map in which the image was
+    """The readings by which the layer changes most in the cell of its map in which the image was
     changed. Some cells are tried, and most of them must agree."""
     local = []
     for layout in found:
         cells, columns = math.prod(layout.grid), layout.grid[1]
-        slack = 1 if min(layout.grid) >= 8 else 0  # patches that overlap
+        slack = 1 if min(layout.grid) >= 8 else 0  # patches may overlap
         tried = sorted({(2 * k + 1) * cells // 16 for k in range(8)})
         changed = changes(model, module, images, layout.grid, tried)
         peaks = layout.maps(changed).sum(1).flatten(1).argmax(1).tolist()

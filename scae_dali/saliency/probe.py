@@ -1,7 +1,7 @@
-"""Experiments with a network: it is run up to a layer on images that are made for the question.
+"""Experiments with a network, which is run up to a layer on images made for the purpose.
 
-What images does it take, what comes out of the layer, which of its axes grow with the images, and
-where does it change where the image does?
+They answer: which images does the network take, what does the layer give, which of its axes grow
+with the images, and where does it change if the image changes in one cell?
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Seen(NamedTuple):
 def probe_images(like: Tensor, batch: int = 2) -> Tensor:
     """Images like `like`, float[B,C,H,W], in size, type and device: float[batch,C,H,W].
 
-    In turn normal noise in every pixel, and smooth noise; the same at every call.
+    Noise in every pixel and smooth noise, in turns, both normal; the same at every call.
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, *like.shape[1:], generator=generator)
@@ -63,7 +63,7 @@ def probe_images(like: Tensor, batch: int = 2) -> Tensor:
 
 
 def image_channels(model: nn.Module, like: Tensor) -> int:
-    """Channels of the images that the first convolution to run takes; 3 where none says so.
+    """Channels of the images that the first convolution to run takes; 3 if there is none.
 
     like: float[B,3,H,W], of the images' size. Call it in `isolated`.
     """
@@ -111,7 +111,7 @@ def up_to(model: nn.Module, module: nn.Module, images: Tensor) -> Seen:
         raise _Reached
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        # Some convolve every patch by itself, as one of a larger batch.
+        # Some networks convolve every patch by itself, in a larger batch: that does not count.
         if isinstance(output, Tensor) and output.ndim == 4 and len(output) == len(images):
             first.add(tuple(output.shape[1:]))
             if isinstance(module, nn.Conv2d):

@@ -2,7 +2,7 @@
 
 Behind the last attention of a transformer only the class token goes on to the head: the patches'
 gradient is zero there, whatever the weights and images, so that another layer must be taken. A
-gradient may also be zero by the weights alone (of a classifier that starts from zero): then the
+gradient may also be zero because of the weights (a classifier that starts from zero): then the
 network must be trained first. To tell these cases apart, zero weights are replaced by noise.
 """
 
@@ -35,8 +35,8 @@ _SCALE = 1024.0
 def leaf_of(output: Tensor) -> tuple[Tensor, Tensor]:
     """The layer's output as a leaf of the graph, and a copy of it for the head to read.
 
-    Some heads change their input in place, which a leaf does not allow. Both take part in a graph,
-    also where the network forbids one.
+    Some heads change their input in place, which a leaf does not allow. Both require gradients,
+    even where the network switches them off.
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaf = output.clone() if output.is_inference() else output.detach()
@@ -45,7 +45,7 @@ def leaf_of(output: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def inference_told(model: nn.Module) -> Iterator[None]:
-    """Raises ValueError where the head needs a gradient of what was made in inference mode."""
+    """A context that raises ValueError where the head needs a gradient of an inference tensor."""
     try:
         yield
     except RuntimeError as error:
@@ -77,7 +77,7 @@ def reached(
         value = output if features else _noise(tuple(output.shape), output)
         leaf, copy = leaf_of(value)
         leaves.append(leaf)
-        torch.set_grad_enabled(True)  # for what follows, also in a part that forbids a graph
+        torch.set_grad_enabled(True)  # for the layers behind, even if the network forbids a graph
         return copy
 
     handle = module.register_forward_hook(cut)
@@ -94,7 +94,7 @@ def reached(
 
 
 def zero_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Noise for every parameter that is zero throughout, by name, in the model's order."""
+    """Noise in place of every parameter that is zero throughout, by name, in the model's order."""
     return {
         name: 0.02 * _noise(tuple(parameter.shape), parameter)
         for name, parameter in model.named_parameters()
@@ -103,9 +103,9 @@ def zero_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def require_finite(model: nn.Module, *, infinite_buffers: bool = True) -> None:
-    """Raises ValueError for a parameter or a buffer with values that are not finite, and names it.
+    """Raises ValueError that names a parameter or a buffer with values that are not finite.
 
-    infinite_buffers: whether an infinite buffer counts: some are masks.
+    infinite_buffers: whether infinite values in a buffer count; some buffers are masks.
     """
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if not value.is_floating_point():
@@ -138,7 +138,7 @@ def serving(model: nn.Module, images: Tensor) -> dict[str, int]:
             if isinstance(module, nn.Conv2d) and output.ndim == 4:
                 convolved.append((output.shape[2], output.shape[3]))
             size = (images.shape[2], images.shape[3])
-            # The shape does not tell [B,C,N], nor a map from an attention matrix.
+            # The shape alone does not show [B,C,N], nor tell a map from an attention matrix.
             layouts = [
                 layout
                 for layout in readings(tuple(output.shape), size, leading, convolved)

@@ -1,9 +1,9 @@
 """The saliency pass: it brings the maps in a cache up to date with a network.
 
-A pass chooses the samples whose maps are made anew, makes their maps, and stores them. Maps are of
-each sample's own label. Every rank computes its part; the first process of each node writes, in key
-order (of several ranks in that of the index), a chunk a transaction. A pass that was killed goes on
-with the samples whose records do not carry its stamp.
+A pass chooses samples, makes their maps, each for the sample's own label, and stores them. Every
+rank computes its part; the first process of each node writes, in the order of the record keys (with
+several ranks in that of the index), one chunk in a transaction. A pass that was killed goes on with
+the samples whose records do not carry its stamp.
 """
 
 import math
@@ -31,7 +31,7 @@ from scae_dali.saliency.sweep import make_maps, rank_and_world
 from scae_dali.saliency.weights import nearest_classes, weights_digest
 from scae_dali.stage.loader import Batch
 
-# (model, layer) -> what maps images and labels; layer None: by the network's family.
+# (model, layer) -> a saliency method; layer None: the usual one of the network's family.
 MethodFactory = Callable[[nn.Module, str | None], SaliencyMethod]
 
 METHODS: dict[str, type[CAM]] = {cam.method: cam for cam in (GradCAM, ScoreCAM)}
@@ -82,20 +82,19 @@ def refresh_cache(
     cache: of this node, given to the one process of the node that writes; None on the others.
     loader_for(ids): batches of whole upright images, of these samples and no others, in this order,
     normalised as in training; every rank is given ids of its own.
-    share: of the samples whose maps are made anew, the stalest first; 0: none. harvest: what
-    training has gathered, for the rest; it is merged over the ranks, and not cleared.
-    method: a name of `METHODS`, or what makes one, such as partial(ScoreCAM, chunk=256); maps of
-    this epoch by another method, as by other weights, are withdrawn and made anew. layer: see CAM.
+    share: which share of the samples gets maps from the network, the stalest first; 0: none.
+    harvest: gives the maps of the other samples; it is merged over the ranks, and not cleared.
+    method: a name of `METHODS`, or a factory such as partial(ScoreCAM, chunk=256). Maps of this
+    epoch that another method or other weights made are withdrawn and made anew. layer: see CAM.
     name, input_size: of the model, for the cache's meta. settings: what else the maps depend on,
-    such as {"mean": ..., "std": ..., "amp": ...}; maps of this epoch by others are made anew, see
+    such as {"mean": ..., "std": ..., "amp": ...}; maps of this epoch with others are made anew, see
     `SaliencyCache.begin_pass`. progress: called with the number of images done since its last call.
-    neighbors: how many neighbouring classes of each the cache shall hold, by the weights of the
-    model's classifier (see nearest_classes).
+    neighbors: how many neighbouring classes the cache shall hold for each class, by the weights of
+    the model's classifier (see nearest_classes).
     Warns (RuntimeWarning) where more than half of the maps are flat.
     Raises what the cache raises; whatever was committed stays, and the next call goes on from
-    there. ValueError for an unknown method, where neighbours are wanted of a model without a
-    linear classifier or of too many classes, and for a loader of other samples than it was asked
-    for.
+    there. Raises ValueError for an unknown method, for neighbours if the model has no linear
+    classifier or too many classes, and for a loader that gives other samples than it was asked for.
     """
     start = time.perf_counter()
     _check_settings(epoch, share, harvest, neighbors, index.num_classes)
@@ -123,7 +122,7 @@ def refresh_cache(
         store = Store(writer, harvest, progress)
         make_maps(cam, loader_for, pending, index.labels, autocast, store.take_maps)
         if cache is not None:
-            # Last: a pass that is resumed tells its share by their stamps.
+            # Last: a resumed pass knows its share by the stamps of the maps above.
             store.take_harvest(cache, gathered, commit_every)
             if classifier is not None:
                 near = nearest_classes(classifier.weight, index.class_counts, neighbors)
@@ -164,7 +163,7 @@ def _method(method: str | MethodFactory) -> MethodFactory:
 
 
 def _made_by(cam: SaliencyMethod | None, harvest: Harvest | None) -> str | None:
-    """How the cache names what makes the maps; None where nothing does."""
+    """The name in the cache of what makes the maps; None if nothing does."""
     return "+".join(one.method for one in (cam, harvest) if one is not None) or None
 
 
@@ -183,7 +182,7 @@ class Choice:
 def choose_samples(
     cache: SaliencyCache | None, samples: int, count: int, epoch: int, harvest: Harvest | None
 ) -> Choice:
-    """Step 1 of a pass. The network makes the maps of the `count` samples with the stalest ones;
+    """Step 1 of a pass. The network makes the maps of the `count` samples whose maps are stalest;
     the harvest gives those of the others, as far as training has seen them.
 
     cache: None in a process that writes none; what is chosen there does not matter. samples: of the
@@ -285,12 +284,12 @@ def agreement(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -> np.ndar
 
     known = (counts > 0).reshape(len(one), -1)
     cells = np.maximum(known.sum(1, keepdims=True), 1)
-    places = []
+    centred = []
     for maps in (one, other):
-        # What is unknown ranks last, and so does not move the others.
+        # Unknown cells rank last, so that they do not change the other ranks.
         ranks = rankdata(np.where(known, maps.reshape(known.shape), np.inf), axis=1) * known
-        places.append((ranks - ranks.sum(1, keepdims=True) / cells) * known)
-    a, b = places
+        centred.append((ranks - ranks.sum(1, keepdims=True) / cells) * known)
+    a, b = centred
     with np.errstate(invalid="ignore"):
         return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
 

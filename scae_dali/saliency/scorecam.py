@@ -1,8 +1,8 @@
 """Score-CAM (Wang et al., CVPR-W 2020): saliency maps without gradients.
 
-A channel weighs as much as the network still sees of the class where only that channel's region of
-the image is left. That takes a forward pass a channel, some hundred times the price of Grad-CAM, so
-it serves caches that are built offline.
+A channel weighs as much as the class's logit when only that channel's region of the image is left.
+That takes a forward pass for each channel, some hundred times the price of Grad-CAM, so it is meant
+for caches that are built offline.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ScoreCAM(CAM):
             features = self._layout(output, images).maps(output)
             alpha = self._weights(images, labels, features)
             maps = weighted_map(alpha, features)
-            # Channels that weigh the same say nothing of the class.
+            # Channels of equal weight say nothing about the class.
             lightest = torch.where(alpha > 0, alpha, torch.inf).amin(1)
             content = maps.any() & (alpha.amax(1) > lightest).any()
             self._require_maps(
@@ -60,8 +60,8 @@ class ScoreCAM(CAM):
             return maps
 
     def _require_response(self, features: Tensor, images: Tensor) -> None:
-        """Raises ValueError where the layer is the same at every place, or the logits are the same,
-        whatever the images. features: float[B,C,h,w], of these images."""
+        """Raises ValueError where the layer is the same at every position, or the logits are the
+        same, whatever the images. features: float[B,C,h,w], of these images."""
         self._require_variation(features, images)
         probe = probe_images(images)
         if _differ(logits_of(self.model(probe))):
@@ -75,9 +75,9 @@ class ScoreCAM(CAM):
         )
 
     def _weights(self, images: Tensor, labels: Tensor, features: Tensor) -> Tensor:
-        """alpha f32[B,C], which sums to 1; NaN, of which no map comes, where no channel varies."""
+        """alpha f32[B,C], which sums to 1; NaN, which makes the map 0, if no channel varies."""
         low, high = features.amin((2, 3)), features.amax((2, 3))
-        # False as well where a channel is not finite.
+        # False for channels that are not finite, too.
         varies = high - low > ROUNDING * torch.maximum(low.abs(), high.abs())
         scores = torch.full(varies.shape, -torch.inf, device=images.device)
         pairs = varies.nonzero()  # image and channel, so that chunks are full across images
@@ -100,5 +100,5 @@ def _masks(channels: Tensor, size: tuple[int, int]) -> Tensor:
     """Eqs. 7, 8. channels: float[P,h,w], none constant -> f32[P,1,*size] in [0, 1]."""
     up = interpolate(channels[:, None].float(), size, mode="bilinear", align_corners=False)
     low, high = up.amin((2, 3), keepdim=True), up.amax((2, 3), keepdim=True)
-    # What varies by rounding alone may have lost it on the way up.
+    # A channel that varies by rounding alone may be constant after the upsampling.
     return (up - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)

@@ -63,7 +63,7 @@ def make_maps(
     try:
         for batch in _asked(loader_for(part), part):
             with autocast():
-                # Labels from the host: to read them from the device would be to wait for it.
+                # Labels come from the host: reading them from the device would wait for it.
                 maps = cam(batch.images, own[batch.ids])
             levels = (maps * 255).round()
             outside = ~((levels >= 0) & (levels <= 255)).all()  # true of NaN as well
@@ -77,7 +77,7 @@ def make_maps(
 
 
 def _asked(batches: Iterable[Batch], ids: Sequence[int]) -> Iterator[Batch]:
-    """The batches, as long as they are of these samples in this order, and of all of them."""
+    """The batches, checked to hold exactly these samples in this order."""
     remedy = "read the ids that loader_for is given, all of them and in their order"
     check(batches is not None, f"loader_for returned None for {len(ids)} samples; {remedy}")
     wanted, whole = torch.tensor(ids), torch.tensor([0.0, 0.0, 1.0, 1.0])
@@ -116,7 +116,7 @@ def _asked(batches: Iterable[Batch], ids: Sequence[int]) -> Iterator[Batch]:
 
 
 def _gather(ids: Tensor, maps: Tensor, world: int) -> tuple[Tensor, Tensor]:
-    """Those of all ranks: int64 [n], uint8 [n, h, w]; every rank gives as many."""
+    """The ids and maps of all ranks: int64 [n], uint8 [n, h, w]; every rank gives as many."""
     if world == 1:
         return ids, maps
     ids, maps = ids.to(maps.device, non_blocking=True).contiguous(), maps.contiguous()

@@ -1,5 +1,5 @@
-"""What a pass asks of a network's weights: which state of them it sees, and which classes are near
-each other by them."""
+"""What a saliency pass reads from a network's weights: a digest, and which classes are near each
+other."""
 
 import hashlib
 import io
@@ -21,7 +21,7 @@ def nearest_classes(weight: Tensor, class_counts: np.ndarray, m: int) -> np.ndar
 
     weight: float [K, C], of the classifier. class_counts: int64 [K]; a class without samples is
     nobody's neighbour while there are others. Returns uint16 [K, min(m, K - 1)]. Raises ValueError
-    where that does not name the classes.
+    for more classes than uint16 can number.
     """
     check_neighbors(m, len(weight))
     unit = nn.functional.normalize(weight.float().cpu(), dim=1)
@@ -47,10 +47,10 @@ _PLAIN = (str, bytes, int, float, complex, type(None), np.generic, torch.dtype, 
 
 
 def _stable_bytes(value: Any) -> Iterator[Any]:
-    """Buffers that tell a value of a state_dict, the same in every process.
+    """Bytes for a value of a state_dict, the same in every process.
 
-    Pickle's would not be: they depend on which objects are shared, and on the order of a set. Of an
-    object of an unknown class only the class is told.
+    Pickle's bytes would not do: they depend on which objects are shared, and on the order of a set.
+    Of an object of an unknown class only the name of the class counts.
     """
     if isinstance(value, Tensor):
         yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -1,4 +1,4 @@
-"""Whole upright images, in turn: what a saliency pass reads, and validation with a central crop.
+"""A pipeline of whole upright images: for saliency passes, and with a central crop for validation.
 
 loader_for = partial(whole_loader, index, size=224, batch_size=256, device_id=0)
 refresh_cache(model, cache, index, loader_for, epoch=0)
@@ -58,7 +58,7 @@ def whole_pipeline(
         resize: the shorter side in pixels before the central crop of S x S. None: the image is
             stretched to S x S whatever its aspect ratio, so that its map covers the full frame.
         mean: of a channel, in grey levels [0, 255]; the images become (x - mean) / std.
-        std: likewise.
+        std: of a channel, as mean.
         dtype: fp32 or fp16.
         layout: NCHW or NHWC.
         batch_size: of a shard.
@@ -133,7 +133,7 @@ def _index(images: ImageIndex | ArrayImages) -> ImageIndex:
 
 
 def _chosen(index: ImageIndex, ids: Sequence[int] | None) -> np.ndarray:
-    """int64 [n], places in the index."""
+    """The samples `ids`, or all, as int64 [n]."""
     if ids is None:
         return np.arange(len(index))
     chosen = np.asarray(ids, dtype=np.int64)
@@ -149,7 +149,7 @@ def _chosen(index: ImageIndex, ids: Sequence[int] | None) -> np.ndarray:
 def _in_turn(
     images: ArrayImages, ids: Sequence[int] | None, batch_size: int, shard: int, num_shards: int
 ) -> Order:
-    """The order of the samples `ids`, by their number among these."""
+    """The order of the samples `ids`; an id in it is a position in `ids`."""
     return Order(
         images.index.labels[_chosen(images.index, ids)],
         batch_size=batch_size,

@@ -1,1 +1,1 @@
-"""Into DALI: a batch's plan as a table, the stage that puts it into a graph, and the loader."""
+"""Puts methods into DALI pipelines: a batch's plan as a table, the stage, and the loader."""

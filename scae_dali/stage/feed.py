@@ -1,4 +1,4 @@
-"""Pipelines that are fed in an order of ours, and that the stage counts the same epochs as it."""
+"""Feeds a DALI pipeline in an `Order`, and checks that a stage counts the same epochs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +13,15 @@ from scae_dali.stage.stage import Stage
 
 
 def feed(source: Callable[[Any], Any], layout: str = "") -> DataNode:
-    """Batches by their number (info.iteration), which a checkpoint of the pipeline restores."""
+    """A node fed by source(info), which makes the batch of the number info.iteration. A checkpoint
+    of the pipeline restores that number."""
     return fn.external_source(
         source=lambda info: source(info), batch=True, batch_info=True, layout=layout
     )
 
 
 def read_in_order(index: ImageIndex, order: Order) -> tuple[DataNode, DataNode]:
-    """Encoded files in this order, and their keys as of `Order.keys`, int64 [1]."""
+    """Encoded files in this order, and their keys, int64 [1] (see `Order.keys`)."""
 
     def paths(info):
         return index.encoded_paths((order.keys(info.iteration) & ID).tolist())

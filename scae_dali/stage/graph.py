@@ -1,7 +1,6 @@
 """Reads a DALI graph while it is being defined: the operators behind a node, and their arguments.
 
-`wiring` and `history` ask. DALI keeps all this in private attributes of its nodes, which are read
-in this module and nowhere else.
+DALI keeps all this in private attributes of its nodes. This module alone reads them.
 """
 
 from __future__ import annotations

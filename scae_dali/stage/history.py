@@ -1,8 +1,8 @@
 """What was done to images on their way to a node of a DALI graph: cropped, resized, normalised.
 
-`wiring` asks for it, to tell whether a stage gets the images that it needs. The graph is followed
-back to the decoder. What an operator does that is not known here, such as a Python function, counts
-as unknown; what is done behind it is seen again.
+From this it can be told whether a stage gets the images that it needs. The graph is followed back
+to the decoder. What an unknown operator does, such as a Python function, counts as unknown; what is
+done after it is seen again.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _step(node: DataNode, seen: dict[str, History | None]) -> History | None:
         return None
     if kind == "Merge":  # the last input tells which branch
         return _merged([one for one in (_history(i, seen) for i in inputs[:-1]) if one])
-    if kind == "_ArithmeticGenericOp":  # of two images, as in a mix, the first is looked at
+    if kind == "_ArithmeticGenericOp":  # with two images, as in a mix, the first one counts
         before = next((one for one in (_history(i, seen) for i in inputs) if one), None)
         return None if before is None else _calculated(node, before)
     before = _history(inputs[0], seen)
@@ -129,7 +129,7 @@ def _decoded(node: DataNode, kind: str, arguments: dict[str, Any]) -> History:
 
 
 def _merged(histories: list[History]) -> History | None:
-    """Of images that come from one of several branches of a conditional."""
+    """The history of images that come from one of several branches of a conditional."""
     if not histories:
         return None
     first = histories[0]
@@ -200,7 +200,7 @@ def _after(node: DataNode, kind: str, arguments: dict[str, Any], before: History
         dark = abs(float(arguments.get("brightness", 1))) <= _SMALL
         narrow = arguments.get("dtype") in (types.INT8, types.BOOL)
         return replace(before, scaled=name) if dark or narrow else before
-    # Of DALI, and harmless as far as is known.
+    # Another operator: the images may be as before.
     return replace(before, known=False, size=None)
 
 
@@ -245,7 +245,7 @@ def _crop(node: DataNode, before: History, size: tuple[int, int] | None) -> Hist
 
 
 def _subscripted(node: DataNode, arguments: dict[str, Any], before: History, given: int) -> History:
-    """images[y0:y1, x0:x1, channels]."""
+    """The history after images[y0:y1, x0:x1, channels]."""
     if any(one.startswith("at_") for one in arguments):  # one of several, such as a frame
         return replace(before, known=False, size=None)
     along_yx = any(one.endswith(("_0", "_1")) for one in arguments)
@@ -260,7 +260,7 @@ def _of_channels(arguments: dict[str, Any]) -> bool:
 
 
 def _calculated(node: DataNode, before: History) -> History:
-    """After arithmetic, which may take grey levels to other values, or back."""
+    """The history after arithmetic, which may take grey levels to other values, or back."""
     arguments, name = arguments_of(node), display_name(node)
     operation, _, operands = str(arguments.get("expression_desc", "")).partition("(")
     numbers = [*arguments.get("real_constants", ()), *arguments.get("integer_constants", ())]

@@ -1,4 +1,4 @@
-"""From the files of an index to normalised images: what pipelines do with DALI's own operators.
+"""Turns the files of an index into normalised images, by DALI's own operators.
 
 All of it is called while a pipeline is being defined. GPU decoding of a region of interest is
 reported to crash the process with nvImageCodec 0.9 (NVIDIA/nvImageCodec#55), so the decode path
@@ -23,7 +23,7 @@ LayoutName = Literal["NCHW", "NHWC"]
 
 READER = "Reader"
 HW_DECODER_LOAD = 0.9
-# Of a slice whose start and shape are whole numbers in float32.
+# Arguments of fn.slice for a start and shape in pixels, though they are float32.
 IN_PIXELS = {"normalized_anchor": False, "normalized_shape": False}
 _ROI_CRASHES = ("0.9.",)  # versions of nvImageCodec
 
@@ -42,7 +42,7 @@ def read(
     """
     what: dict[str, Any]
     if ids is None:
-        what = {"files": list(index.files)}  # without labels the reader gives the place
+        what = {"files": list(index.files)}  # without labels the reader gives ids
     else:
         what = {"files": [index.files[i] for i in ids], "labels": [int(i) for i in ids]}
     return fn.readers.file(
@@ -58,7 +58,7 @@ def read(
 
 @do_not_convert
 def on_device(images: DataNode) -> DataNode:
-    """Images of the CPU, on the GPU of the pipeline where it has one."""
+    """Images from the CPU, moved to the pipeline's GPU if it has one."""
     return images if _device_id() is None else images.gpu()
 
 
@@ -79,7 +79,7 @@ def decoder(hw_decoder_load: float = HW_DECODER_LOAD) -> dict[str, Any]:
 
 @do_not_convert
 def resolve_decode(decode: Decode, device_id: int | None) -> Decode:
-    """`roi` or `full`, for `auto` too."""
+    """The decode path on this device: `roi` or `full`, which `auto` stands for too."""
     if decode != "auto":
         return decode
     crashes = device_id is not None and _nvimgcodec().startswith(_ROI_CRASHES)

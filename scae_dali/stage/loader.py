@@ -1,4 +1,4 @@
-"""From a DALI pipeline to torch batches, epoch by epoch, with a state that can be saved."""
+"""Turns the outputs of a DALI pipeline into torch batches, with a state that can be saved."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +31,7 @@ class Batch:
     images: float [B, 3, H, W], channels-last in memory where the pipeline gives NHWC.
     labels, partners: int64 [B], classes of the sample and of the one mixed into it.
     mu: float32 [B], the weight of `labels`.
-    On the CPU: ids: int64 [B], places in the index. status: int64 [B], a methods.Status each.
+    On the CPU: ids: int64 [B], places in the index. status: int64 [B], a methods.base.Status each.
     boxes: float32 [B, 4], (y, x, h, w) in pixels before the flip, of no area where none.
     windows: float32 [B, 4], (y, x, h, w) of the crop in shares of the full frame. flips: bool [B].
     """
@@ -211,8 +211,8 @@ class Loader:
         try:
             return step()
         except RuntimeError as error:
-            # The traceback may keep it until the garbage collector comes, maybe in a thread of this
-            # very pipeline: that cannot wait for its own end, and would take the process with it.
+            # Without this, the traceback keeps the pipeline until the garbage collector runs, maybe
+            # in a thread of the pipeline. That would wait for its own end and abort the process.
             self._pipeline._shutdown()
             if not concerns_images(str(error)):
                 raise

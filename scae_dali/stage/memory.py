@@ -1,7 +1,7 @@
-"""Training images in memory: compiled kernels cut, mix and fill their windows, and feed DALI.
+"""Feeds DALI with training images in memory: compiled kernels cut, mix and erase the crops.
 
-The order is ours here, so batches are made many at once, before DALI asks for them: NumPy's cost a
-call is then spread over thousands of samples, and a thread bears it beside DALI's.
+The order is known ahead, so many batches are made at once, before DALI asks for them, in a thread
+of their own. NumPy's cost per call is then spread over thousands of samples.
 
     plan = FedPlan(stage, order, images, size=(32, 32), crop=CropConfig(kind="pad", pad=4))
     erased = stage.apply(plan.images, plan)
@@ -35,7 +35,7 @@ Pixels = npt.NDArray[np.uint8]  # [N, H, W, 3]
 
 
 class _Block(NamedTuple):
-    """What is made at once: the batches from `first` on, by number.
+    """Batches that are made at once; `first` is the number of the first one.
 
     images: uint8 [n, H, W, 3]. rows: float64 [n, K]. parts: [n, …] each, as they were asked for.
     """
@@ -109,8 +109,9 @@ class FedPlan(PlanNodes):
         self._next: tuple[int, Future[_Block]] | None = None
         self._block: _Block | None = None
         self._parts: list[tuple[slice | int, npt.DTypeLike]] = []
-        self._fill: np.ndarray | None = None  # of boxes; None: they are left to the graph
+        self._fill: np.ndarray | None = None  # fill of boxes; None: the graph erases
         self.planner = stage.planner(crop, keyed=True)
+        self.partners_mixed = True
         self.images = on_device(self._feed(lambda block: block.images, layout="HWC"))
         self.row = self._feed(lambda block: block.rows)
         if not self._crops_here:
@@ -135,9 +136,9 @@ class FedPlan(PlanNodes):
 
         return feed(source, layout)
 
-    @do_not_convert  # nothing that AutoGraph need look at
+    @do_not_convert  # AutoGraph need not look at it
     def _made(self, n: int) -> tuple[_Block, slice]:
-        """The block that has this batch, and where; the one after it is begun."""
+        """The block that has batch n, and where in it; begins to make the next block."""
         epoch, step = divmod(n, self._order.batches)
         step %= self._many
         first = n - step
@@ -183,12 +184,12 @@ class FedPlan(PlanNodes):
         return images
 
     def _column(self, rows: np.ndarray, name: str) -> np.ndarray:
-        """int64 [B]."""
+        """A column of width 1 as int64 [B]."""
         return rows[:, self.planner.columns[name].start].astype(np.int64)
 
 
 def batches_at_once(pixels: Pixels, batch_size: int) -> int:
-    """How many batches a block has; one that is used and the next may be made."""
+    """How many batches a block has. While one block is used, the next is made."""
     samples = min(SAMPLES_AT_ONCE, BYTES_AT_ONCE // pixels[0].nbytes)
     return max(1, samples // batch_size)
 
@@ -200,7 +201,7 @@ def shifted(pixels: Pixels, ids: np.ndarray, start: np.ndarray) -> Pixels:
     """
     _, h, w, channels = pixels.shape
     out = np.zeros((len(ids), h, w, channels), np.uint8)
-    # One flat array each: where a place may be negative Numba compares every byte's.
+    # Flat arrays with unsigned indices: Numba would check every other index for being negative.
     _fill_windows(
         out.ravel(), pixels.ravel(), h, w * channels, ids, start[:, 0], start[:, 1] * channels
     )
@@ -209,7 +210,7 @@ def shifted(pixels: Pixels, ids: np.ndarray, start: np.ndarray) -> Pixels:
 
 @compiled
 def _fill_windows(out, pixels, height, width, ids, y, x):
-    """`shifted` into zeros, uint8 [n·height·width]; width and x count bytes."""
+    """Writes `shifted` into out, zeros, uint8 [n·height·width]; width and x count bytes."""
     for i in range(len(ids)):
         left, right = max(0, -x[i]), min(width, width - x[i])
         for row in range(max(0, -y[i]), min(height, height - y[i])):
@@ -227,5 +228,5 @@ def _fill_boxes(images, boxes, color):
         y, x, h, w = boxes[i]
         for row in range(max(0, y), min(height, y + h)):
             for column in range(max(0, x), min(width, x + w)):
-                for channel in range(channels):  # a third of the time of a slice
+                for channel in range(channels):  # takes a third of a slice's time
                     images[i, row, column, channel] = color[channel]

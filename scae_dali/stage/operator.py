@@ -22,8 +22,8 @@ class Operator:
 
     frames: how many inputs describe the crop. size: (h, w) of the crops in pixels; None: it is the
     last input. told: what that input must be, if anything. origin: where ids come from, None where
-    that is unknown. epoch_size, num_shards: of the reader, as the stage counts. spent: told the
-    seconds that every batch took.
+    that is unknown. epoch_size, num_shards: of the reader, as the stage counts. spent: called with
+    the seconds that each batch took.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Operator:
         return row, single
 
     def arguments(self, inputs: Sequence[list[np.ndarray]]) -> tuple[Any, ...]:
-        """What the planner takes."""
+        """The planner's arguments, out of DALI's inputs."""
         ids, iteration, *rest = inputs
         b, number = len(ids), iteration[0].item()
         if self._reader is not None:
@@ -102,7 +102,7 @@ class Operator:
             window = np.concatenate(frames, axis=1).astype(np.float64)
             if len(frames) > 1:
                 wiring.check_frames(window)
-        # The number is that of the batch, and so the same for all.
+        # The number of the batch is the same for all its samples.
         return positions, np.full(b, number), size_px, window
 
     def _positions(self, ids: list[np.ndarray], number: int) -> np.ndarray:
@@ -115,17 +115,17 @@ class Operator:
                 "pass the reader's own, or cast them to INT64"
             )
         positions = flat.astype(np.int64)
-        within = (positions >= 0) & (positions < samples)  # of others the planner tells
+        within = (positions >= 0) & (positions < samples)  # the planner refuses others
         if self._once is not None:
             step = number % self.planner.batches_per_epoch
             left = self._epoch_size // self._num_shards - step * self.planner.batch_size
-            self._once.look(positions[: max(0, left)][within[: max(0, left)]])  # the rest pads
+            self._once.look(positions[: max(0, left)][within[: max(0, left)]])  # others pad
             if step + 1 == self.planner.batches_per_epoch:
                 self._once = None
         return positions
 
     def _check_reader(self) -> None:
-        """Once, at the first batch: only a pipeline that is built can be asked."""
+        """Checks the reader, once, at the first batch: an unbuilt pipeline cannot be asked."""
         name, self._reader = self._reader, None
         pipeline = None if self._pipeline is None else self._pipeline()
         if pipeline is not None and name is not None:

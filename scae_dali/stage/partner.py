@@ -32,10 +32,12 @@ Fetch = Callable[[DataNode, DataNode, DataNode], DataNode]
 def mix(images: DataNode, plan: Any, crop: CropConfig, fetch: Fetch) -> DataNode:
     """μ·image + (1 - μ)·partner where the plan says so; the other images are left as they are.
 
-    images: HWC, before the flip. plan: PlanNodes. crop: how the partners are cropped. Raises
-    ValueError in a pipeline without conditionals, and where the index's files are not on the disk.
+    images: HWC, before the flip. plan: PlanNodes, whose `partners_mixed` is set. crop: how the
+    partners are cropped. Raises ValueError in a pipeline without conditionals, and where the
+    index's files are not on the disk.
     """
     _check(plan.planner.index)
+    _note_mixed(plan)
     if plan.scalar("status", types.INT32) == int(Status.MIXED):
         images = _blend(images, plan, crop, fetch)
     return images
@@ -55,6 +57,11 @@ def decode_crop(
     device = "cpu" if images.device == "cpu" else "mixed"
     side = fn.cast(images.shape()[:2], dtype=types.FLOAT) if size is None else list(size)
     return cut(fn.decoders.image(encoded, device=device), start, shape, side)
+
+
+@do_not_convert
+def _note_mixed(plan: Any) -> None:
+    plan.partners_mixed = True
 
 
 @do_not_convert

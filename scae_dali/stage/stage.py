@@ -45,7 +45,7 @@ class PlanNodes:
     """The plan of a batch inside a graph: its rows, and its columns by name, as DALI nodes.
 
     row: float64 [K] a sample, on the CPU. single: the same in float32. planner: says which columns
-    a row has.
+    a row has. partners_mixed: whether the planned partners have been mixed into the images.
 
     A part is cut out of the row when it is asked for, and a pipeline had better give out the whole
     row, which `Loader` takes apart: DALI hands every sample of every operator on the CPU to its
@@ -55,6 +55,7 @@ class PlanNodes:
     def __init__(self, row: DataNode, single: DataNode, planner: Planner) -> None:
         self.row = row
         self.planner = planner
+        self.partners_mixed = False
         self._single = single
 
     def part(self, name: str, dtype: types.DALIDataType, within: slice = slice(None)) -> DataNode:
@@ -120,7 +121,7 @@ class Stage:
     The reader must pad its shards (`pad_last_batch=True`): the epoch is computed from the number of
     the batch, so every epoch must have `batches_per_epoch` batches.
 
-    mixes: whether the method mixes in second samples, which the pipeline fetches. conditional:
+    mixes: whether the method mixes in partners, which the pipeline fetches. conditional:
     whether the pipeline must be defined with `enable_conditionals=True`. moves_pixels: whether the
     method moves pixels elsewhere than window and flip say. seconds: spent on plans so far.
     """
@@ -188,11 +189,11 @@ class Stage:
         self._method = compose.make(configs, self._run)
         self.mixes = self._method.mixes
         if cache is not None:
-            for config in compose.guides(configs):
+            for config in compose.guided(configs):
                 neighbors = config.neighbors if self.mixes else 0
                 check_neighbors(neighbors, index.num_classes)
                 check_last_pass(epochs, config.refresh_every)
-                if cache is not named:  # whoever opened it has looked
+                if cache is not named:  # opened here: whoever opens a cache looks at it
                     _look_at(cache, len(index), config.refresh_every)
         self.moves_pixels = self._method.moves_pixels
         self.conditional = self.mixes or self._method.conditional
@@ -212,8 +213,8 @@ class Stage:
         window: the crop in pixels of the upright image, (start, size, shapes): its (y, x), its
         (h, w), and the shape of the upright image; all on the CPU. None: the whole image is seen.
         size: (h, w) of the images in pixels. None asks the images, so the plan waits for them.
-        partner_crop: how second samples are cropped, which are files of the index. Only SCAE with
-        tail classes has any, and then `enable_conditionals=True` must be set in the pipeline.
+        partner_crop: how partners, which are files of the index, are cropped. Only SCAE with tail
+        classes has any, and then `enable_conditionals=True` must be set in the pipeline.
         Returns (images, Targets).
 
         Raises ValueError where the graph shows that something is wired wrongly: ids that are no
@@ -240,7 +241,7 @@ class Stage:
         if self.mixes:
             if not self._run.grey_levels:
                 raise ValueError(
-                    "mean must be in grey levels where tail classes are mixed, for second images "
+                    "mean must be in grey levels where tail classes are mixed, because partners "
                     f"are fetched in [0, 255], got {self._run.mean}; call the stage before the "
                     "normalisation, or set mix_prob=0"
                 )
@@ -298,14 +299,14 @@ class Stage:
             told=told,
         )
         inputs = (ids, self._iteration(), *frames, *sizes)
-        run, function = fn.python_function, operator.python
+        call, function = fn.python_function, operator.python
         if self._by_torch:
-            run, function = fn.dl_tensor_python_function, operator.torch
-        row, single = run(*inputs, function=function, num_outputs=2, batch_processing=True)
+            call, function = fn.dl_tensor_python_function, operator.torch
+        row, single = call(*inputs, function=function, num_outputs=2, batch_processing=True)
         return PlanNodes(row, single, operator.planner)
 
     def planner(self, random_crop: CropConfig | None = None, *, keyed: bool = False) -> Planner:
-        """What makes the plan, to be called outside any pipeline.
+        """The function that makes the plan, to be called outside any pipeline.
 
         random_crop: how it draws crop and flip; None: the window is given to it. keyed: ids are
         keys, see `Order.keys`.
@@ -322,8 +323,8 @@ class Stage:
         )
 
     def operator(self, planner: Planner, **inputs: Any) -> Operator:
-        """What runs the planner inside a pipeline. inputs: how the pipeline feeds it, see
-        `Operator`."""
+        """The operator that runs the planner inside a pipeline. inputs: how the pipeline feeds it,
+        see `Operator`."""
 
         def spent(seconds: float) -> None:
             self.seconds += seconds
@@ -337,7 +338,16 @@ class Stage:
         )
 
     def apply(self, images: DataNode, plan: PlanNodes) -> DataNode:
-        """Do to images (HWC, CPU or GPU) what is planned."""
+        """Do to images (HWC, CPU or GPU) what is planned.
+
+        Raises ValueError where the method mixes in partners and `partner.mix` has not been called.
+        """
+        if self.mixes and not plan.partners_mixed:
+            raise ValueError(
+                "images must be mixed with their partners before apply where the method mixes, or "
+                "the labels would be mixed alone: call the stage itself, which does both, or "
+                "partner.mix before apply, or set mix_prob=0"
+            )
         return self._method.apply(images, plan)
 
     @do_not_convert
@@ -381,8 +391,8 @@ class SCAE(Stage):
 
 
 def _look_at(cache: SaliencyCache, samples: int, refresh_every: int) -> None:
-    """Warn of a cache that lacks maps of some samples. Raises ValueError where it has none, and
-    gets none."""
+    """Warn of a cache that lacks maps of some samples. Raises ValueError where it has none and no
+    pass will make any."""
     found = cache.coverage().found
     if not found and not refresh_every:
         raise ValueError(
@@ -401,7 +411,7 @@ def _look_at(cache: SaliencyCache, samples: int, refresh_every: int) -> None:
 def _saliency_source(
     cache: SaliencyCache | None, resident: bool | None
 ) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None:
-    """ids -> (maps, found)."""
+    """How maps are looked up: a function ids -> (maps, found); None without a cache."""
     if cache is None:
         return None
     if resident is None:

@@ -1,7 +1,7 @@
 """A batch's whole plan as one table, a row a sample: crop, flip, labels, and the method's part.
 
 It is made by NumPy, outside any DALI graph, and is pure: a row depends on (seed, epoch, id, window,
-saliency) alone. `Stage` takes it into a pipeline and `Loader` takes it apart behind one.
+saliency) alone.
 """
 
 from itertools import accumulate
@@ -42,7 +42,7 @@ class Planner:
     """Makes the table of a batch: ids, number of the batch and crop windows -> float64 [B, K].
 
     columns: where each name lies in a row. The epoch is start_epoch + iteration //
-    batches_per_epoch; batches are counted on from start_epoch · batches_per_epoch likewise.
+    batches_per_epoch. The method gets iteration + start_epoch · batches_per_epoch.
     random_crop: how the planner draws crop and flip; None: the window is given. keyed: ids are
     keys, see `Order.keys`, for epochs in which a sample may come twice.
     """
@@ -108,7 +108,7 @@ class Planner:
             share = np.tile([0.0, 0.0, 1.0, 1.0], (b, 1))
         else:
             share = window[:, :4] / np.tile(window[:, 4:], 2)
-        place = np.arange(b)
+        position = np.arange(b)
         plan = self._method.plan(
             Samples(
                 ids=ids,
@@ -118,7 +118,7 @@ class Planner:
                 window=share,
                 size_px=size_px,
                 iteration=iteration,
-                place=place % self.batch_size,
+                place=position % self.batch_size,
                 flip=flip,
             )
         )
@@ -126,7 +126,7 @@ class Planner:
         if "partner_id" in plan:
             partner = self._label(plan["partner_id"], ids)
         elif "source" in plan:
-            partner = labels[place - place % self.batch_size + plan["source"]]
+            partner = labels[position - position % self.batch_size + plan["source"]]
         table = np.empty((b, self._width))
         for name, value in {
             "label": labels,

@@ -174,7 +174,7 @@ def _check_frame(past: History, window: Sequence[DataNode] | None) -> None:
     draws = graph.crop_draws(*window[:2])
     as_drawn = graph.output_of(window[0], "RandomCropGenerator") == 0
     if not draws or not (past.cropped or past.known):
-        return  # of the caller's own making, or of something unknown
+        return  # the caller made it, or an operator that is unknown here
     if not past.cropped:
         raise ValueError(
             "window must be left out where the whole image is seen, and nothing crops these images;"

@@ -1,1 +1,1 @@
-"""What a training needs besides its batches: networks, losses, evaluation, log and checkpoints."""
+"""What a run needs besides its batches: networks, losses, evaluation, log and checkpoints."""

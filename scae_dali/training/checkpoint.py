@@ -10,9 +10,9 @@ import torch
 
 
 def save(path: Path, state: Any) -> None:
-    """torch.save that leaves the old file or the new one, whatever happens meanwhile.
+    """A torch.save that leaves the old file or the new one, even if it is interrupted.
 
-    Raises OSError where the disk does not take it.
+    Raises OSError where the file cannot be written.
     """
     partial = path.with_suffix(".partial")
     try:
@@ -23,7 +23,7 @@ def save(path: Path, state: Any) -> None:
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        # Of a full disk torch says only how many bytes it missed.
+        # torch itself does not say that the disk is full.
         reason = error if isinstance(error, OSError) else error.__context__ or "is the disk full?"
         gone = isinstance(error, FileNotFoundError)
         remedy = "its folder was moved or removed" if gone else "make room and resume"
@@ -34,7 +34,7 @@ def save(path: Path, state: Any) -> None:
 
 
 def load(path: Path) -> Any:
-    """What `save` wrote, on the CPU. Raises ValueError where the file is damaged or of others."""
+    """What `save` wrote, on the CPU. Raises ValueError where the file is damaged or not of save."""
     try:
         with zipfile.ZipFile(path) as records:  # torch does not look at the checksums
             if (damaged := records.testzip()) is not None:
@@ -42,7 +42,7 @@ def load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # torch names half a dozen types
+    except Exception as error:  # torch raises half a dozen types
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0].partition('. ')[0]}"
         raise ValueError(
             f"checkpoint {str(path)!r} cannot be read ({reason}); restore it from a copy, or start "
@@ -50,7 +50,7 @@ def load(path: Path) -> Any:
         ) from error
 
 
-# Entries of a run's checkpoint, and of what each process has in it. Older versions lack others.
+# Entries that every version's checkpoint of a run has, and the entries of each process in `ranks`.
 _ENTRIES = {"of": dict, "epoch": int, "step": int, "totals": dict, "ranks": list}
 _ENTRIES |= dict.fromkeys(("net", "optimizer", "scaler"), dict)
 _OF_A_RANK = {"sums": dict, "rng": torch.Tensor}

@@ -24,7 +24,7 @@ def sound(nets: Iterable[nn.Module], optimizer: torch.optim.Optimizer) -> Tensor
         v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)
     ]
     values = [value.detach() for value in values if value.is_floating_point() and value.numel()]
-    largest = torch._foreach_norm(values, ord=math.inf)  # which no finite value makes overflow
+    largest = torch._foreach_norm(values, ord=math.inf)  # no finite value makes this norm overflow
     return torch.stack([one.isfinite() for one in largest]).all().double()[None]
 
 

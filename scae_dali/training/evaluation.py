@@ -1,5 +1,5 @@
-"""The metrics of a validation: accuracy in all, class by class, and of classes with many and few
-images, and the calibration error.
+"""The metrics of a validation: accuracy overall, by class, and of classes with many or few images;
+and the calibration error.
 
 Sums stay on the device until the end of a validation.
 """
@@ -27,7 +27,7 @@ def shots(class_counts: np.ndarray) -> dict[str, np.ndarray]:
 
 
 class Evaluation:
-    """The figures of one validation: update() with every batch, then compute().
+    """The metrics of one validation: update() with every batch, then compute().
 
     class_counts: int64 [K], images of each class in the TRAINING set. Raises ValueError.
     """
@@ -42,10 +42,10 @@ class Evaluation:
         self._groups = {f"val_{name}": group for name, group in shots(counts).items()}
         self._classes = torch.arange(len(counts), device=device)
         self._bounds = torch.linspace(0, 1, BINS + 1, device=device)[1:-1]
-        # Rows: samples, those right at once, those right among the best.
+        # Rows: samples, those right by the best class, those right by one of the 5 best.
         self._sums = torch.zeros(3, len(counts), dtype=torch.float64, device=device)
         self._infinite = torch.zeros((), dtype=torch.float64, device=device)  # samples
-        # Hits less confidence: |accuracy - mean confidence| of a bin, times its samples.
+        # Hits minus confidence: |accuracy - mean confidence| of a bin, times its samples.
         self._gaps = torch.zeros(BINS, dtype=torch.float64, device=device)
 
     @torch.no_grad()

@@ -1,9 +1,8 @@
 """A lock that keeps two runs from writing to one folder.
 
 The run's first process holds it to the end, on a file in the folder. The system releases it when
-that process dies, however it dies. What is locked is the file, and what is written goes by the
-folder's name: so the process that has the lock checks, before it writes, whether that name still
-leads to its file.
+that process dies, however it dies. The lock is on a file, but writing goes by the folder's name. So
+the process checks, before it writes, whether that name still leads to the file that it locked.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ def hold(out: Path, ranks: Ranks) -> Iterator[Callable[[], None]]:
     """Make the folder `out` where it is missing, and keep other runs out of it.
 
     Every rank calls it. Raises ValueError in all of them where another process has the folder.
-    Gives a check for the first rank to call before it writes anything there: it raises ValueError
-    where the folder is no longer this run's. In other ranks it does nothing.
+    Yields a check that the first rank calls before it writes anything there: it raises ValueError
+    where the folder is no longer this run's. In other ranks the check does nothing.
     """
     checks: list[Callable[[], None]] = []
     with ExitStack() as stack:
@@ -50,7 +49,7 @@ def _locked(out: Path) -> Iterator[Callable[[], None]]:
     path, end = out / NAME, time.monotonic() + PATIENCE_S
     file = _opened(path)
     try:
-        # Whose file it was may have removed it, or the folder, while we waited.
+        # Its former owner may have removed the file, or the folder, while we waited.
         while not (_lock(file, path, end) and _is_at(file, path)):
             stale, file = file, _opened(path)
             os.close(stale)
@@ -82,8 +81,8 @@ def _is_at(file: int, path: Path) -> bool:
 
 
 def _lock(file: int, path: Path, end: float) -> bool:
-    """Whether the lock is ours, or there are none; False where the file is gone from `path`
-    meanwhile. ValueError at the time `end`."""
+    """Whether the lock is ours, or the file system has no locks; False if the file is gone from
+    `path` meanwhile. Raises ValueError at the time `end`."""
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

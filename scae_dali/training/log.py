@@ -1,7 +1,7 @@
 """The log of a run: a row an epoch in metrics.jsonl and TensorBoard, and a line for the terminal.
 
 metrics.jsonl holds one object an epoch, from 0 on; a resumed run drops the epochs that it does
-again. What is no finite number is null there. Rows that are read back are checked first.
+again. Numbers that are not finite are null there. Rows that are read back are checked first.
 """
 
 import json
@@ -22,14 +22,14 @@ from scae_dali.methods.base import Triple
 _SECONDS = ("train", "data", "step", "saliency", "val")
 _FIGURES = ("val_top1", "val_top5", "img_per_s", "overhead_percent")
 _NEEDED = (*_FIGURES, *(f"seconds.{name}" for name in _SECONDS))  # what `closing` reads
-# Of the fields that readers of runs take: may be null, and absent where they are not needed.
+# Fields of numbers. They may be null, and absent where they are not needed.
 _NUMBERS = {*_FIGURES, "best_top1", "median10_top1"}
 _NUMBERS |= {f"val_{name}" for name in ("many", "medium", "few", "ece")}
-_OBJECTS = {"seconds", "share"}  # of numbers
+_OBJECTS = {"seconds", "share"}  # fields of objects of numbers
 _NEVER_NULL = {"val_top1", "img_per_s", "overhead_percent"}
 _PERCENT = _NUMBERS - {"img_per_s", "overhead_percent"}
-_DEPTH = 8  # of what is nested in a row
-_DIGITS = 300  # of a whole number that a float can hold
+_DEPTH = 8  # how deep objects and lists may be nested in a row
+_DIGITS = 300  # a whole number of so many digits fits into a float
 
 
 class LogError(ValueError):
@@ -46,7 +46,7 @@ class Log:
     """
 
     def __init__(self, out: Path, first_epoch: int, saved: str = "") -> None:
-        from torch.utils.tensorboard import SummaryWriter  # of the extra `train`
+        from torch.utils.tensorboard import SummaryWriter  # needs the extra `train`
 
         self._path = out / "metrics.jsonl"
         self.rows = known_rows(self._path, saved)[:first_epoch]
@@ -65,8 +65,8 @@ class Log:
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one epoch's row and the figures of the run so far.
 
-        In TensorBoard what is nested gets names with a slash; a list is a histogram. None, and what
-        is no finite number, is left out there.
+        In TensorBoard, nested figures have names with a slash, and a list is a histogram. None and
+        numbers that are not finite are left out there.
         """
         full = _finite({**row, **_so_far([*self.rows, row])})
         self.rows.append(full)
@@ -94,15 +94,15 @@ class Log:
 def read_rows(path: Path, needed: Sequence[str] = ("val_top1",)) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, of the epochs 0, 1, …; [] where there is no file.
 
-    The last line is left out where a kill has cut it off. needed: fields that no row may lack,
-    "seconds.train" for one of the seconds.
+    A last line that a kill has cut off is left out. needed: fields that no row may lack;
+    "seconds.train" is the field train of the object seconds.
     Raises LogError for any other damage, with the line and what to do.
     """
     return _parse(path.read_bytes(), path, needed) if path.exists() else []
 
 
 def known_rows(path: Path, saved: str, needed: Sequence[str] = _NEEDED) -> list[dict[str, Any]]:
-    """Those of metrics.jsonl, or of the checkpoint where it has more (`saved`, see Log).
+    """The rows of metrics.jsonl, or those of the checkpoint if it has more (`saved`, see Log).
 
     Raises LogError where metrics.jsonl is damaged, or has other rows than the checkpoint.
     """
@@ -169,7 +169,7 @@ def _loads(line: bytes, twice: list[str]) -> Any:
 
 
 def _odd_figures(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> str | None:
-    """What a row says of the run so far, and is not so by its own and the earlier rows."""
+    """Which figure of a row contradicts its own val_top1 or the earlier rows; None if none does."""
     known = _so_far([*rows, row]) if "val_top1" in row else {}
     for name, value in known.items():
         if name in row and not math.isclose(row[name] or 0, value, abs_tol=1e-6):
@@ -210,7 +210,7 @@ def _fault(row: Any, epoch: int, needed: Sequence[str]) -> str | None:
 
 
 def _beyond(value: Any, depth: int) -> str | None:
-    """Whether a value is nested deeper than that, or holds a number that is not finite."""
+    """What is wrong with a value: it is nested deeper, or a number in it is not finite."""
     if isinstance(value, dict | list):
         if not depth:
             return "is nested too deeply"
@@ -259,7 +259,7 @@ def summary(row: Mapping[str, Any]) -> str:
 
 
 def closing(rows: list[dict[str, Any]]) -> str:
-    """The run in a few figures; those without an epoch are the last one's or the whole run's."""
+    """The run in a few figures; without an epoch beside it, one is of the last epoch or the run."""
     seconds = {key: sum(row["seconds"][key] for row in rows) for key in _SECONDS}
     images = sum(row["img_per_s"] * row["seconds"]["train"] for row in rows)
     last, run = rows[-1], _so_far(rows)
@@ -284,7 +284,7 @@ def save_picture(path: Path, images: Tensor, mean: Triple, std: Triple) -> None:
 
 
 def _present(row: Mapping[str, Any], *names: str) -> str:
-    """` many 65.1 few 9.1`: those of val_<name> that the row has; rows of older runs lack all."""
+    """` many 65.1 few 9.1`: the val_<name> that a row has; rows of older versions may lack all."""
     known = [(name, row.get(f"val_{name}")) for name in names]
     return "".join(f" {name} {value:.1f}" for name, value in known if value is not None)
 

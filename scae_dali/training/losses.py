@@ -29,9 +29,9 @@ def mixed_cross_entropy(
     """Mean of μ·CE(label) + (1 - μ)·CE(partner), which is CE against the mixed label.
 
     logits: float [B, K]. labels, partners: int64 [B] or, as DALI gives them, [B, 1], on any device.
-    mu: float32 alike, in [0, 1]; 1 leaves the label as it is. label_smoothing: ε in [0, 1], or
-    float32 [K], one a class. weight: float32 [K] of class weights; None: all 1. Returns a float32
-    scalar.
+    mu: float32 of the same shape, in [0, 1]; 1 leaves the label as it is. label_smoothing: ε in
+    [0, 1], or float32 [K], one a class. weight: float32 [K] of class weights; None: all 1. Returns
+    a float32 scalar.
 
     CE(y) = (1 - ε_y)·(-log p_y) + ε_y·mean_k(-log p_k), with the ε of the class itself. With
     weights, the sum of μ·w_y·CE(y) + (1 - μ)·w_j·CE(j) is divided by that of μ·w_y + (1 - μ)·w_j.
@@ -40,7 +40,7 @@ def mixed_cross_entropy(
     """
     log_p = logits.log_softmax(1, dtype=torch.float32)
     labels, partners, mu = (t.to(logits.device).reshape(-1) for t in (labels, partners, mu))
-    classes = torch.stack([labels, partners], 1)  # [B, 2], as all that follows
+    classes = torch.stack([labels, partners], 1)  # [B, 2], like all that follows
     share = torch.stack([mu, 1 - mu], 1)
     loss = -log_p.gather(1, classes)
     if isinstance(label_smoothing, Tensor):
@@ -89,13 +89,13 @@ class LossConfig:
     """The loss: cross-entropy against the mixed labels.
 
     Args:
-        label_smoothing: Share of the label that is spread over all classes.
+        label_smoothing: Share of the label, from 0 to below 1, that is spread over all classes.
         smoothing_head: Label-aware smoothing (MiSLAS), instead of label_smoothing: the share for
-            the largest class.
-        smoothing_tail: The share for the smallest class. For classes in between it follows a sine
-            of their size.
-        class_balanced: β of class-balanced weights of the classes, 0.9999 in their paper. 0 weighs
-            all classes alike.
+            the largest class, from 0 to below 1.
+        smoothing_tail: The share for the smallest class in label-aware smoothing. For classes in
+            between, the share follows a sine of their size.
+        class_balanced: β of class-balanced weights in the loss (Cui et al., CVPR 2019), who take
+            0.9999. 0 weighs all classes alike.
         defer: Epoch from which the class-balanced weights act (deferred re-weighting).
     """
 
@@ -153,6 +153,6 @@ class Loss:
             self.weight = tensor(class_balanced_weights(class_counts, config.class_balanced))
 
     def at(self, epoch: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """`mixed_cross_entropy` of (logits, labels, partners, mu) as it is in this epoch."""
+        """This epoch's `mixed_cross_entropy`, as a function of (logits, labels, partners, mu)."""
         weight = self.weight if epoch >= self.config.defer else None
         return partial(mixed_cross_entropy, label_smoothing=self.smoothing, weight=weight)

@@ -1,7 +1,7 @@
-"""What an epoch of training came to: its loss, its seconds, and what happened to its samples.
+"""Counts what an epoch did: its loss, its seconds, and what happened to its samples.
 
-A `Meter` adds up batches, steps, passes and validation as they are done, and makes the epoch's part
-of a log row of them.
+A `Meter` adds up batches, steps, passes and validation as they are done, and makes its part of the
+epoch's log row.
 """
 
 from collections.abc import Mapping
@@ -23,8 +23,8 @@ _SUMS = ("loss", "hits", "images", "saliency_images", "agreement", "compared")
 class Meter:
     """Adds up an epoch on this rank, and the seconds of the whole run.
 
-    sums: of the epoch so far, on this rank, by name. totals: seconds of the epochs that are closed,
-    a mean over the ranks, by name. Both are floats, for a checkpoint to keep; `restore` takes them
+    sums: name -> sum over the epoch so far, on this rank. totals: name -> seconds of the epochs
+    that are closed, as a mean over the ranks. A checkpoint keeps both, and `restore` takes them
     back.
     """
 
@@ -43,18 +43,18 @@ class Meter:
         return not self.sums["images"]
 
     def add_batch(self, status: Tensor) -> None:
-        """A batch was trained on. status: int64 [B] of methods.Status, what happened to each."""
+        """Count a batch of training. status: int64 [B] of Status, what happened to each sample."""
         self.sums["images"] += len(status)
         values = np.bincount(status.numpy(), minlength=_HAS_FLAG.shape[1])
         for flag, count in zip(Status, (_HAS_FLAG @ values).tolist(), strict=True):
             self.sums[_FLAGS[flag]] += count
 
     def add_wait(self, seconds: float) -> None:
-        """The training waited for a batch."""
+        """Count a wait for a batch."""
         self.sums["data"] += seconds
 
     def add_steps(self, *, loss: float, hits: float, seconds: float, plan_seconds: float) -> None:
-        """Steps were taken.
+        """Count steps of training.
 
         loss: summed over their images. hits: images whose own label came first. seconds: of the
         steps, waits included. plan_seconds: of plans that were made meanwhile.
@@ -65,9 +65,9 @@ class Meter:
         self.sums["plan"] += plan_seconds
 
     def add_pass(self, *, images: int, agreement: float | None, seconds: float) -> None:
-        """A saliency pass was made over so many images of all ranks.
+        """Count a saliency pass over so many images of all ranks.
 
-        agreement: of harvested maps with those of the pass, on ranks that compared them.
+        agreement: see PassReport; None on ranks that did not compare maps.
         """
         self.sums["saliency_images"] += images
         self.sums["saliency"] += seconds
@@ -76,15 +76,15 @@ class Meter:
             self.sums["compared"] += 1
 
     def add_validation(self, seconds: float) -> None:
-        """The network was validated."""
+        """Count a validation."""
         self.sums["val"] += seconds
 
     def close_epoch(self, ranks: Ranks, guided: bool) -> dict[str, Any]:
         """The row's fields of training and of its cost, over all ranks; clears the sums.
 
-        overhead_percent is the run's so far: seconds of saliency passes, and of plans where they
-        are guided, to seconds of training. A plan is made beside the training step, so counting all
-        of it gives an upper bound.
+        overhead_percent is that of the run so far: the seconds of saliency passes, and of plans if
+        guided, as a share of the seconds of training. Plans are made while the network trains, so
+        to count them whole gives an upper bound.
         """
         sums = ranks.sum(self.sums)
         seconds = {key: sums[key] / ranks.world for key in _SECONDS}
@@ -95,7 +95,7 @@ class Meter:
         cost = total["saliency"] + (total["plan"] if guided else 0.0)
         self._clear()
         agreement = {}
-        if sums["compared"]:  # by the processes that write a cache
+        if sums["compared"]:  # only processes that write a cache compare maps
             agreement["saliency_agreement"] = sums["agreement"] / sums["compared"]
         return agreement | {
             "train_loss": sums["loss"] / sums["images"],

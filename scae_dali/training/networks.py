@@ -1,7 +1,7 @@
 """The networks that can be trained, by name: torchvision's, and some for images of 32 px.
 
-Those are ResNet-20 to 56 of He et al. (2016, sec. 4.2), of which ResNet-32 is the long-tail
-field's, and the ResNet-18 of ImageNet with a stem for 32 px.
+The latter are ResNet-20 to 56 of He et al. (2016, sec. 4.2), where ResNet-32 is the usual one for
+long-tailed data, and the ResNet-18 of ImageNet with a stem for 32 px.
 """
 
 import difflib
@@ -47,7 +47,7 @@ def make_network(name: str, num_classes: int) -> nn.Module:
 
 
 def _resnet18(num_classes: int) -> nn.Module:
-    """The ResNet-18 of ImageNet, with a stem that keeps 32 px as they are."""
+    """The ResNet-18 of ImageNet, with a stem that does not reduce the image."""
     net = torchvision.models.resnet18(num_classes=num_classes)
     net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -58,9 +58,9 @@ def _resnet18(num_classes: int) -> nn.Module:
 class CifarResNet(nn.Module):
     """ResNet of 6n + 2 layers and widths 16-32-64, with shortcuts without parameters (option A).
 
-    Convolutions and classifier start from Kaiming's normal distribution (fan in, gain √2), as the
-    long-tail field's do (LDAM-DRW, MiSLAS). Maps of 32 px images: 32², 16² and 8² after `layer1`,
-    `layer2` and `layer3`. Raises ValueError for a depth that is not 6n + 2.
+    Convolutions and classifier start from Kaiming's normal distribution (fan in, gain √2), as in
+    LDAM-DRW and MiSLAS. Maps of 32 px images: 32², 16² and 8² after `layer1`, `layer2` and
+    `layer3`. Raises ValueError for a depth that is not 6n + 2.
     """
 
     def __init__(self, depth: int, num_classes: int) -> None:

@@ -20,18 +20,18 @@ class OptimConfig:
     """SGD with Nesterov momentum.
 
     Args:
-        lr: Learning rate, for the batches of all processes together.
-        momentum: Nesterov momentum.
-        weight_decay: Weight decay (L2).
+        lr: Learning rate. With several processes, it is the one for their batches together.
+        momentum: Nesterov momentum, from 0 (none) to below 1.
+        weight_decay: Weight decay (L2); 0 is none.
         decay_norms: Whether weight decay also acts on biases and on the weights of norm layers.
         schedule: `step` multiplies the learning rate by `factor` at each of the `milestones`.
             `cosine` lowers it to `lr_min` along a cosine.
         milestones: Epochs at which schedule=step lowers the learning rate.
         factor: What schedule=step multiplies the learning rate by.
         lr_min: Learning rate at the end of schedule=cosine.
-        warmup_epochs: Epochs over which the learning rate first rises linearly to lr.
-        ema: Decay, for each step, of an averaged copy of the weights, which is then the one
-            validated and saved. 0 averages nothing.
+        warmup_epochs: Epochs at the start in which the learning rate rises linearly to lr.
+        ema: Keep a running average of the weights with this decay a step, from 0 to below 1, and
+            validate and save the average. 0 averages nothing.
     """
 
     lr: float = 0.1
@@ -57,7 +57,7 @@ class OptimConfig:
         check(0 <= self.ema < 1, f"optim.ema must be in [0, 1), got {self.ema}; 0 switches it off")
 
     def optimizer(self, trained: Sequence[Mapping[str, Any]]) -> torch.optim.SGD:
-        """SGD over groups of parameters, `{"params": […], "lr_factor": float}` each."""
+        """SGD. trained: groups of parameters, each `{"params": […], "lr_factor": float}`."""
         groups: list[dict[str, Any]] = []
         for group in trained:
             decayed = [p for p in group["params"] if self.decay_norms or p.ndim > 1]
@@ -88,15 +88,15 @@ _Pairs = tuple[list[Tensor], list[Tensor]]  # ours, theirs
 class EMA(AveragedModel):
     """The exponential moving average of a network, which validation and the saved weights use.
 
-    θ' <- decay·θ' + (1 - decay)·θ of parameters and buffers; integers, and the first time all, are
-    copied. decay: in (0, 1). torch's own update moves the number of updates to the device, and so
-    waits for the device at every step; this one does not.
+    θ' <- decay·θ' + (1 - decay)·θ for parameters and buffers. Integers are copied, and the first
+    update copies all. decay: in (0, 1). torch's own update waits for the device at every step; this
+    one does not.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model, use_buffers=True)
         self._average = get_ema_multi_avg_fn(decay)
-        # Of the model that was last taken in: to walk through modules takes longer than all else.
+        # Tensors of the model that was last taken in: finding them takes longer than all else.
         self._walked: tuple[nn.Module, _Pairs, _Pairs] | None = None
 
     @torch.no_grad()

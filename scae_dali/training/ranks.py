@@ -1,4 +1,4 @@
-"""This process among those that torchrun started; alone without it."""
+"""The processes of a run: this one among those that torchrun started, or alone without it."""
 
 import os
 import re
@@ -19,7 +19,7 @@ _TORCHRUN = re.compile(
 
 
 def pick_device(name: str, number: int = 0) -> torch.device:
-    """`auto` takes the GPU of this number where there is one; `cuda`; or `cpu`."""
+    """The device for `cuda`, the GPU of this number; `cpu`; or `auto`, the GPU if there is one."""
     cuda = torch.cuda.is_available()
     if name == "cuda" and not cuda:
         raise ValueError("device must be cpu or auto where torch sees no GPU, got cuda")
@@ -27,12 +27,14 @@ def pick_device(name: str, number: int = 0) -> torch.device:
 
 
 class Ranks:
-    """rank, world: of all processes. local: on this node; its process 0 writes the node's cache.
-    node: which of the nodes this is.
+    """This process among those of a run.
+
+    rank: its number among all; world: how many there are. local: its number on this node, whose
+    process 0 writes the node's cache. node: the number of this node.
 
     device: see pick_device. Joins the process group that the environment of torchrun names: by NCCL
     where tensors are on GPUs, by gloo where they are on the CPU. Under torchrun the process ends
-    when torchrun does: killed, that leaves its processes behind, and they would train on.
+    when torchrun does: a killed torchrun would leave its processes behind, and they would train on.
     """
 
     def __init__(self, device: str = "auto") -> None:
@@ -67,7 +69,7 @@ class Ranks:
         together(self, step if self.first else None)
 
     def sum(self, values: dict[str, float]) -> dict[str, float]:
-        """Sum over the ranks, key by key."""
+        """The sum over the ranks, for each name. Every rank calls it with the same names."""
         every = self.gather(values)
         return {key: sum(one[key] for one in every) for key in values}
 
@@ -84,8 +86,8 @@ class Ranks:
 
 
 def together(ranks: Ranks, step: Callable[[], object] | None) -> None:
-    """Take a step in the ranks that have one; where it raises ValueError or OSError in any, all
-    raise ValueError, so that none waits for one that is gone. Every rank calls it."""
+    """Take a step in the ranks that have one. If it raises ValueError or OSError in any rank, all
+    raise ValueError, so that none waits for one that has ended. Every rank calls it."""
     failed: Exception | None = None
     try:
         if step is not None:
@@ -100,8 +102,8 @@ def together(ranks: Ranks, step: Callable[[], object] | None) -> None:
 
 
 def end_with_parent() -> None:
-    """End this process, from a thread and at once, when the process that started it is gone, or the
-    torchrun above that: a script in between may outlive it."""
+    """Start a thread that ends this process at once when its parent is gone, or the torchrun above
+    it: a script between the two may outlive torchrun."""
     parent, agent = os.getppid(), _torchrun()
     number = parent if agent is None else agent[0]
 
@@ -109,7 +111,7 @@ def end_with_parent() -> None:
         if os.getppid() != parent or agent is None:
             return os.getppid() == parent
         process = _process(agent[0])
-        return process is not None and process[1] == agent[1]  # not another one of its number
+        return process is not None and process[1] == agent[1]  # not another process with its number
 
     def watch() -> None:
         while lives():
@@ -121,7 +123,7 @@ def end_with_parent() -> None:
                 file=sys.stderr,
                 flush=True,
             )
-        finally:  # where nobody reads what it says any more, too
+        finally:  # also if stderr is closed
             os._exit(1)
 
     threading.Thread(target=watch, name="end with parent", daemon=True).start()
@@ -132,7 +134,7 @@ def _torchrun() -> tuple[int, str] | None:
     where /proc shows none."""
     number = os.getppid()
     while number > 1 and (process := _process(number)) is not None:
-        if any(map(_TORCHRUN.search, _command(number)[:6])):  # behind come the script's own
+        if any(map(_TORCHRUN.search, _command(number)[:6])):  # the script's own arguments follow
             return number, process[1]
         number = process[0]
     return None

@@ -1,4 +1,4 @@
-"""The second stage: the classifier trained again on the features of a first one, which are frozen.
+"""The second stage: the classifier is trained again, on the frozen features of a first stage.
 
 cRT and LWS (Kang et al., 2020) and MiSLAS (Zhong et al., 2021) differ in which part of the
 classifier is trained. Their class-balanced sampling, smoothing and schedule are the settings
@@ -26,8 +26,8 @@ class SecondStageConfig:
         classifier: `reset` trains a new classifier (cRT). `scale` trains only a factor for each
             class (LWS). `tune` trains the old classifier on, and a factor for each class
             (MiSLAS). null trains the whole network: no second stage.
-        weights: weights.pt of the first stage.
-        classifier_lr: Factor of the learning rate for the classifier's own weights.
+        weights: Path of weights.pt in the folder of the first run.
+        classifier_lr: The learning rate of the classifier's own weights is `optim.lr` times this.
         train_norms: Whether the BatchNorm layers of the frozen features normalise by the batch and
             update their running statistics.
     """
@@ -78,10 +78,10 @@ class ScaledLinear(nn.Module):
 def prepare(
     net: nn.Module, config: SecondStageConfig, num_classes: int, *, seed: int
 ) -> list[dict[str, Any]]:
-    """Turn `net` into the second stage's: first stage's weights, new head, the rest frozen.
+    """Prepare `net`, in place: first stage's weights, new head, the rest frozen.
 
-    In place. Returns groups for an optimiser, {"params": [...], "lr_factor": float}, of all that is
-    still trained. Weights of another second stage serve too: their scale is multiplied into the
+    Returns groups for an optimiser, {"params": [...], "lr_factor": float}, of all that is still
+    trained. The weights may be those of another second stage: its scale is multiplied into the
     linear layer, so that a new one starts at 1. A classifier that is reset gets nn.Linear's own
     distribution, U(±1/√features), from `seed` alone.
 
@@ -112,11 +112,11 @@ def prepare(
 
 
 def set_train_mode(net: nn.Module, config: SecondStageConfig) -> None:
-    """net.train() of a second stage, after `prepare`: what is trained, and no more.
+    """The net.train() of a second stage, after `prepare`: it covers what is trained, and no more.
 
-    The frozen part is in eval mode, dropout before the classifier included; its BatchNorm is in
-    train mode with `train_norms`, as MiSLAS has it: statistics of the batch, averages that go on,
-    weights that stay.
+    The frozen part is in eval mode, and so is dropout before the classifier. With `train_norms` its
+    BatchNorm is in train mode, as in MiSLAS: it uses the statistics of the batch and updates the
+    running ones, but keeps its weights.
     """
     net.eval()
     for module in net.modules():
@@ -126,7 +126,7 @@ def set_train_mode(net: nn.Module, config: SecondStageConfig) -> None:
 
 
 def _load(net: nn.Module, name: str, linear: nn.Linear, weights: str | None) -> None:
-    """Load the first stage's weights; `name` is the plain linear classifier's."""
+    """Load the first stage's weights. name: of the plain linear classifier in `net`."""
     if weights is None or not Path(weights).is_file():
         raise ValueError(
             f"second_stage.weights must be the file of a first stage's weights, got {weights!r}; "
@@ -170,7 +170,7 @@ def _load(net: nn.Module, name: str, linear: nn.Linear, weights: str | None) -> 
 
 
 def _unscaled(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """state, where its head is a ScaledLinear, with the plain linear layer of the same logits."""
+    """The state with a ScaledLinear head replaced by a plain linear layer of the same logits."""
     if f"{name}.scale" not in state:
         return state
     state = dict(state)

@@ -1,15 +1,15 @@
-"""Measure the saliency cache: lookups and writes, cold and warm, by one process and by several.
+"""Measure lookups and writes of the saliency cache, cold and warm, with one process and several.
 
     python tools/benchmark.py cache --json tools/results/cache_cpu.json
 
 Lookups are of random samples, a batch in a transaction, as a shuffling pipeline makes them. A write
 is a whole pass over an existing cache; the first pass, which appends, is timed once. Plain LMDB
-does the same gets and puts with keys and values at hand, and so is the limit for a cache. Cold: the
-environment closed and the page cache without its file, as `cold_kept` tells; what a disk or a host
-below the kernel holds is beyond this. Several processes read random batches, in turn with and
-without one more that writes passes meanwhile; `epochs_seen` tells of which passes they met maps.
-Every map tells its sample and pass: a reader that finds one of two passes, or none, fails the
-benchmark. Before all that, it is made sure that such a map is found.
+does the same gets and puts with keys and values at hand, and so is the limit for a cache. Cold
+means that the environment is closed and its file dropped from the page cache (`cold_kept` is the
+share that stayed); a disk or a host may still hold it. Several processes read random batches, in
+turns with and without another process that writes passes meanwhile; `epochs_seen` has the passes
+whose maps they met. A map tells its sample and pass: a reader that finds a map of two passes, or
+none, fails the benchmark. Before that, the check itself is tested.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ from tools.common.options import (
 PLAIN_READ, PLAIN_WRITE = "LMDB get", "LMDB put, pass"
 READ, WRITE = "cache, {} keys, read", "cache, {} keys, pass"
 RESIDENT = "resident copy, read"
-COLD = 0.01  # of the file in the page cache is still called cold
+COLD = 0.01  # with at most this share of the file in the page cache, a read counts as cold
 
 
 def timed_pass(cache: SaliencyCache, epoch: int, batch: int) -> float:
-    """A whole pass, begin to end, of maps that are at hand -> records a second."""
+    """Makes a whole pass, begin to end, of maps that are at hand; returns records a second."""
     meta = cache.meta
     maps = np.empty((meta.samples, *meta.grid), np.uint8)
     for first in range(0, len(maps), CHUNK):
@@ -69,7 +69,7 @@ def timed_pass(cache: SaliencyCache, epoch: int, batch: int) -> float:
 
 
 def plain_pass(env: lmdb.Environment, n: int, grid: Sequence[int], append: bool) -> float:
-    """Records of the same size in the same chunks -> records a second."""
+    """Writes records of the same size in the same chunks; returns records a second."""
     seconds = 0.0
     for first in range(0, n, CHUNK):
         ids = np.arange(first, min(first + CHUNK, n))
@@ -83,7 +83,7 @@ def plain_pass(env: lmdb.Environment, n: int, grid: Sequence[int], append: bool)
 
 
 def lookups(read: Callable[[Any], object], batches: Sequence[Any]) -> float:
-    """Reads every batch -> lookups a second."""
+    """Reads every batch; returns lookups a second."""
     start = time.perf_counter()
     for ids in batches:
         read(ids)
@@ -95,10 +95,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def cold_reads(path: Path, index: Any, batches: Sequence[Any], rounds: int) -> dict:
-    """A cache that nobody has open, in turn with its pages dropped and without: see `cold`."""
+    """Reads of a cache that nobody has open, in turns with its pages dropped and kept."""
     found: dict[str, list[float]] = {}
     for number, cold in enumerate([True, False] * rounds):
-        mine = batches[number // 2 :: rounds]  # warm are those that have just been read
+        mine = batches[number // 2 :: rounds]  # warm: these have just been read
         kept = drop_pages(path / DATA_FILE) if cold else 1.0
         start = time.perf_counter()
         with SaliencyCache(path, index=index) as cache:
@@ -126,7 +126,7 @@ def cold_reads(path: Path, index: Any, batches: Sequence[Any], rounds: int) -> d
 
 @dataclass
 class Seen:
-    """What a reader has met: maps, those of no single pass, missing ones, and epochs % 256."""
+    """Counts what a reader has met: maps, torn maps, missing maps, and epochs % 256."""
 
     maps: int = 0
     torn: int = 0
@@ -142,7 +142,7 @@ class Seen:
 
 
 def check_the_check() -> None:
-    """Raises where a torn map, one of another sample, or a missing one would not be found."""
+    """Raises if `Seen` overlooks a torn map, a map of another sample, or a missing one."""
     ids = np.arange(4)
     maps, found = maps_of(ids, 1), np.array([True, True, True, False])
     maps[0, 3:] = maps_of(ids, 2)[0, 3:]
@@ -153,7 +153,7 @@ def check_the_check() -> None:
         raise RuntimeError(f"the check for torn maps does not work: {seen}")
 
 
-_barrier: Any = None  # of a process that reads or writes: all begin at once
+_barrier: Any = None  # in a process that reads or writes: lets all begin at once
 
 
 def _set_barrier(barrier: Any) -> None:
@@ -162,7 +162,7 @@ def _set_barrier(barrier: Any) -> None:
 
 
 def reader(path: str, seed: int, batch: int, seconds: float) -> tuple[float, Seen]:
-    """Looks random batches up -> lookups a second of the time in `read`, and what it met."""
+    """Looks random batches up; returns lookups a second of the time in `read`, and what it met."""
     rng, seen, reading = np.random.default_rng(seed), Seen(), 0.0
     with SaliencyCache(path) as cache:
         n = cache.meta.samples
@@ -183,7 +183,7 @@ class _TimeIsUp(Exception):  # noqa: N818 - no error
 
 
 def writer(path: str, batch: int, seconds: float) -> float:
-    """Writes passes, from within the first one on; the last stays under way -> records a second."""
+    """Writes passes until the time is up, the last one in part; returns records a second."""
     written, start = 0, 0.0
     with SaliencyCache(path) as cache, suppress(_TimeIsUp):
         meta = cache.meta
@@ -203,7 +203,7 @@ def writer(path: str, batch: int, seconds: float) -> float:
 
 
 def together(path: str, readers: int, writes: bool, batch: int, seconds: float) -> dict[str, Any]:
-    """So many readers, and a writer or none, each in a process of its own, at the same time."""
+    """Runs readers, with or without a writer, at the same time, each in a process of its own."""
     spawn = multiprocessing.get_context("spawn")
     count = readers + writes
     with ProcessPoolExecutor(
@@ -229,7 +229,7 @@ def together(path: str, readers: int, writes: bool, batch: int, seconds: float) 
 
 
 def beside_a_writer(path: str, readers: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Lookups a second of one of so many readers, without a writer and beside one, in turn."""
+    """Lookups a second of one of `readers` readers, in turns without a writer and beside one."""
     met: list[dict[str, Any]] = []
 
     def run(writes: bool) -> float:
@@ -248,9 +248,9 @@ def beside_a_writer(path: str, readers: int, args: argparse.Namespace) -> dict[s
 
 
 def measure(n: int, args: argparse.Namespace, folder: Path) -> tuple[list[dict], dict[str, Any]]:
-    """Rows and all else of a cache of n records."""
+    """The rows of a cache of n records, and further figures."""
     rng = np.random.default_rng(0)
-    index: Any = SyntheticIndex(n)  # as far as a cache looks, an ImageIndex
+    index: Any = SyntheticIndex(n)  # for a cache it looks like an ImageIndex
     grid = tuple(args.grid)
     env = lmdb.open(str(folder / "plain.lmdb"), map_size=max(4 * n * 128, 1 << 26))
     first_pass = {PLAIN_WRITE: plain_pass(env, n, grid, append=True)}
@@ -334,19 +334,43 @@ def growth(table: Sequence[dict], found: Sequence[dict], batch: int) -> dict[str
 def main(argv: list[str] | None = None) -> None:
     parser = bench.parser_of(__doc__, __name__)
     parser.add_argument(
-        "--records", type=sizes, default="1e5,1281167,1e7", help="of each cache; ImageNet's is one"
+        "--records",
+        type=sizes,
+        default="1e5,1281167,1e7",
+        help="numbers of maps in a cache, each measured in turn; default: %(default)s",
     )
-    parser.add_argument("--grid", type=count, nargs=2, default=[7, 7], metavar=("H", "W"))
-    add_batch_size(parser, 256, "lookups a transaction")
-    parser.add_argument("--batches", type=count, default=400, help="batches a round")
     parser.add_argument(
-        "--processes", type=whole_numbers, default="1,2,4", help="that read at once; default: 1,2,4"
+        "--grid",
+        type=count,
+        nargs=2,
+        default=[7, 7],
+        metavar=("H", "W"),
+        help="height and width of a map in cells; default: 7 7",
     )
-    parser.add_argument("--seconds", type=positive, default=2, help="that processes read together")
+    add_batch_size(parser, 256, "maps that are looked up in one transaction")
+    parser.add_argument(
+        "--batches",
+        type=count,
+        default=400,
+        help="batches of a row in a round; default: %(default)s",
+    )
+    parser.add_argument(
+        "--processes",
+        type=whole_numbers,
+        default="1,2,4",
+        help="numbers of processes that read at once; default: %(default)s",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=positive,
+        default=2,
+        help="seconds for which the processes read; default: %(default)s",
+    )
     parser.add_argument(
         "--dir",
         type=existing_folder,
-        help="where to put the caches meanwhile; default: the temporary",
+        help="folder for the caches, which are removed at the end; default: the system's "
+        "temporary folder",
     )
     quick = {"rounds": 2, "records": [100_000], "batches": 50, "processes": [1, 2], "seconds": 0.5}
     args = bench.parse(parser, argv, rounds=3, quick=quick)

@@ -1,11 +1,12 @@
-"""What Grad-CAM costs beside the forward pass it rides on. Goal: at most 1.10 times the forward.
+"""Compare the time of Grad-CAM with a forward pass. The goal is at most 1.10 times as long.
 
     python tools/benchmark.py gradcam --model resnet50 --json tools/results/gradcam_cpu.json
 
-Rows: `forward` (the plain model, evaluation mode, no graph), `gradcam` (ours) and, where it is
-installed and knows the precision, `grad-cam (PyPI)`: same images, weights, precision and memory
-format. `ratio` is a row's rate over the forward's, `cost` its inverse for ours. `--scorecam` adds
-that row, of as many forward passes as the layer has channels: mind --batch-size and --rounds.
+Rows: `forward` (the plain model, evaluation mode, no graph), `gradcam` (ours) and, if it is
+installed and supports the precision, `grad-cam (PyPI)`: all with the same images, weights,
+precision and memory format. `ratio` is a row's rate over that of `forward`, `cost` its inverse for
+ours. `--scorecam` adds a row with as many forward passes as the layer has channels: choose small
+--batch-size and --rounds.
 """
 
 from __future__ import annotations
@@ -28,22 +29,39 @@ from tools.common.options import add_batch_size, add_device, count
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = bench.parser_of(__doc__, __name__)
-    parser.add_argument("--model", default="resnet50", help="a torchvision classification model")
-    parser.add_argument("--layer", default=None, help="module name; default: by the model's family")
-    add_batch_size(parser, 16)
-    parser.add_argument("--size", type=count, default=224, help="side of the images, in pixels")
+    parser.add_argument(
+        "--model",
+        default="resnet50",
+        help="name of a classification network of torchvision; default: %(default)s",
+    )
+    parser.add_argument(
+        "--layer",
+        default=None,
+        help="name of the layer that the maps are made from; default: the usual one of the network",
+    )
+    add_batch_size(parser, 16, "images in a batch")
+    parser.add_argument(
+        "--size", type=count, default=224, help="side of the images in pixels; default: %(default)s"
+    )
     add_device(parser)
-    parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--scorecam", action="store_true")
+    parser.add_argument(
+        "--amp",
+        choices=["none", "bf16", "fp16"],
+        default="none",
+        help="mixed precision; default: %(default)s",
+    )
+    parser.add_argument(
+        "--channels-last", action="store_true", help="use the channels-last memory format"
+    )
+    parser.add_argument("--scorecam", action="store_true", help="measure Score-CAM too")
     return bench.parse(parser, argv, rounds=7, quick={"rounds": 3, "batch_size": 4})
 
 
 def rate(
     step: Callable[[], object], args: argparse.Namespace, device: torch.device
 ) -> Callable[[], float]:
-    """-> a function that runs `step` and gives img/s; on a GPU so often that what is queued there,
-    and not the host, is measured."""
+    """A function that runs `step` and returns img/s. On a GPU it runs it often enough that the work
+    queued there is measured, and not the host."""
     cuda = device.type == "cuda"
     times = 20 if cuda else 1
 
@@ -84,7 +102,7 @@ def candidates(args: argparse.Namespace) -> dict[str, Callable[[], float]]:
     if args.scorecam:
         masking = ScoreCAM(model, args.layer)
         steps["scorecam"] = lambda: masking(images, labels)
-    # It turns features into NumPy arrays, which know no bfloat16.
+    # The package turns features into NumPy arrays, which have no bfloat16.
     if importlib.util.find_spec("pytorch_grad_cam") and args.amp != "bf16":
         from pytorch_grad_cam import GradCAM as ReferenceCAM
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget

@@ -1,7 +1,4 @@
-"""How cost grows with the number of samples: stand-ins for data sets, a drawing.
-
-What a benchmark of growth does at each size is its own; how much memory that takes is of `_memory`.
-"""
+"""Shared by benchmarks of growing data sets: stand-ins for data sets of any size, and a drawing."""
 
 from __future__ import annotations
 
@@ -27,15 +24,15 @@ def names_of(n: int) -> list[str]:
 
 
 def labels_of(n: int) -> NDArray[np.int64]:
-    """Of `names_of`, int64 [N]."""
+    """Labels of the samples in `names_of`, int64 [N]."""
     return np.arange(n) % CLASSES
 
 
 @dataclass(frozen=True)
 class SyntheticIndex:
-    """As many samples as asked for, without names; keys as positions or path hashes would give.
+    """An index of any number of samples, without names; record keys are ids, or like path hashes.
 
-    Serves the cache, and plans that read no second image.
+    It is enough for a cache, and for plans without partners.
     """
 
     samples: int
@@ -60,7 +57,7 @@ class SyntheticIndex:
 
 
 def maps_of(ids: ArrayLike, epoch: int, grid: Sequence[int] = (7, 7)) -> NDArray[np.uint8]:
-    """Made up, u8[B,h,w]: of no two samples alike, and every cell another one each epoch."""
+    """Made-up maps, u8[B,h,w]: no two samples have the same, and all cells change each epoch."""
     cells = np.arange(grid[0] * grid[1])
     mixed = (np.asarray(ids, np.uint64)[:, None] * _MIX).view(np.uint8)  # [B, 8]
     maps = mixed[:, cells % 8] + (cells + _STEP * epoch).astype(np.uint8)
@@ -68,7 +65,7 @@ def maps_of(ids: ArrayLike, epoch: int, grid: Sequence[int] = (7, 7)) -> NDArray
 
 
 def salts(ids: ArrayLike, maps: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Of maps as `maps_of` makes them: the epoch % 256, int[B]; -1 for one of no single epoch."""
+    """The epochs % 256 of maps from `maps_of`, int[B]; -1 for a map that mixes epochs."""
     moved = (maps - maps_of(ids, 0, maps.shape[1:])).reshape(len(maps), -1)
     whole = (moved == moved[:, :1]).all(axis=1)
     return np.where(whole, moved[:, 0].astype(np.int64) * pow(_STEP, -1, 256) % 256, -1)
@@ -79,8 +76,8 @@ def draw(
     path: Path,
     xlabel: str = "samples",
 ) -> None:
-    """Lines on two logarithmic axes: panels[label of the y axis][name] = points (x, y)."""
-    from matplotlib.figure import Figure  # of the extra `train`
+    """Draws lines on two logarithmic axes: panels[label of the y axis][name] = points (x, y)."""
+    from matplotlib.figure import Figure  # needs the extra `train`
 
     figure = Figure(figsize=(7.5 * len(panels), 6), layout="constrained")
     for axes, (label, lines) in zip(

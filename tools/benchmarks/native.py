@@ -1,4 +1,4 @@
-"""What DALI does by its own operators: counterparts of methods, pipelines without a stage."""
+"""Counterparts of methods and pipelines with DALI's own operators alone, without a stage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["COUNTERPARTS", "augmented_pipeline", "decoded", "plain", "undecoded"
 
 
 def erase(images: Any, image: ImageConfig) -> Any:
-    """A random rectangle by DALI's operators alone."""
+    """Erase a random rectangle, by DALI's operators alone."""
     erasing = RandomErasingConfig()
     area = fn.random.uniform(range=erasing.area, seed=derive(SEED, "area"))
     aspect = fn.random.uniform(range=erasing.aspect, seed=derive(SEED, "aspect"))
@@ -49,7 +49,7 @@ def erase(images: Any, image: ImageConfig) -> Any:
 
 
 def policy(augment: Callable, config: PolicyConfig, **settings) -> Callable:
-    """One of auto_aug's own, with the settings of ours."""
+    """A policy of auto_aug itself, with the settings of ours."""
 
     def apply(images: Any, image: ImageConfig) -> Any:
         largest, moved = config.max_translate_rel, {}
@@ -75,14 +75,14 @@ COUNTERPARTS = {
 
 
 def augmented_pipeline(
-    stage: Stage, image: ImageConfig, run: ExecConfig, augment: Callable
+    stage: Stage, image: ImageConfig, execution: ExecConfig, augment: Callable
 ) -> Pipeline:
-    """As train_pipeline with the method `none`, and one of COUNTERPARTS."""
+    """The training pipeline with the method `none` and then `augment`, one of COUNTERPARTS."""
 
-    @pipeline_def(enable_checkpointing=True, enable_conditionals=True, **run.arguments())
+    @pipeline_def(enable_checkpointing=True, enable_conditionals=True, **execution.arguments())
     def define():
-        encoded, ids = read_shuffled(stage.index, run, SEED)
-        images, plan = crop_planned(stage, encoded, ids, image, run)
+        encoded, ids = read_shuffled(stage.index, execution, SEED)
+        images, plan = crop_planned(stage, encoded, ids, image, execution)
         images = augment(images, image)
         images = normalise(images, **image.tensor, mirror=plan.part("flip", types.INT32))
         return images, plan.row
@@ -90,7 +90,7 @@ def augmented_pipeline(
     return define()
 
 
-def read(index: ImageIndex, run: ExecConfig) -> tuple[DataNode, DataNode]:
+def read(index: ImageIndex, execution: ExecConfig) -> tuple[DataNode, DataNode]:
     """Encoded files in the order of read_shuffled, and their labels, int32 [1]."""
     return fn.readers.file(
         files=list(index.files),
@@ -103,7 +103,7 @@ def read(index: ImageIndex, run: ExecConfig) -> tuple[DataNode, DataNode]:
     )
 
 
-def plain(index: ImageIndex, image: ImageConfig, run: ExecConfig) -> Iterator[torch.Tensor]:
+def plain(index: ImageIndex, image: ImageConfig, execution: ExecConfig) -> Iterator[torch.Tensor]:
     """Batches of images without end: DALI's own crop and flip, as in its examples."""
     crop, size = image.crop, (image.size, image.size)
     window = {
@@ -113,17 +113,17 @@ def plain(index: ImageIndex, image: ImageConfig, run: ExecConfig) -> Iterator[to
         "seed": derive(SEED, "crop"),
     }
 
-    @pipeline_def(**run.arguments())
+    @pipeline_def(**execution.arguments())
     def define():
-        encoded, labels = read(index, run)
-        if resolve_decode(image.decode, run.device_id) == "roi":
+        encoded, labels = read(index, execution)
+        if resolve_decode(image.decode, execution.device_id) == "roi":
             images = fn.decoders.image_random_crop(
-                encoded, **decoder(run.hw_decoder_load), **window
+                encoded, **decoder(execution.hw_decoder_load), **window
             )
             images = fn.resize(images, size=size)
         else:
             images = fn.random_resized_crop(
-                decode(encoded, run.hw_decoder_load), size=size, **window
+                decode(encoded, execution.hw_decoder_load), size=size, **window
             )
         flip = fn.random.coin_flip(probability=crop.flip, seed=derive(SEED, "flip"))
         return normalise(images, **image.tensor, mirror=flip), labels
@@ -138,34 +138,35 @@ def plain(index: ImageIndex, image: ImageConfig, run: ExecConfig) -> Iterator[to
     return (out["images"] for _ in itertools.count() for (out,) in batches)
 
 
-def undecoded(stage: Stage, image: ImageConfig, run: ExecConfig) -> Iterator[Any]:
-    """Batches of plans without end, TensorLists: what train_pipeline does on the CPU where a GPU
-    decodes."""
+def undecoded(stage: Stage, image: ImageConfig, execution: ExecConfig) -> Iterator[Any]:
+    """Batches of plans without end, TensorLists: the part of the training pipeline that the CPU has
+    to do if a GPU decodes."""
 
-    @pipeline_def(enable_checkpointing=True, **run.arguments())
+    @pipeline_def(enable_checkpointing=True, **execution.arguments())
     def define():
-        encoded, ids = read_shuffled(stage.index, run, SEED)
+        encoded, ids = read_shuffled(stage.index, execution, SEED)
         start, shape, plan = planned(stage, encoded, ids, image)
-        where = "cpu" if run.device_id is None else "gpu"
+        where = "cpu" if execution.device_id is None else "gpu"
         pixel = fn.constant(idata=0, shape=(1, 1, 3), dtype=types.UINT8, layout="HWC", device=where)
+        plan.partners_mixed = True  # nothing is decoded here, partners neither
         erased = stage.apply(pixel, plan)
         return plan.row, start, shape, plan.part("flip", types.INT32), erased
 
     return outputs(define())
 
 
-def decoded(index: ImageIndex, run: ExecConfig) -> Iterator[Any]:
+def decoded(index: ImageIndex, execution: ExecConfig) -> Iterator[Any]:
     """Batches of whole images without end, TensorLists: read and decoded, and no more."""
 
-    @pipeline_def(**run.arguments())
+    @pipeline_def(**execution.arguments())
     def define():
-        encoded, labels = read(index, run)
-        return decode(encoded, run.hw_decoder_load), labels
+        encoded, labels = read(index, execution)
+        return decode(encoded, execution.hw_decoder_load), labels
 
     return outputs(define())
 
 
 def outputs(pipeline: Pipeline) -> Iterator[Any]:
-    """The first output of batch after batch."""
+    """The first output of the pipeline, batch after batch."""
     pipeline.build()
     return (pipeline.run()[0] for _ in itertools.count())

@@ -1,22 +1,21 @@
-"""How long the Python operator takes for a batch, and each of its pieces, on one core.
+"""Measure how long the Python operator and each of its parts take for a batch, on one core.
 
     python tools/benchmark.py operator --json tools/results/operator_cpu.json
 
-The operator erases as SCAE does where λ is largest, crop and flip drawn by itself, half of the
-images erased, maps of a cache of --samples in LMDB. `ratio` is to this row, `operator`; its pieces
-are `gather` (arrays out of what DALI hands over), `plan`, of which `read` is the maps, and
-`assemble` (what DALI takes). Beside it: with the maps looked up in LMDB, by torch, and of methods
-that need no maps.
+The row `operator` plans SCAE where λ is largest: it draws crop and flip, half of the images are
+erased, and maps of --samples lie in memory. `ratio` is to this row. Its parts are `gather` (joins
+DALI's arrays), `plan`, of which `read` looks the maps up, and `assemble` (makes DALI's outputs).
+Other rows look the maps up in LMDB, run as torch's operator, or plan methods without maps.
 
---batches of them take turns, for what a plan costs hangs on what is drawn.
+--batches batches take turns, because the cost of a plan depends on what is drawn.
 
-`graph, scae`: batches of a pipeline that holds nothing but the operator and its inputs; `graph,
-empty function`: the same with a function that decides nothing, which is what DALI takes for it, and
-what it would take if all inputs were one. `images`: what is done to the pixels, uint8 HWC: nothing,
-a copy, fn.erase in every other image, which copies all of them.
+`graph, scae`: batches of a pipeline that has nothing but the operator and its inputs. `graph, empty
+function`: the same with a function that does nothing, which is DALI's own cost; and that cost if
+all inputs were one. `images`: work on the pixels, uint8 HWC: none, a copy, and fn.erase in every
+other image, which copies all of them.
 
-`boxes, λ=…`: sizes and centres alone, of a batch that is erased throughout; `pixel sum`, centres
-by the plain sum of eq. 4 over all pixels.
+`boxes, λ=…`: sizes and centres alone, for a batch in which all images are erased; `pixel sum`:
+centres by the plain sum of eq. 4 over all pixels.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ def boxes(maps: np.ndarray, lam: float, size: int, exact: bool, epoch: int) -> n
 
 
 def given(ids: np.ndarray, step: int) -> Inputs:
-    """What DALI hands over for a batch, the step-th: lists of small arrays."""
+    """DALI's inputs for the batch number `step`: lists of small arrays."""
     return (
         [np.array([i], np.int32) for i in ids],
         [np.array([step], np.int64) for _ in ids],
@@ -99,7 +98,7 @@ def in_turn(function: Callable[..., object], arguments: Iterable[tuple]) -> Call
 def pieces(
     of: Operator, batches: list[Inputs], cache: SaliencyCache
 ) -> dict[str, Callable[[], object]]:
-    """The operator taken apart, each piece as a call."""
+    """The parts of the operator, each as a call."""
     arrays = [of.arguments(inputs) for inputs in batches]
     tables = [of.planner(*part) for part in arrays]
     box = of.planner.columns["box"]
@@ -113,7 +112,7 @@ def pieces(
 
 
 def assembled(table: np.ndarray) -> tuple[list, list]:
-    """What DALI takes, as the operator makes it."""
+    """A table as the operator hands it to DALI."""
     return list(table), list(table.astype(np.float32))
 
 
@@ -132,8 +131,8 @@ def graph(of: Stage, args: argparse.Namespace, ids: np.ndarray) -> Pipeline:
 
 
 def empty_graph(args: argparse.Namespace, widths: tuple[int, ...], wide: int) -> Pipeline:
-    """A function that decides nothing, with inputs int64 of these widths; it gives rows of `wide`
-    columns as a stage's does."""
+    """A pipeline with a function that does nothing. Its inputs are int64 of these widths; it gives
+    rows of `wide` columns, as that of a stage does."""
     rows = assembled(np.zeros((args.batch_size, wide)))
 
     def define() -> Any:
@@ -147,7 +146,7 @@ def empty_graph(args: argparse.Namespace, widths: tuple[int, ...], wide: int) ->
 
 
 def images_graph(args: argparse.Namespace, work: Callable[[Any, Any, Any], Any]) -> Pipeline:
-    """work(images, anchor, shape) and no more; anchor and shape are those of fn.erase."""
+    """A pipeline of work(images, anchor, shape) alone; anchor and shape are as in fn.erase."""
     b, side = args.batch_size, args.size
     images = np.random.default_rng(0).integers(0, 256, (1, b, side, side, 3), np.uint8)
     box = np.zeros((1, b, 4))
@@ -162,7 +161,7 @@ def images_graph(args: argparse.Namespace, work: Callable[[Any, Any, Any], Any])
 
 
 def fed(batches: np.ndarray) -> Any:
-    """One batch after the other, over and over: [n, B, …]."""
+    """A node that gives one batch after the other, over and over. batches: [n, B, …]."""
     return fn.external_source(
         source=lambda info: batches[info.iteration % len(batches)],
         batch=True,
@@ -179,7 +178,7 @@ def built(define: Callable[[], Any], args: argparse.Namespace) -> Pipeline:
 
 
 def rate(call: Callable[[], object], n: int, seconds: float) -> float:
-    """-> samples per second, of calls of n each for about `seconds`."""
+    """Calls for about `seconds`, each with n samples; returns samples per second."""
     calls, start = 0, time.perf_counter()
     while calls < 3 or time.perf_counter() - start < seconds:
         call()
@@ -188,7 +187,7 @@ def rate(call: Callable[[], object], n: int, seconds: float) -> float:
 
 
 def left_behind(call: Callable[[], object], calls: int = 100) -> float:
-    """Objects in cycles, which only the garbage collector can free, a call."""
+    """How many objects a call leaves in cycles, which only the garbage collector can free."""
     call()
     gc.collect()
     gc.disable()
@@ -202,11 +201,28 @@ def left_behind(call: Callable[[], object], calls: int = 100) -> float:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = bench.parser_of(__doc__, __name__)
-    add_batch_size(parser, 256)
-    parser.add_argument("--batches", type=count, default=100, help="that take turns; default: 100")
-    parser.add_argument("--samples", type=count, default=1_281_167, help="default: ImageNet's")
-    parser.add_argument("--size", type=count, default=224, help="side of the crop in pixels")
-    parser.add_argument("--seconds", type=positive, default=0.3, help="of a row in a round")
+    add_batch_size(parser, 256, "images in a batch")
+    parser.add_argument(
+        "--batches",
+        type=count,
+        default=100,
+        help="number of different batches that take turns; default: %(default)s",
+    )
+    parser.add_argument(
+        "--samples",
+        type=count,
+        default=1_281_167,
+        help="number of images of the data set; default: %(default)s, as in ImageNet",
+    )
+    parser.add_argument(
+        "--size", type=count, default=224, help="side of the crop in pixels; default: %(default)s"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=positive,
+        default=0.3,
+        help="seconds for which a row is measured in a round; default: %(default)s",
+    )
     return bench.parse(
         parser,
         argv,

@@ -1,4 +1,4 @@
-"""Rates of what a saliency pass is made of: its pipeline, plain inference on it, and the pass."""
+"""Measures the parts of a saliency pass: its pipeline, plain inference on it, and the pass."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ __all__ = ["Passes"]
 
 
 class Passes:
-    """A network over whole images, batch by batch; rates are img/s from the first batch on, so
-    without a pipeline's start."""
+    """A network over whole images, batch by batch. Rates, in img/s, count from the first batch on,
+    so without the start of the pipeline."""
 
     def __init__(
         self,
@@ -33,18 +33,18 @@ class Passes:
         layer: str | None,
         index: ImageIndex,
         loaders: Loaders,
-        run: ExecConfig,
+        execution: ExecConfig,
         autocast: Callable[[], AbstractContextManager],
     ) -> None:
         self._net, self._layer, self._index = net, layer, index
-        self._loaders, self._run, self._autocast = loaders, run, autocast
+        self._loaders, self._execution, self._autocast = loaders, execution, autocast
 
     def pipeline(self, image: ImageConfig) -> Callable[[], float]:
-        """Images made and dropped."""
+        """Makes images and drops them."""
         return lambda: rate(batch.images for batch in self._batches(image))
 
     def inference(self, image: ImageConfig) -> Callable[[], float]:
-        """Logits made and dropped."""
+        """Makes logits and drops them."""
 
         @torch.inference_mode()
         def measure() -> float:
@@ -57,7 +57,7 @@ class Passes:
         return measure
 
     def maps(self, image: ImageConfig, path: Path) -> Callable[[], float]:
-        """Maps made, by a whole pass into a cache at `path`."""
+        """Makes maps, by a whole pass into a cache at `path`."""
         grid = GradCAM(self._net, self._layer).grid(image.size)
         cache = SaliencyCache.create(path, self._index, grid=grid)
         epochs = itertools.count()
@@ -66,7 +66,7 @@ class Passes:
             begun: list[tuple[float, int]] = []  # when the first batch was made; its images
 
             def loader_for(ids: Sequence[int]) -> Iterator[Batch]:
-                for batch in self._loaders.saliency(image, self._run, ids):
+                for batch in self._loaders.saliency(image, self._execution, ids):
                     yield batch
                     if not begun:
                         live.synchronize()
@@ -88,7 +88,7 @@ class Passes:
         return measure
 
     def _batches(self, image: ImageConfig) -> Iterator[Batch]:
-        return iter(self._loaders.saliency(image, self._run, range(len(self._index))))
+        return iter(self._loaders.saliency(image, self._execution, range(len(self._index))))
 
     def _logits(self, batch: Batch) -> torch.Tensor:
         with self._autocast():
@@ -96,7 +96,7 @@ class Passes:
 
 
 def rate(batches: Iterator[torch.Tensor]) -> float:
-    """-> img/s of all batches but the first, which starts the clock."""
+    """Returns img/s of all batches but the first, which starts the clock."""
     next(batches)
     live.synchronize()
     start = time.perf_counter()

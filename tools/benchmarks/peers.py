@@ -1,4 +1,4 @@
-"""The pipeline's recipe by torchvision and by timm: what a user would take instead of DALI."""
+"""The training pipeline's counterparts in torchvision and timm: what a user has instead of DALI."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from scae_dali.methods.random_erasing import Config as RandomErasingConfig
 
 __all__ = ["AHEAD", "BY_TIMM", "BY_TORCHVISION", "DECODERS", "has_timm", "timm", "torchvision"]
 
-AHEAD = 2  # batches that each worker prepares; of both, unless told otherwise
+AHEAD = 2  # batches that each worker prepares, the default of both
 
 
 class Files(Dataset):
-    """The same files and recipe by torchvision alone."""
+    """The same files and augmentation, by torchvision alone."""
 
     def __init__(self, index: ImageIndex, image: ImageConfig, decoder: str, method: str) -> None:
         self._paths = [os.path.join(index.root, name) for name in index.files]
@@ -57,7 +57,7 @@ class Files(Dataset):
         return self._transform(self._decode(self._paths[i])), int(self._labels[i])
 
 
-# By method: torchvision's transforms of the pixels, before and after the normalisation.
+# Method -> torchvision's transforms of the pixels, before and after the normalisation.
 BY_TORCHVISION: dict[str, tuple[list[nn.Module], list[nn.Module]]] = {
     "none": ([], []),
     "random_erasing": ([], [v2.RandomErasing(RandomErasingConfig().prob)]),
@@ -88,11 +88,11 @@ def decode_torchvision(path: str) -> torch.Tensor:
     return io.decode_image(path, mode=io.ImageReadMode.RGB)
 
 
-# By row: what ImageFolder does unless told otherwise, and torchvision's own decoder.
+# Row -> decoder: ImageFolder's default, and torchvision's own.
 DECODERS: dict[str, Callable] = {"torchvision": decode_pil}
 if hasattr(io, "decode_image"):
     DECODERS["torchvision (decode_image)"] = decode_torchvision
-    # From 0.29 on it says that it will go; here it is one of two, for as long as it is there.
+    # It is deprecated from 0.29 on.
     warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)
 
 
@@ -125,8 +125,8 @@ def torchvision(
 
 
 def _workers() -> Any:
-    """How workers start: from a process without DALI's threads, which no fork survives, that has
-    imported all they need, for which each would take seconds."""
+    """How workers start: forked from a process without DALI's threads, which a fork would break,
+    and with all imports done, which would take each worker seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["tools.benchmarks.peers", *(["timm.data"] if has_timm() else [])]
@@ -134,7 +134,7 @@ def _workers() -> Any:
     return context
 
 
-# By method: timm's probability of erasing.
+# Method -> timm's probability of erasing.
 BY_TIMM = {"none": 0.0, "random_erasing": RandomErasingConfig().prob}
 
 
@@ -167,10 +167,10 @@ def timm(
 ) -> Iterator[torch.Tensor]:
     """Batches of images on `device`, shuffled, without end, by timm's loader.
 
-    On a GPU as its train.py takes it: workers give uint8, and its prefetcher normalises and erases
-    on the device. On the CPU without the prefetcher (its --no-prefetcher), whose work is done in
-    the workers then, for less time. Bilinear, without colour jitter, and filled with the mean, as
-    the other rows are; its loader of several epochs keeps the workers busy between them.
+    On a GPU it is set up as in timm's train.py: workers give uint8, and the prefetcher normalises
+    and erases on the device. On the CPU there is no prefetcher (--no-prefetcher): the workers do
+    its work, which is faster. Like the other rows it is bilinear, without colour jitter, and fills
+    with the mean. The loader of several epochs keeps the workers busy between epochs.
     """
     from timm.data import ImageDataset, create_loader
 

@@ -1,4 +1,4 @@
-"""Throughput of the training pipeline by method, beside no erasing and beside what others do.
+"""Measure the speed of the training pipeline by method, and of what other libraries do.
 
     python tools/benchmark.py pipeline --data imagenet --json tools/results/pipeline_cpu.json
     python tools/benchmark.py pipeline --data imagenet --methods none,scae --peers native \
@@ -8,31 +8,31 @@
     python tools/benchmark.py pipeline --source memory --methods none,random_erasing,scae \
         --batch-size 128 --json tools/results/arrays_cpu.json
 
-Rows: a method each, or several joined by +; `none (again)`, a second pipeline like `none`, which
-shows the noise floor; and of files those of --peers:
-native       `native METHOD`, DALI's own counterpart of a method, with DALI's random numbers, on the
-             crops of `none`; `native none`, DALI's own crop and flip without any Python: what the
-             plan of `none` costs; `decode alone`, files read and decoded whole, and no more: the
-             rate that the decoder sets (a `roi` decoder may leave parts out, and exceed it);
-             `undecoded METHOD`, of none and SCAE, files read and crops planned, and no more: what
-             is left to the CPU where a GPU decodes. The slower of the two sets the pace there.
-torchvision  `torchvision METHOD`, the same recipe with torchvision's in a DataLoader with as many
-             workers as DALI has threads, decoded with Pillow as ImageFolder does; `torchvision
-             (decode_image)`, that of Random Erasing with torchvision's own decoder.
-timm         `timm METHOD`, likewise by timm's create_loader; on the CPU without its prefetcher.
+There is a row for each method, or for several joined by +; `none (again)`, a second pipeline like
+`none`, shows the noise. With files there are also the rows of --peers:
+native       `native METHOD`: DALI's own counterpart of a method, with DALI's random numbers, on the
+             crops of `none`. `native none`: DALI's own crop and flip without any Python, which
+             shows the cost of `none`'s plan. `decode alone`: files are read and decoded whole, the
+             fastest that the decoder allows (a `roi` decoder may skip parts, and be faster).
+             `undecoded METHOD`, for none and SCAE: files are read and crops planned, which is the
+             CPU's work if a GPU decodes. Then the slower of the two sets the pace.
+torchvision  `torchvision METHOD`: torchvision's counterpart, in a DataLoader with as many workers
+             as DALI has threads, decoded with Pillow as ImageFolder does. `torchvision
+             (decode_image)`: Random Erasing with torchvision's own decoder.
+timm         `timm METHOD`: timm's counterpart, by its create_loader; on the CPU without prefetcher.
 `ratio` is a row's rate over that of `none`; `versus_native`, `versus_torchvision` and `versus_timm`
 are those over the counterparts, which for SCAE are those of Random Erasing.
-`cpu_ms_per_image` counts the work instead of the time: it bears other load on the machine.
-`plan_ms_per_batch` is spent in a thread beside DALI's.
+`cpu_ms_per_image` is CPU time, which other load on the machine changes less. `plan_ms_per_batch` is
+spent in a thread beside DALI's.
 
-All rows live at once and take turns. Methods run with their default settings; SCAE where λ is
-largest, from a cache of random maps, and where nothing of a tail is mixed: the classes have one
-size. `mixed_share` is what was counted.
+All rows live at once and take turns. Methods have their default settings. SCAE runs where λ is
+largest, with a cache of random maps; all classes have one size, so that nothing is mixed.
+`mixed_share` is the share of samples that were mixed.
 
---mixed-share S relabels the images: 2·S of them, drawn at random, become a tail of small classes,
-whose samples SCAE mixes with probability 0.5; the others are one class. So about the share S of all
-is mixed. Rows: `mixed S`; `unmixed S`, the same data with mix_prob=0, which is the `baseline` of
-both ratios. Goals: 0.95 at 1%, 0.85 at 9%.
+--mixed-share S relabels the images: a share of 2·S, drawn at random, becomes a tail of small
+classes, whose samples SCAE mixes with probability 0.5; the others are one class. So about a share S
+of all is mixed. Rows: `mixed S`; `unmixed S`, the same data with mix_prob=0, which is the
+`baseline` of both ratios. Goals: 0.95 at 1%, 0.85 at 9%.
 
 --source memory takes images from memory, as small as CIFAR's, shifted by up to 4 pixels instead of
 cropped. The row `scae, long tail` has them in classes as large as those of CIFAR-100-LT, so that
@@ -40,7 +40,7 @@ samples are mixed. Goals on two cores: 50,000 img/s for none, 0.85 of it for SCA
 
 --threads, --batch-size, --prefetch, --dtype, --decode, --layout and --hw-decoder-load take several
 values, A,B,...: every combination is measured, one after the other, with ratios to its own `none`,
-and names of rows say what differs.
+and the names of the rows say what differs.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ from tools.common.options import (
 from tools.common.source import add_source, check_source, open_source
 
 PEERS = ("native", "torchvision", "timm")
-# The options of which every combination is measured, and how names of rows tell their values.
+# Options whose combinations are all measured -> how the names of rows show their values.
 SWEPT = {
     "threads": "threads {}",
     "batch_size": "batch {}",
@@ -95,40 +95,84 @@ SWEPT = {
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = bench.parser_of(__doc__, __name__)
     add_source(parser)
-    parser.add_argument("--methods", default=",".join(BUILT_IN), metavar="A,B,...")
+    parser.add_argument(
+        "--methods",
+        default=",".join(BUILT_IN),
+        metavar="A,B,...",
+        help="methods to measure; none must be among them; default: all",
+    )
     parser.add_argument(
         "--backends",
         type=some_of("python", "torch", "numpy"),
         default="python",
         metavar="A,B",
-        help="of SCAE's plan: python (or numpy, its other name), torch or both",
+        help="operators of DALI that run the plan: python (numpy is the same), torch, or both; "
+        "default: %(default)s",
     )
     parser.add_argument(
         "--peers",
         type=some_of(*PEERS, "none"),
         default=",".join(PEERS),
         metavar="A,B,...",
-        help="rows of others, which read files, or none; default: all",
+        help="whom to compare with, or none; they read files; default: all",
     )
     parser.add_argument(
         *("--mixed-share", "--tail-share"),
         type=shares,
         default=[],
         metavar="S,...",
-        help="rows of which this share of the samples is mixed",
+        help="measure SCAE also with this share of the images mixed, above 0 and at most 0.25",
     )
-    parser.add_argument("--grid", type=count, help="side of the maps; default: 7, in memory 8")
-    parser.add_argument("--batches", type=count, help="a round; default: an epoch's")
+    parser.add_argument(
+        "--grid",
+        type=count,
+        help="cells on a side of a saliency map; default: 7, or 8 for images in memory",
+    )
+    parser.add_argument(
+        "--batches", type=count, help="batches of a row in a round; default: one epoch"
+    )
     add_device(parser)
     several = partial(parser.add_argument, metavar="A,B,...")
-    several("--threads", type=whole_numbers, default="2", help="default: 2")
-    add_batch_size(parser, "64", type=whole_numbers, metavar="A,B,...")
+    several(
+        "--threads",
+        type=whole_numbers,
+        default="2",
+        help="CPU threads of DALI; default: %(default)s",
+    )
+    add_batch_size(parser, "64", "images in a batch", type=whole_numbers, metavar="A,B,...")
     ahead, load = str(ExecConfig.prefetch), str(ExecConfig.hw_decoder_load)
-    several("--prefetch", type=whole_numbers, default=ahead, help=f"batches; default: {ahead}")
-    several("--hw-decoder-load", type=shares, default=load, help=f"default: {load}")
-    several("--dtype", type=some_of("fp32", "fp16"), default="fp32", help="fp32, fp16")
-    several("--layout", type=some_of("NCHW", "NHWC"), default="NCHW", help="NCHW, NHWC")
-    several("--decode", type=some_of("auto", "roi", "full"), default="auto", help="auto, roi, full")
+    several(
+        "--prefetch",
+        type=whole_numbers,
+        default=ahead,
+        help="batches that DALI makes ahead; default: %(default)s",
+    )
+    several(
+        "--hw-decoder-load",
+        type=shares,
+        default=load,
+        help="share of a batch, from 0 to 1, that the GPU's JPEG engine decodes; default: "
+        "%(default)s",
+    )
+    several(
+        "--dtype",
+        type=some_of("fp32", "fp16"),
+        default="fp32",
+        help="type of the images: fp32, fp16; default: %(default)s",
+    )
+    several(
+        "--layout",
+        type=some_of("NCHW", "NHWC"),
+        default="NCHW",
+        help="memory layout of the images: NCHW, NHWC; default: %(default)s",
+    )
+    several(
+        "--decode",
+        type=some_of("auto", "roi", "full"),
+        default="auto",
+        help="what is decoded: the crop (roi), the whole image (full), or auto; default: "
+        "%(default)s",
+    )
     args = bench.parse(
         parser,
         argv,
@@ -165,13 +209,13 @@ def versus(samples: Mapping[str, Sequence[float]], peer: str) -> dict[str, float
 def measure(
     args: argparse.Namespace, chosen: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
-    """One combination -> its rows, and what else is known of them: by name, then by row."""
+    """Measures one combination; returns its rows, and further figures: name -> row -> figure."""
     tensors = {name: chosen[name] for name in ("dtype", "decode", "layout")}
-    execution = {name: chosen[name] for name in chosen if name not in tensors}
-    run = ExecConfig(device_id=args.device_id, **execution)
-    source = open_source(args, run.batch_size)
+    others = {name: chosen[name] for name in chosen if name not in tensors}
+    execution = ExecConfig(device_id=args.device_id, **others)
+    source = open_source(args, execution.batch_size)
     image = source.image(args.size, **tensors)
-    batches = args.batches or len(source.index) // run.batch_size
+    batches = args.batches or len(source.index) // execution.batch_size
     side = args.grid or (7 if args.source == "files" else 8)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -180,7 +224,7 @@ def measure(
             path = os.path.join(folder, f"{name}.lmdb")
             return stack.enter_context(random_cache(path, index, (side, side)))
 
-        rows = Rows(source, image, run, new_cache)
+        rows = Rows(source, image, execution, new_cache)
         rows.add_methods(args.methods, args.backends)
         if args.source == "memory" and "scae" in args.methods:
             rows.add_long_tail()
@@ -209,7 +253,7 @@ def measure(
 def ratios(
     samples: Mapping[str, Sequence[float]], baselines: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """Rows with ratios to their baselines, which are told where they are not `none`."""
+    """Rows with ratios to their baselines; a row names its baseline unless it is `none`."""
     table = []
     for base in dict.fromkeys(baselines.values()):
         alike = {name: rates for name, rates in samples.items() if baselines[name] == base}
@@ -252,5 +296,5 @@ def rate_of_none(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def full_name(row: str, title: str) -> str:
-    """A row's name among those of all combinations."""
+    """A row's name with that of its combination."""
     return f"{row}, {title}" if title else row

@@ -1,4 +1,4 @@
-"""The rows of the pipeline's benchmark: our methods, samples that are mixed, and what others do."""
+"""The rows of the benchmark `pipeline`: our methods, mixed samples, and other libraries."""
 
 from __future__ import annotations
 
@@ -29,29 +29,34 @@ CIFAR_LT = profile(500, 100, 100)  # images of each class of CIFAR-100-LT
 
 
 class Rows:
-    """Rows that live at once, in `live`. new_cache: a name and an index -> a cache of random maps.
+    """Rows that live at once, in `live`. new_cache: (name, index) -> a cache of random maps.
 
-    counts: of our own rows, how many samples are mixed. baselines: of every row, the name of the
-    one that its ratio is to.
+    counts: name of one of our rows -> how many samples are mixed. baselines: name of a row -> name
+    of the row that its ratio is to.
     """
 
     def __init__(
         self,
         source: Source,
         image: ImageConfig,
-        run: ExecConfig,
+        execution: ExecConfig,
         new_cache: Callable[[str, ImageIndex], SaliencyCache],
     ) -> None:
-        self._source, self._image, self._run, self._new_cache = source, image, run, new_cache
+        self._source, self._image, self._execution, self._new_cache = (
+            source,
+            image,
+            execution,
+            new_cache,
+        )
         self._cache = new_cache("maps", source.index)
-        self._ahead = source.ahead(run)
-        self._device = "cpu" if run.device_id is None else f"cuda:{run.device_id}"
+        self._ahead = source.ahead(execution)
+        self._device = "cpu" if execution.device_id is None else f"cuda:{execution.device_id}"
         self.live: dict[str, Row] = {}
         self.counts: dict[str, Counter] = {}
         self.baselines: dict[str, str] = {}
 
     def add_methods(self, methods: Sequence[str], backends: Sequence[str]) -> None:
-        """A row a method, and `none` a second time."""
+        """A row for each method, and a second one for `none`."""
         for method in methods:
             if method != "scae" or {"python", "numpy"} & {*backends}:
                 self._ours(method, method)
@@ -66,7 +71,7 @@ class Rows:
         self._ours("scae, long tail", "scae", source=tailed, cache=cache)
 
     def add_mixed(self, share: float) -> None:
-        """SCAE that mixes this share of the samples, and SCAE that could and does not."""
+        """SCAE that mixes this share of the samples, and SCAE on the same data with mix_prob=0."""
         label = f"{100 * share:g}%"
         tailed = self._source.relabelled(with_tail(self._source.index, share))
         cache = self._new_cache(label, tailed.index)
@@ -81,19 +86,19 @@ class Rows:
             )
 
     def add_native(self, methods: Sequence[str]) -> None:
-        """DALI's own counterparts, and parts of our pipeline by themselves."""
-        index, image, run = self._source.index, self._image, self._run
-        self._add("native none", Row(native.plain(index, image, run), self._ahead))
+        """DALI's own counterparts, and parts of our pipeline alone."""
+        index, image, execution = self._source.index, self._image, self._execution
+        self._add("native none", Row(native.plain(index, image, execution), self._ahead))
         for method in methods:
             if augment := native.COUNTERPARTS.get(method):
                 stage = self._stage("none")
-                pipeline = native.augmented_pipeline(stage, image, run, augment)
+                pipeline = native.augmented_pipeline(stage, image, execution, augment)
                 self._add(f"native {method}", self._row(pipeline, stage))
-        self._add("decode alone", Row(native.decoded(index, run), self._ahead))
+        self._add("decode alone", Row(native.decoded(index, execution), self._ahead))
         for method in methods:
             if method in ("none", "scae"):
                 stage = self._stage(method)
-                plans = native.undecoded(stage, image, run)
+                plans = native.undecoded(stage, image, execution)
                 self._add(f"undecoded {method}", Row(plans, self._ahead, stage))
 
     def add_torchvision(self, methods: Sequence[str]) -> None:
@@ -121,7 +126,7 @@ class Rows:
     ) -> None:
         source = source or self._source
         stage = self._stage(method, source.index, cache, **settings)
-        loader = source.loader(stage, self._image, self._run)
+        loader = source.loader(stage, self._image, self._execution)
         self.counts[name] = Counter()
         self._add(name, Row(self.counts[name](endless(loader)), self._ahead, stage), baseline)
 
@@ -135,7 +140,7 @@ class Rows:
         return Stage(
             index or self._source.index,
             method,
-            batch_size=self._run.batch_size,
+            batch_size=self._execution.batch_size,
             cache=cache or self._cache,
             **GUIDED,
             **settings,
@@ -149,16 +154,16 @@ class Rows:
         self, name: str, batches: Callable[..., Iterator[torch.Tensor]], method: str
     ) -> None:
         """A DataLoader with as many workers as DALI has threads."""
-        run = self._run
+        execution = self._execution
         images = batches(
             self._source.index,
             self._image,
             method=method,
-            batch_size=run.batch_size,
-            workers=run.threads,
+            batch_size=execution.batch_size,
+            workers=execution.threads,
             device=self._device,
         )
-        self._add(name, Row(images, run.threads * (peers.AHEAD + 1)))
+        self._add(name, Row(images, execution.threads * (peers.AHEAD + 1)))
 
     def _add(self, name: str, row: Row, baseline: str = "none") -> None:
         self.live[name], self.baselines[name] = row, baseline

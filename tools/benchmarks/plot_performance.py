@@ -1,12 +1,12 @@
-"""The README's plot of performance, out of what the benchmarks measured.
+"""Draw the plot of tools/results/README.md from the results of two benchmarks.
 
     python tools/benchmark.py plot_performance --pipeline tools/results/pipeline_native_cpu.json \\
         --scale tools/results/scale_cpu.json --out tools/results/performance.png
 
-Left: what each method adds to the time of a pipeline without erasing, as the benchmark `pipeline`
-has it; bars have half the interquartile range to either side; in orange is DALI's own counterpart.
-Right: the cost of a sample against how many there are, as the benchmark `scale` has it: the time of
-a step, and the memory that it holds or needs at its peak.
+Left, from the benchmark `pipeline`: how much time each method adds to a pipeline without erasing.
+Error bars are half the interquartile range to either side; DALI's own counterparts are orange.
+Right, from the benchmark `scale`: the cost of a sample against the number of samples: the time of
+each step, and the memory that it holds or needs at its peak.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from scae_dali.methods import BUILT_IN
 from tools.common import bench
 from tools.common.options import existing_file
 
-# Steps of `scale` by what they are called here.
+# Name in the plot -> step of `scale`.
 TIMES = {
     "plans": "plan a sample",
     "lookups": "look up a map in LMDB",
@@ -43,7 +43,7 @@ MEMORY = {
 
 
 def overheads(axes: Axes, rows: dict[str, dict[str, Any]]) -> None:
-    """Percent of the time of `none`, by method."""
+    """Draws the time that each method adds, in percent of the time of `none`."""
     names = [name for name in BUILT_IN if name in rows and name != "none"]
     names.sort(key=lambda name: rows[name]["ratio"])
     for place, name in enumerate(names):
@@ -85,7 +85,7 @@ def grown(axes: Axes, lines: dict[str, list[tuple[int, float]]], unit: str) -> N
 def lines_of(
     sizes: list[dict[str, Any]], steps: dict[str, str], value: Any
 ) -> dict[str, list[tuple[int, float]]]:
-    """Points (samples, value of the step) by the step's name; those left out, or 0, are missing."""
+    """Name -> points (samples, value of the step); steps that were left out, or 0, have none."""
     out: dict[str, list[tuple[int, float]]] = {}
     for one in sizes:
         for step, name in steps.items():
@@ -100,16 +100,28 @@ def microseconds(step: str, found: dict[str, Any], samples: int) -> float:
 
 
 def held(step: str, found: dict[str, Any], samples: int) -> float:
-    """Bytes a sample; below one it is nothing."""
+    """Bytes per sample that a step's result holds; less than one counts as 0."""
     bytes_each = found[MEMORY[step][0]] / samples
     return bytes_each if bytes_each >= 1 else math.nan
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = bench.parser_of(__doc__, __name__)
-    parser.add_argument("--pipeline", type=existing_file, required=True, metavar="JSON")
-    parser.add_argument("--scale", type=existing_file, required=True, metavar="JSON")
-    parser.add_argument("--out", type=Path, required=True, metavar="PNG")
+    parser.add_argument(
+        "--pipeline",
+        type=existing_file,
+        required=True,
+        metavar="JSON",
+        help="result of the benchmark `pipeline`",
+    )
+    parser.add_argument(
+        "--scale",
+        type=existing_file,
+        required=True,
+        metavar="JSON",
+        help="result of the benchmark `scale`",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
     args = parser.parse_args(argv)
     pipeline, scale = (json.loads(path.read_text()) for path in (args.pipeline, args.scale))
     figure = Figure(figsize=(17, 5.8), layout="constrained")

@@ -1,16 +1,15 @@
-"""What processes that share one saliency cache cost each other, as the ranks of one machine do.
+"""Measure how much processes that share one saliency cache slow each other down.
 
     python tools/benchmark.py processes --data imagenet --json tools/results/processes_cpu.json
 
-Each process is one as torchrun starts them: an interpreter of its own with its own shard, pipeline
-of --threads, and cache, opened by itself. Rows, for each N of --processes: where --data is given,
-`none × N` and `scae × N`, the training pipeline by method; and without any pixels `plan × N`, all
-that SCAE decides for a batch; `plan without maps × N`, Random Erasing's plan, which reads no cache
-and so shows what N processes cost each other anyway; `lookups × N`, a batch's maps out of the
-cache, and no more.
+The processes are like those of torchrun: each has its own interpreter, shard, pipeline of --threads
+and cache object. Rows, for each N of --processes: if --data is given, `none × N` and `scae × N`,
+the training pipeline by method. Without pixels: `plan × N`, SCAE's plan of a batch; `plan without
+maps × N`, Random Erasing's plan, which reads no cache and so shows how N processes slow each other
+anyway; `lookups × N`, looking up a batch's maps alone.
 
-The rate is that of one process, the slowest of the N, as ranks wait for each other. `ratio` is to
-the same row with one process alone; `scae_to_none` has, by N, the ratio of these two rows. The
+The rate is that of the slowest of the N processes, as ranks wait for each other. `ratio` is to the
+same row with one process alone; `scae_to_none` has the ratio of these two rows for each N. The
 processes of a row begin each round together, and rows take turns. λ is largest, maps are random.
 """
 
@@ -58,15 +57,49 @@ PATIENCE_S = 300.0  # for the other processes of a round
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = bench.parser_of(__doc__, __name__)
-    add_data(parser, help="the training images: DIR/train/<class>/<image>; default: plans alone")
-    parser.add_argument("--processes", type=whole_numbers, default="1,2", metavar="N,...")
-    add_batch_size(parser, 64, "of a process")
-    parser.add_argument("--batches", type=count, help="a round; default: a shard's")
-    parser.add_argument("--repeat", type=count, default=1, help="times each file is in an epoch")
-    parser.add_argument("--threads", type=count, default=1, help="of DALI, a process")
-    parser.add_argument("--size", type=count, default=224, help="side of the crop in pixels")
-    parser.add_argument("--samples", type=count, default=100_000, help="of the cache of the plans")
-    parser.add_argument("--plans", type=count, default=2000, help="batches planned in a round")
+    add_data(
+        parser,
+        help="folder of the data set, with the training images in DIR/train/<class>/; default: no "
+        "pipeline is measured",
+    )
+    parser.add_argument(
+        "--processes",
+        type=whole_numbers,
+        default="1,2",
+        metavar="N,...",
+        help="numbers of processes; default: %(default)s",
+    )
+    add_batch_size(parser, 64, "images in a batch of one process")
+    parser.add_argument(
+        "--batches", type=count, help="batches of a process in a round; default: those of one epoch"
+    )
+    parser.add_argument(
+        "--repeat",
+        type=count,
+        default=1,
+        help="how many times an epoch reads each file; default: %(default)s",
+    )
+    parser.add_argument(
+        "--threads",
+        type=count,
+        default=1,
+        help="CPU threads of DALI in one process; default: %(default)s",
+    )
+    parser.add_argument(
+        "--size", type=count, default=224, help="side of the crop in pixels; default: %(default)s"
+    )
+    parser.add_argument(
+        "--samples",
+        type=count,
+        default=100_000,
+        help="number of maps in the cache that the plans use; default: %(default)s",
+    )
+    parser.add_argument(
+        "--plans",
+        type=count,
+        default=2000,
+        help="number of batches that a process plans in a round; default: %(default)s",
+    )
     add_device(
         parser, type=usable_devices, help="a GPU for each process, or cpu", metavar="A,B,..."
     )
@@ -122,9 +155,9 @@ def plan_rows(args: argparse.Namespace, index: ImageIndex, cache: str, rank: int
 def file_rows(
     args: argparse.Namespace, index: ImageIndex, cache: str, rank: int, processes: int
 ) -> dict[str, Row]:
-    """The training pipeline of one process of so many."""
+    """The rows of the training pipeline, in one of so many processes."""
     image = ImageConfig(size=args.size, val_resize=args.size)
-    run = ExecConfig(
+    execution = ExecConfig(
         batch_size=args.batch_size,
         device_id=args.device_id[rank],
         threads=args.threads,
@@ -141,14 +174,14 @@ def file_rows(
             num_shards=processes,
             **GUIDED,
         )
-        pipeline = files.train_pipeline(stage, image, run, seed=SEED)
+        pipeline = files.train_pipeline(stage, image, execution, seed=SEED)
         loader = Loader(pipeline, files.OUTPUTS, index, drop_last=False)
-        return Row((batch.images for batch in endless(loader)), run.prefetch + 1, stage)
+        return Row((batch.images for batch in endless(loader)), execution.prefetch + 1, stage)
 
     return {method: row(method) for method in FILES}
 
 
-# Of a process that was started: its rows, by name and number of processes, and where these meet.
+# In a process that was started: its rows and barriers, by name and number of processes.
 _live: dict[tuple[str, int], Row] = {}
 _barriers: dict[int, Barrier] = {}
 
@@ -159,7 +192,7 @@ def start(
     barriers: Mapping[int, Barrier],
     rank: int,
 ) -> None:
-    """The first call in a process. indices: made-up samples, then those of files, by cache."""
+    """The first call in a process. indices: cache -> index, first the made-up one, then files."""
     if args.device_id[rank] is not None:
         torch.cuda.set_device(args.device_id[rank])
     (plans, made_up), *others = indices.items()
@@ -175,7 +208,7 @@ def start(
 
 
 def take_turn(name: str, processes: int, batches: int) -> tuple[float, float]:
-    """In a process of so many -> img/s and CPU time an image in ms."""
+    """Measures a row in one of so many processes; returns img/s and CPU time of an image in ms."""
     row = _live[name, processes]
     rate = row.measure(batches, partial(_barriers[processes].wait, PATIENCE_S))
     return rate, row.cpu_ms[-1]
@@ -184,7 +217,7 @@ def take_turn(name: str, processes: int, batches: int) -> tuple[float, float]:
 def together(
     ranks: Sequence[ProcessPoolExecutor], barrier: Barrier, name: str, batches: int
 ) -> list[tuple[float, float]]:
-    """What `take_turn` gives in each process."""
+    """What `take_turn` returns in each process."""
     turns = [rank.submit(take_turn, name, len(ranks), batches) for rank in ranks]
     for turn in wait(turns, return_when=FIRST_EXCEPTION).done:
         if error := turn.exception():

@@ -1,16 +1,16 @@
-"""The saliency pass against plain inference, from file to cache, and what smaller images cost it.
+"""Compare a saliency pass with plain inference, at several sizes of the images.
 
     python tools/benchmark.py saliency_pass --data imagenet --sizes 224,160 --json OUT
     python tools/benchmark.py saliency_pass --data demo/data --model resnet18 --layer layer3 \\
         --weights demo/run/weights.pt --sizes 128,96,64 --json OUT
 
-Rows, of each size: `images`, what the pipeline gives with nothing done to them; `inference`, their
-logits, nothing kept; `pass`, their maps in a cache. `ratio` is to the inference of the first size,
-`of_inference` that of a pass to the inference of its own size (goal: 0.90). With `--weights`:
-`agreement`, the mean rank correlation (Spearman) of a size's maps with those of the first.
+Rows, for each size: `images`, the pipeline alone; `inference`, the logits of its images; `pass`,
+their maps in a cache. `ratio` is to the inference of the first size, `of_inference` that of a pass
+to the inference of its own size (goal: 0.90). With `--weights`: `agreement`, the mean rank
+correlation (Spearman) of a size's maps with those of the first.
 
-`forward …`: one batch on the device over and over: as it is, with BatchNorm folded into the
-convolutions (torch.fx), and with the memory format changed. They tell what the pass could gain.
+`forward …`: the network alone on one batch, as it is, with BatchNorm folded into the convolutions
+(torch.fx), and with the memory format changed. These rows show what the pass could gain.
 """
 
 from __future__ import annotations
@@ -51,18 +51,45 @@ Amp = Callable[[], AbstractContextManager]
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = bench.parser_of(__doc__, __name__)
     add_data(parser, required=True)
-    parser.add_argument("--repeat", type=count, default=1, help="times each file is in a pass")
-    parser.add_argument("--images", type=count, help="at most so many in a pass")
-    parser.add_argument("--model", default="resnet50", help="a network as train.py takes it")
-    parser.add_argument("--weights", metavar="PT", help="of train.py; default: random")
-    parser.add_argument("--layer", help="module name; default: by the model's family")
     parser.add_argument(
-        "--sizes", type=whole_numbers, default="224,160", metavar="A,B,...", help="in pixels"
+        "--repeat",
+        type=count,
+        default=1,
+        help="how many times a pass reads each file; default: %(default)s",
     )
-    add_batch_size(parser, 32)
-    parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--threads", type=count, default=2, help="of DALI")
+    parser.add_argument("--images", type=count, help="number of images in a pass; default: all")
+    parser.add_argument(
+        "--model",
+        default="resnet50",
+        help="name of the network, as --model of train.py takes it; default: %(default)s",
+    )
+    parser.add_argument(
+        "--weights", metavar="PT", help="weights.pt of a run of train.py; default: random weights"
+    )
+    parser.add_argument(
+        "--layer",
+        help="name of the layer that the maps are made from; default: the usual one of the network",
+    )
+    parser.add_argument(
+        "--sizes",
+        type=whole_numbers,
+        default="224,160",
+        metavar="A,B,...",
+        help="sides in pixels that images are resized to; default: %(default)s",
+    )
+    add_batch_size(parser, 32, "images in a batch")
+    parser.add_argument(
+        "--amp",
+        choices=["none", "bf16", "fp16"],
+        default="none",
+        help="mixed precision; default: %(default)s",
+    )
+    parser.add_argument(
+        "--channels-last", action="store_true", help="use the channels-last memory format"
+    )
+    parser.add_argument(
+        "--threads", type=count, default=2, help="CPU threads of DALI; default: %(default)s"
+    )
     add_device(parser)
     return bench.parse(
         parser,
@@ -73,7 +100,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def forwards(net: nn.Module, images: torch.Tensor, amp: Amp) -> dict[str, Callable[[], float]]:
-    """The network alone on a batch, in evaluation mode, in several shapes -> img/s of a call."""
+    """Name -> a function that runs a variant of the network, in evaluation mode, on a batch, and
+    returns img/s."""
     last = images.is_contiguous(memory_format=torch.channels_last)
     layout = torch.contiguous_format if last else torch.channels_last
     turned = deepcopy(net).to(memory_format=layout)
@@ -103,8 +131,8 @@ def forwards(net: nn.Module, images: torch.Tensor, amp: Amp) -> dict[str, Callab
 
 
 def agreements(caches: Mapping[int, SaliencyCache], samples: int) -> dict[str, float]:
-    """Of each size's maps with those of the first, both bilinear on the finest grid of all: the
-    mean rank correlation over images."""
+    """The mean rank correlation of each size's maps with those of the first, both bilinear on the
+    finest grid of all."""
     finest = max((cache.meta.grid for cache in caches.values()), key=np.prod)
     maps = {}
     for size, cache in caches.items():
@@ -135,7 +163,9 @@ def main(argv: list[str] | None = None) -> None:
     net = load_model(args.model, args.weights, index.num_classes)
     net.to(device, memory_format=layout)  # type: ignore[call-overload]
     amp = partial(autocast, args.amp, device)
-    run = ExecConfig(batch_size=args.batch_size, device_id=args.device_id, threads=args.threads)
+    execution = ExecConfig(
+        batch_size=args.batch_size, device_id=args.device_id, threads=args.threads
+    )
     image = ImageConfig(
         dtype="fp32" if args.amp == "none" else "fp16",
         layout="NHWC" if args.channels_last else "NCHW",
@@ -144,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     loaders = Loaders(
         Data(index, index, None, None), images[args.sizes[0]], sampling="shuffle", seed=0
     )
-    passes = Passes(net, args.layer, index, loaders, run, amp)
+    passes = Passes(net, args.layer, index, loaders, execution, amp)
     with tempfile.TemporaryDirectory() as folder:
         calls: dict[str, Callable[[], float]] = {}
         paths = {size: Path(folder, f"{size}.lmdb") for size in args.sizes}

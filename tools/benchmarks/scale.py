@@ -3,16 +3,16 @@
     python tools/benchmark.py scale --json tools/results/scale_cpu.json
     python tools/benchmark.py scale --samples 1e5,1e6,1e7,1e8 --parts sizes --json OUT    # an hour
 
-Rows: the plans of a whole epoch (`--epoch`, ImageNet's size) at the highest λ, crop and flip
-included, with maps from LMDB and from memory; `epoch` tells what became of the memory on the way.
-`sizes`: for each number of samples, in a process of its own and once, every step from the list of
-names to a plan: seconds, bytes that its result holds, and bytes of this process at the peak.
-`startup`: a tree of empty images (`--files`) until index and cache are open and DALI is ready.
+Rows: the plans of a whole epoch (`--epoch`, ImageNet's size) at the highest λ, with crop and flip,
+and maps from LMDB or from memory; `epoch` shows how memory changes meanwhile. `sizes`: for each
+number of samples, once and in a process of its own, every step from the list of names to a plan:
+its seconds, the bytes that its result holds, and the process's bytes at the peak. `startup`: the
+time for a tree of empty images (`--files`) until index and cache are open and DALI is ready.
 
 Nothing here reads pixels: names, labels, shapes of images and maps are made up. A process may take
-`SHARE` of the memory that is free at the start. A step that would need more, judged by the size
-before, is left out and says so; where it needs more nevertheless it ends with MemoryError. Where
-the names do not fit, an index without names (`index: "synthetic"`) serves the other steps.
+`SHARE` of the memory that is free at the start. A step that would need more, estimated from the
+size before, is left out with a note; if a step needs more than estimated, it ends with MemoryError.
+If the names do not fit, the other steps use an index without names (`index: "synthetic"`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ GRID = (7, 7)
 SEED = 7
 CROP_PX = 224
 PHOTOGRAPHS = 500  # different shapes of images
-SHARE = 0.7  # of the memory that is free may be taken
+SHARE = 0.7  # of the free memory that a process may take
 MARKS = 20  # points of an epoch at which memory is looked at
 FOLDERS = 1000
 PARTS = ("epoch", "sizes", "startup")
@@ -63,7 +63,7 @@ T = TypeVar("T")
 
 
 def fill(cache: SaliencyCache, epoch: int) -> None:
-    """A whole pass, with making up its maps."""
+    """Makes a whole pass of made-up maps."""
     with ChunkWriter(cache, epoch) as writer:
         for first in range(0, len(writer.pending), 4096):
             ids = writer.pending[first : first + 4096]
@@ -75,9 +75,9 @@ def labelled(names: list[str]) -> ImageIndex:
 
 
 def stage_of(index: Any, cache: SaliencyCache, batch: int, resident: bool) -> Stage:
-    """λ(t) = λ_max from the first epoch on."""
-    run: dict[str, Any] = {"epochs": 1, "start_epoch": 1, "batch_size": batch, "seed": SEED}
-    return Stage(index, "scae", cache=cache, resident=resident, **run)
+    """A stage with λ(t) = λ_max from the first epoch on."""
+    settings: dict[str, Any] = {"epochs": 1, "start_epoch": 1, "batch_size": batch, "seed": SEED}
+    return Stage(index, "scae", cache=cache, resident=resident, **settings)
 
 
 def order_of(index: Any, batch: int) -> Order:
@@ -85,7 +85,7 @@ def order_of(index: Any, batch: int) -> Order:
 
 
 def plans(stage: Stage, order: Callable[[int], np.ndarray]) -> Iterator[np.ndarray]:
-    """One batch after the other: float64 [B, K]. order: number of the batch -> its samples."""
+    """Plans batch after batch: float64 [B, K]. order: number of the batch -> its samples."""
     planner = stage.planner(CropConfig())
     shapes = np.random.default_rng(SEED).integers(200, 600, (PHOTOGRAPHS, 2)).astype(np.float64)
     size_px = np.full((stage.batch_size, 2), CROP_PX)
@@ -96,10 +96,10 @@ def plans(stage: Stage, order: Callable[[int], np.ndarray]) -> Iterator[np.ndarr
 
 
 class Steps:
-    """What each step took, by name, in `found`.
+    """Measures steps; `found` has what each took, by name.
 
-    known: bytes a sample at the peak of each step, of the size before; with them a step that would
-    go beyond `limit` bytes is left out.
+    known: bytes per sample at the peak of each step at the size before. By them, a step that would
+    exceed `limit` bytes is left out.
     """
 
     def __init__(self, samples: int, known: dict[str, float], limit: int) -> None:
@@ -107,7 +107,7 @@ class Steps:
         self._samples, self._known, self._limit = samples, known, limit
 
     def take(self, name: str, work: Callable[[], T], items: int = 0) -> T | None:
-        """work(); None where it does not fit. items: how many it deals with, for a rate."""
+        """work(), measured; None if it does not fit. items: how many it handles, for a rate."""
         gc.collect()
         before = memory.usage()["own"]
         needs = before + int(self._known.get(name, 0.0) * self._samples)
@@ -141,7 +141,7 @@ class Steps:
 def at_size(
     n: int, batch: int, lookups: int, folder: str, known: dict[str, float], limit: int
 ) -> dict[str, Any]:
-    """Every step at one size, in this process."""
+    """Takes every step at one size, in this process."""
     memory.limit(limit)
     steps = Steps(n, known, limit)
     path = os.path.join(folder, "maps.lmdb")
@@ -184,7 +184,7 @@ def at_size(
 
 
 def named(n: int, steps: Steps, path: str) -> ImageIndex | None:
-    """An index with names, and what only such a one can do; None where it does not fit."""
+    """An index with names; measures the steps that need names. None if it does not fit."""
     names = steps.take("names", lambda: names_of(n))
     if names is None:
         return None
@@ -215,7 +215,7 @@ def check(looked_up: list[Any] | None, batches: list[np.ndarray]) -> None:
 
 
 def an_epoch(n: int, batch: int, path: str, resident: bool) -> dict[str, Any]:
-    """Plans of every batch of an epoch, in this process, and what that does to its memory."""
+    """Plans every batch of an epoch, in this process, and watches its memory."""
     index = labelled(names_of(n))
     with SaliencyCache(path, index=index) as cache, memory.Watch() as watch:
         stage = stage_of(index, cache, batch, resident)
@@ -270,9 +270,9 @@ def _status(plan: np.ndarray) -> np.ndarray:
 
 
 def traced_growth(planned: Iterator[np.ndarray], batches: int, stretches: int = 4) -> list[float]:
-    """Bytes a batch that Python and NumPy hold more after each stretch of so many batches.
+    """By how many bytes per batch Python's and NumPy's memory has grown after each stretch.
 
-    They fall from one to the next: NumPy keeps freed blocks below 1 KB, up to seven of each size.
+    The growth falls: NumPy keeps freed blocks below 1 KB, up to seven of each size.
     """
     tracemalloc.start()
     for _ in range(3):
@@ -288,7 +288,7 @@ def traced_growth(planned: Iterator[np.ndarray], batches: int, stretches: int = 
 
 
 def tree(root: str, n: int) -> None:
-    """n empty files, named as ImageNet's."""
+    """Makes n empty files, named as ImageNet's."""
     for k in range(min(FOLDERS, n)):
         folder = os.path.join(root, f"n{k:08d}")
         os.mkdir(folder)
@@ -298,16 +298,16 @@ def tree(root: str, n: int) -> None:
 
 
 def built(index: ImageIndex, cache: SaliencyCache, batch: int) -> int:
-    """A training pipeline that has not read a file yet -> the samples that its reader knows."""
+    """Builds a training pipeline that reads no file yet; returns its reader's number of samples."""
     stage = stage_of(index, cache, batch, resident=False)
-    run = ExecConfig(batch_size=batch, threads=1)
-    pipeline = train_pipeline(stage, ImageConfig(), run, seed=SEED)
+    execution = ExecConfig(batch_size=batch, threads=1)
+    pipeline = train_pipeline(stage, ImageConfig(), execution, seed=SEED)
     pipeline.build()
     return pipeline.reader_meta(READER)["epoch_size"]
 
 
 def start_up(n: int, batch: int, rounds: int, folder: str) -> dict[str, Any]:
-    """Seconds until index, cache and pipeline are there; the kernel knows the folders by then."""
+    """Seconds until index, cache and pipeline are ready; the kernel has the folders cached."""
     root, stored = os.path.join(folder, "images"), os.path.join(folder, "index.npz")
     path = os.path.join(folder, "maps.lmdb")
     os.mkdir(root)
@@ -348,13 +348,13 @@ def start_up(n: int, batch: int, rounds: int, folder: str) -> dict[str, Any]:
 
 
 def alone(work: Callable[..., T], *args: Any) -> T:
-    """work(*args) in a fresh process: memory of one measurement is not that of another."""
+    """work(*args) in a fresh process, so that one measurement's memory does not affect another."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *args).result()
 
 
 def all_sizes(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What each size took, up to the first whose process is killed."""
+    """What each size took, up to the first size whose process is killed."""
     found: list[dict[str, Any]] = []
     known: dict[str, float] = {}
     for n in args.samples:
@@ -362,7 +362,7 @@ def all_sizes(args: argparse.Namespace) -> list[dict[str, Any]]:
             limit = int(SHARE * memory.available())
             try:
                 found.append(alone(at_size, n, args.batch_size, args.lookups, folder, known, limit))
-            except BrokenProcessPool:  # what the smaller ones told is not lost
+            except BrokenProcessPool:  # the results of smaller sizes are kept
                 break
         for name, step in found[-1]["steps"].items():
             if "left_out" not in step:
@@ -387,7 +387,7 @@ def print_steps(one: dict[str, Any]) -> None:
 
 
 def growth(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Lines for `draw`: seconds, and bytes at the peak, of every step against samples."""
+    """Lines for `draw`: seconds, and peak bytes, of every step against the number of samples."""
     seconds: dict[str, list[tuple[float, float]]] = {}
     peaks: dict[str, list[tuple[float, float]]] = {}
     for one in found:
@@ -399,7 +399,7 @@ def growth(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def breaks(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The three steps whose peaks fill this machine's memory first, by the growth between sizes."""
+    """The three steps that would fill this machine's memory first, by their growth with size."""
     peaks: dict[str, list[tuple[int, int]]] = {}
     for one in found:
         for name, step in one["steps"].items():
@@ -441,14 +441,39 @@ def epochs(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, An
 
 def main(argv: list[str] | None = None) -> None:
     parser = bench.parser_of(__doc__, __name__)
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
-    parser.add_argument("--samples", type=sizes, default="1e5,1e6,1e7", help="of `sizes`")
-    parser.add_argument("--epoch", type=count, default=1_281_167, help="samples of `epoch`")
-    parser.add_argument("--files", type=count, default=1_281_167, help="of `startup`")
-    add_batch_size(parser, 256)
-    parser.add_argument("--lookups", type=count, default=100_000, help="and plans, of a size")
     parser.add_argument(
-        "--dir", type=existing_folder, help="for caches and files meanwhile; default: the temporary"
+        "--parts", default=",".join(PARTS), help="parts to measure; default: %(default)s"
+    )
+    parser.add_argument(
+        "--samples",
+        type=sizes,
+        default="1e5,1e6,1e7",
+        help="numbers of images that the part `sizes` goes through; default: %(default)s",
+    )
+    parser.add_argument(
+        "--epoch",
+        type=count,
+        default=1_281_167,
+        help="number of images of the part `epoch`; default: %(default)s",
+    )
+    parser.add_argument(
+        "--files",
+        type=count,
+        default=1_281_167,
+        help="number of files of the part `startup`; default: %(default)s",
+    )
+    add_batch_size(parser, 256, "images in a batch")
+    parser.add_argument(
+        "--lookups",
+        type=count,
+        default=100_000,
+        help="number of lookups, and of plans, at each size; default: %(default)s",
+    )
+    parser.add_argument(
+        "--dir",
+        type=existing_folder,
+        help="folder for caches and files, which are removed at the end; default: the system's "
+        "temporary folder",
     )
     quick = {
         "rounds": 1,

@@ -1,17 +1,17 @@
-"""What SCAE costs where it counts: in the time of training, saliency passes included.
+"""Measure what SCAE adds to the time of training, with saliency passes.
 
     python tools/benchmark.py train --data imagenet --repeat 20 --model resnet50 --device 0 \\
         --batch-size 256 --threads 16 --amp bf16 --channels-last --pass-every 10 --json OUT
     python tools/benchmark.py train --source memory --model cifar_resnet32 --device 0 \\
         --batch-size 128 --amp bf16 --channels-last --compile reduce-overhead --json OUT
 
-Rows train a network as train.py does: `synthetic` on a batch that lies on the device already;
-`none` and `scae` on what the pipeline gives, SCAE where λ is largest, with random maps; `harvest`,
-where the network allows it, another one like it that gathers maps from its forward passes besides.
-The row `saliency pass`: Grad-CAM of --pass-steps batches, stretched to --pass-size, into a cache,
-without its start; a pipeline's first batches are slower, so give many on a fast GPU. `ratio` is to
-`none`; `overhead` what SCAE adds to the time of `none`, by its steps and by a pass over
---pass-share of the images every so many epochs, and what `harvest` adds to that of `scae`.
+Rows train a network as train.py does: `synthetic` on one batch that is on the device already;
+`none` and `scae` on batches of the pipeline, SCAE where λ is largest, with random maps; `harvest`,
+if the network allows it, as `scae`, while it gathers maps from the forward passes. The row
+`saliency pass`: Grad-CAM of --pass-steps batches, stretched to --pass-size, into a cache, without
+its start; a pipeline's first batches are slower, so give many on a fast GPU. `ratio` is to `none`.
+`overhead` is the time that SCAE adds to that of `none`, by its steps and by a pass over
+--pass-share of the images every --pass-every epochs; and what `harvest` adds to that of `scae`.
 """
 
 from __future__ import annotations
@@ -56,22 +56,63 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--arrays", dest="source", action="store_const", const="memory", help=argparse.SUPPRESS
     )
-    parser.add_argument("--model", default="resnet50", help="a network as train.py takes it")
-    add_batch_size(parser, 64)
-    parser.add_argument("--amp", choices=["none", "bf16", "fp16"], default="none")
-    parser.add_argument("--channels-last", action="store_true")
-    modes = ["none", "default", "reduce-overhead", "max-autotune"]
-    parser.add_argument("--compile", choices=modes, default="none")
-    parser.add_argument("--pass-every", type=int, default=0, metavar="EPOCHS")
-    parser.add_argument("--pass-size", type=count, help="of its images, in pixels; default: --size")
     parser.add_argument(
-        "--pass-steps", type=count, help="training batches it sees; default: --steps"
+        "--model",
+        default="resnet50",
+        help="name of the network, as --model of train.py takes it; default: %(default)s",
     )
-    parser.add_argument("--pass-share", type=share, default=1.0, help="of the images, that it sees")
-    parser.add_argument("--steps", type=count, help="a round; default: an epoch's")
-    parser.add_argument("--threads", type=count, default=2, help="of DALI")
+    add_batch_size(parser, 64, "images in a batch")
+    parser.add_argument(
+        "--amp",
+        choices=["none", "bf16", "fp16"],
+        default="none",
+        help="mixed precision; default: %(default)s",
+    )
+    parser.add_argument(
+        "--channels-last", action="store_true", help="use the channels-last memory format"
+    )
+    modes = ["none", "default", "reduce-overhead", "max-autotune"]
+    parser.add_argument(
+        "--compile",
+        choices=modes,
+        default="none",
+        help="mode of torch.compile; default: %(default)s",
+    )
+    parser.add_argument(
+        "--pass-every",
+        type=int,
+        default=0,
+        metavar="EPOCHS",
+        help="epochs between two saliency passes; default: 0, no passes",
+    )
+    parser.add_argument(
+        "--pass-size",
+        type=count,
+        help="side in pixels of the images in a saliency pass; default: --size",
+    )
+    parser.add_argument(
+        "--pass-steps", type=count, help="number of batches in a saliency pass; default: --steps"
+    )
+    parser.add_argument(
+        "--pass-share",
+        type=share,
+        default=1.0,
+        help="share of the images, from 0 to 1, that a saliency pass sees; default: %(default)s",
+    )
+    parser.add_argument(
+        "--steps", type=count, help="training steps of a row in a round; default: one epoch"
+    )
+    parser.add_argument(
+        "--threads", type=count, default=2, help="CPU threads of DALI; default: %(default)s"
+    )
     load = ExecConfig.hw_decoder_load
-    parser.add_argument("--hw-decoder-load", type=share, default=load, help=f"default: {load}")
+    parser.add_argument(
+        "--hw-decoder-load",
+        type=share,
+        default=load,
+        help="share of a batch, from 0 to 1, that the GPU's JPEG engine decodes; default: "
+        "%(default)s",
+    )
     add_device(parser)
     args = bench.parse(
         parser,
@@ -88,7 +129,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 class Network:
     """A network in training, as train.py trains it.
 
-    harvests: it gathers maps besides; ValueError for one that cannot be harvested.
+    harvests: whether it gathers maps. Raises ValueError for a network that cannot be harvested.
     """
 
     def __init__(
@@ -125,7 +166,7 @@ class Network:
         self._score = torch.zeros(2, device=device)  # as train.py sums it
 
     def step(self, batch: Batch) -> torch.Tensor:
-        """Train on a batch; -> its images."""
+        """Train on a batch; returns its images."""
         images = batch.images.contiguous(memory_format=self._layout)
         with autocast(self._amp, self._device):
             logits = self._model(images)
@@ -142,13 +183,13 @@ class Network:
 
 
 class Bench:
-    """The data, and what is done with it."""
+    """The data of the benchmark, and the rows that are made from it."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.device = torch.device("cpu" if args.device_id is None else f"cuda:{args.device_id}")
         batch_size, where = args.batch_size, args.device_id
-        self.run = ExecConfig(
+        self.execution = ExecConfig(
             batch_size=batch_size,
             device_id=where,
             threads=args.threads,
@@ -177,21 +218,21 @@ class Bench:
         stage = Stage(
             self.index,
             method,
-            batch_size=self.run.batch_size,
+            batch_size=self.execution.batch_size,
             cache=cache,
             **GUIDED,
         )
-        loader = self.source.loader(stage, self.image, self.run)
+        loader = self.source.loader(stage, self.image, self.execution)
         if synthetic:
             return Row(map(network.step, itertools.repeat(next(iter(loader)))), ahead=0)
-        ahead = self.source.ahead(self.run)
+        ahead = self.source.ahead(self.execution)
         if self.args.device_id is None:  # plans take no time beside a step there
-            ahead = self.run.prefetch + 1
+            ahead = self.execution.prefetch + 1
         return Row(map(network.step, endless(loader)), ahead, stage)
 
     def pass_rate(self, network: Network, folder: str) -> Callable[[], float]:
-        """-> a function that makes a saliency pass over some images and gives img/s."""
-        images = (self.args.pass_steps or self.steps) * self.run.batch_size
+        """A function that makes a saliency pass over some images and returns img/s."""
+        images = (self.args.pass_steps or self.steps) * self.execution.batch_size
         part = self.index.subset(range(min(images, len(self.index))))
         pixels = self.source.pixels
         pixels = None if pixels is None else pixels[: len(part)]
@@ -199,18 +240,21 @@ class Bench:
         loaders = Loaders(data, self.image, sampling="shuffle", seed=SEED)
         amp = partial(autocast, self.args.amp, self.device)
         side = self.args.pass_size or self.image.size
-        image, run = replace(self.image, size=side, val_resize=side), self.run.for_inference(side)
-        if len(part) <= run.batch_size:
+        image, execution = (
+            replace(self.image, size=side, val_resize=side),
+            self.execution.for_inference(side),
+        )
+        if len(part) <= execution.batch_size:
             raise SystemExit(
-                f"a pass needs at least two batches of {run.batch_size}, got {len(part)} images; "
-                "pass a larger --pass-steps, or more images"
+                f"a pass needs at least two batches of {execution.batch_size}, got {len(part)} "
+                "images; pass a larger --pass-steps, or more images"
             )
-        passes = Passes(network.net, None, part, loaders, run, amp)
+        passes = Passes(network.net, None, part, loaders, execution, amp)
         return passes.maps(image, Path(folder, "pass.lmdb"))
 
 
 def overhead(samples: dict[str, list[float]], args: argparse.Namespace) -> dict[str, float]:
-    """Time that SCAE adds to that of `none`, as a share of it: medians over the rounds."""
+    """The time that SCAE adds, as a share of the time of `none`: medians over the rounds."""
     none = np.array(samples["none"])
     found = {"steps": none / samples["scae"] - 1}
     if "harvest" in samples:

@@ -1,4 +1,4 @@
-"""What a result tells of its making: command, commit, machine, versions; and how it is written."""
+"""What a result records of how it was made: command, commit, machine, versions. Writes JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PACKAGES = {
 
 
 def about() -> dict[str, Any]:
-    """Of a result: the line that started this tool, of which commit, on what, with what."""
+    """The record for a result: this tool's command line, commit, hardware and versions."""
     return {
         "command": shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": _commit(),
@@ -56,7 +56,7 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that matter here; None where one is not installed."""
+    """Versions of Python and of the packages that matter here; None for one not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name, distributions in PACKAGES.items():
         found[name] = None
@@ -70,7 +70,7 @@ def versions() -> dict[str, str | None]:
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Indented, and in place only once it is whole."""
+    """Write content as indented JSON; the file appears only once it is complete."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(target.name + ".tmp")
@@ -79,7 +79,7 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 
 def _commit() -> str | None:
-    """Of the working tree, with -dirty where it has changes; None outside one."""
+    """The working tree's commit, with -dirty if it has changes; None outside a working tree."""
     told = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(told, capture_output=True, text=True, timeout=30, check=False)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, interleaved rounds, their statistics, the report.
+"""What the benchmarks share: options, interleaved rounds, statistics, the report.
 
 Candidates take turns within a round, in another order each time, so that a machine that slows down
 slows all of them and none runs always after the same one. Ratios are formed within a round before
@@ -24,7 +24,7 @@ __all__ = ["draw", "interleaved", "iqr", "parse", "parser_of", "report", "rows",
 
 
 def parser_of(doc: str | None, module: str) -> argparse.ArgumentParser:
-    """The parser of a benchmark, by its module's docstring and name."""
+    """The parser of a benchmark, from its module's docstring and name."""
     return options.parser_of(doc, prog=f"benchmark.py {module.rpartition('.')[2]}")
 
 
@@ -37,14 +37,25 @@ def parse(
 ) -> argparse.Namespace:
     """The arguments, with those that every benchmark has: --rounds, --quick, --json, --plot.
 
-    rounds: the default. quick: what --quick sets, by name, for a run of a minute, unless it is
-    given.
+    rounds: the default. quick: name -> the value that --quick sets, unless the option is given, so
+    that the benchmark takes a minute.
     """
     sets = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in quick.items())
-    parser.add_argument("--rounds", type=count, default=rounds, help=f"default: {rounds}")
-    parser.add_argument("--quick", action="store_true", help=f"for a look: {sets}")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there")
-    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the ratios there")
+    parser.add_argument(
+        "--rounds",
+        type=count,
+        default=rounds,
+        help=f"how often every row is measured; default: {rounds}",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help=f"measure for about a minute, by {sets}"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="OUT", help="write the result to this file as JSON"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="OUT.png", help="draw the ratios into this file"
+    )
     args = parser.parse_args(argv)
     if args.quick:
         parser.set_defaults(**quick)
@@ -53,17 +64,17 @@ def parse(
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The options, but for where the data lies and the result goes."""
+    """The options, except where the data lies and the result goes."""
     return {key: value for key, value in vars(args).items() if key not in ("data", "json", "plot")}
 
 
 def interleaved(
     candidates: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Runs every candidate once a round; each returns its rate -> rates [rounds] by name.
+    """Calls every candidate once a round; each returns its rate. Returns rates [rounds] by name.
 
-    Their order is drawn anew for every round, the same for every run of a benchmark. Warm-up rounds
-    are not counted.
+    The order is drawn anew for every round, and is the same each time the benchmark is started.
+    Warm-up rounds are not counted.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -112,9 +123,9 @@ def report(
     panels: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     plot: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
-    """Prints rows and `extra`; writes them, with `about`, and draws them where `parse` was told.
+    """Prints rows and `extra`. Writes them, with `about`, and draws them if the options say so.
 
-    panels: the rows as `draw` takes them; None: all in one. plot: what draws instead of `draw`.
+    panels: the rows as `draw` takes them; None: all in one. plot: draws instead of `draw`.
     """
     result = {**about(), "rows": list(table), **(extra or {})}
     width = max([len(row["name"]) for row in table], default=4)
@@ -134,9 +145,9 @@ def report(
 
 
 def draw(panels: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """The ratios as bars, with half the interquartile range to either side; a panel a title, all
-    with rows of the same names."""
-    from matplotlib.figure import Figure  # of the extra `train`
+    """Draws the ratios as bars, with half the interquartile range to either side. panels: title ->
+    rows; all panels have rows of the same names."""
+    from matplotlib.figure import Figure  # needs the extra `train`
 
     across = min(3, len(panels))
     down = -(-len(panels) // across)

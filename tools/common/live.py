@@ -1,7 +1,7 @@
 """Rows of a measurement that take turns: whole pipelines, or anything else that yields batches.
 
-All rows live at once. What a row has read ahead is drawn off before its clock starts, and its turn
-is over only when it has filled its queue again, so that no row works during another's turn.
+All rows live at once. The batches that a row has made ahead are taken before its clock starts, and
+its turn ends only when it has filled its queue again, so that no row works in another's turn.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
     "synchronize",
 ]
 
-# Of a Stage: λ(t) = λ_max from epoch T on.
+# Settings of a Stage with λ = λ_max: eq. 5 reaches it at epoch T.
 GUIDED: dict[str, Any] = {"epochs": 1, "start_epoch": 1, "seed": SEED}
 
 
@@ -48,19 +48,19 @@ def memory_loader(
     stage: Stage,
     pixels: np.ndarray,
     image: ImageConfig,
-    run: ExecConfig,
+    execution: ExecConfig,
     *,
     drop_last: bool = True,
 ) -> Loader:
     """Batches of pixels uint8 [N, H, W, 3], from the stage's first epoch on."""
     order = Order(
         stage.index.labels,
-        batch_size=run.batch_size,
+        batch_size=execution.batch_size,
         seed=SEED,
         start_epoch=stage.start_epoch,
     )
     images = ArrayImages(stage.index, pixels)
-    pipeline = memory.train_pipeline(stage, images, order, image, run)
+    pipeline = memory.train_pipeline(stage, images, order, image, execution)
     return Loader(pipeline, files.OUTPUTS, stage.index, drop_last=drop_last, order=order)
 
 
@@ -95,17 +95,17 @@ class Counter:
 class Row:
     """Something that yields batches without end, and is timed a round at a time.
 
-    batches: of anything that has as many entries as the batch has images. ahead: batches that may
-    be finished before anybody asks for them.
+    batches: yields anything whose length is the number of images in the batch. ahead: batches that
+    may be finished before anybody asks for them.
     """
 
     def __init__(self, batches: Iterator, ahead: int, stage: Stage | None = None) -> None:
         self._batches, self._ahead, self._stage = batches, ahead, stage
-        self.plan_ms: list[float] = []  # a batch, of every round
-        self.cpu_ms: list[float] = []  # an image
+        self.plan_ms: list[float] = []  # of each round, for a batch
+        self.cpu_ms: list[float] = []  # of each round, for an image
 
     def measure(self, n: int, ready: Callable[[], object] = lambda: None) -> float:
-        """-> img/s over n batches. ready: called last before the clock starts."""
+        """Returns img/s over n batches. ready: called right before the clock starts."""
         planned = self._stage.seconds if self._stage else 0.0
         cpu = cpu_seconds()
         images_ahead = sum(len(next(self._batches)) for _ in range(self._ahead))
@@ -124,7 +124,7 @@ class Row:
 
 
 def medians(live: Mapping[str, Row]) -> dict[str, Any]:
-    """For the report, by row: how long a batch is planned, and CPU time an image."""
+    """For the report, by row: the time to plan a batch, and the CPU time of an image."""
     planned = {name: row.plan_ms for name, row in live.items() if row.plan_ms}
     used = {name: row.cpu_ms for name, row in live.items()}
     return {

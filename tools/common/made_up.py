@@ -1,4 +1,4 @@
-"""Data that is made up, so that a measurement needs none or asks nothing of what it is given."""
+"""Made-up data: indices, images and caches, so that a measurement works with any data or none."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def epoch_index(root: str, repeat: int, batch_size: int, shards: int = 1) -> Ima
 
 
 def evened(index: ImageIndex) -> ImageIndex:
-    """The same files, dealt out to classes of one size: whatever the data, nothing is of a tail."""
+    """The same files in classes of one size, so that none is a tail class whatever the data."""
     labels = np.arange(len(index)) % len(index.classes)
     return ImageIndex.from_arrays(index.files, labels, index.root, classes=index.classes)
 
@@ -55,7 +55,7 @@ def long_tailed(index: ImageIndex, share: float) -> ImageIndex:
 
 
 def with_profile(index: ImageIndex, counts: np.ndarray) -> ImageIndex:
-    """The same samples, drawn at random into classes whose sizes are as `counts` to each other."""
+    """The same samples, drawn at random into classes whose sizes are in proportion to `counts`."""
     n = len(index)
     place = np.random.default_rng(SEED).permutation(n)
     ends = np.cumsum(counts) / counts.sum() * n
@@ -72,7 +72,7 @@ def random_images(n: int, size: int, classes: int = 100) -> ArrayImages:
 
 
 def smooth_maps(n: int, grid: tuple[int, int]) -> np.ndarray:
-    """A bump somewhere, about as wide as Grad-CAM's are: float64 [n, h, w] in [0, 1]."""
+    """Maps with a bump somewhere, as wide as Grad-CAM's: float64 [n, h, w] in [0, 1]."""
     rng = np.random.default_rng(SEED)
     y, x = ((np.arange(g)[:, None] + 0.5) / g for g in grid)
     centre, width = rng.random((2, n, 1, 1)), rng.uniform(0.1, 0.5, (n, 1, 1))
@@ -82,7 +82,7 @@ def smooth_maps(n: int, grid: tuple[int, int]) -> np.ndarray:
 
 
 def random_cache(path: str, index: ImageIndex, grid: tuple[int, int] = (7, 7)) -> SaliencyCache:
-    """A smooth map for every sample."""
+    """A new cache with a smooth random map for every sample."""
     maps = smooth_maps(len(index), grid)
     cache = SaliencyCache.create(path, index, grid=grid)
     ids = cache.begin_pass(0)

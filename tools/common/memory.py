@@ -13,15 +13,15 @@ __all__ = ["Watch", "available", "drop_pages", "limit", "resident_share", "usage
 
 
 def usage() -> dict[str, int]:
-    """Bytes: `own`, of this process alone; `file`, of mapped files, which the page cache holds."""
+    """Bytes in memory: `own`, of this process alone; `file`, of mapped files, in the page cache."""
     fields = _fields("/proc/self/status")
     return {"own": fields["RssAnon"], "file": fields["RssFile"] + fields["RssShmem"]}
 
 
 class Watch:
-    """A context; `peak` is the most that this process had of its own at once meanwhile, bytes.
+    """A context; `peak` is the most memory of its own that the process had within it, in bytes.
 
-    By looking every 20 ms, for the kernel keeps such a peak only together with mapped files.
+    It looks every 20 ms: the kernel's own peak includes mapped files.
     """
 
     def __enter__(self) -> Watch:
@@ -50,13 +50,13 @@ def available() -> int:
 
 
 def limit(size: int) -> None:
-    """Beyond so many bytes of its own this process gets MemoryError; mapped files don't count."""
+    """Limits this process to so many bytes of its own: beyond, it gets MemoryError."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (size, hard))
 
 
 def drop_pages(path: str | os.PathLike[str]) -> float:
-    """Asks the kernel to forget what it holds of a file that nobody maps -> share that it kept."""
+    """Asks the kernel to drop the pages of a file that nobody maps; returns the share it kept."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())  # pages that are not written yet cannot go
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -65,7 +65,7 @@ def drop_pages(path: str | os.PathLike[str]) -> float:
 
 def resident_share(path: str | os.PathLike[str]) -> float:
     """How much of a file is in the page cache, 0 … 1, by mincore(2)."""
-    # A private map may be handed to ctypes, a shared one that is read-only may not.
+    # ctypes takes a private map, but not a shared one that is read-only.
     with (
         open(path, "rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as view,
@@ -83,7 +83,7 @@ def resident_share(path: str | os.PathLike[str]) -> float:
 
 
 def _fields(path: str) -> dict[str, int]:
-    """The lines `name: 12 kB`, in bytes."""
+    """The lines `name: 12 kB` of a file in /proc, in bytes by name."""
     found = {}
     for line in Path(path).read_text().splitlines():
         name, _, value = line.partition(":")

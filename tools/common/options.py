@@ -1,6 +1,6 @@
-"""Options of the tools: what a parser looks like, options that several have, and types of values.
+"""Options of the tools: the parser, options that several tools have, and types of values.
 
-A type turns the text of an option into what it means, or says what the option takes.
+A type turns the text of an option into its value, or raises an error that says what it takes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 
 
 class OneSpelling(argparse.HelpFormatter):
-    """Shows the first long name of an option alone: others are older, and go on working."""
+    """Shows only the first long name of an option: the others are older, and still work."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         shown = copy.copy(action)
@@ -58,7 +58,7 @@ def add_data(
     *,
     type: Callable[[str], Any] | None = None,
     required: bool = False,
-    help: str = "the training images: DIR/train/<class>/<image>",
+    help: str = "folder of the data set, with the training images in DIR/train/<class>/",
 ) -> None:
     """--data DIR, the folder that holds train/ and val/. type: by default `training_images`."""
     parser.add_argument(
@@ -178,8 +178,7 @@ def some_of(*choices: str) -> Callable[[str], list[str]]:
 
 
 def device(text: str) -> int | None:
-    """The number of a GPU, of 3, cuda:3 or cuda, which is the first; None for cpu, and for auto
-    where there is no GPU."""
+    """3 and cuda:3 -> 3; cuda -> 0; cpu -> None; auto -> 0, or None if there is no GPU."""
     if text == "auto":
         import torch
 
@@ -191,7 +190,7 @@ def device(text: str) -> int | None:
 
 
 def usable_device(text: str) -> int | None:
-    """`device`, of a GPU that is there."""
+    """A `device` that exists."""
     import torch
 
     number, found = device(text), torch.cuda.device_count()
@@ -208,22 +207,22 @@ def usable_devices(text: str) -> list[int | None]:
 
 
 def existing_file(text: str) -> Path:
-    """A file that is there."""
+    """A file that exists."""
     if not os.path.isfile(text):
         raise ArgumentTypeError(f"must be a file, and there is none at {text!r}")
     return Path(text)
 
 
 def existing_folder(text: str) -> str:
-    """A folder that is there."""
+    """A folder that exists."""
     if not os.path.isdir(text):
         raise ArgumentTypeError(f"must be a folder, and there is none at {text!r}")
     return text
 
 
 def train_folder(root: str) -> str:
-    """The folder with the classes of the training images: `train` in the one that is named, or that
-    one itself, where it has no such folder or a class of that name."""
+    """The folder with the classes of the training images: root/train, or root itself, if there is
+    no such folder or it is a class."""
     inner = os.path.join(root, "train")
     if not os.path.isdir(inner):
         return root
@@ -232,5 +231,5 @@ def train_folder(root: str) -> str:
 
 
 def training_images(text: str) -> str:
-    """`train_folder` of a folder that is there."""
+    """The `train_folder` of a folder that exists."""
     return train_folder(existing_folder(text))

@@ -1,5 +1,5 @@
-"""Runs of train.py: their settings, how far they came and their figures, as their folders tell
-them; and how one is started as a child of ours and stopped. Which are made is for others.
+"""Runs of train.py: reads their settings, progress and figures from their folders, and starts and
+stops them as child processes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ FIGURES = {
     "ECE": "val_ece",
 }
 PACE = ("img_per_s", "seconds.train", "seconds.saliency", "seconds.val")  # what `pace` reads
-# Where things lie and what computes them: no result depends on it.
+# Settings that say where things lie and what computes them: no result depends on them.
 PLACES = {
     "data.root",
     "data.index_cache",
@@ -65,9 +65,8 @@ PLACES = {
 
 
 def read_run(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A finished run's settings and its last row; ValueError where there is none.
-
-    LogError where its files are damaged, or metrics.jsonl and the checkpoint differ.
+    """A finished run's settings and its last row. Raises ValueError where there is none, LogError
+    where its files are damaged, or metrics.jsonl and the checkpoint differ.
     """
     saved = checkpoint.saved_log(path / "checkpoint.pt")
     rows = known_rows(path / "metrics.jsonl", saved, ("val_top1",))
@@ -110,33 +109,33 @@ def epochs_done(path: Path) -> int:
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that a result depends on, by their names on the command line."""
+    """The settings that a result depends on, by their names on the command line."""
     used = config["method"].split("+")  # as train.py joins several
     unused = {"out", "seed", "threads", "backend", "checkpoint_every", *BUILT_IN} - {*used}
     return _flat({key: value for key, value in config.items() if key not in unused})
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that two configs have both, and not alike; where things lie does not count."""
+    """Settings that both configs have with different values, except those in PLACES."""
     mine, yours = settings(one), settings(other)
     shared = sorted(mine.keys() & yours.keys() - PLACES)
     return {key: (mine[key], yours[key]) for key in shared if mine[key] != yours[key]}
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and standard deviation, of a sample; one value has none. And the values."""
+    """The values, their mean, and their sample standard deviation; None for a single value."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.mean(values), "std": deviation, "values": [*values]}
 
 
 def every(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    """The figure of each row; [] where one lacks it: those of some seeds would pass for all's."""
+    """The figure of each row; [] if one lacks it, since some seeds must not stand for all."""
     values = [row[key] for row in rows if row.get(key) is not None]
     return values if len(values) == len(rows) else []
 
 
 def gain(own: Mapping[int, float], baseline: Mapping[int, float]) -> dict[str, Any] | None:
-    """Mean and deviation of the differences by seed; None where no seed has both."""
+    """The `spread` of the differences by seed; None if no seed has both."""
     pairs = {seed: own[seed] - baseline[seed] for seed in own if seed in baseline}
     return {**spread([*pairs.values()]), "seeds": [*pairs]} if pairs else None
 
@@ -151,7 +150,7 @@ def pace(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def environment(slot: int, jobs: int, device: str) -> dict[str, str]:
-    """For the child in this slot of `jobs`: GPUs in turn, or its part of the CPU's threads."""
+    """Variables for the child in this slot of `jobs`: its GPU, or its share of the CPU threads."""
     env = os.environ | {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "30"}
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if gpus > 1:
@@ -164,9 +163,9 @@ def environment(slot: int, jobs: int, device: str) -> dict[str, str]:
 
 
 def start(out: Path, command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen | None:
-    """train.py as a child, with its output in the run's log; None where another one writes it.
+    """Start train.py as a child, with its output in LOG; None if another process writes that file.
 
-    The child holds a lock on the log for as long as it lives, whatever becomes of us.
+    The child holds a lock on the file as long as it lives, even if this process ends.
     """
     out.mkdir(parents=True, exist_ok=True)
     with open(out / LOG, "ab") as log:
@@ -174,7 +173,7 @@ def start(out: Path, command: Sequence[str], env: Mapping[str, str]) -> subproce
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return None
-        # In a session of its own: Ctrl-C is ours, and stop() reaches its children too.
+        # In a session of its own: Ctrl-C reaches this process alone, and stop() all its children.
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -186,7 +185,7 @@ def start(out: Path, command: Sequence[str], env: Mapping[str, str]) -> subproce
 
 
 def stop(children: Sequence[subprocess.Popen], patience_s: float = 10.0) -> None:
-    """End them and theirs; those that do not heed SIGTERM by force. A checkpoint stays whole."""
+    """End the children and theirs, by force if they ignore SIGTERM. Checkpoints stay whole."""
     for child in children:
         _signal(child, signal.SIGTERM)
     for child in children:
@@ -198,7 +197,7 @@ def stop(children: Sequence[subprocess.Popen], patience_s: float = 10.0) -> None
 
 
 def last_lines(path: Path, n: int = 15) -> list[str]:
-    """Of a log; a progress bar's earlier states do not count."""
+    """The last lines of a file; a progress bar's earlier states do not count."""
     if not path.exists():
         return []
     lines = path.read_bytes()[-100_000:].decode(errors="replace").splitlines()

@@ -24,7 +24,7 @@ __all__ = ["Source", "add_source", "check_source", "open_source"]
 
 @dataclass(frozen=True)
 class Source:
-    """What is trained on. pixels: uint8 [N, H, W, 3], in the order of the index; None: files."""
+    """The training images. pixels: uint8 [N, H, W, 3], in the order of the index; None: files."""
 
     index: ImageIndex
     pixels: np.ndarray | None = None
@@ -34,25 +34,25 @@ class Source:
         return replace(self, index=index)
 
     def image(self, size: int | None, **settings: Any) -> ImageConfig:
-        """Crops as training makes them: random and resized of files, shifted by up to 4 pixels of
-        images in memory, whose size they keep. size: of the crop's side; None: 224."""
+        """The crops of training: random and resized for files; shifted by up to 4 pixels, in their
+        own size, for images in memory. size: side of the crop; None: 224."""
         if self.pixels is None:
             side, crop = size or 224, CropConfig()
         else:
             side, crop = self.pixels.shape[1], CropConfig(kind="pad")
         return ImageConfig(size=side, val_resize=side, crop=crop, **settings)
 
-    def loader(self, stage: Stage, image: ImageConfig, run: ExecConfig) -> Loader:
+    def loader(self, stage: Stage, image: ImageConfig, execution: ExecConfig) -> Loader:
         """Whole batches of the training pipeline."""
         if self.pixels is not None:
-            return memory_loader(stage, self.pixels, image, run)
-        pipeline = files.train_pipeline(stage, image, run, seed=SEED)
+            return memory_loader(stage, self.pixels, image, execution)
+        pipeline = files.train_pipeline(stage, image, execution, seed=SEED)
         return Loader(pipeline, files.OUTPUTS, stage.index, drop_last=True)
 
-    def ahead(self, run: ExecConfig) -> int:
+    def ahead(self, execution: ExecConfig) -> int:
         """Batches that may be finished before anybody asks for them."""
-        filled = 0 if self.pixels is None else planned_ahead(self.pixels, run.batch_size)
-        return run.prefetch + 1 + filled
+        filled = 0 if self.pixels is None else planned_ahead(self.pixels, execution.batch_size)
+        return execution.prefetch + 1 + filled
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -61,17 +61,31 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         "--source",
         choices=["files", "memory"],
         default="files",
-        help="files, or images in memory as those of CIFAR; default: files",
+        help="whether images are read from files, or lie in memory as CIFAR's do; default: "
+        "%(default)s",
     )
     add_data(
         parser,
-        help="the training images: DIR/train/<class>/<image>; in memory they are of one size, "
-        "and by default of random pixels",
+        help="folder of the data set, with the training images in DIR/train/<class>/; --source "
+        "memory "
+        "needs images of one size, and without --data it takes random pixels",
     )
-    parser.add_argument("--repeat", type=count, default=1, help="times each file is in an epoch")
-    parser.add_argument("--images", type=count, default=50_000, help="how many of random pixels")
     parser.add_argument(
-        "--size", type=count, help="side of the crop in pixels; default: 224, in memory 32"
+        "--repeat",
+        type=count,
+        default=1,
+        help="how many times an epoch reads each file; default: %(default)s",
+    )
+    parser.add_argument(
+        "--images",
+        type=count,
+        default=50_000,
+        help="number of images, if they are random pixels; default: %(default)s",
+    )
+    parser.add_argument(
+        "--size",
+        type=count,
+        help="side of the crop in pixels; default: 224, or 32 for images in memory",
     )
 
 
@@ -84,8 +98,8 @@ def check_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 
 def open_source(args: argparse.Namespace, batch_size: int) -> Source:
-    """Images in classes of one size, so that nothing is of a tail. SystemExit where they do not
-    fill a batch."""
+    """Images in classes of one size, so that none is a tail class. Raises SystemExit where they do
+    not fill a batch."""
     if args.source == "files":
         return Source(evened(epoch_index(args.data, args.repeat, batch_size)))
     if args.data is None:

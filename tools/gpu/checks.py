@@ -1,6 +1,6 @@
-"""What the checks of a GPU share: their registry, what they work on, how batches are compared.
+"""What the GPU checks share: their registry, what they work on, and how batches are compared.
 
-A check gets a Setup and the parts of its name, says what it found, and raises where that is wrong.
+A check gets a Setup and the parts of its name, returns what it found, and raises if that is wrong.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Setup:
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Whatever waits for the GPU raises."""
+    """A context in which whatever waits for the GPU raises."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
         torch.cuda.set_sync_debug_mode("error")
@@ -125,7 +125,7 @@ def execution(device_id: int | None) -> ExecConfig:
 
 
 def scae_stage(setup: Setup, method: str = "scae", **settings) -> Stage:
-    """Guided from the first batch on."""
+    """A stage that is guided from the first batch on."""
     return Stage(
         setup.index,
         method,
@@ -163,7 +163,7 @@ def loader(setup: Setup, pipeline: Pipeline, outputs: tuple[str, ...]) -> Loader
 
 
 def compare(reference: list[Batch], ours: list[Batch]) -> str:
-    """AssertionError unless the batches agree; else how well."""
+    """Raise AssertionError unless the batches agree; returns how well they do."""
     assert len(ours) == len(reference), f"{len(ours)} batches for {len(reference)}"
     std = torch.tensor(IMAGENET_STD).reshape(3, 1, 1)
     grey = []
@@ -183,5 +183,5 @@ def compare(reference: list[Batch], ours: list[Batch]) -> str:
 
 
 def step(what: str) -> None:
-    """For the tail of stderr: how far a check came."""
+    """Print to stderr how far a check came."""
     print(what, file=sys.stderr, flush=True)

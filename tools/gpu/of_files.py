@@ -40,7 +40,7 @@ ERASING: dict[str, tuple[str, dict[str, Any]]] = {
     "color": ("random_erasing", {"prob": 1.0, "fill": "color"}),
     "noise": ("random_erasing", {"prob": 1.0, "fill": "noise"}),
     "clip": ("scae", {"p_min": 1.0, "p_max": 1.0, "border": "clip"}),
-    # Boxes out of another image, some of them of no area.
+    # Pastes boxes of another image, some of which have no area.
     "kept": ("keep_augment", {"mode": "paste", "prob": 0.5}),
     "pasted": ("cutmix", {"alpha": 0.1}),
 }
@@ -87,8 +87,8 @@ def erased(batches: list[Batch]) -> Iterator[torch.Tensor]:
 
 
 def roughness(box: torch.Tensor) -> float:
-    """Mean absolute difference of neighbours: large in noise, 0 in what is of one colour; NaN where
-    there are none."""
+    """Mean absolute difference of neighbouring pixels: large for noise, 0 for one colour, NaN
+    without neighbours."""
     return float(box.float().diff(dim=2).abs().mean())
 
 
@@ -113,7 +113,7 @@ def saliency_pipeline(setup: Setup, tensor: str) -> str:
 
 @check(*product("user", ("roi", "full"), ("number", "name")))
 def user_pipeline(setup: Setup, decode: str, naming: str) -> str:
-    """A pipeline of somebody's own: the stage called once, on images whose size it asks for."""
+    """A user's own pipeline: the stage is called once, on images whose size it has to ask for."""
     settings: dict[str, Any] = {"p_min": 1.0, "p_max": 1.0}
     return compare(
         *(

@@ -1,7 +1,7 @@
 """Checks of mixing, of images in memory, and of the small network that is trained on them.
 
-They make their own long-tailed data, so that samples are mixed: the files of the Setup relabelled,
-or random pixels.
+They make their own long-tailed data, so that samples are mixed: the Setup's files with other
+labels, or random pixels.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ from tools.gpu.checks import (
 SIDE = 32
 SAMPLES = 6 * BATCH - 3  # of random pixels: the last batch is not full
 MIXING: dict[str, Any] = {"mix_prob": 0.7, "tail": 0.5, "p_min": 0.5, "p_max": 0.5}
-RARELY = MIXING | {"mix_prob": 0.3}  # so that a batch may have none to fetch
-CAM_DIFFERENCE = 0.01  # mean absolute one of maps in [0, 1] that is allowed
-LOSS_DIFFERENCE = 0.05  # in bfloat16, that is allowed, of the loss or of 1; on a CPU it is 0.01
+RARELY = MIXING | {"mix_prob": 0.3}  # so that some batches have no partner to fetch
+CAM_DIFFERENCE = 0.01  # allowed mean absolute difference of maps in [0, 1]
+LOSS_DIFFERENCE = 0.05  # allowed for bfloat16, relative to max(loss, 1); on a CPU it is 0.01
 
 
 def with_tail(setup: Setup, folder: str, grid: tuple[int, int] = (7, 7)) -> Setup:
@@ -84,7 +84,7 @@ def train_batches(
 
 
 def compare_maps(reference: np.ndarray, ours: np.ndarray) -> str:
-    """AssertionError unless maps, float [N, h, w] in [0, 1], agree; else how well."""
+    """Raise AssertionError unless maps, float [N, h, w] in [0, 1], agree; returns how well."""
     difference = float(np.abs(reference - ours).mean())
     assert reference.std() > 0.05, "the maps are constant"
     assert difference <= CAM_DIFFERENCE, (
@@ -94,7 +94,7 @@ def compare_maps(reference: np.ndarray, ours: np.ndarray) -> str:
 
 
 def mixed(batches: list[Batch]) -> str:
-    """AssertionError unless some samples were mixed, and not all."""
+    """Raise AssertionError unless some samples were mixed, and not all."""
     status = torch.cat([batch.status for batch in batches])
     n = int((status == int(Status.MIXED)).sum())
     assert 0 < n < len(status), f"{n} of {len(status)} samples were mixed"
@@ -124,7 +124,7 @@ def mix_pipeline(setup: Setup, decode: str, tensor: str) -> str:
 
 @check("user-mix")
 def users_own_mixes(setup: Setup) -> str:
-    """What such a pipeline gives of a stage that mixes."""
+    """A user's own pipeline with a stage that mixes."""
     reference, ours = three_epochs(
         setup, lambda tailed, where: users_own(tailed, where, "full", "number", **RARELY)
     )
@@ -191,7 +191,7 @@ def compiled(setup: Setup, mode: str) -> str:
 
 
 def losses(setup: Setup, batches: list[Batch], device: str, mode: str | None) -> list[float]:
-    """Of every step of a training. mode: of torch.compile; None: the network as it is."""
+    """The loss of every step of a training. mode: of torch.compile; None: it is not compiled."""
     torch.manual_seed(SEED)
     net = make_network("cifar_resnet32", setup.index.num_classes)
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -246,8 +246,7 @@ def harvested(setup: Setup, how: str) -> str:
 
 @check(*product("unwaited", ("pass", "harvest", "ema")))
 def unwaited(setup: Setup, what: str) -> str:
-    """Nothing that a batch of a pass, a harvest or an average of the weights asks of the device
-    lets the host wait."""
+    """A batch of a pass, of a harvest or of an average of the weights never waits for the GPU."""
     if setup.device_id is None:
         return "skipped: only another device can be waited for"
     with tempfile.TemporaryDirectory() as folder:

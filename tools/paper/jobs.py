@@ -1,5 +1,5 @@
-"""The runs of train.py that make a table: one a cell and seed, with what train.py makes of its
-options; which of them lie in a folder already, and whether they are the ones asked for.
+"""The runs of train.py that make a table: one for each cell and seed, with its settings; which of
+them a folder already holds, and whether those have the settings asked for.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 STARTS = "starts.json"  # in a run's folder: how and on what it was started
-# Shrink with --epochs.
+# Settings in epochs, which shrink with --epochs.
 IN_EPOCHS = ("milestones", "warmup_epochs", "ramp_epochs", "defer", "refresh_every")
 
 
@@ -47,8 +47,8 @@ IN_EPOCHS = ("milestones", "warmup_epochs", "ramp_epochs", "defer", "refresh_eve
 class Job:
     """One run of train.py: a cell with a seed.
 
-    first: the folder of the run whose weights it goes on from. index: of the training images; None
-    in a dry run without them.
+    first: the folder of the run whose weights a second stage starts from. index: of the training
+    images; None in a dry run without them.
     """
 
     section: Section
@@ -76,7 +76,7 @@ class Job:
 
 
 def make_job(args: argparse.Namespace, section: Section, model: str, cell: Cell, seed: int) -> Job:
-    """Raises ValueError where train.py does not take the options."""
+    """The job of a cell and seed. Raises ValueError where train.py refuses the options."""
     path = args.place / f"{section.name}-{model}-{cell.name}-s{seed}"
     recipes = (section.recipe, *cell.recipes)
     base = [f"--config={ROOT / 'pipelines' / recipe}.yaml" for recipe in recipes]
@@ -120,7 +120,7 @@ def parser() -> jsonargparse.ArgumentParser:
 
 
 def resolve(name: str, options: Sequence[str]) -> Config:
-    """What train.py makes of its options."""
+    """The Config that train.py makes of its options."""
     try:
         found = parser().instantiate(parser().parse_args(list(options)))
         return Config(**{field.name: found[field.name] for field in dataclasses.fields(Config)})
@@ -129,7 +129,7 @@ def resolve(name: str, options: Sequence[str]) -> Config:
 
 
 def shrunk(config: Config, factor: float) -> dict[str, Any]:
-    """Settings that count epochs, for a run of `factor` times the epochs."""
+    """The settings in epochs, for a run of `factor` times the epochs."""
     found: dict[str, Any] = {}
     for key, value in runs.settings(dataclasses.asdict(config)).items():
         if key.rpartition(".")[2] not in IN_EPOCHS:
@@ -185,7 +185,7 @@ def existing(args: argparse.Namespace) -> list[tuple[Path, Section, str, Cell, i
 
 
 def refuse_others(args: argparse.Namespace) -> None:
-    """ValueError where --out holds runs of the table that these options would make otherwise."""
+    """Raise ValueError where --out holds runs of the table made with other options."""
     for path, section, model, cell, seed in existing(args):
         job = make_job(args, section, model, cell, seed)
         found = runs.differing(runs.read_config(path / "config.json"), job.settings)
@@ -208,7 +208,7 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
 
 
 def twin(args: argparse.Namespace, job: Job) -> Path | None:
-    """A finished run of another table that is this one too."""
+    """A finished run of another table with the same settings."""
     if job.first is not None or job.index is None or os.path.lexists(job.path):
         return None
     for file in sorted(args.out.glob("table*/*/config.json")):
@@ -227,7 +227,7 @@ def twin(args: argparse.Namespace, job: Job) -> Path | None:
 
 
 def finished(job: Job, jobs: Sequence[Job]) -> bool:
-    """Whether nothing is left to do; a second stage that is not finished needs weights."""
+    """Whether nothing of a job is left to do, its weights included if a second stage needs them."""
     if job.epochs_left:
         return False
     needed = any(other.first == job.path and other.epochs_left for other in jobs)

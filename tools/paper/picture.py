@@ -4,8 +4,8 @@
     python tools/paper/picture.py --out tools/results/erasing.png
 
 The photographs come with scikit-image and scikit-learn, the network (EfficientNet-Lite0, trained on
-ImageNet) with the two other packages; nothing else is downloaded. The script goes the way of a
-user: it indexes a folder, fills a cache by a saliency pass, and runs a DALI pipeline with a stage.
+ImageNet) with the two other packages; nothing else is downloaded. The script does what a user
+would: it indexes a folder, fills a cache by a saliency pass, and runs a DALI pipeline with a stage.
 
 A row is a photograph. The columns are the photograph with the crop that the network would be
 given; the Grad-CAM map of its class; the crop, coloured by eq. 4's P at three values of λ, with the
@@ -31,7 +31,7 @@ from torch import nn
 import scae_dali
 from scae_dali.plan.region import saliency_at
 
-# By photograph: its class in the order of ImageNet's sorted names; the crop in px, (y, x, h, w);
+# Photograph -> the number of its class among ImageNet's sorted names; the crop (y, x, h, w) in px;
 # and which epoch's rectangle is shown.
 PHOTOGRAPHS = {
     "cat": (285, (15, 120, 240, 320), 10),
@@ -138,7 +138,7 @@ def draw(
 def probability(
     saliency: Any, window: tuple[int, ...], full_px: tuple[int, int], lam: float
 ) -> Any:
-    """Eq. 4 over the pixels of the crop, float [h, w], as multiples of the uniform one."""
+    """P of eq. 4 over the pixels of the crop, float [h, w], relative to the uniform one."""
     share = np.array(window) / np.tile(full_px, 2)
     axes = np.stack([share[:2], share[2:] / CROP], axis=1)[None]
     pixels = np.indices(CROP).reshape(2, -1).T[None]
@@ -157,7 +157,7 @@ def outline(axes: Any, window: tuple[int, ...]) -> None:
 def sheet(
     index: scae_dali.ImageIndex, cache: scae_dali.SaliencyCache, drawn: dict[float, tuple[Any, Any]]
 ) -> Figure:
-    """drawn: by λ, what `draw` gives."""
+    """The picture. drawn: λ -> what `draw` gives."""
     figure = Figure(figsize=(10.0, 1.27 * len(index) + 0.72), dpi=100)
     grid = figure.subplots(len(index), 3 + len(drawn), squeeze=False)
     figure.subplots_adjust(0.004, 0.004, 0.996, 1 - 0.65 / figure.get_figheight(), 0.03, 0.04)

@@ -1,4 +1,4 @@
-"""How fast a network trains on this machine, by a few steps on random images; for estimates."""
+"""Estimates how fast a network trains on this machine, by a few steps on random images."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from scae_dali.training.ranks import pick_device
 
 __all__ = ["pace"]
 
-STEPS = 3  # and one before them
-ON_CPU = 32  # images a step at most
+STEPS = 3  # that are timed, after one more
+ON_CPU = 32  # images in a step at most, on a CPU
 
 
 def pace(config: Config, classes: int, jobs: int) -> float:
-    """Seconds an image, of a run beside `jobs` - 1 others; what feeds it and validates is left out.
+    """Seconds per image of a run beside `jobs` - 1 others, without its pipeline and validation.
 
     The network's memory format and precision are the config's.
     """

@@ -1,4 +1,4 @@
-"""The report of a table: collected from its runs, printed, and drawn."""
+"""Collects the report of a table from its runs, prints it and draws it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COLUMNS = runs.FIGURES | {"overhead": "overhead_percent"}
 
 
 def collect(args: argparse.Namespace) -> dict[str, Any]:
-    """The report. ValueError where nothing is finished, or runs do not belong together."""
+    """The report. Raises ValueError where no run is finished, or runs do not belong together."""
     made: dict[tuple[str, str, str], dict[int, tuple[dict, dict, Path]]] = {}
     cells: dict[tuple[str, str, str], tuple[Section, Cell]] = {}
     unfinished = []
@@ -82,7 +82,7 @@ def top1(members: Mapping[int, tuple[dict, dict, Path]]) -> dict[int, float]:
 
 
 def together(section: Section, cell: Cell, members: Mapping, baseline: Mapping) -> None:
-    """ValueError unless a cell's runs differ in their seeds alone, and last as long as `none`."""
+    """Raise ValueError unless a cell's runs differ only in seed, and are as long as `none`'s."""
     configs = [config for config, *_ in members.values()]
     for config in configs[1:]:
         if found := runs.differing(configs[0], config):
@@ -97,13 +97,13 @@ def together(section: Section, cell: Cell, members: Mapping, baseline: Mapping) 
 
 
 def agreed(notes: Sequence[Any]) -> Any:
-    """What all say, or the list of what is said; None where nothing is."""
+    """The value that all notes agree on, or the list of their values; None without any."""
     distinct = [note for i, note in enumerate(notes) if note not in notes[:i]]
     return distinct[0] if len(distinct) == 1 else distinct or None
 
 
 def tidy(text: str) -> str:
-    """An argument without the folders of this machine."""
+    """A command-line argument without the folders of this machine."""
     option, equals, value = text.rpartition("=")
     return f"{option}{equals}{Path(value).name}" if os.path.isabs(value) else text
 
@@ -139,7 +139,7 @@ def heading(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], glue="
 
 
 def cells_of(row: Mapping[str, Any]) -> dict[str, str]:
-    """A row's texts by column; the first has no title."""
+    """The texts of a row by column; the first column has no title."""
 
     def text(figure: Mapping[str, Any] | None, form: str = ".2f") -> str:
         if figure is None:
@@ -162,11 +162,11 @@ def cells_of(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Top-1 and gains over `none` with error bars, the paper's and other sources' figures beside.
+    """Draw top-1 and gains over `none` with error bars, beside figures of the paper and of others.
 
-    Nothing where there is no gain.
+    Draws nothing if there is no gain.
     """
-    from matplotlib.figure import Figure  # of the extra `train`
+    from matplotlib.figure import Figure  # needs the extra `train`
 
     groups = [rows for rows in parts(report) if any(row["gain"] for row in rows)]
     if not groups:

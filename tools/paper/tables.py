@@ -1,8 +1,7 @@
-"""The tables of SCAE's paper as data: what is trained for each, and the figures to stand beside.
+"""The tables of SCAE's paper as data: what is trained for each cell, and the published figures.
 
-Figures are percent; the paper's stand here as far as they are known, and a cell without one has
-none. `independent` ones are of other sources, one value or their range. How cells become runs, and
-runs a report, is for reproduce.py.
+Figures are percent. Those of the paper stand here as far as they are known. `independent` figures
+are of other sources: one value or their range.
 """
 
 from __future__ import annotations
@@ -13,17 +12,17 @@ from dataclasses import dataclass, field
 
 __all__ = ["TABLES", "Cell", "Section", "Table"]
 
-Published = Mapping[str, float | tuple[float, ...]]  # by cell
+Published = Mapping[str, float | tuple[float, ...]]  # cell -> figures
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """A row of the printed table: a method and its settings.
 
-    name: of folders and of --methods; letters, digits, underscores. overrides: `option=value` of
-    train.py. recipes: YAML files that lie over the section's. first: the cell whose weights this
-    one, a second stage, goes on from. paper: by column, `last` (top-1) and `top-5`.
-    independent: top-1 by network.
+    name: in folders and in --methods; letters, digits, underscores. overrides: `option=value` of
+    train.py. recipes: YAML files that are applied after the section's. first: the cell whose
+    weights this one, a second stage, starts from. paper: column (`last`, which is top-1, or
+    `top-5`) -> figure. independent: network -> top-1.
     """
 
     name: str
@@ -38,7 +37,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Cells on the same data, by the same recipe; gains are over the one named `none`."""
+    """Cells with the same data and recipe; gains are over the cell named `none`."""
 
     name: str
     title: str
@@ -52,8 +51,8 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """models: the networks that the paper's figures may be of, and the default ones. epochs: the
-    paper's."""
+    """A table. models: the networks that the paper's figures may be of; they are trained by
+    default. epochs: the paper's."""
 
     title: str
     models: tuple[str, ...]
@@ -69,21 +68,21 @@ SALIENCY_MIX = Cell(name="saliency_mix", title="SaliencyMix", method="saliency_m
 
 
 def _cell(title: str, name: str, *overrides: str, method: str = "") -> Cell:
-    """Overrides are of the method's own settings."""
+    """A cell. overrides: `setting=value`, settings of its method."""
     method = method or name
     own = tuple(f"{method}.{override}" for override in overrides)
     return Cell(name=name, title=title, method=method, overrides=own)
 
 
 RANDOM_ERASING = _cell("Random Erasing, p = 0.5", "random_erasing", "prob=0.5")
-# p of SCAE averaged over the samples of CIFAR-100-LT; for both imbalances it rounds to this.
+# SCAE's p, averaged over the samples of CIFAR-100-LT, rounds to 0.37 for both imbalances.
 RANDOM_ERASING_P37 = _cell(
     "Random Erasing, p = 0.37", "random_erasing_p37", "prob=0.37", method="random_erasing"
 )
 CUTMIX = _cell("CutMix", "cutmix", "prob=1.0", "alpha=1.0")
 
-# The authors' grids for 32 px and for 224 px; theirs come more and more often for 80 % of the run,
-# the semantic ones as often as SCAE's rectangles.
+# The authors' grids for 32 px and for 224 px. GridMask's probability grows for 80 % of the run; the
+# semantic grids are as frequent as SCAE's rectangles.
 GRID_32 = ("d_min=24", "d_max=32", "rotate=0", "ratio=0.4")
 GRID_224 = ("d_min=96", "d_max=224", "rotate=360", "ratio=0.6")
 GRID_MASK_32 = _cell("GridMask", "grid_mask", *GRID_32, "prob=0.8", "ramp_epochs=160")
@@ -119,7 +118,7 @@ IMAGENET = (
 def _beside(
     cells: tuple[Cell, ...], paper: Published, independent: Mapping[str, Published] | None = None
 ) -> tuple[Cell, ...]:
-    """The cells with published figures. independent: by network, then by cell."""
+    """The cells with published figures. independent: network -> cell -> figures."""
     found = []
     for cell in cells:
         others = {
@@ -175,7 +174,7 @@ def _long_tail(imbalance: int) -> Section:
             name=name,
             title=title,
             method="none",
-            overrides=MISLAS_50 if imbalance == 50 else (),  # the recipe's are those for 100
+            overrides=MISLAS_50 if imbalance == 50 else (),  # the recipe has the settings for 100
             recipes=("mislas_stage2",),
             first=first,
         )

@@ -275,6 +275,24 @@ def test_making_fewer_batches_at_once_changes_nothing(data, references, monkeypa
         assert [whole(loader) for _ in range(EPOCHS)] == references["memory pad"]
 
 
+def test_labels_are_not_mixed_without_their_images(data):
+    """Whoever plans and applies by himself must have mixed in the partners."""
+    stage = data.stage()
+    assert stage.mixes
+
+    @pipeline_def(batch_size=stage.batch_size, num_threads=1, device_id=None)
+    def define():
+        encoded, ids = fn.readers.file(
+            files=list(data.index.files), file_root=data.index.root, pad_last_batch=True
+        )
+        images = fn.resize(fn.decoders.image(encoded), size=(SIZE, SIZE))
+        plan = stage.plan(ids, size=(SIZE, SIZE))
+        return stage.apply(images, plan), *plan.targets
+
+    with pytest.raises(ValueError, match=r"mixed with their partners before apply .* mix_prob=0"):
+        define()
+
+
 @pytest.mark.parametrize("settings", [{"mix_prob": 0.0}, {"class_aware": False}, {"tail": 0.01}])
 def test_without_mixing_there_is_no_branch_and_no_second_sample(data, settings):
     stage = data.stage(**settings)

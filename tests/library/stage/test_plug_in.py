@@ -69,7 +69,8 @@ def check(pipeline, index, scae, batches=10):
 def test_every_block_is_run_here():
     """No name comes twice, and none without a test below."""
     tested = {"loop", "webdataset", "tfrecord", "memory", "ranks", "save", "resume", "refresh_tar"}
-    assert sorted(name for name, _ in FOUND) == sorted(tested | {"harvest", "compose", "my_method"})
+    tested |= {"harvest", "compose", "my_method", "iterator"}
+    assert sorted(name for name, _ in FOUND) == sorted(tested)
     for page in PAGES:
         assert page.read_text().count("```") == 2 * page.read_text().count("```python ")
 
@@ -234,6 +235,9 @@ def test_webdataset_by_path_keys(tar):
     }
     names = run("webdataset", changes, MEAN=MEAN, STD=STD)
     check(names["train"](), index, names["scae"])
+    names["model"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+    exec(code_of("iterator", {}), names)
+    assert names["loss"].isfinite()
 
 
 def varint(value):
