@@ -9,7 +9,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import lmdb
 import numpy as np
@@ -39,6 +39,9 @@ from scae_dali.cache.format import (
 )
 from scae_dali.data.index import ImageIndex
 from scae_dali.plan.random import Stream, uniforms
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 __all__ = ["CacheReader", "Coverage", "RecordKeys", "ResidentCache", "Snapshot"]
 
