@@ -9,7 +9,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import lmdb
 import numpy as np
@@ -40,12 +40,10 @@ from scae_dali.cache.format import (
 from scae_dali.data.index import ImageIndex
 from scae_dali.plan.random import Stream, uniforms
 
-if TYPE_CHECKING:
-    from typing import Self  # of Python 3.11
-
 __all__ = ["CacheReader", "Coverage", "RecordKeys", "ResidentCache", "Snapshot"]
 
 T = TypeVar("T")
+Reader = TypeVar("Reader", bound="CacheReader")
 
 
 class Coverage(NamedTuple):
@@ -269,7 +267,7 @@ class CacheReader:
         if not any(cache._real == self._real for cache in _open):
             environment_at(self._real).close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self: Reader) -> Reader:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
