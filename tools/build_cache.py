@@ -39,6 +39,7 @@ from tools.common.options import (
     add_batch_size,
     add_data,
     add_device,
+    add_precision,
     count,
     parser_of,
     train_folder,
@@ -137,15 +138,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--threads", type=count, default=4, help="CPU threads of DALI; default: %(default)s"
     )
     add_device(parser, "auto")
-    parser.add_argument(
-        "--amp",
-        choices=["none", "bf16", "fp16"],
-        default="none",
-        help="mixed precision; default: %(default)s",
-    )
-    parser.add_argument(
-        "--channels-last", action="store_true", help="use the channels-last memory format"
-    )
+    add_precision(parser)
     parser.add_argument(
         "--epoch",
         type=int,

@@ -25,9 +25,10 @@ from pipelines.config import ExecConfig, ImageConfig
 from pipelines.files import crop_planned
 from scae_dali.cache import CacheError, SaliencyCache
 from scae_dali.data.index import DatasetError, ImageIndex
-from scae_dali.plan.region import centre_range, saliency_at
+from scae_dali.plan.region import centre_range
 from scae_dali.stage.images import decode, normalise, read
 from scae_dali.stage.stage import Stage
+from tools.common.draw import weights
 from tools.common.options import add_data, parser_of
 
 SIDE_INCHES = 2.2  # of a panel
@@ -148,13 +149,11 @@ def probability(
     window: (y, x, h, w) in px of the upright image. box: (y, x, h, w) in the crop. Returns float
     [S, S]; NaN where there can be no centre.
     """
-    share = window / np.tile(shape_px, 2)
-    pixels = np.indices((size, size)).reshape(2, -1).T[None]
-    axis_window = np.stack([share[:2], share[2:] / size], axis=1)[None]
-    p = np.exp(lam * saliency_at(saliency[None], pixels, axis_window)[0])
+    p = weights(saliency, window, shape_px, (size, size), lam)
     first, last = centre_range(box[None, 2:], np.array([[size, size]]), "inside")
-    p[~((pixels[0] >= first) & (pixels[0] <= last)).all(1)] = np.nan
-    return (p / np.nansum(p)).reshape(size, size)
+    pixels = np.indices((size, size)).transpose(1, 2, 0)  # [S, S, 2]
+    p[~((pixels >= first[0]) & (pixels <= last[0])).all(2)] = np.nan
+    return p / np.nansum(p)
 
 
 def outline(axes, box, **style) -> None:

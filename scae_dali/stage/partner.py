@@ -37,7 +37,7 @@ def mix(images: DataNode, plan: Any, crop: CropConfig, fetch: Fetch) -> DataNode
     index's files are not on the disk.
     """
     _check(plan.planner.index)
-    _note_mixed(plan)
+    plan.partners_mixed = True
     if plan.scalar("status", types.INT32) == int(Status.MIXED):
         images = _blend(images, plan, crop, fetch)
     return images
@@ -57,11 +57,6 @@ def decode_crop(
     device = "cpu" if images.device == "cpu" else "mixed"
     side = fn.cast(images.shape()[:2], dtype=types.FLOAT) if size is None else list(size)
     return cut(fn.decoders.image(encoded, device=device), start, shape, side)
-
-
-@do_not_convert
-def _note_mixed(plan: Any) -> None:
-    plan.partners_mixed = True
 
 
 @do_not_convert

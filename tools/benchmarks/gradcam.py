@@ -24,7 +24,7 @@ from pipelines.recipe import autocast
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.scorecam import ScoreCAM
 from tools.common import bench
-from tools.common.options import add_batch_size, add_device, count
+from tools.common.options import add_batch_size, add_device, add_precision, count
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,15 +44,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--size", type=count, default=224, help="side of the images in pixels; default: %(default)s"
     )
     add_device(parser)
-    parser.add_argument(
-        "--amp",
-        choices=["none", "bf16", "fp16"],
-        default="none",
-        help="mixed precision; default: %(default)s",
-    )
-    parser.add_argument(
-        "--channels-last", action="store_true", help="use the channels-last memory format"
-    )
+    add_precision(parser)
     parser.add_argument("--scorecam", action="store_true", help="measure Score-CAM too")
     return bench.parse(parser, argv, rounds=7, quick={"rounds": 3, "batch_size": 4})
 

@@ -43,7 +43,14 @@ from tools.benchmarks.passes import Passes
 from tools.build_cache import load_model
 from tools.common import bench, live
 from tools.common.made_up import SEED, epoch_index
-from tools.common.options import add_batch_size, add_data, add_device, count, whole_numbers
+from tools.common.options import (
+    add_batch_size,
+    add_data,
+    add_device,
+    add_precision,
+    count,
+    whole_numbers,
+)
 
 Amp = Callable[[], AbstractContextManager]
 
@@ -78,15 +85,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="sides in pixels that images are resized to; default: %(default)s",
     )
     add_batch_size(parser, 32, "images in a batch")
-    parser.add_argument(
-        "--amp",
-        choices=["none", "bf16", "fp16"],
-        default="none",
-        help="mixed precision; default: %(default)s",
-    )
-    parser.add_argument(
-        "--channels-last", action="store_true", help="use the channels-last memory format"
-    )
+    add_precision(parser)
     parser.add_argument(
         "--threads", type=count, default=2, help="CPU threads of DALI; default: %(default)s"
     )

@@ -46,7 +46,7 @@ from tools.benchmarks.passes import Passes
 from tools.common import bench
 from tools.common.live import GUIDED, Row, endless, medians, settle
 from tools.common.made_up import SEED, random_cache
-from tools.common.options import add_batch_size, add_device, count, share
+from tools.common.options import add_batch_size, add_device, add_precision, count, share
 from tools.common.source import add_source, check_source, open_source
 
 
@@ -62,15 +62,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="name of the network, as --model of train.py takes it; default: %(default)s",
     )
     add_batch_size(parser, 64, "images in a batch")
-    parser.add_argument(
-        "--amp",
-        choices=["none", "bf16", "fp16"],
-        default="none",
-        help="mixed precision; default: %(default)s",
-    )
-    parser.add_argument(
-        "--channels-last", action="store_true", help="use the channels-last memory format"
-    )
+    add_precision(parser)
     modes = ["none", "default", "reduce-overhead", "max-autotune"]
     parser.add_argument(
         "--compile",

@@ -19,6 +19,7 @@ __all__ = [
     "add_batch_size",
     "add_data",
     "add_device",
+    "add_precision",
     "count",
     "device",
     "existing_file",
@@ -104,6 +105,19 @@ def add_device(
     )
 
 
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """--amp and --channels-last: how a network computes."""
+    parser.add_argument(
+        "--amp",
+        choices=["none", "bf16", "fp16"],
+        default="none",
+        help="mixed precision; default: %(default)s",
+    )
+    parser.add_argument(
+        "--channels-last", action="store_true", help="use the channels-last memory format"
+    )
+
+
 def count(text: str) -> int:
     """5 -> 5; at least 1."""
     try:
@@ -138,10 +152,7 @@ def sizes(text: str) -> list[int]:
 
 def positive(text: str) -> float:
     """0.5 -> 0.5; more than 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
+    number = _number(text)
     if not 0 < number < math.inf:
         raise ArgumentTypeError(f"must be a number above 0, got {text}")
     return number
@@ -149,13 +160,18 @@ def positive(text: str) -> float:
 
 def share(text: str) -> float:
     """0.5 -> 0.5; from 0 to 1."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
+    number = _number(text)
     if not 0 <= number <= 1:
         raise ArgumentTypeError(f"must be a number from 0 to 1, got {text}")
     return number
+
+
+def _number(text: str) -> float:
+    """The number that a text is; NaN, which lies in no range, where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def shares(text: str) -> list[float]:

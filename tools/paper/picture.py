@@ -29,7 +29,7 @@ from PIL import Image
 from torch import nn
 
 import scae_dali
-from scae_dali.plan.region import saliency_at
+from tools.common.draw import weights
 
 # Photograph -> the number of its class among ImageNet's sorted names; the crop (y, x, h, w) in px;
 # and which epoch's rectangle is shown.
@@ -139,10 +139,7 @@ def probability(
     saliency: Any, window: tuple[int, ...], full_px: tuple[int, int], lam: float
 ) -> Any:
     """P of eq. 4 over the pixels of the crop, float [h, w], relative to the uniform one."""
-    share = np.array(window) / np.tile(full_px, 2)
-    axes = np.stack([share[:2], share[2:] / CROP], axis=1)[None]
-    pixels = np.indices(CROP).reshape(2, -1).T[None]
-    p = np.exp(lam * saliency_at(saliency[None], pixels, axes)[0]).reshape(CROP)
+    p = weights(saliency, window, full_px, CROP, lam)
     return p / p.mean()
 
 
