@@ -122,7 +122,8 @@ class Run(State):
         for shared in dict.fromkeys((self.net, model)):  # in the same order on all ranks
             self.ranks.share_buffers(shared)
         model.eval()
-        evaluation = Evaluation(self.index.class_counts, self.device)
+        counts = self.index.class_counts
+        evaluation = Evaluation(counts, self.device, self.config.post_hoc(counts))
         for batch in self.val_loader:
             with autocast(self.config.amp, self.device):
                 logits = model(batch.images.contiguous(memory_format=self.layout))

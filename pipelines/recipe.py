@@ -17,7 +17,7 @@ from scae_dali.methods import BUILT_IN, base, compose, load, make_config
 from scae_dali.methods.loading import as_config
 from scae_dali.plan.order import epoch_size
 from scae_dali.stage.stage import Stage
-from scae_dali.training.losses import LossConfig
+from scae_dali.training.losses import LossConfig, logit_adjustment
 from scae_dali.training.optim import OptimConfig
 from scae_dali.training.second_stage import SecondStageConfig
 
@@ -178,6 +178,11 @@ class Config:
             f"loss.defer must be below epochs ({self.epochs}), got {self.loss.defer}: the weights "
             "would never act",
         )
+        check(
+            self.loss.logit_adjust == 0 or self.sampling == "shuffle",
+            f"loss.logit_adjust={self.loss.logit_adjust} has no effect with sampling="
+            f"{self.sampling}, which shows all classes equally often: leave one of them out",
+        )
         guided = self.guided_config()
         check(
             guided is None or guided.refresh_every > 0 or bool(self.saliency.cache),
@@ -240,6 +245,17 @@ class Config:
         """
         config = self.guided_config()
         return 0 if config is None else config.neighbors_for(class_counts)
+
+    def post_hoc(self, class_counts: np.ndarray) -> np.ndarray | None:
+        """What post-hoc logit adjustment takes off the logits: τ·log π with τ = 1, less what
+        training has added to them already. None where classes are balanced by other means.
+
+        class_counts: int64 [K], of the training set. Returns float64 [K].
+        """
+        balanced = self.sampling != "shuffle" or self.loss.class_balanced > 0
+        if balanced or len(set(class_counts.tolist())) == 1:
+            return None
+        return logit_adjustment(class_counts, 1 - self.loss.logit_adjust)
 
     def stage(self, data: Data, cache: SaliencyCache | None, *, num_shards: int) -> Stage:
         """The augmentation as a stage. num_shards: number of ranks."""

@@ -79,7 +79,9 @@ class State:
         if ranks.world > 1:
             self.model = DistributedDataParallel(self.model)
         self.optimizer = config.optim.optimizer(trained)
-        self.loss = Loss(config.loss, self.index.class_counts, self.device)
+        self.loss = Loss(
+            config.loss, self.index.class_counts, self.device, mean_over_ranks=ranks.mean
+        )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.epoch = self.step = 0  # the next ones; step counts within the epoch
         self.meter = Meter()

@@ -1,7 +1,5 @@
 """The metrics of a validation: accuracy overall, by class, and of classes with many or few images;
 and the calibration error.
-
-Sums stay on the device until the end of a validation.
 """
 
 import sys
@@ -29,24 +27,31 @@ def shots(class_counts: np.ndarray) -> dict[str, np.ndarray]:
 class Evaluation:
     """The metrics of one validation: update() with every batch, then compute().
 
-    class_counts: int64 [K], images of each class in the TRAINING set. Raises ValueError.
+    class_counts: int64 [K], images of each class in the TRAINING set. adjustment: float [K], which
+    is taken off the logits for a second set of metrics (post-hoc logit adjustment; Menon et al.,
+    2021, eq. 9); None: there is no second set. Raises ValueError.
     """
 
-    def __init__(self, class_counts: ArrayLike, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        class_counts: ArrayLike,
+        device: torch.device | str,
+        adjustment: ArrayLike | None = None,
+    ) -> None:
         counts = np.asarray(class_counts)
         if counts.ndim != 1 or counts.size == 0 or counts.min() < 0:
             raise ValueError(
                 f"class_counts must be [K] with no negative entry, got {counts!r}; "
                 "ImageIndex.class_counts of the training set gives it"
             )
-        self._groups = {f"val_{name}": group for name, group in shots(counts).items()}
+        self._groups = shots(counts)
         self._classes = torch.arange(len(counts), device=device)
         self._bounds = torch.linspace(0, 1, BINS + 1, device=device)[1:-1]
-        # Rows: samples, those right by the best class, those right by one of the 5 best.
-        self._sums = torch.zeros(3, len(counts), dtype=torch.float64, device=device)
+        self._tallies = {"": _Tally(len(counts), device)}
+        if adjustment is not None:
+            self._adjustment = torch.as_tensor(adjustment, dtype=torch.float32, device=device)
+            self._tallies["_adjusted"] = _Tally(len(counts), device)
         self._infinite = torch.zeros((), dtype=torch.float64, device=device)  # samples
-        # Hits minus confidence: |accuracy - mean confidence| of a bin, times its samples.
-        self._gaps = torch.zeros(BINS, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
@@ -62,12 +67,8 @@ class Evaluation:
             )
         logits = logits.float()
         self._infinite += (~logits.isfinite()).any(1).sum()
-        before = self._before(logits, labels)
-        first, best = (before < 1).double(), (before < min(5, classes)).double()
-        self._sums.index_add_(1, labels, torch.stack([torch.ones_like(first), first, best]))
-        confidence = logits.softmax(1).amax(1)
-        bins = torch.bucketize(confidence, self._bounds)  # (0, 1/15], …, (14/15, 1]
-        self._gaps.index_add_(0, bins, first - confidence.double())
+        for name, tally in self._tallies.items():
+            self._add(tally, logits - self._adjustment if name else logits, labels)
 
     def compute(self, ranks: Ranks) -> dict[str, float | list[float | None]]:
         """Percent over the samples of all ranks, the same on each; every rank must call it.
@@ -75,30 +76,52 @@ class Evaluation:
         val_top1; val_top5, of the min(5, K) best; val_many, val_medium, val_few, top-1 over the
         samples of classes with > 100, 20 to 100 and < 20 training images, absent where there are
         none; val_ece, expected calibration error, L1; val_per_class, top-1 of each class, None
-        where it has no sample. Raises ValueError where no rank had a sample. Notes on stderr where
-        the network gave no finite logits at all: the figures then say nothing.
+        where it has no sample. The second set has the same names with `_adjusted` at the end.
+
+        Raises ValueError where no rank had a sample. Notes on stderr where the network gave no
+        finite logits at all: the figures then say nothing.
         """
-        seen, first, best = sum(ranks.gather(self._sums.cpu().numpy()))
-        gaps = sum(ranks.gather(self._gaps.cpu().numpy()))
-        infinite = sum(ranks.gather(self._infinite.item()))
-        if not seen.any():
-            raise ValueError("update() must see a sample on some rank before compute(), got none")
-        if infinite == seen.sum() and ranks.first:
-            print(
-                f"note: the network's outputs are not finite for any of the {infinite:.0f} "
-                "validation images, so its figures say nothing: its weights or BatchNorm's "
-                "averages are out of bounds, or amp's type is too small for its activations",
-                file=sys.stderr,
-            )
-        figures = {"val_top1": first.sum() / seen.sum(), "val_top5": best.sum() / seen.sum()}
+        infinite = sum(ranks.gather(self._infinite.cpu().numpy()))
+        figures: dict[str, float | list[float | None]] = {}
+        for name, tally in self._tallies.items():
+            counts = sum(ranks.gather(tally.counts.cpu().numpy()))
+            gaps = sum(ranks.gather(tally.gaps.cpu().numpy()))
+            if not counts[0].any():
+                raise ValueError(
+                    "update() must see a sample on some rank before compute(), got none"
+                )
+            if not name and infinite == counts[0].sum() and ranks.first:
+                print(
+                    f"note: the network's outputs are not finite for any of the {infinite:.0f} "
+                    "validation images, so its figures say nothing: its weights or BatchNorm's "
+                    "averages are out of bounds, or amp's type is too small for its activations",
+                    file=sys.stderr,
+                )
+            found = self._figures(counts, gaps)
+            figures |= {f"val_{key}{name}": value for key, value in found.items()}
+        return figures
+
+    def _add(self, tally: "_Tally", logits: Tensor, labels: Tensor) -> None:
+        before = self._before(logits, labels)
+        first, best = (before < 1).double(), (before < min(5, len(self._classes))).double()
+        tally.counts.index_add_(1, labels, torch.stack([torch.ones_like(first), first, best]))
+        confidence = logits.softmax(1).amax(1)
+        bins = torch.bucketize(confidence, self._bounds)  # (0, 1/15], …, (14/15, 1]
+        tally.gaps.index_add_(0, bins, first - confidence.double())
+
+    def _figures(
+        self, counts: np.ndarray, gaps: np.ndarray
+    ) -> dict[str, float | list[float | None]]:
+        seen, first, best = counts
+        figures = {"top1": first.sum() / seen.sum(), "top5": best.sum() / seen.sum()}
         for name, group in self._groups.items():
             if seen[group].any():
                 figures[name] = first[group].sum() / seen[group].sum()
-        figures["val_ece"] = np.abs(gaps).sum() / seen.sum()
+        figures["ece"] = np.abs(gaps).sum() / seen.sum()
         pairs = zip(first.tolist(), seen.tolist(), strict=True)
         return {
             **{name: 100 * float(value) for name, value in figures.items()},
-            "val_per_class": [100 * hits / count if count else None for hits, count in pairs],
+            "per_class": [100 * hits / count if count else None for hits, count in pairs],
         }
 
     def _before(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -111,3 +134,16 @@ class Evaluation:
         own = logits.gather(1, label)
         after = (logits < own) | ((logits == own) & (self._classes >= label))  # itself included
         return (~after).sum(1)
+
+
+class _Tally:
+    """What one set of metrics is made of; stays on the device until the end of a validation.
+
+    counts: float64 [3, K], rows: samples, those right by the best class, those right by one of the
+    5 best. gaps: float64 [BINS], hits minus confidence, which is |accuracy - mean confidence| of a
+    bin, times its samples.
+    """
+
+    def __init__(self, classes: int, device: torch.device | str) -> None:
+        self.counts = torch.zeros(3, classes, dtype=torch.float64, device=device)
+        self.gaps = torch.zeros(BINS, dtype=torch.float64, device=device)

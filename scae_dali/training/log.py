@@ -25,6 +25,7 @@ _NEEDED = (*_FIGURES, *(f"seconds.{name}" for name in _SECONDS))  # what `closin
 # Fields of numbers. They may be null, and absent where they are not needed.
 _NUMBERS = {*_FIGURES, "best_top1", "median10_top1"}
 _NUMBERS |= {f"val_{name}" for name in ("many", "medium", "few", "ece")}
+_NUMBERS |= {f"{name}_adjusted" for name in _NUMBERS if name.startswith("val_")}
 _OBJECTS = {"seconds", "share"}  # fields of objects of numbers
 _NEVER_NULL = {"val_top1", "img_per_s", "overhead_percent"}
 _PERCENT = _NUMBERS - {"img_per_s", "overhead_percent"}

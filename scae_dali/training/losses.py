@@ -1,7 +1,8 @@
-"""The loss: cross-entropy against mixed labels, with smoothing and class weights where wanted.
+"""The loss: cross-entropy against mixed labels, for balanced data and for long tails.
 
-Label-aware smoothing is that of MiSLAS (Zhong et al., 2021), class-balanced weights are those of
-Cui et al. (2019), from an epoch on if wanted (deferred re-weighting; Cao et al., 2019).
+Logit adjustment is that of Menon et al. (2021). With τ = 1 it is Balanced Softmax (Ren et al.,
+2020). Label-aware smoothing is that of MiSLAS (Zhong et al., 2021). Class-balanced weights are
+those of Cui et al. (2019), from an epoch on if wanted (deferred re-weighting; Cao et al., 2019).
 """
 
 import math
@@ -25,19 +26,28 @@ def mixed_cross_entropy(
     label_smoothing: float | Tensor = 0.0,
     *,
     weight: Tensor | None = None,
+    adjustment: Tensor | None = None,
+    mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Mean of μ·CE(label) + (1 - μ)·CE(partner), which is CE against the mixed label.
 
     logits: float [B, K]. labels, partners: int64 [B] or, as DALI gives them, [B, 1], on any device.
     mu: float32 of the same shape, in [0, 1]; 1 leaves the label as it is. label_smoothing: ε in
-    [0, 1], or float32 [K], one a class. weight: float32 [K] of class weights; None: all 1. Returns
-    a float32 scalar.
+    [0, 1], or float32 [K], one a class. weight: float32 [K] of class weights; None: all 1.
+    adjustment: float32 [K], added to the logits of every image, see `logit_adjustment`; None: 0.
+    Returns a float32 scalar.
 
     CE(y) = (1 - ε_y)·(-log p_y) + ε_y·mean_k(-log p_k), with the ε of the class itself. With
     weights, the sum of μ·w_y·CE(y) + (1 - μ)·w_j·CE(j) is divided by that of μ·w_y + (1 - μ)·w_j.
     So a sample's weight acts on its smoothed part too; torch.nn.functional.cross_entropy, which
     weights that part's terms by their own classes k, is the same only without smoothing.
+
+    mean_over_ranks: gives the mean of a scalar over the processes that share a batch, and divides
+    that sum over all of them, so that the average of their gradients is that of the whole batch.
+    None: this process is alone.
     """
+    if adjustment is not None:
+        logits = logits.float() + adjustment.to(logits.device)
     log_p = logits.log_softmax(1, dtype=torch.float32)
     labels, partners, mu = (t.to(logits.device).reshape(-1) for t in (labels, partners, mu))
     classes = torch.stack([labels, partners], 1)  # [B, 2], like all that follows
@@ -51,7 +61,21 @@ def mixed_cross_entropy(
     if weight is None:
         return (share * loss).sum() / len(logits)
     share = share * weight.to(logits.device)[classes]
-    return (share * loss).sum() / share.sum()
+    total = share.sum()
+    if mean_over_ranks is not None:
+        total = mean_over_ranks(total)
+    return (share * loss).sum() / total
+
+
+def logit_adjustment(class_counts, tau: float = 1.0) -> np.ndarray:
+    """Menon et al. (2021), eq. 10: τ·log π_k, where π_k = n_k / Σn is the share of class k.
+
+    class_counts: int [K]. Returns float64 [K]. A class without samples counts as if it had one,
+    since log 0 is not finite. Raises ValueError for other counts.
+    """
+    frequency(class_counts)  # checks them
+    counts = np.maximum(np.asarray(class_counts), 1)
+    return tau * np.log(counts / counts.sum())
 
 
 def class_balanced_weights(class_counts, beta: float = 0.9999) -> np.ndarray:
@@ -89,6 +113,9 @@ class LossConfig:
     """The loss: cross-entropy against the mixed labels.
 
     Args:
+        logit_adjust: τ of logit adjustment (Menon et al., ICLR 2021): τ·log π is added to the
+            logits in training, π being the share of each class. 1 is Balanced Softmax (Ren et al.,
+            NeurIPS 2020). 0 adds nothing.
         label_smoothing: Share of the label, from 0 to below 1, that is spread over all classes.
         smoothing_head: Label-aware smoothing (MiSLAS), instead of label_smoothing: the share for
             the largest class, from 0 to below 1.
@@ -99,6 +126,7 @@ class LossConfig:
         defer: Epoch from which the class-balanced weights act (deferred re-weighting).
     """
 
+    logit_adjust: float = 0.0
     label_smoothing: float = 0.0
     smoothing_head: float | None = None
     smoothing_tail: float | None = None
@@ -106,6 +134,11 @@ class LossConfig:
     defer: int = 0
 
     def __post_init__(self) -> None:
+        check(
+            0 <= self.logit_adjust < math.inf,
+            f"loss.logit_adjust must be at least 0 and finite, got {self.logit_adjust}; 1 is "
+            "Balanced Softmax, 0 adjusts nothing",
+        )
         for name in ("label_smoothing", "smoothing_head", "smoothing_tail", "class_balanced"):
             value = getattr(self, name)
             check(value is None or 0 <= value < 1, f"loss.{name} must be in [0, 1), got {value}")
@@ -130,22 +163,35 @@ class LossConfig:
 class Loss:
     """The loss of a training run, by epoch.
 
-        loss = Loss(config, index.class_counts, device)
+        loss = Loss(config, index.class_counts, device, mean_over_ranks=ranks.mean)
         criterion = loss.at(epoch)
         criterion(logits, labels, partners, mu)
 
     class_counts: int [K] of the training data. The tensors are made once, here, on `device`.
-    Raises ValueError for counts that are negative or all 0.
+    mean_over_ranks: see `mixed_cross_entropy`. With it, every rank calls the criterion with its
+    part of each batch, and the mean of their losses is the loss of the whole batch. Raises
+    ValueError for counts that are negative or all 0.
     """
 
-    def __init__(self, config: LossConfig, class_counts, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        config: LossConfig,
+        class_counts,
+        device: torch.device | str,
+        *,
+        mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.config = config
         self.smoothing: float | Tensor = config.label_smoothing
         self.weight: Tensor | None = None
+        self.adjustment: Tensor | None = None
+        self.mean_over_ranks = mean_over_ranks
 
         def tensor(values: np.ndarray) -> Tensor:
             return torch.as_tensor(values, dtype=torch.float32, device=device)
 
+        if config.logit_adjust:
+            self.adjustment = tensor(logit_adjustment(class_counts, config.logit_adjust))
         if config.smoothing_head is not None and config.smoothing_tail is not None:
             head, tail = config.smoothing_head, config.smoothing_tail
             self.smoothing = tensor(label_aware_smoothing(class_counts, head, tail))
@@ -154,5 +200,10 @@ class Loss:
 
     def at(self, epoch: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """This epoch's `mixed_cross_entropy`, as a function of (logits, labels, partners, mu)."""
-        weight = self.weight if epoch >= self.config.defer else None
-        return partial(mixed_cross_entropy, label_smoothing=self.smoothing, weight=weight)
+        return partial(
+            mixed_cross_entropy,
+            label_smoothing=self.smoothing,
+            weight=self.weight if epoch >= self.config.defer else None,
+            adjustment=self.adjustment,
+            mean_over_ranks=self.mean_over_ranks,
+        )

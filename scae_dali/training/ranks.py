@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 _POLL_S = 0.5
 # As an argument: /usr/bin/torchrun, -m torch.distributed.run, …/torch/distributed/run.py
@@ -72,6 +72,14 @@ class Ranks:
         """The sum over the ranks, for each name. Every rank calls it with the same names."""
         every = self.gather(values)
         return {key: sum(one[key] for one in every) for key in values}
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a scalar over the ranks, on its device, without a gradient. Every rank calls
+        it; none waits for the device."""
+        value = value.detach().clone()
+        if self.world > 1:
+            distributed.all_reduce(value)
+        return value / self.world
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give every rank the buffers of rank 0 (BatchNorm's statistics differ between ranks)."""
