@@ -31,17 +31,31 @@ CELLS = [
 # In the place of train.py: top-1 grows by 1 an epoch, from 10 x seed + the method's length. It
 # notes when it ran, and lasts LAST_S and until MEET runs have begun.
 FAKE = """
-import json, os, signal, sys, time
+import json, os, signal, sys, time, yaml
 from pathlib import Path
 began = time.monotonic()
-given = dict(text[2:].split("=", 1) for text in sys.argv[1:] if "=" in text)
+given, words = {}, iter(sys.argv[1:])
+for word in words:
+    name, equals, value = word[2:].partition("=")
+    if name == "config":
+        for group, content in yaml.safe_load(Path(value).read_text()).items():
+            content = content if isinstance(content, dict) else {"": content}
+            given |= {f"{group}.{key}".strip("."): one for key, one in content.items()}
+    elif name != "resume":
+        given[name] = value if equals else next(words)
 out, epochs = Path(given["out"]), int(given["epochs"])
 assert "--resume" in sys.argv
 weights = given.get("second_stage.weights")
 if weights and not Path(weights).exists():
     sys.exit("there are no weights")
-settings = {"method": given["method"], "model": given["model"], "seed": int(given["seed"])}
-(out / "config.json").write_text(json.dumps(settings | {"epochs": epochs, "out": str(out)}))
+settings = {"seed": int(given["seed"]), "epochs": epochs}
+for name, value in given.items():
+    group, _, key = name.rpartition(".")
+    inner = settings
+    for part in group.split(".") if group else ():
+        inner = inner.setdefault(part, {})
+    inner.setdefault(key, yaml.safe_load(value) if isinstance(value, str) else value)
+(out / "config.json").write_text(json.dumps(settings))
 rows = out / "metrics.jsonl"
 for epoch in range(len(rows.read_text().splitlines()) if rows.exists() else 0, epochs):
     top1 = 10 * settings["seed"] + len(settings["method"]) + epoch
@@ -82,9 +96,9 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "POLL_S", 0.01)
 
 
-def command(data, out, *more, table=3, options=()):
+def command(data, out, *more, table="3", options=()):
     """Of three epochs, on the tiny data, of which only imbalance 50 can be made."""
-    own = ["--sections", {3: "rho50", 4: "balanced"}[table]] if table in (3, 4) else []
+    own = ["--sections", {"3": "rho50", "4": "balanced"}[table]] if table in ("3", "4") else []
     given = ["--table", table, "--data", data, "--out", out, "--epochs", 3, *own, *more]
     folders = ["--data.format", "folder", "--data.val_dir", "test", "--data.in_memory", "true"]
     return [*map(str, given), "--", *folders, *options]
@@ -106,14 +120,14 @@ def write_run(out, cell, seed, top1, *, method=None, epochs=2, done=2, section="
     return path
 
 
-def report(out, *more, table=3):
+def report(out, *more, table="3"):
     """What --report writes."""
-    assert reproduce.main(["--table", str(table), "--out", str(out), "--report", *more]) == 0
+    assert reproduce.main(["--table", table, "--out", str(out), "--report", *more]) == 0
     return json.loads((out / f"table{table}.json").read_text())
 
 
 def arguments(number, tmp_path, *more):
-    given = ["--table", str(number), "--data", str(tmp_path / "none"), "--out", str(tmp_path)]
+    given = ["--table", number, "--data", str(tmp_path / "none"), "--out", str(tmp_path)]
     return reproduce.parse([*given, "--dry-run", *more])
 
 
@@ -153,7 +167,7 @@ def test_tables_are_consistent():
 
 @pytest.mark.parametrize("imbalance", [100, 50])
 def test_every_published_figure_of_the_long_tail_has_its_cell(imbalance):
-    section = TABLES[3].sections[0 if imbalance == 100 else 1]
+    section = TABLES["3"].sections[0 if imbalance == 100 else 1]
     paper = {cell.name: cell.paper["last"] for cell in section.cells if cell.paper}
     assert paper == LONG_TAIL_PAPER[imbalance]
     others = {cell.name for cell in section.cells if cell.independent}
@@ -166,7 +180,7 @@ def test_the_control_of_random_erasing_has_the_mean_probability_of_scae(imbalanc
     prob = schedule.erase_prob(schedule.frequency(counts), 0.1, 0.5, 0.5)
     mean = np.average(prob, weights=counts)
     assert mean == pytest.approx(exactly, abs=5e-4)
-    (control,) = (c for c in TABLES[3].sections[0].cells if c.name == "random_erasing_p37")
+    (control,) = (c for c in TABLES["3"].sections[0].cells if c.name == "random_erasing_p37")
     assert control.overrides == ("random_erasing.prob=0.37",)
     assert round(mean, 2) == 0.37
 
@@ -178,23 +192,23 @@ def test_fewer_epochs_shrink_the_schedules(tmp_path):
         model = TABLES[number].models[0]
         return making.make_job(args, chosen, model, chosen.cell(name), 0).config
 
-    whole = config(3, "mislas_stage1").optim
+    whole = config("3", "mislas_stage1").optim
     assert (whole.milestones, whole.warmup_epochs) == ((160, 180), 5)
-    first = config(3, "mislas_stage1", "--epochs", "60")
+    first = config("3", "mislas_stage1", "--epochs", "60")
     assert (first.epochs, first.optim.milestones, first.optim.warmup_epochs) == (60, (48, 54), 1.5)
-    assert config(3, "mislas", "--epochs", "60").epochs == 10
-    assert config(3, "mislas", "--epochs", "4").epochs == 4
-    given = config(2, "none", "--epochs", "10", "--", "--optim.milestones", "[5]")
+    assert config("3", "mislas", "--epochs", "60").epochs == 10
+    assert config("3", "mislas", "--epochs", "4").epochs == 4
+    given = config("2", "none", "--epochs", "10", "--", "--optim.milestones", "[5]")
     assert given.optim.milestones == (5,)
-    assert config(2, "none", "--epochs", "10").optim.milestones == (3, 6, 9)
-    tuned = config(3, "mislas", section=1)
+    assert config("2", "none", "--epochs", "10").optim.milestones == (3, 6, 9)
+    tuned = config("3", "mislas", section=1)
     assert (tuned.loss.smoothing_head, tuned.loss.smoothing_tail) == (0.3, 0.0)
     assert tuned.second_stage.classifier_lr == 0.1
 
 
 def test_the_masks_of_gridmask_grow_over_the_same_share_of_a_shorter_run(tmp_path):
-    args = arguments(3, tmp_path, "--epochs", "50")
-    section = TABLES[3].sections[0]
+    args = arguments("3", tmp_path, "--epochs", "50")
+    section = TABLES["3"].sections[0]
     job = making.make_job(args, section, "cifar_resnet32", section.cell("grid_mask"), 0)
     assert job.config.method_configs()["grid_mask"].ramp_epochs == 40
 
@@ -335,15 +349,17 @@ def test_a_run_of_another_process_is_left_alone(data, tmp_path, fake, capsys):
 
 
 def test_runs_of_other_settings_or_images_are_refused(data, tmp_path, fake, capsys):
-    write_run(tmp_path, "none", 0, 40.0, epochs=3, done=1)
     argv = command(data, tmp_path, "--methods", "mixup", "--seeds", "1")
+    section = TABLES["3"].sections[1]
+    job = making.make_job(reproduce.parse(argv), section, "cifar_resnet32", section.cell("none"), 0)
+    config = write_run(tmp_path, "none", 0, 40.0, epochs=3, done=1) / "config.json"
+    config.write_text(json.dumps(job.settings))
     argv[argv.index("--epochs") + 1] = "4"
     assert reproduce.main(argv) == 2
     told = capsys.readouterr().err
     assert "none-s0' was made with epochs=3, not 4: give the options that it was made with" in told
     assert not (tmp_path / "table3" / "rho50-cifar_resnet32-mixup-s0").exists()
-    config = tmp_path / "table3" / "rho50-cifar_resnet32-none-s0" / "config.json"
-    made = json.loads(config.read_text()) | {"batch_size": 128, "threads": 7, "device": "cuda"}
+    made = job.settings | {"threads": 7, "device": "cuda"}
     config.write_text(json.dumps(made))
     argv = command(data, tmp_path, "--dry-run", options=["--batch_size", "64"])
     assert reproduce.main(argv) == 2
@@ -355,8 +371,8 @@ def test_runs_of_other_settings_or_images_are_refused(data, tmp_path, fake, caps
 
 def test_a_run_that_another_table_has_is_taken_over(data, tmp_path, fake, capsys):
     assert reproduce.main(command(data, tmp_path, "--methods", "none", "--seeds", "1",
-                                  table=1)) == 0  # fmt: skip
-    again = command(data, tmp_path, "--methods", "none", "--seeds", "2", table=4)
+                                  table="1")) == 0  # fmt: skip
+    again = command(data, tmp_path, "--methods", "none", "--seeds", "2", table="4")
     assert reproduce.main([*again[:2], "--dry-run", *again[2:]]) == 0
     assert "done, as table1/cifar100-cifar_resnet32-none-s0" in capsys.readouterr().out
     assert reproduce.main(again) == 0
@@ -465,8 +481,8 @@ def test_options_that_train_py_does_not_take_stop_before_anything_runs(data, tmp
 
 
 def test_what_a_cell_is_cannot_be_changed_by_options(tmp_path):
-    section = TABLES[3].sections[0]
-    args = arguments(3, tmp_path, "--", "--scae.class_aware=true", "--batch_size=64")
+    section = TABLES["3"].sections[0]
+    args = arguments("3", tmp_path, "--", "--scae.class_aware=true", "--batch_size=64")
     job = making.make_job(args, section, "cifar_resnet32", section.cell("guided"), 0)
     assert not job.config.scae.class_aware
     assert job.config.batch_size == 64

@@ -87,17 +87,19 @@ def make_job(args: argparse.Namespace, section: Section, model: str, cell: Cell,
     if cell.first is not None:
         first = folder_of(args, section, model, cell.first, seed)
         its["second_stage.weights"] = first / "weights.pt"
+    # The seeds share what they have in common, since it takes long to read.
+    stand_ins = _options({key: 0 if key == "seed" else key for key in its})
     own = dict(text.split("=", 1) for text in (*section.overrides, *cell.overrides))
     fitted: dict[str, Any] = {}
     if args.epochs is not None:
-        whole = resolve(path.name, [*base, *_options({**own, **ours})], its)
+        whole = resolve(path.name, [*base, *_options({**own, **ours}), *stand_ins])
         ours["epochs"] = args.epochs if first is None else min(args.epochs, whole.epochs)
         if ours["epochs"] != whole.epochs:
             fitted = shrunk(whole, ours["epochs"] / whole.epochs)
     own |= {key: value for key, value in fitted.items() if key in own}
     early = {key: value for key, value in fitted.items() if key not in own}
     options = [*base, *_options(early), *args.options, *_options({**own, **ours})]
-    config = resolve(path.name, options, its)
+    config = _with(resolve(path.name, [*options, *stand_ins]), its)
     options += [*_options(its), "--resume"]
     try:
         index = train_index(dataclasses.replace(config.data, in_memory=False))
@@ -126,23 +128,26 @@ def parser() -> jsonargparse.ArgumentParser:
     return made
 
 
-def resolve(name: str, options: Sequence[str], its: Mapping[str, Any]) -> Config:
-    """The Config that train.py makes of its options, and of the seed, folder and weights of a run.
-    """
-    weights = its.get("second_stage.weights")
+def resolve(name: str, options: Sequence[str]) -> Config:
+    """The Config that train.py makes of its options."""
     try:
-        config = _shared((*options, f"--second_stage.weights={weights and 'weights.pt' or 'null'}"))
+        return _resolved(tuple(options))
     except (argparse.ArgumentError, ValueError, OSError) as error:
         raise ValueError(f"{name}: train.py does not take its options: {error}") from error
-    stage = dataclasses.replace(config.second_stage, weights=weights and str(weights))
-    return dataclasses.replace(config, seed=its["seed"], out=str(its["out"]), second_stage=stage)
 
 
 @functools.cache
-def _shared(options: tuple[str, ...]) -> Config:
-    """What the runs of a cell have in common; to read it takes long."""
-    found = parser().instantiate(parser().parse_args([*options, "--out=run"]))
+def _resolved(options: tuple[str, ...]) -> Config:
+    found = parser().instantiate(parser().parse_args(list(options)))
     return Config(**{field.name: found[field.name] for field in dataclasses.fields(Config)})
+
+
+def _with(config: Config, its: Mapping[str, Any]) -> Config:
+    """The Config of one seed. its: seed, out, and a second stage's weights."""
+    stage = config.second_stage
+    if "second_stage.weights" in its:
+        stage = dataclasses.replace(stage, weights=str(its["second_stage.weights"]))
+    return dataclasses.replace(config, seed=its["seed"], out=str(its["out"]), second_stage=stage)
 
 
 def shrunk(config: Config, factor: float) -> dict[str, Any]:
@@ -172,8 +177,7 @@ def train_index(data: DataConfig) -> ImageIndex:
 
 
 def plan(args: argparse.Namespace) -> list[Job]:
-    """The runs asked for, by rank; the first seed of all cells of a rank before the second of any.
-    """
+    """The runs asked for, by rank; in a rank all cells have their first seed before a second."""
     jobs = []
     for seed in range(args.seeds):
         for section in TABLES[args.table].sections:

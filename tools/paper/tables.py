@@ -1,7 +1,8 @@
 """The tables as data: what is trained for each cell, and the published figures.
 
-Tables 1 to 4 are those of SCAE's paper; `lt` is ours. Figures are percent. Those of the paper stand here as far as they are known. `independent` figures
-are of other sources: one value or their range.
+Tables 1 to 4 are those of SCAE's paper, and `lt` is ours. Figures are percent. Those of the paper
+stand here as far as they are known. `independent` figures are of other sources: one value or their
+range.
 """
 
 from __future__ import annotations
@@ -216,9 +217,7 @@ def _long_tail(imbalance: int) -> Section:
         SCAE,
         _mislas("SCAE, MiSLAS' second stage", "scae_mislas", "scae", imbalance),
         SCAE_MIXUP,
-        _mislas(
-            "SCAE + MixUp, MiSLAS' second stage", "scae_mixup_mislas", "scae_mixup", imbalance
-        ),
+        _mislas("SCAE + MixUp, MiSLAS' second stage", "scae_mixup_mislas", "scae_mixup", imbalance),
     )
     return Section(
         name=f"rho{imbalance}",
@@ -268,6 +267,7 @@ ABLATION_LONG_TAIL = (
     _scae("SCAE without p by class", "classless", "gamma=0"),
     SCAE,
 )
+
 
 def _auto(title: str, name: str, *overrides: str, method: str = "") -> Cell:
     """AutoAugment with the CIFAR policy, then another method. overrides: `option=value`."""
