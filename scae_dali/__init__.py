@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from scae_dali.saliency.whole import whole_loader
     from scae_dali.stage.loader import Batch, Loader
     from scae_dali.stage.stage import SCAE, Stage, Targets
-    from scae_dali.training.losses import mixed_cross_entropy
+    from scae_dali.training.losses import logit_adjustment, mixed_cross_entropy
 
 __all__ = [
     "SCAE",
@@ -29,6 +29,7 @@ __all__ = [
     "ScoreCAM",
     "Stage",
     "Targets",
+    "logit_adjustment",
     "mixed_cross_entropy",
     "refresh_cache",
     "whole_loader",
@@ -45,6 +46,7 @@ _HOME = {
     "ScoreCAM": "saliency.scorecam",
     "Stage": "stage.stage",
     "Targets": "stage.stage",
+    "logit_adjustment": "training.losses",
     "mixed_cross_entropy": "training.losses",
     "refresh_cache": "saliency.refresh",
     "whole_loader": "saliency.whole",

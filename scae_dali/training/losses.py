@@ -70,12 +70,12 @@ def mixed_cross_entropy(
 def logit_adjustment(class_counts, tau: float = 1.0) -> np.ndarray:
     """Menon et al. (2021), eq. 10: τ·log π_k, where π_k = n_k / Σn is the share of class k.
 
-    class_counts: int [K]. Returns float64 [K]. A class without samples counts as if it had one,
-    since log 0 is not finite. Raises ValueError for other counts.
+    class_counts: int [K]. Returns float64 [K]. A class without samples gets the value of the
+    smallest class that has some, since log 0 is not finite. Raises ValueError for other counts.
     """
-    frequency(class_counts)  # checks them
-    counts = np.maximum(np.asarray(class_counts), 1)
-    return tau * np.log(counts / counts.sum())
+    f = frequency(class_counts)
+    smallest = f[f > 0].min()
+    return tau * np.log(np.maximum(f, smallest) / f.sum())
 
 
 def class_balanced_weights(class_counts, beta: float = 0.9999) -> np.ndarray:

@@ -16,7 +16,7 @@ from scae_dali.training.networks import make_network
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 BASE = "cifar100_lt"
-OVERLAYS = ("drw", "crt", "lws", "mislas_stage1", "mislas_stage2")
+OVERLAYS = ("balanced_softmax", "drw", "crt", "lws", "mislas_stage1", "mislas_stage2")
 
 
 def recipe(*names: str, **more: str) -> Config:
@@ -59,6 +59,18 @@ def test_an_overlay_changes_what_it_names_and_nothing_else():
     assert second.second_stage.train_norms
     scae = recipe(BASE, "crt", second_stage__weights="w.pt", method="scae")
     assert (scae.method, scae.second_stage.classifier) == ("scae", "reset")
+
+
+def test_post_hoc_adjustment_takes_off_what_training_has_not_added():
+    counts = np.array([30, 20, 10])
+    shares = -np.log([2, 3, 6])
+    for tau, left in (("0", 1), ("0.25", 0.75), ("1", 0), ("2", -1)):
+        found = recipe(BASE, loss__logit_adjust=tau).post_hoc(counts)
+        np.testing.assert_allclose(found, left * shares, rtol=1e-12)
+    assert not recipe(BASE, "balanced_softmax").post_hoc(counts).any()
+    for other in ({"loss__class_balanced": "0.9999"}, {"sampling": "class_balanced"}):
+        assert recipe(BASE, **other).post_hoc(counts) is None
+    assert recipe(BASE).post_hoc(np.array([7, 7])) is None
 
 
 def test_a_method_that_wants_maps_is_found_beside_one_that_wants_neighbours():

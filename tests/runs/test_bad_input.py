@@ -507,6 +507,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"loss__class_balanced": 0.9999, "loss__defer": 160},
         r"loss.defer must be below epochs \(\d+\), got 160",
     ),
+    "an adjustment to classes that are shown equally often": (
+        {"loss__logit_adjust": 1.0, "sampling": "class_balanced"},
+        "loss.logit_adjust=1.0 has no effect with sampling=class_balanced, .*: leave one of them",
+    ),
     "a harvest of moved pixels": (
         {"method": "rand_augment+scae", "saliency__source": "harvest"},
         r"saliency.source must be pass with rand_augment\+scae, which moves pixels, got harvest",

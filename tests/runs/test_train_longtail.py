@@ -116,6 +116,16 @@ def test_a_second_stage_trains_the_classifier_and_nothing_else(
     assert rows(out)[0]["share"]["erased"] == 0
 
 
+def test_figures_are_adjusted_as_far_as_the_loss_is_not(data, whole, tmp_path, monkeypatch):
+    run_here(monkeypatch, *long_tailed(data, tmp_path / "run", **{"loss.logit_adjust": 1}))
+    ours, plain = rows(tmp_path / "run"), rows(whole)
+    names = [name for name in ours[0] if name.endswith("_adjusted")]
+    assert {"val_top1_adjusted", "val_few_adjusted", "val_ece_adjusted"} <= {*names}
+    assert all(row[name] == row[name.removesuffix("_adjusted")] for row in ours for name in names)
+    assert any(row[name] != row[name.removesuffix("_adjusted")] for row in plain for name in names)
+    assert [row["train_loss"] for row in ours] != [row["train_loss"] for row in plain]
+
+
 def test_mixup_and_deferred_weights_train(data, tmp_path, monkeypatch):
     argv = long_tailed(data, tmp_path / "run", method="mixup", epochs=2)
     argv += ["--loss.class_balanced", "0.99", "--loss.defer", "1"]

@@ -10,6 +10,7 @@ from pairs import in_two
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from scae_dali.training.evaluation import Evaluation
+from scae_dali.training.losses import logit_adjustment
 from scae_dali.training.ranks import Ranks
 from tools.gpu.checks import no_waiting
 
@@ -51,8 +52,8 @@ def sample(images=90, classes=7, seed=0):
     return torch.randn(images, classes) * 3, torch.randint(classes - 1, (images,))
 
 
-def figures(counts, *batches):
-    evaluation = Evaluation(counts, "cpu")
+def figures(counts, *batches, adjustment=None):
+    evaluation = Evaluation(counts, "cpu", adjustment)
     for logits, labels in batches:
         evaluation.update(logits, labels)
     return evaluation.compute(ALONE)
@@ -147,6 +148,30 @@ def test_fewer_classes_than_five_and_a_read_only_count():
     assert figures(counts, (logits, labels))["val_top5"] == 100
 
 
+def test_the_second_set_is_that_of_logits_less_the_adjustment():
+    logits, labels = sample()
+    adjustment = logit_adjustment(COUNTS, 0.5)
+    got = figures(COUNTS, (logits[:64], labels[:64]), (logits[64:], labels[64:]),
+                  adjustment=adjustment)  # fmt: skip
+    plain = figures(COUNTS, (logits, labels))
+    adjusted = figures(COUNTS, (logits - torch.from_numpy(adjustment).float(), labels))
+    assert got.keys() == plain.keys() | {f"{name}_adjusted" for name in plain}
+    assert adjusted["val_few"] != plain["val_few"]
+    for name, value in plain.items():
+        assert got[name] == pytest.approx(value)
+        assert got[f"{name}_adjusted"] == pytest.approx(adjusted[name])
+
+
+def test_an_adjustment_by_hand():
+    """Two classes of 90 and 10 images: log 9 = 2.197 is what separates them."""
+    logits = torch.tensor([[2.0, 0.0], [2.4, 0.0], [0.0, 0.0]])
+    got = figures(
+        [90, 10], (logits, torch.tensor([1, 0, 1])), adjustment=logit_adjustment([90, 10])
+    )
+    assert got["val_top1"] == pytest.approx(100 / 3)  # the second alone
+    assert got["val_top1_adjusted"] == pytest.approx(100)
+
+
 def test_update_takes_no_gradient_and_runs_in_inference_mode():
     evaluation = Evaluation(COUNTS, "cpu")
     logits, labels = sample()
@@ -162,7 +187,7 @@ def test_update_takes_no_gradient_and_runs_in_inference_mode():
 
 def test_update_never_reads_a_value_back():
     """Meta tensors have none: whatever would wait for a device fails on them."""
-    evaluation = Evaluation(COUNTS, "meta")
+    evaluation = Evaluation(COUNTS, "meta", logit_adjustment(COUNTS))
     logits, labels = torch.zeros(4, 7, device="meta"), torch.zeros(4, device="meta").long()
     with pytest.raises(NotImplementedError, match="meta"):
         evaluation.compute(ALONE)
@@ -172,12 +197,14 @@ def test_update_never_reads_a_value_back():
 @pytest.mark.gpu
 def test_update_does_not_wait_for_the_gpu():
     logits, labels = sample()
-    evaluation = Evaluation(COUNTS, "cuda")
+    evaluation = Evaluation(COUNTS, "cuda", logit_adjustment(COUNTS))
     batch = logits.cuda(), labels.cuda()
     with no_waiting():
         evaluation.update(*batch)
-    got, alone = evaluation.compute(ALONE), figures(COUNTS, (logits, labels))
-    assert got.pop("val_per_class") == alone.pop("val_per_class")
+    got = evaluation.compute(ALONE)
+    alone = figures(COUNTS, (logits, labels), adjustment=logit_adjustment(COUNTS))
+    for name in ("val_per_class", "val_per_class_adjusted"):
+        assert got.pop(name) == alone.pop(name)
     assert got == pytest.approx(alone, abs=1e-4)
 
 

@@ -1,10 +1,12 @@
 """The mixed cross-entropy, its class weights and its smoothing."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from pairs import in_two
 from torch.nn.functional import cross_entropy, one_hot
 
 from scae_dali.training.losses import (
@@ -12,11 +14,42 @@ from scae_dali.training.losses import (
     LossConfig,
     class_balanced_weights,
     label_aware_smoothing,
+    logit_adjustment,
     mixed_cross_entropy,
 )
 from tools.gpu.checks import no_waiting
 
 CIFAR_LT = [int(500 * 0.01 ** (k / 99)) for k in range(100)]  # at an imbalance of 100
+
+
+# A network is trained for a step: in one process on 8 images, or in two on 4 each.
+IMPORTS = """
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from scae_dali.training.losses import Loss, LossConfig
+from scae_dali.training.ranks import Ranks
+"""
+CODE = """
+ranks = Ranks("cpu")
+torch.manual_seed(0)
+net = torch.nn.Linear(3, 4)
+images, mu = torch.randn(8, 3), torch.tensor([1, 1, 0.5, 1, 1, 0.25, 1, 1])
+labels, partners = torch.tensor([0, 0, 0, 0, 3, 3, 2, 1]), torch.tensor([0, 1, 3, 0, 3, 0, 2, 1])
+own = slice(0, 4) if ranks.first else slice(4, 8)
+model = net
+if ranks.world > 1:
+    model = DistributedDataParallel(net)
+else:
+    own = slice(0, 8)
+config = LossConfig(class_balanced=0.999, label_smoothing=0.1, logit_adjust=0.5)
+criterion = Loss(config, [500, 100, 20, 2], "cpu", mean_over_ranks=ranks.mean).at(0)
+loss = criterion(model(images[own]), labels[own], partners[own], mu[own])
+loss.backward()
+losses = ranks.gather(loss.item())
+if ranks.first:
+    print([sum(losses) / len(losses), *net.weight.grad.flatten().tolist()])
+ranks.close()
+"""
 
 
 def batch(size=8, classes=5):
@@ -115,6 +148,58 @@ def test_the_gradient_is_that_of_the_smoothed_mixed_label():
     torch.testing.assert_close(logits.grad, (logits.detach().softmax(1) - mixed) / 8)
 
 
+def test_the_logit_adjustment_by_hand():
+    # π = 1/2, 1/3, 1/6.
+    found = logit_adjustment([30, 20, 10])
+    np.testing.assert_allclose(found, -np.log([2, 3, 6]), rtol=1e-12)
+    np.testing.assert_allclose(logit_adjustment([30, 20, 10], 0.5), found / 2, rtol=1e-12)
+    assert found.dtype == np.float64
+    # A class without images has the value of the smallest one that has some.
+    np.testing.assert_allclose(logit_adjustment([30, 0, 10]), -np.log([4 / 3, 4, 4]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 2.0])
+def test_an_adjusted_loss_is_that_of_weighted_exponentials(tau):
+    """p_y = n_y^τ exp(z_y) / Σ n_k^τ exp(z_k), against the mixed and smoothed label."""
+    logits, labels, partners, mu = batch()
+    counts = [500, 170, 50, 20, 5]
+    criterion = Loss(LossConfig(logit_adjust=tau, label_smoothing=0.1), counts, "cpu").at(0)
+    terms = torch.tensor(counts).double() ** tau * logits.double().exp()
+    log_p = (terms / terms.sum(1, keepdim=True)).log()
+    expected = 0.0
+    for i in range(8):
+        for y, share in ((labels[i], mu[i]), (partners[i], 1 - mu[i])):
+            target = 0.9 * one_hot(y, 5) + 0.1 / 5
+            expected -= share * (target * log_p[i]).sum() / 8
+    assert criterion(logits, labels, partners, mu).item() == pytest.approx(
+        expected.item(), rel=1e-6
+    )
+
+
+def test_an_adjustment_to_equal_classes_changes_nothing_and_half_precision_is_kept_apart():
+    inputs = batch()
+    torch.testing.assert_close(
+        mixed_cross_entropy(*inputs, adjustment=torch.full((5,), -7.5)),
+        mixed_cross_entropy(*inputs),
+    )
+    # log π is added in float32: bfloat16 would round -6.123 to -6.125.
+    logits, labels = torch.zeros(1, 2, dtype=torch.bfloat16), torch.tensor([1])
+    loss = mixed_cross_entropy(
+        logits, labels, labels, torch.ones(1), adjustment=torch.tensor([0.0, -6.123])
+    )
+    assert loss.item() == pytest.approx(6.123 + math.log1p(math.exp(-6.123)), rel=1e-6)
+
+
+def test_two_processes_have_the_gradient_of_the_whole_batch():
+    """Rank 0 has rare partners and rank 1 rare labels, so that their weights differ."""
+    scope: dict = {}
+    shown = []
+    exec(IMPORTS, scope)
+    exec(CODE, scope | {"print": shown.append})
+    together = in_two(IMPORTS, CODE)
+    np.testing.assert_allclose(json.loads(together), shown[0], rtol=1e-5)
+
+
 def test_class_balanced_weights_by_hand():
     # (1 - β)/(1 - β^n) at β = 1/2: 1/2 / (1/2, 3/4, 7/8) = 1, 2/3, 4/7; sum 47/21.
     found = class_balanced_weights([1, 2, 3], 0.5)
@@ -168,6 +253,8 @@ def test_bad_counts_are_named(counts):
         class_balanced_weights(counts)
     with pytest.raises(ValueError, match=r"class_counts must be \[K\]"):
         label_aware_smoothing(counts, 0.4, 0.1)
+    with pytest.raises(ValueError, match=r"class_counts must be \[K\]"):
+        logit_adjustment(counts)
 
 
 @pytest.mark.parametrize("beta", [-0.1, 1.0, float("nan")])
@@ -181,6 +268,12 @@ def test_bad_beta_is_named(beta):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"logit_adjust": -1.0},
+            r"loss.logit_adjust must be at least 0 and finite, got -1.0; 1 is",
+        ),
+        ({"logit_adjust": float("inf")}, r"loss.logit_adjust must be .* finite, got inf"),
+        ({"logit_adjust": float("nan")}, r"loss.logit_adjust must be .* finite, got nan"),
         ({"label_smoothing": 1.0}, r"loss.label_smoothing must be in \[0, 1\), got 1.0"),
         ({"class_balanced": -0.1}, r"loss.class_balanced must be in \[0, 1\), got -0.1"),
         (
@@ -234,7 +327,9 @@ def test_smoothing_and_weights_together():
 
 @pytest.mark.gpu
 def test_the_loss_of_a_step_does_not_wait_for_the_device():
-    config = LossConfig(smoothing_head=0.4, smoothing_tail=0.1, class_balanced=0.99)
+    config = LossConfig(
+        logit_adjust=1.0, smoothing_head=0.4, smoothing_tail=0.1, class_balanced=0.99
+    )
     criterion = Loss(config, [50, 40, 30, 20, 1], "cuda").at(0)
     inputs = [t.cuda() for t in batch()]
     with no_waiting():
