@@ -177,7 +177,9 @@ class Running:
         return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def execute(args: argparse.Namespace, jobs: Sequence[Job]) -> tuple[list[str], list[Job]]:
+def execute(
+    args: argparse.Namespace, times: Times, jobs: Sequence[Job]
+) -> tuple[list[str], list[Job]]:
     """Run what is not finished, `args.jobs` at once. Returns the runs that failed or were left to
     others, and those for which time was too short."""
     for job in jobs:
@@ -187,7 +189,6 @@ def execute(args: argparse.Namespace, jobs: Sequence[Job]) -> tuple[list[str], l
             print(f"have   {job.path.name}: it is {other.relative_to(args.out)}")
     waiting = [job for job in jobs if not finished(job, jobs)]
     total = len(waiting)
-    times = Times(args, probe=args.budget is not None)
     print(estimate(args, times, waiting), flush=True)
     args.time_s = args.deadline - time.monotonic()  # for runs
     lost: list[str] = []
@@ -297,7 +298,7 @@ def tell(job: Job, jobs: Sequence[Job], status: int, seconds: float, ended: str)
     return False
 
 
-def describe(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
+def describe(args: argparse.Namespace, times: Times, jobs: Sequence[Job]) -> None:
     """The plan: every run with its command, and what is left to do."""
     print(f"Table {args.table}: {TABLES[args.table].title}, {len(jobs)} runs in {args.place}")
     left: list[Job] = []
@@ -315,7 +316,7 @@ def describe(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
         print(f"{job.path.name}: {job.config.epochs} epochs of {images} images; {state}")
         print("    " + shlex.join(["python", "train.py", *job.options]).replace(
             f"{ROOT}{os.sep}", ""))  # fmt: skip
-    print(estimate(args, Times(args, probe=True), left))
+    print(estimate(args, times, left))
 
 
 def estimate(args: argparse.Namespace, times: Times, jobs: Sequence[Job]) -> str:
@@ -361,22 +362,24 @@ def run(args: argparse.Namespace) -> int:
     process has them, else TIME_IS_UP if the budget was too short for some."""
     lost: list[str] = []
     left: list[Job] = []
+    times = Times(args, probe=args.dry_run or args.budget is not None)
     try:
         if not args.report:
             refuse_others(args)
             jobs = plan(args)
             if args.dry_run:
-                describe(args, jobs)
+                describe(args, times, jobs)
                 return 0
-            lost, left = execute(args, jobs)
+            lost, left = execute(args, times, jobs)
     finally:
         if args.archive and not args.dry_run:
             print(f"packed {pack(args, args.archive)} runs into {args.archive}", flush=True)
     if lost:
         print(f"not done: {', '.join(lost)}; the same command tries again", file=sys.stderr)
     if left:
-        said = estimate(args, Times(args, probe=True), left)
-        print(f"time is up, {said}; the same command goes on", file=sys.stderr)
+        times.read()
+        print(f"time is up, {estimate(args, times, left)}; the same command goes on",
+              file=sys.stderr)  # fmt: skip
     if not left or any(ended(path) for path, *_ in existing(args)):
         found = collect(args)
         show(found)

@@ -23,14 +23,14 @@ export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 # Many runs at once must not each compile with all cores.
 export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-2}
 
-# step NAME SECONDS COMMAND…: runs a command for so long at most; it writes the file {json}, and
-# {seconds} is the time that it has.
+# step NAME SECONDS COMMAND…: runs a command for so long at most; it writes the file {json}.
+# {seconds} stands for the time after which a command should end by itself.
 step() {
   local name=$1 limit=$2 status since=$SECONDS
   shift 2
   ((limit = limit < end - SECONDS ? limit : end - SECONDS))
   local command=("${@//\{json\}/$out/$name.json}")
-  command=("${command[@]//\{seconds\}/$limit}")
+  command=("${command[@]//\{seconds\}/$((limit - 10))}")
   if [[ $DRY_RUN ]]; then
     echo "${command[*]@Q}"
     return
@@ -39,12 +39,12 @@ step() {
     echo "have  $name"
     return
   fi
-  if ((limit < 10)); then
+  if ((limit < 11)); then
     echo "left  $name: no time"
     left+=("$name")
     return
   fi
-  timeout --kill-after=10 $((limit + 5)) "${command[@]}" >> "$out/$name.log" 2>&1
+  timeout --kill-after=10 $limit "${command[@]}" >> "$out/$name.log" 2>&1
   status=$?
   case $status in
     0) echo "done  $name, $((SECONDS - since)) s" ;;
