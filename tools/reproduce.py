@@ -29,7 +29,7 @@ from tools import ROOT
 from tools.common import runs
 from tools.common.about import about, write_json
 from tools.common.options import add_data, parser_of
-from tools.paper.archive import ended, pack
+from tools.paper.archive import check_unpacked, ended, pack
 from tools.paper.jobs import STARTS, Job, existing, finished, plan, read_starts, refuse_others, twin
 from tools.paper.report import collect, draw, show
 from tools.paper.tables import TABLES, folder
@@ -360,6 +360,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Do what the command line asks for; returns the exit status: 1 if runs failed or another
     process has them, else TIME_IS_UP if the budget was too short for some."""
+    if args.archive and not args.dry_run:
+        check_unpacked(args.out, args.archive)
     lost: list[str] = []
     left: list[Job] = []
     times = Times(args, probe=args.dry_run or args.budget is not None)

@@ -520,7 +520,7 @@ def test_times_are_of_runs_on_this_machine_with_as_many_at_once(data, tmp_path, 
     assert Times(args, probe=True).left(job) > 0  # by a few steps
 
 
-def test_an_archive_holds_what_runs_need_to_go_on_elsewhere(tmp_path):
+def test_an_archive_holds_what_runs_need_to_go_on_elsewhere(tmp_path, capsys):
     out, other, file = tmp_path / "out", tmp_path / "other", tmp_path / "new" / "runs.tar.gz"
     place = "table_lt/rho100_ce"
     ended, first, cut = (
@@ -545,6 +545,10 @@ def test_an_archive_holds_what_runs_need_to_go_on_elsewhere(tmp_path):
     }
     assert len(names) == 3 + 4 + 5
     assert report(other, table="lt")["rows"] == report(out, table="lt")["rows"]
+    (other / "table_lt" / cut.name / "metrics.jsonl").write_text("")
+    lacking = ["--table", "lt", "--out", str(other), "--report", "--archive", str(file)]
+    assert reproduce.main(lacking) == 2
+    assert f"has epochs of {cut.name} that --out lacks: unpack it first" in capsys.readouterr().err
     write_run(out, "mislas", 0, 45.0, method="none", place=place)
     report(out, "--archive", str(file), table="lt")
     with tarfile.open(file) as archive:

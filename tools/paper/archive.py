@@ -11,10 +11,28 @@ from pathlib import Path
 from tools.common import runs
 from tools.paper.jobs import STARTS, existing, folder_of
 
-__all__ = ["pack"]
+__all__ = ["check_unpacked", "ended", "pack"]
 
 ALWAYS = ("config.json", "metrics.jsonl", STARTS)
 TO_GO_ON = ("checkpoint.pt", "saliency.lmdb/data.mdb")  # of a run that has not ended
+
+
+def check_unpacked(out: Path, file: Path) -> None:
+    """Raise ValueError where an archive has epochs that the runs in `out` lack, since `pack` would
+    write over them."""
+    if not file.exists():
+        return
+    with tarfile.open(file) as archive:
+        for member in archive:
+            mine = out / member.name
+            if mine.name != "metrics.jsonl" or (
+                mine.exists() and mine.stat().st_size >= member.size
+            ):
+                continue
+            raise ValueError(
+                f"--archive {str(file)!r} has epochs of {mine.parent.name} that --out lacks: "
+                f"unpack it first (tar -xf {file} -C {out}), or name another file"
+            )
 
 
 def pack(args: argparse.Namespace, file: Path) -> int:
