@@ -10,12 +10,12 @@
 # DATA is CIFAR-100, as torchvision downloads it or as folders train/ and test/. PHOTOGRAPHS is a
 # folder with train/, of ImageNet or a part of it; an epoch has each REPEAT times (1). Both should
 # lie in memory. RUNS is the folder of the runs (OUT/runs), JOBS how many train at once (half the
-# cores), PYTHON the interpreter (python). DRY_RUN=1 prints the commands. DEVICE=cpu rehearses them
-# on a CPU, with few drawn images.
+# cores), SHARE how many percent of the time they have at first (60), PYTHON the interpreter
+# (python). DRY_RUN=1 prints the commands. DEVICE=cpu rehearses them on a CPU, with few drawn images.
 set -uo pipefail
 total=${1:?the seconds that all may take} out=${2:-out}
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-: "${PYTHON:=python}" "${DEVICE:=0}" "${RUNS:=$out/runs}" "${DRY_RUN:=}" "${REPEAT:=1}"
+: "${PYTHON:=python}" "${DEVICE:=0}" "${RUNS:=$out/runs}" "${DRY_RUN:=}" "${REPEAT:=1}" "${SHARE:=60}"
 : "${JOBS:=$((($(nproc) + 1) / 2))}"
 end=$((total - 15)) # the last step needs a moment to stop
 failed=() left=()
@@ -125,7 +125,7 @@ if [[ ! -d $DATA/cifar-100-python ]]; then
 fi
 photographs=(--data "$PHOTOGRAPHS" --repeat "$REPEAT")
 
-table lt $((end * 6 / 10)) "${lt[@]}"
+table lt $((end * SHARE / 100)) "${lt[@]}"
 check check_new 150 "$new_checks"
 check check_all 240 "$all_checks"
 if [[ $DEVICE == cpu ]]; then

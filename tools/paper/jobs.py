@@ -41,8 +41,10 @@ __all__ = [
 
 STARTS = "starts.json"  # in a run's folder: how and on what it was started
 # Settings in epochs, which shrink with --epochs.
-IN_EPOCHS = ("milestones", "warmup_epochs", "ramp_epochs", "defer", "refresh_every")
-IN_EPOCHS += ("skip_first", "skip_last")
+IN_EPOCHS = (
+    *("milestones", "warmup_epochs", "ramp_epochs", "defer", "refresh_every"),
+    *("skip_first", "skip_last"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

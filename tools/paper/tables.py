@@ -443,10 +443,10 @@ TABLES = {
         models=("cifar_resnet32",),
         epochs=200,
         sections=(*_grid(100, 0), *_grid(50, 7)),
-        note=f"{PER_IMAGE} All cells have the settings of cifar100_lt.yaml, but for MiSLAS and "
-        "the baseline of LDAM-DRW, which have their authors'. So CMO is trained with a weight "
-        "decay of 5e-4, where its authors have 2e-4. `adjusted`: the same networks, with the "
-        "logarithm of the class shares taken off their logits (post-hoc logit adjustment), as far "
-        "as the loss has not added it in training.",
+        note="All cells have the settings of cifar100_lt.yaml, except MiSLAS and the baseline of "
+        "LDAM-DRW, which have their authors'. So CMO is trained with a weight decay of 5e-4, where "
+        "its authors have 2e-4. `adjusted` is of the same networks: the logarithm of the class "
+        "shares is taken off their logits (post-hoc logit adjustment), unless the loss has "
+        "already added it in training.",
     ),
 }
