@@ -11,11 +11,13 @@
 # folder with train/, of ImageNet or a part of it; an epoch has each REPEAT times (1). Both should
 # lie in memory. RUNS is the folder of the runs (OUT/runs), JOBS how many train at once (half the
 # cores), SHARE how many percent of the time they have at first (60), PYTHON the interpreter
-# (python). DRY_RUN=1 prints the commands. DEVICE=cpu rehearses them on a CPU, with few drawn images.
+# (that of .venv, or python3). DRY_RUN=1 prints the commands. DEVICE=cpu rehearses them on a CPU,
+# with few drawn images.
 set -uo pipefail
 total=${1:?the seconds that all may take} out=${2:-out}
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-: "${PYTHON:=python}" "${DEVICE:=0}" "${RUNS:=$out/runs}" "${DRY_RUN:=}" "${REPEAT:=1}" "${SHARE:=60}"
+[[ -x .venv/bin/python ]] && : "${PYTHON:=.venv/bin/python}"
+: "${PYTHON:=python3}" "${DEVICE:=0}" "${RUNS:=$out/runs}" "${DRY_RUN:=}" "${REPEAT:=1}" "${SHARE:=60}"
 : "${JOBS:=$((($(nproc) + 1) / 2))}"
 end=$((total - 15)) # the last step needs a moment to stop
 failed=() left=()
@@ -99,10 +101,12 @@ if [[ $DEVICE == cpu ]]; then
   lt=("${tiny[@]}" --sections rho100_bs --methods none,scae)
   table1=("${tiny[@]}" --methods none) table4=("${tiny[@]}" --methods none --sections lt)
   training=(--device cpu --amp none --batch_size 32 --threads 1)
-  new_checks='erase/clip,harvest/plain' all_checks='arrays/scae/*'
-  small=(--model cifar_resnet20 --quick)
-  pipeline=(--size 32 --threads 1,2 --hw-decoder-load 0.65 --quick)
-  train=(--model resnet18 --size 32 --quick) passes=(--model resnet18 --sizes 32,16 --quick)
+  new_checks='erase/clip' all_checks='arrays/scae/fp32-NCHW'
+  few=(--batch-size 4 --rounds 1)
+  small=(--model cifar_resnet20 --images 64 --steps 2 "${few[@]}")
+  pipeline=(--size 32 --threads 1,2 --hw-decoder-load 0.65 --batches 2 "${few[@]}")
+  train=(--model cifar_resnet20 --size 32 --steps 2 "${few[@]}")
+  passes=(--model cifar_resnet20 --sizes 32,16 --images 8 "${few[@]}")
 else
   : "${DATA:?the folder of CIFAR-100}" "${PHOTOGRAPHS:?a folder of photographs}"
   lt=() table1=() table4=()
