@@ -13,7 +13,7 @@ from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data, DataConfig
 from scae_dali.cache import SaliencyCache
 from scae_dali.checks import check, check_choice, check_seed
-from scae_dali.methods import BUILT_IN, base, compose, load, make_config
+from scae_dali.methods import BUILT_IN, base, compose, load, make_config, switch
 from scae_dali.methods.loading import as_config
 from scae_dali.plan.order import epoch_size
 from scae_dali.stage.stage import Stage
@@ -114,7 +114,8 @@ class Config:
             cifar_resnet32, cifar_resnet44, cifar_resnet56 or cifar_resnet18.
         method: Augmentation, by its name (scae, random_erasing, …; none is crop and flip alone), or
             the dotted name of a module of your own. Several are joined by a plus sign, such as
-            rand_augment+scae.
+            rand_augment+scae. `mixup|cutmix` takes one of the two for each batch.
+        switch_prob: Probability that a batch takes the second of two methods that are joined by |.
         method_args: Settings of a module of your own, as JSON. If several methods are joined, they
             stand under the module's name.
         image: How images become tensors
@@ -144,6 +145,7 @@ class Config:
     out: str
     model: str = "resnet50"
     method: str = "scae"
+    switch_prob: float = switch.Config.switch_prob
     method_args: dict[str, Any] = field(default_factory=dict)
     image: ImageConfig = field(default_factory=ImageConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -203,7 +205,7 @@ class Config:
         )
 
     def method_configs(self) -> dict[str, Any]:
-        """The Config of every method in use, by its name."""
+        """The Config of every method in use, by its name; see compose.configs."""
         names = compose.split(self.method)
         own = [name for name in names if name not in BUILT_IN]
         given = self.method_args
@@ -214,12 +216,15 @@ class Config:
             f"method_args must be settings of modules of yours, got {self.method_args} for method "
             f"{self.method}; those of a built-in method go under its name, --scae.lam_max 2",
         )
-        return {
+        settings = {
             name: getattr(self, name)
             if name in METHODS
             else make_config(load(name), given.get(name, {}))
             for name in names
         }
+        if compose.switched(self.method) or self.switch_prob != switch.Config.switch_prob:
+            settings["switch_prob"] = self.switch_prob
+        return compose.configs(self.method, settings)
 
     def guided_config(self) -> base.Config | None:
         """The Config of the method that looks at saliency maps or neighbouring classes; None if

@@ -1,16 +1,19 @@
-"""Methods by name, one or several: `rand_augment+scae` transforms first and erases then.
+"""Methods by name, one or several: `rand_augment+scae` transforms first and erases then, and
+`mixup|cutmix` mixes each batch by one of the two.
 
 Whatever the order of the names, images are transformed by a policy first, then erased, then mixed
 within the batch. The samples of the tail that SCAE itself mixes are mixed as crops, before all of
 that. The saliency maps are those of the crop before the policy.
 """
 
+import re
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, get_args
 
 import numpy as np
 
+from scae_dali.methods import switch
 from scae_dali.methods.base import DataNode, GuidedConfig, Kind, Method, Run, Samples
 from scae_dali.methods.loading import load, make_config, make_method
 
@@ -19,34 +22,61 @@ _WHY_ONE = {
     "erase": "one region of an image is planned to be erased",
     "mix": (
         "an image is mixed with one other at most (scae and semantic_grid_mask mix where the data "
-        "set has classes of the tail: their mix_prob=0 switches it off)"
+        "set has classes of the tail: their mix_prob=0 switches it off; mixup|cutmix takes one of "
+        "the two for each batch)"
     ),
 }
 
 
 def split(names: str) -> list[str]:
-    """`a+b` -> its names. Raises ValueError where one is empty or comes twice."""
-    out = [name.strip() for name in names.split("+")]
+    """`a+b|c` -> its names. Raises ValueError where one is empty or comes twice, and where other
+    than two methods of switch.SWITCHED are joined by |."""
+    out = [name.strip() for name in re.split(r"[+|]", names)]
     if not all(out) or len(set(out)) < len(out):
         raise ValueError(
             f"method must be a name, or different ones joined by +, got {names!r}; for instance "
             "scae, or rand_augment+scae"
         )
+    for part in names.split("+"):
+        joined = [name.strip() for name in part.split("|")]
+        if len(joined) > 1 and (len(joined) > 2 or not set(joined) <= set(switch.SWITCHED)):
+            raise ValueError(
+                f"two of {', '.join(switch.SWITCHED)} are joined by |, got {'|'.join(joined)}; "
+                "join other methods by +"
+            )
     return out
 
 
+def switched(names: str) -> str | None:
+    """The two that are joined by |: `a+b|c` -> `b|c`; None where none are."""
+    return next((part.replace(" ", "") for part in names.split("+") if "|" in part), None)
+
+
 def configs(names: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The Config of every method in `names`, by the method's name.
+    """The Config of every method in `names`, by the method's name; and under `a|b`, last, that of
+    the switch between them.
 
     settings: of a single method the fields of its Config, or {name: its Config}; of several, for
-    each by name, its Config or a mapping of its fields. Raises ValueError for unknown names and
-    settings.
+    each by name, its Config or a mapping of its fields; and `switch_prob`, if there is a switch.
+    Raises ValueError for unknown names and settings.
     """
     parts = split(names)
     modules = {name: load(name) for name in parts}
     if len(parts) == 1 and not _is_config(settings.get(parts[0]), modules[parts[0]]):
         settings = {parts[0]: settings}
-    if unknown := sorted(set(settings) - set(parts)):
+    pair = switched(names)
+    if pair:
+        modules[pair] = switch
+    if "switch_prob" in settings:
+        settings = dict(settings)
+        switch_prob = settings.pop("switch_prob")
+        if not pair:
+            raise ValueError(
+                "switch_prob is for two methods that are joined by |, as in mixup|cutmix, got "
+                f"{switch_prob} with method {names!r}; leave it out"
+            )
+        settings[pair] = {"switch_prob": switch_prob}
+    if unknown := sorted(set(settings) - set(modules)):
         raise ValueError(
             f"settings of {names!r} go by the method's name, as in {parts[0]}={{...}}, got "
             f"{', '.join(unknown)}"
@@ -75,7 +105,12 @@ def make(configs: Mapping[str, Any], run: Run) -> Method:
 
     configs: {name: its Config}, see `configs`. Raises ValueError where methods do not combine.
     """
-    made = {name: make_method(load(name), config, run) for name, config in configs.items()}
+    made: dict[str, Any] = {}
+    for name, config in configs.items():
+        if "|" in name:
+            made[name] = switch.Method(config, run, {one: made.pop(one) for one in name.split("|")})
+        else:
+            made[name] = make_method(load(name), config, run)
     if len(made) == 1:
         return next(iter(made.values()))
     _check(made)

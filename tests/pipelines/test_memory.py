@@ -37,10 +37,12 @@ SETTINGS = {
 METHODS = [
     *((name, SETTINGS.get(name, {})) for name in BUILT_IN),
     ("random_erasing", {"prob": 1.0}),
+    ("random_erasing", {"prob": 1.0, "fill": "above_mean"}),
     ("scae", {"p_min": 1.0, "p_max": 1.0, "border": "clip", "tail_erase": "always"}),
     ("keep_augment", {"mode": "paste", "n": 1}),
     ("rand_augment+scae", {"rand_augment": {"n": 1}, "scae": {"tail": 0.5}}),
     ("scae+mixup", {"scae": {"mix_prob": 0.0}, "mixup": {"prob": 0.5}}),
+    ("scae+mixup|cutmix", {"scae": {"mix_prob": 0.0}, "mixup": {"prob": 0.5}}),
 ]
 TRAINED = [
     ImageConfig(size=24, val_resize=24, crop=PAD),
@@ -88,7 +90,9 @@ def test_training_batches_are_those_of_files(tailed, tailed_cache, pixels, name,
 
 
 @pytest.mark.parametrize("device_id", [None, 0])
-@pytest.mark.parametrize(("fill", "operators"), [("mean", 0), ("zero", 0), ("color", 1)])
+@pytest.mark.parametrize(
+    ("fill", "operators"), [("mean", 0), ("zero", 0), ("above_mean", 0), ("color", 1)]
+)
 def test_boxes_of_one_colour_are_left_to_no_operator(
     tailed, pixels, monkeypatch, device_id, fill, operators
 ):

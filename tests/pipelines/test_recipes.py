@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,19 @@ import pytest
 from conftest import ROOT
 
 import train
+from pipelines import memory
+from pipelines.config import ExecConfig
+from pipelines.data import Data
 from pipelines.recipe import Config
+from scae_dali.data.index import ImageIndex
+from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import load
+from scae_dali.plan.order import Order
 from scae_dali.training.networks import make_network
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 BASE = "cifar100_lt"
-OVERLAYS = ("balanced_softmax", "drw", "crt", "lws", "mislas_stage1", "mislas_stage2")
+OVERLAYS = ("balanced_softmax", "drw", "crt", "lws", "mislas_stage1", "mislas_stage2", "strong")
 
 
 def recipe(*names: str, **more: str) -> Config:
@@ -31,8 +38,9 @@ def recipe(*names: str, **more: str) -> Config:
 def test_every_setting_of_a_recipe_is_known(name):
     more = {"second_stage__weights": "w.pt"} if name in ("crt", "lws", "mislas_stage2") else {}
     config = recipe(*([BASE, name] if name in OVERLAYS else [name]), **more)
-    assert config.method_configs().keys() == {config.method}
-    assert type(config.method_configs()[config.method]) is load(config.method).Config
+    configs = config.method_configs()
+    assert [*configs] == config.method.split("+")
+    assert all(type(one) is load(method).Config for method, one in configs.items())
     assert config.image.val_resize >= config.image.size
 
 
@@ -47,6 +55,49 @@ def test_the_long_tail_recipe_has_the_papers_settings():
     assert (scae.tail, scae.mix_prob, scae.mix_alpha, scae.neighbors) == (0.1, 0.5, 0.4, 1)
     parameters = sum(p.numel() for p in make_network(config.model, 100).parameters())
     assert parameters == pytest.approx(0.47e6, rel=0.01)
+
+
+def test_strong_augmentation_is_a_policy_then_a_black_square_then_the_flip():
+    """Of images of 32 px in memory."""
+    config = recipe(BASE, "strong", batch_size="64")
+    assert config.auto_augment == load("auto_augment").Config(
+        policy="cifar10", max_translate_rel=0.4532, fill_value=128
+    )
+    assert config.cutout == load("cutout").Config(length=16, fill="zero")
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(1, 256, (192, 32, 32, 3), np.uint8)
+    index = ImageIndex.from_arrays([f"{k}" for k in range(192)], np.arange(192) % 3)
+    data = Data(index, index)
+    order = Order(index.labels, batch_size=64, seed=0)
+
+    def batch(method):
+        stage = replace(config, method=method).stage(data, None, num_shards=1)
+        run = ExecConfig(batch_size=64, threads=1)
+        images, rows = memory.train_pipeline(
+            stage, ArrayImages(index, pixels), order, config.image, run
+        ).run()
+        levels = images.as_array() * config.image.std + config.image.mean  # NHWC
+        columns = stage.planner(config.image.crop).columns
+        return levels, {name: rows.as_array()[:, where] for name, where in columns.items()}
+
+    pictures, part = batch(config.method)
+    before, _ = batch("auto_augment")
+    plain, _ = batch("none")
+    areas = []
+    for picture, wanted, flip, box in zip(
+        pictures, before, part["flip"][:, 0], part["box"].astype(int), strict=True
+    ):
+        y, x, h, w = box
+        x = 32 - x - w if flip else x
+        wanted[y : y + h, x : x + w] = 0
+        np.testing.assert_allclose(picture, wanted, atol=1e-3)
+        areas.append(h * w)
+    assert max(areas) == 256
+    assert np.mean(areas) == pytest.approx(192, abs=12)  # 13.9² after clipping
+    assert ((before != plain).any(axis=(1, 2, 3))).mean() > 0.5
+    scae = recipe(BASE, "strong", method="auto_augment+scae")
+    assert scae.auto_augment == config.auto_augment
+    assert [*scae.method_configs()] == ["auto_augment", "scae"]
 
 
 def test_an_overlay_changes_what_it_names_and_nothing_else():

@@ -110,7 +110,7 @@ def epochs_done(path: Path) -> int:
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a result depends on, by their names on the command line."""
-    used = config["method"].split("+")  # as train.py joins several
+    used = re.split(r"[+|]", config["method"])  # as train.py joins several
     unused = {"out", "seed", "threads", "backend", "checkpoint_every", *BUILT_IN} - {*used}
     return _flat({key: value for key, value in config.items() if key not in unused})
 

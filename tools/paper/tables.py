@@ -87,7 +87,10 @@ GRID_32 = ("d_min=24", "d_max=32", "rotate=0", "ratio=0.4")
 GRID_224 = ("d_min=96", "d_max=224", "rotate=360", "ratio=0.6")
 GRID_MASK_32 = _cell("GridMask", "grid_mask", *GRID_32, "prob=0.8", "ramp_epochs=160")
 MIXUP_32 = _cell("MixUp", "mixup", "alpha=1.0")
-PER_IMAGE = "MixUp and CutMix draw for every image, their authors' code once a batch (MiSLAS too)."
+PER_IMAGE = (
+    "MixUp and CutMix draw for every image, their authors' code once a batch (MiSLAS too). Random "
+    "Erasing fills with the mean, as SCAE does, its authors' code with a lighter grey."
+)
 
 CIFAR = (
     NONE,
