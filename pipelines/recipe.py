@@ -15,7 +15,7 @@ from scae_dali.cache import SaliencyCache
 from scae_dali.checks import check, check_choice, check_seed
 from scae_dali.methods import BUILT_IN, base, compose, load, make_config, switch
 from scae_dali.methods.loading import as_config
-from scae_dali.plan.order import epoch_size
+from scae_dali.plan.order import EpochLength, epoch_size
 from scae_dali.stage.stage import Stage
 from scae_dali.training.losses import LossConfig, logit_adjustment
 from scae_dali.training.optim import OptimConfig
@@ -123,7 +123,10 @@ class Config:
         loss: Label smoothing and weights of the classes
         second_stage: Second stage, which trains the classifier again on the features of a first run
         sampling: `shuffle` shows every image once in an epoch. `class_balanced` shows every class
-            equally often, as often as the largest class has images.
+            equally often.
+        epoch_length: Length of an epoch of class_balanced. `largest` shows as many images of every
+            class as the largest class has. `dataset` shows as many images as there are.
+        samples_per_turn: How many images of one class come in a row with class_balanced.
         saliency: Saliency maps, for methods that look at them
         epochs: Number of epochs, T in eq. 5.
         batch_size: Number of images in a batch of one process.
@@ -152,6 +155,8 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     second_stage: SecondStageConfig = field(default_factory=SecondStageConfig)
     sampling: Literal["shuffle", "class_balanced"] = "shuffle"
+    epoch_length: EpochLength = "largest"
+    samples_per_turn: int = 1
     saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
     epochs: int = 100
     batch_size: int = 256
@@ -184,6 +189,11 @@ class Config:
             self.loss.logit_adjust == 0 or self.sampling == "shuffle",
             f"loss.logit_adjust={self.loss.logit_adjust} has no effect with sampling="
             f"{self.sampling}, which shows all classes equally often: leave one of them out",
+        )
+        check(
+            self.sampling == "class_balanced" or self.samples_per_turn == 1,
+            f"samples_per_turn must be 1 with sampling={self.sampling}, got "
+            f"{self.samples_per_turn}: only class_balanced takes the classes in turn",
         )
         guided = self.guided_config()
         check(
@@ -262,6 +272,11 @@ class Config:
             return None
         return logit_adjustment(class_counts, 1 - self.loss.logit_adjust)
 
+    def epoch_size(self, labels: np.ndarray) -> int:
+        """How many images an epoch has, in all processes together. labels: int64 [N], of the
+        training set."""
+        return epoch_size(labels, self.sampling, self.epoch_length)
+
     def stage(self, data: Data, cache: SaliencyCache | None, *, num_shards: int) -> Stage:
         """The augmentation as a stage. num_shards: number of ranks."""
         return Stage(
@@ -272,7 +287,7 @@ class Config:
             seed=self.seed,
             cache=cache,
             num_shards=num_shards,
-            epoch_size=epoch_size(data.train.labels, self.sampling),
+            epoch_size=self.epoch_size(data.train.labels),
             mean=self.image.mean,
             std=self.image.std,
             backend=self.backend,

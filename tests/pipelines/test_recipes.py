@@ -23,7 +23,17 @@ from scae_dali.training.networks import make_network
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 BASE = "cifar100_lt"
-OVERLAYS = ("balanced_softmax", "drw", "crt", "lws", "mislas_stage1", "mislas_stage2", "strong")
+OVERLAYS = (
+    "balanced_softmax",
+    "cmo",
+    "crt",
+    "drw",
+    "ldam_baseline",
+    "lws",
+    "mislas_stage1",
+    "mislas_stage2",
+    "strong",
+)
 
 
 def recipe(*names: str, **more: str) -> Config:
@@ -107,7 +117,6 @@ def test_an_overlay_changes_what_it_names_and_nothing_else():
     assert (second.epochs, second.sampling, second.method) == (10, "class_balanced", "none")
     assert (second.loss.smoothing_head, second.loss.smoothing_tail) == (0.4, 0.1)
     assert second.second_stage.classifier_lr == 0.2
-    assert second.second_stage.train_norms
     scae = recipe(BASE, "crt", second_stage__weights="w.pt", method="scae")
     assert (scae.method, scae.second_stage.classifier) == ("scae", "reset")
 
@@ -122,6 +131,62 @@ def test_post_hoc_adjustment_takes_off_what_training_has_not_added():
     for other in ({"loss__class_balanced": "0.9999"}, {"sampling": "class_balanced"}):
         assert recipe(BASE, **other).post_hoc(counts) is None
     assert recipe(BASE).post_hoc(np.array([7, 7])) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "decay"), [("crt", 10, 5e-4), ("lws", 5, 5e-4), ("mislas_stage2", 10, 2e-4)]
+)
+def test_second_stages_are_those_of_their_authors(name, epochs, decay):
+    """Of run_networks.py and cls_crt.yaml, cls_lws.yaml of Kang et al., and of train_stage2.py."""
+    config = recipe(BASE, name, second_stage__weights="w.pt")
+    assert (config.epochs, config.sampling, config.epoch_length) == (
+        epochs,
+        "class_balanced",
+        "dataset",
+    )
+    assert config.samples_per_turn == 4
+    assert config.second_stage.train_norms
+    optim = config.optim
+    assert (optim.lr, optim.momentum, optim.nesterov) == (0.1, 0.9, False)
+    assert optim.weight_decay == decay
+    rates = [optim.lr_at(84 * epoch + step, 84, epochs) for epoch in range(epochs)
+             for step in (0, 83)]  # fmt: skip
+    cosine = (0.1 * (1 + np.cos(np.pi * np.arange(epochs) / epochs)) / 2).repeat(2)
+    assert rates == pytest.approx(cosine)
+
+
+def test_first_stages_have_the_learning_rates_of_their_authors():
+    """adjust_learning_rate of LDAM-DRW and MiSLAS, which count epochs from 1."""
+    for name, factors in (("ldam_baseline", (0.01, 0.0001)), ("mislas_stage1", (0.1, 0.01))):
+        config = recipe(BASE, name)
+        optim = config.optim
+        assert (config.epochs, config.batch_size, config.sampling) == (200, 128, "shuffle")
+        assert (optim.momentum, optim.nesterov, optim.weight_decay) == (0.9, False, 2e-4)
+        for epoch in range(1, 201):
+            rate = 0.1
+            if epoch <= 5:
+                rate = 0.1 * epoch / 5
+            elif epoch > 180:
+                rate = 0.1 * factors[1]
+            elif epoch > 160:
+                rate = 0.1 * factors[0]
+            for step in (0, 83):
+                assert optim.lr_at(84 * (epoch - 1) + step, 84, 200) == pytest.approx(rate)
+
+
+def test_the_baseline_of_ldam_has_its_authors_images():
+    config = recipe(BASE, "ldam_baseline")
+    assert (config.method, config.amp) == ("none", "none")
+    assert (config.image.crop.kind, config.image.crop.pad) == ("pad", 4)
+    assert np.array(config.image.mean) / 255 == pytest.approx([0.4914, 0.4822, 0.4465])
+    assert np.array(config.image.std) / 255 == pytest.approx([0.2023, 0.1994, 0.2010])
+
+
+def test_samples_per_turn_are_refused_where_no_class_has_its_turn():
+    message = "samples_per_turn must be 1 with sampling=shuffle, got 4: only class_balanced"
+    with pytest.raises(ValueError, match=message):
+        recipe(BASE, samples_per_turn="4")
+    assert recipe(BASE, epoch_length="dataset").epoch_size(np.zeros(7, int)) == 7
 
 
 def test_a_method_that_wants_maps_is_found_beside_one_that_wants_neighbours():
