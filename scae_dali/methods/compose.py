@@ -1,8 +1,8 @@
 """Methods by name, one or several: `rand_augment+scae` transforms first and erases then.
 
 Whatever the order of the names, images are transformed by a policy first, then erased, then mixed
-within the batch. The samples of the tail that SCAE itself mixes are mixed as crops, before all of
-that. The saliency maps are those of the crop before the policy.
+within the batch, or pasted into. The samples of the tail that SCAE itself mixes are mixed as crops,
+before all of that. The saliency maps are those of the crop before the policy.
 """
 
 from collections.abc import Mapping
@@ -121,6 +121,7 @@ class Composition(Method):
         self.kinds = tuple(kind for method in methods for kind in method.kinds)
         self.conditional = any(method.conditional for method in methods)
         self.fields = {name: width for method in methods for name, width in method.fields.items()}
+        self.pastes = any(method.pastes for method in methods)
 
     def plan(self, samples: Samples) -> dict[str, np.ndarray]:
         plans = [method.plan(samples) for method in self.methods]
@@ -128,6 +129,12 @@ class Composition(Method):
         for plan in plans[1:]:
             status = status | plan["status"]
         return {name: value for plan in plans for name, value in plan.items()} | {"status": status}
+
+    def settle(
+        self, plan: dict[str, np.ndarray], window: np.ndarray, flip: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        (mixing,) = (method for method in self.methods if method.mixes)
+        return mixing.settle(plan, window, flip)
 
     def apply(self, images: DataNode, plan: Any) -> DataNode:
         for method in self.methods:
