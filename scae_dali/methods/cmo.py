@@ -62,9 +62,9 @@ class Method(base.Method):
     keeps. With `saliency` the centre is the largest saliency of the partner's crop, unless there is
     no map of it.
 
-    The image is transformed and erased by other methods before the box is pasted. The partner is
-    cropped and flipped, by draws of its own, and nothing else is done to it. (The authors augment
-    both alike.)
+    Other methods transform and erase the image before the box is pasted. The partner is cropped,
+    flipped and transformed by a policy, with random numbers of its own, but not erased, unlike the
+    authors' code, which also erases it.
     """
 
     kinds: tuple[Kind, ...] = ("mix",)

@@ -85,9 +85,9 @@ class FedPlan(PlanNodes):
     of the stage's index. size: (h, w) of the crops in pixels. crop: how the stage draws them.
 
     images: uint8 [h, w, 3], the crops, before the flip, on the pipeline's device. Crops by `pad` of
-    the images' own size are made in memory; they are blended there already and, where a method
-    fills its boxes with one colour for all, erased. If nothing else is done to them before, boxes of
-    partners are pasted there too. Other crops are cut by DALI out of whole images.
+    the images' own size are made in memory. They are blended with partners there already. Where a
+    method fills its boxes with one colour for all, they are erased there, and where nothing else
+    comes before, boxes of partners are pasted. Other crops are cut by DALI out of whole images.
     Every part of the plan is fed on its own, which is faster than to cut it out of the row in the
     graph. DALI asks for what it is fed in the thread that trains, which finds it ready.
 
@@ -120,8 +120,9 @@ class FedPlan(PlanNodes):
         self.partners_mixed = True
         self.images = on_device(self._feed(lambda block: block.images, layout="HWC"))
         self.row = self._feed(lambda block: block.rows)
-        others = on_device(self._feed(lambda block: block.others, layout="HWC"))
-        self.partners = lambda: (others, self.row)
+        if self.planner.pastes:
+            others = on_device(self._feed(lambda block: block.others, layout="HWC"))
+            self.partners = lambda: (others, self.row)
         if not self._crops_here:
             start, shape = self.part("start", types.FLOAT), self.part("shape", types.FLOAT)
             self.images = cut(self.images, start, shape, size)

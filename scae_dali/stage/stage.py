@@ -45,20 +45,23 @@ class PlanNodes:
     """The plan of a batch inside a graph: its rows, and its columns by name, as DALI nodes.
 
     row: float64 [K] a sample, on the CPU. single: the same in float32. planner: says which columns
-    a row has. partners_mixed: whether the planned partners have been mixed into the images, or
-    `partners` fetches them: called in the branch of the mixed samples, it gives the partners' crops
-    and the settled rows.
+    a row has. partners_mixed: whether the planned partners have been mixed into the images, or will
+    be, by paste_partners. partners: where the method pastes, gives the partners' crops and the rows
+    of the plan, settled; it is called for the mixed samples alone. transform_partners: what is done
+    to the crops, by their plan; None: nothing.
 
     A part is cut out of the row when it is asked for, and a pipeline had better give out the whole
     row, which `Loader` takes apart: DALI hands every sample of every operator on the CPU to its
     threads, and that costs more than the operator, the more so the more threads there are.
     """
 
+    partners: Any = None  # () -> (DataNode, DataNode)
+    transform_partners: Any = None  # (DataNode, PlanNodes) -> DataNode
+
     def __init__(self, row: DataNode, single: DataNode, planner: Planner) -> None:
         self.row = row
         self.planner = planner
         self.partners_mixed = False
-        self.partners: Any = None  # () -> (DataNode, DataNode)
         self._single = single
 
     def part(self, name: str, dtype: types.DALIDataType, within: slice = slice(None)) -> DataNode:
@@ -83,13 +86,15 @@ class PlanNodes:
         return (self.scalar("status", types.INT32) & int(Status.MIXED)) > 0
 
     def paste_partners(self, name: str, images: DataNode) -> DataNode:
-        """Images with the planned boxes of their partners; the rows are settled from then on. name:
-        of the boxes' fields, see methods.paste."""
+        """Images with boxes of their partners. The rows are settled from then on. name: of the
+        boxes' fields, see methods.paste."""
         row = self.row
         if self.mixed:
             others, row = self.partners()
-            others = fn.cast_like(others, images)
-            images = paste.paste(name, images, others, PlanNodes(row, row, self.planner))
+            settled = PlanNodes(row, fn.cast(row, dtype=types.FLOAT), self.planner)
+            if self.transform_partners is not None:
+                others = self.transform_partners(others, settled)
+            images = paste.paste(name, images, fn.cast_like(others, images), settled)
         self.row, self._single = row, fn.cast(row, dtype=types.FLOAT)
         return images
 

@@ -149,8 +149,8 @@ class Planner:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows of mixed samples once the size of their partners is known.
 
-        rows, full_px: as partner_crop takes them. Returns rows, in which the method may have changed
-        its part, and the partners' window and flip.
+        rows, full_px: as partner_crop takes them. Returns rows, whose part of the method may have
+        changed, and the partners' window and flip.
         """
         window, flip = self.partner_crop(rows, full_px, config)
         plan = {
