@@ -1,8 +1,7 @@
 """CMO, context-rich minority oversampling (Park et al., CVPR 2022): CutMix whose second images are
-drawn from the whole data set, the rarer their class, the more often.
+drawn from the whole data set, by default all classes equally often.
 
-The image keeps its context, and what is pasted comes mostly from rare classes. As in the authors'
-code, one draw decides for a whole batch whether it is mixed, and where the box lies.
+The context, which is the image, comes mostly from large classes, and what is pasted from all alike.
 """
 
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ __all__ = ["Config", "Method"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(batch.BatchMixConfig, GuidedConfig):
-    """CMO (Park et al., CVPR 2022), which pastes boxes of images of rare classes.
+    """CMO (Park et al., CVPR 2022), which pastes boxes of images of all classes alike.
 
     Args:
         weight_power: Second images are drawn from the whole data set, with probabilities in
@@ -63,8 +62,8 @@ class Method(base.Method):
     no map of it.
 
     Other methods transform and erase the image before the box is pasted. The partner is cropped,
-    flipped and transformed by a policy, with random numbers of its own, but not erased, unlike the
-    authors' code, which also erases it.
+    transformed by a policy and flipped, with random numbers of its own. It is not erased. (The
+    authors augment both alike.)
     """
 
     kinds: tuple[Kind, ...] = ("mix",)

@@ -16,7 +16,7 @@ from scae_dali.training.networks import make_network
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 BASE = "cifar100_lt"
-OVERLAYS = ("drw", "crt", "lws", "mislas_stage1", "mislas_stage2")
+OVERLAYS = ("cmo", "drw", "crt", "lws", "mislas_stage1", "mislas_stage2")
 
 
 def recipe(*names: str, **more: str) -> Config:

@@ -483,8 +483,9 @@ def test_a_sample_is_the_same_in_any_batch_and_on_any_number_of_shards(marked, m
         check_same(first | second, one)
 
 
-@pytest.mark.parametrize("names", ["cmo", "auto_augment+cmo"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "names"), [*((kind, "cmo") for kind in KINDS), ("files pad", "auto_augment+cmo")]
+)
 def test_a_resumed_run_goes_on_alike(marked, marked_cache, kind, names):
     settings = {"prob": 0.5, "saliency": True}
     settings = {"cmo": settings} if "+" in names else settings
