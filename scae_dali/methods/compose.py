@@ -3,11 +3,13 @@
 
 Whatever the order of the names, images are transformed by a policy first, then erased, then mixed
 within the batch. The samples of the tail that SCAE itself mixes are mixed as crops, before all of
-that. The saliency maps are those of the crop before the policy.
+that. CMO's boxes are pasted at the end, and the policy transforms what is pasted on its own. The
+saliency maps are those of the crop before the policy.
 """
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, get_args
 
@@ -16,6 +18,7 @@ import numpy as np
 from scae_dali.methods import switch
 from scae_dali.methods.base import DataNode, GuidedConfig, Kind, Method, Run, Samples
 from scae_dali.methods.loading import load, make_config, make_method
+from scae_dali.plan.random import derive
 
 _WHY_ONE = {
     "policy": "an image is transformed by one policy",
@@ -115,9 +118,13 @@ def make(configs: Mapping[str, Any], run: Run) -> Method:
         return next(iter(made.values()))
     _check(made)
     order = get_args(Kind)
-    return Composition(
-        sorted(made.values(), key=lambda one: order.index(one.kinds[0])), configs, run
-    )
+    methods = sorted(made.values(), key=lambda one: order.index(one.kinds[0]))
+    if not any(method.pastes for method in methods):
+        return Composition(methods, configs, run)
+    other = dataclasses.replace(run, seed=derive(run.seed, "partners"))
+    policies = [name for name, method in made.items() if method.kinds == ("policy",)]
+    twins = [make_method(load(name), configs[name], other) for name in policies]
+    return Composition(methods, configs, run, twins)
 
 
 def guided(configs: Mapping[str, Any]) -> list[GuidedConfig]:
@@ -147,24 +154,74 @@ def _check(methods: Mapping[str, Method]) -> None:
             plans[field] = name
 
 
-class Composition(Method):
-    """Methods one after the other, in this order."""
+class _OfPartner:
+    """The plan for a partner, whose fields stand in the plan of the sample under a longer name."""
 
-    def __init__(self, methods: list[Method], configs: Mapping[str, Any], run: Run) -> None:
+    def __init__(self, plan: Any) -> None:
+        self._plan = plan
+
+    @staticmethod
+    def field(name: str) -> str:
+        return f"partner_{name}"
+
+    def part(self, name: str, *how: Any) -> DataNode:
+        return self._plan.part(self.field(name), *how)
+
+    def scalar(self, name: str, dtype: Any) -> DataNode:
+        return self._plan.scalar(self.field(name), dtype)
+
+
+class Composition(Method):
+    """Methods one after the other, in this order.
+
+    twins: the policies among them once more, with random numbers of their own, for partners that
+    are pasted.
+    """
+
+    def __init__(
+        self,
+        methods: Sequence[Method],
+        configs: Mapping[str, Any],
+        run: Run,
+        twins: Sequence[Method] = (),
+    ) -> None:
         super().__init__(configs, run)
-        self.methods = methods
+        self.methods, self.twins = methods, twins
         self.kinds = tuple(kind for method in methods for kind in method.kinds)
         self.conditional = any(method.conditional for method in methods)
         self.fields = {name: width for method in methods for name, width in method.fields.items()}
+        for twin in twins:
+            self.fields |= {_OfPartner.field(name): n for name, n in twin.fields.items()}
+        self.pastes = any(method.pastes for method in methods)
 
     def plan(self, samples: Samples) -> dict[str, np.ndarray]:
         plans = [method.plan(samples) for method in self.methods]
         status = plans[0]["status"]
         for plan in plans[1:]:
             status = status | plan["status"]
-        return {name: value for plan in plans for name, value in plan.items()} | {"status": status}
+        both = {name: value for plan in plans for name, value in plan.items()} | {"status": status}
+        for twin in self.twins:
+            ids = both["partner_id"]
+            theirs = dataclasses.replace(samples, ids=ids, labels=self.run.labels[ids])
+            plan = twin.plan(theirs)
+            both |= {_OfPartner.field(name): plan[name] for name in twin.fields}
+        return both
+
+    def settle(
+        self, plan: dict[str, np.ndarray], window: np.ndarray, flip: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        (mixing,) = (method for method in self.methods if method.mixes)
+        return mixing.settle(plan, window, flip)
 
     def apply(self, images: DataNode, plan: Any) -> DataNode:
+        if self.twins:
+            plan.transform_partners = self._transform
         for method in self.methods:
             images = method.apply(images, plan)
+        return images
+
+    def _transform(self, images: DataNode, plan: Any) -> DataNode:
+        """The partners' crops as the policies transform them."""
+        for twin in self.twins:
+            images = twin.apply(images, _OfPartner(plan))
         return images

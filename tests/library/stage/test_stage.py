@@ -87,6 +87,8 @@ def test_and_by_any_backend_and_wherever_the_maps_are(index, cache, reference, h
 def test_both_operators_give_the_same_rows(index, cache, name):
     ids = np.random.default_rng(0).permutation(50)
     settings = {"scae": {"mix_prob": 0.0}} if "scae+" in name else {}
+    if name == "cmo":
+        settings = {"skip_first": 0, "skip_last": 0}
     given = []
     for backend in ("python", "torch"):
         one = stage(index, cache, 10, name, backend=backend, **settings)
