@@ -118,4 +118,4 @@ def _value(plan: Any, run: Run, config: ErasingConfig) -> Any:
     if config.fill == "above_mean":
         value = tuple(m + v * s for m, v, s in zip(run.mean, ABOVE_MEAN, run.std, strict=True))
     # fn.erase truncates to the type of the images: round what is meant for bytes.
-    return tuple(round(v) for v in value) if run.grey_levels else value
+    return tuple(min(round(v), 255) for v in value) if run.grey_levels else value

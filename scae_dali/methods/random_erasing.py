@@ -1,8 +1,8 @@
 """Random Erasing (Zhong et al., AAAI 2020): a rectangle anywhere in the crop, with one probability.
 
 Area and aspect are uniform as in the paper and its code; torchvision and timm draw the aspect
-log-uniform, and their settings are presets. One thing differs from the code of the authors: by
-default the mean fills the rectangle, and theirs is `above_mean`.
+log-uniform, and their settings are presets. The fill is not the authors' unless it is set to
+`above_mean`: by default it is the mean.
 """
 
 from dataclasses import dataclass, fields
@@ -45,8 +45,8 @@ class Config(RectangleConfig):
 
     Args:
         prob: Probability that an image is erased.
-        preset: `official` draws rectangles as the authors' code; its fill is above_mean, which must
-            be given besides. `torchvision` and `timm` set area, aspect,
+        preset: `official` draws rectangles as the authors' code does, and fills them with the mean;
+            the authors' fill is `above_mean`. `torchvision` and `timm` set area, aspect,
             aspect_law, tries and fill to those of these libraries; none of the five may then be
             given.
     """

@@ -126,11 +126,11 @@ class Stage:
 
     index: the data set; its order gives the ids.
     method: one of methods.BUILT_IN, or the dotted name of a module of your own. Several are joined
-    by +, as in `rand_augment+scae`, and two that take turns by |, as in `mixup|cutmix`; see
-    methods.compose.
+    by +, as in `rand_augment+scae`. Of two that are joined by |, as in `mixup|cutmix`, each batch
+    takes one. See methods.compose.
     settings: the fields of the method's Config. Of several methods a mapping for each under its
-    name, as in scae={"lam_max": 1.0}. A ready Config goes under the method's name too. Of two
-    joined by | also `switch_prob`, how likely a batch takes the second.
+    name, as in scae={"lam_max": 1.0}. A ready Config goes under the method's name too.
+    `switch_prob` is the probability that a batch takes the second of two joined by |.
     cache: a SaliencyCache of this index, or its path; None: there are no maps.
     epochs: how many the run has, T of eq. 5. batch_size: of the pipeline. num_shards: of the
     reader. seed: of everything that is planned.
