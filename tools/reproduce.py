@@ -3,11 +3,13 @@
     python tools/reproduce.py --table 3 --data DIR --out runs --dry-run    # what, and how long
     python tools/reproduce.py --table 3 --data DIR --out runs --jobs 2
     python tools/reproduce.py --table 3 --out runs --report                # what there is so far
+    python tools/reproduce.py --table lt --data DIR --out runs --jobs 2 --budget 600
 
 Every run is one of train.py, in OUT/table<N>/<section>-<network>-<cell>-s<seed>. The same command
 goes on after Ctrl-C, a kill or a failure: finished runs are left alone, the others are resumed.
 Options after `--` go to train.py, as in `-- --data.format folder --threads 1`; they cannot change
-the settings that define a cell.
+the settings that define a cell. With --budget the command ends in time, with exit status 3 if runs
+are left.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import math
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -28,13 +29,16 @@ from tools import ROOT
 from tools.common import runs
 from tools.common.about import about, write_json
 from tools.common.options import add_data, parser_of
-from tools.paper.jobs import STARTS, Job, finished, plan, read_starts, refuse_others, twin
-from tools.paper.probe import pace
+from tools.paper.archive import check_unpacked, ended, pack
+from tools.paper.jobs import STARTS, Job, existing, finished, plan, read_starts, refuse_others, twin
 from tools.paper.report import collect, draw, show
-from tools.paper.tables import TABLES
+from tools.paper.tables import TABLES, folder
+from tools.paper.times import Times, note
 
 TRAIN = ROOT / "train.py"
 POLL_S = 0.2
+END_S = 10.0  # of the budget, for this command's own start, the archive and the report
+TIME_IS_UP = 3  # exit status
 # Options of train.py that the table and this command's own options decide.
 OURS = {
     *("data.root", "epochs", "method", "model", "out", "resume", "seed"),
@@ -46,10 +50,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument(
         "--table",
-        type=int,
         required=True,
-        choices=sorted(TABLES),
-        help="number of the table in the paper",
+        choices=[*TABLES],
+        help="number of the table in the paper; lt is a table of our own, of losses and "
+        "augmentations on CIFAR-100-LT",
     )
     add_data(parser, type=str, help="folder of the data set, as --data.root of train.py")
     parser.add_argument(
@@ -106,14 +110,30 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="file of the report; default: table<N>.json in --out",
     )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="how long the command may take: it begins no run that would not end in time, and "
+        "stops at a checkpoint what has not ended then; the same command goes on; default: no "
+        "limit",
+    )
+    parser.add_argument(
+        "--archive",
+        type=Path,
+        metavar="FILE",
+        help="write what is needed to go on elsewhere into this compressed tar file at the end, to "
+        "be unpacked into another --out",
+    )
     parser.add_argument("options", nargs="*", metavar="-- OPTION", help="options for train.py")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
-    args.place = args.out / f"table{args.table}"
-    args.json = args.json or args.out / f"table{args.table}.json"
+    args.place = args.out / folder(args.table)
+    args.json = args.json or args.place.with_suffix(".json")
+    args.deadline = time.monotonic() + args.budget - END_S if args.budget else math.inf
     table = TABLES[args.table]
     args.models = args.models or list(table.models)
-    for name in ("seeds", "jobs", "epochs", "rate"):
+    for name in ("seeds", "jobs", "epochs", "rate", "budget"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             parser.error(f"--{name} must be positive, got {value}")
@@ -135,8 +155,33 @@ def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
-def execute(args: argparse.Namespace, jobs: Sequence[Job]) -> list[str]:
-    """Run what is not finished, `args.jobs` at once; returns the runs that failed or were left."""
+class Running:
+    """A run that trains now. epoch_s: seconds that an epoch takes, as is believed at its start."""
+
+    def __init__(self, job: Job, child: subprocess.Popen, epoch_s: float) -> None:
+        self.job, self.child, self.since = job, child, time.monotonic()
+        self._saved, self._saved_at, self._every = self._checkpoint(), math.nan, epoch_s
+
+    def is_to_stop(self, deadline: float) -> bool:
+        """Whether its last checkpoint before the deadline has just been written, or time is up."""
+        now, saved = time.monotonic(), self._checkpoint()
+        if saved == self._saved:
+            return now > deadline
+        if not math.isnan(self._saved_at):
+            self._every = now - self._saved_at
+        self._saved, self._saved_at = saved, now
+        return now + self._every > deadline and self.job.epochs_left > 1  # the last may come
+
+    def _checkpoint(self) -> int:
+        path = self.job.path / "checkpoint.pt"
+        return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def execute(
+    args: argparse.Namespace, times: Times, jobs: Sequence[Job]
+) -> tuple[list[str], list[Job]]:
+    """Run what is not finished, `args.jobs` at once. Returns the runs that failed or were left to
+    others, and those for which time was too short."""
     for job in jobs:
         if (other := twin(args, job)) is not None:
             args.place.mkdir(parents=True, exist_ok=True)
@@ -144,29 +189,33 @@ def execute(args: argparse.Namespace, jobs: Sequence[Job]) -> list[str]:
             print(f"have   {job.path.name}: it is {other.relative_to(args.out)}")
     waiting = [job for job in jobs if not finished(job, jobs)]
     total = len(waiting)
-    print(estimate(args, waiting), flush=True)
+    print(estimate(args, times, waiting), flush=True)
+    args.time_s = args.deadline - time.monotonic()  # for runs
     lost: list[str] = []
-    running: dict[int, tuple[Job, subprocess.Popen, float]] = {}
+    cut: list[Job] = []
+    running: dict[int, Running] = {}
+    free = True  # whether a run may be begun that could not before
     try:
-        while waiting or running:
-            for slot in set(range(args.jobs)) - running.keys():
-                busy = {job.path for job, *_ in running.values()}
-                able = [job for job in waiting if ready(job, jobs) and job.first not in busy]
-                if not able:
-                    break
-                waiting.remove(able[0])
-                child = launch(args, able[0], slot)
-                if child is None:
-                    lost.append(able[0].path.name)
-                else:
-                    running[slot] = (able[0], child, time.monotonic())
-            for slot, (job, child, since) in list(running.items()):
-                if child.poll() is None:
+        while free or running:
+            if free:
+                times.read()
+                begin(args, jobs, times, waiting, running, lost)
+                free = False
+            for slot, run in list(running.items()):
+                if run.child.poll() is None:
                     continue
+                free = True
                 del running[slot]
-                ended = f"{total - len(waiting) - len(running)} of {total}"
-                if not tell(job, jobs, child.returncode, time.monotonic() - since, ended):
-                    lost.append(job.path.name)
+                ended = f"{total - len(waiting) - len(running) - len(cut)} of {total}"
+                seconds = time.monotonic() - run.since
+                if not tell(run.job, jobs, run.child.returncode, seconds, ended):
+                    lost.append(run.job.path.name)
+            late = [slot for slot, run in running.items() if run.is_to_stop(args.deadline)]
+            runs.stop([running[slot].child for slot in late])
+            for slot in late:
+                cut.append(running.pop(slot).job)
+                done = cut[-1].config.epochs - cut[-1].epochs_left
+                print(f"stop   {cut[-1].path.name}: {done} epochs done, for time is up", flush=True)
             for job in list(waiting):
                 if job.first is not None and job.first.name in lost:
                     waiting.remove(job)
@@ -175,8 +224,38 @@ def execute(args: argparse.Namespace, jobs: Sequence[Job]) -> list[str]:
             if running:
                 time.sleep(POLL_S)
     finally:
-        runs.stop([child for _, child, _ in running.values()])
-    return lost
+        runs.stop([run.child for run in running.values()])
+    return lost, cut + waiting
+
+
+def begin(
+    args: argparse.Namespace,
+    jobs: Sequence[Job],
+    times: Times,
+    waiting: list[Job],
+    running: dict[int, Running],
+    lost: list[str],
+) -> None:
+    """Begin runs, the first that wait and can end in time, until `args.jobs` are running.
+
+    A run that no call has time for is begun all the same, and ends in a later one.
+    """
+    free = sorted(set(range(args.jobs)) - running.keys())
+    while free:
+        busy = {run.job.path for run in running.values()}
+        able = [job for job in waiting if ready(job, jobs) and job.first not in busy]
+        rest = args.deadline - time.monotonic()
+        if rest < args.time_s:
+            able = [job for job in able if not rest < times.left(job) <= args.time_s]
+        if not able or rest <= 0:
+            return
+        job = able[0]
+        waiting.remove(job)
+        child = launch(args, job, free[0])
+        if child is None:
+            lost.append(job.path.name)
+        else:
+            running[free.pop(0)] = Running(job, child, times.epoch(job))
 
 
 def ready(job: Job, jobs: Sequence[Job]) -> bool:
@@ -185,11 +264,12 @@ def ready(job: Job, jobs: Sequence[Job]) -> bool:
 
 def launch(args: argparse.Namespace, job: Job, slot: int) -> subprocess.Popen | None:
     """Start or resume a run, and note the machine; None if another process is running it."""
-    note = {
+    told = {
         **about(),
         "command": shlex.join(["python", "train.py", *job.options]),
         "options": args.options,
         "data": job.index.fingerprint if job.index is not None else None,
+        **note(args, job, time.time()),
     }
     env = runs.environment(slot, args.jobs, job.config.device)
     child = runs.start(job.path, [sys.executable, str(TRAIN), *job.options], env)
@@ -197,7 +277,7 @@ def launch(args: argparse.Namespace, job: Job, slot: int) -> subprocess.Popen | 
         print(f"leave  {job.path.name}: another process is at it")
         return None
     try:
-        write_json(job.path / STARTS, [*read_starts(job.path), note])
+        write_json(job.path / STARTS, [*read_starts(job.path), told])
         print(f"start  {job.path.name}: {job.epochs_left} epochs", flush=True)
     except BaseException:
         runs.stop([child])
@@ -218,7 +298,7 @@ def tell(job: Job, jobs: Sequence[Job], status: int, seconds: float, ended: str)
     return False
 
 
-def describe(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
+def describe(args: argparse.Namespace, times: Times, jobs: Sequence[Job]) -> None:
     """The plan: every run with its command, and what is left to do."""
     print(f"Table {args.table}: {TABLES[args.table].title}, {len(jobs)} runs in {args.place}")
     left: list[Job] = []
@@ -236,49 +316,22 @@ def describe(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
         print(f"{job.path.name}: {job.config.epochs} epochs of {images} images; {state}")
         print("    " + shlex.join(["python", "train.py", *job.options]).replace(
             f"{ROOT}{os.sep}", ""))  # fmt: skip
-    print(estimate(args, left, probe=True))
+    print(estimate(args, times, left))
 
 
-def estimate(args: argparse.Namespace, jobs: Sequence[Job], probe: bool = False) -> str:
-    """What is left to do, in words: runs, epochs, images and time.
-
-    probe: whether a network that has no run yet is tried for a moment.
-    """
+def estimate(args: argparse.Namespace, times: Times, jobs: Sequence[Job]) -> str:
+    """What is left to do, in words: runs, epochs, images and time."""
     start = f"left: {len(jobs)} runs, {sum(job.epochs_left for job in jobs):,} epochs"
-    paces: dict[tuple[str, ...], list[float]] = {}
-    for file in args.out.glob("table*/*/config.json"):
-        config = runs.read_config(file)
-        rows = runs.read_rows(file.parent / "metrics.jsonl", runs.PACE)
-        if (measured := runs.pace(rows)) is not None:
-            model, stage = config["model"], config.get("second_stage", {}).get("classifier") or ""
-            for key in ((model, stage, config["method"]), (model, stage), (model,)):
-                paces.setdefault(key, []).append(measured)
-    total, seconds, tried = 0, 0.0, {}
-    for job in jobs:
-        if job.epoch_images is None:
-            return f"{start}; image-steps and time unknown: --data cannot be read"
-        images = job.epochs_left * job.epoch_images
-        stage = job.config.second_stage.classifier or ""
-        keys = ((job.model, stage, job.cell.method), (job.model, stage), (job.model,))
-        known = next((paces[key] for key in keys if key in paces), None)
-        total += images
-        if args.rate:
-            seconds += images / args.rate
-        elif known:
-            seconds += images * statistics.mean(known)
-        elif probe and job.index is not None:
-            if job.model not in tried:
-                classes = job.index.num_classes
-                tried[job.model] = pace(job.config, classes, args.jobs)
-            seconds += images * tried[job.model]
-        else:
-            seconds = math.nan
+    if any(job.epoch_images is None for job in jobs):
+        return f"{start}; image-steps and time unknown: --data cannot be read"
+    total = sum(job.epochs_left * (job.epoch_images or 0) for job in jobs)
+    seconds = sum(times.left(job) for job in jobs)
     text = f"{start}, {total:,} image-steps"
     if math.isnan(seconds):
         return f"{text}; time unknown: give --rate, or let a run of each network begin"
-    sources = ["the rate of the runs in --out"] * bool(paces) + [
+    sources = ["the rate of the runs in --out"] * bool(times.measured) + [
         f"the rate of a few steps of {model}, {1 / pace:.3g} img/s a run"
-        for model, pace in tried.items()
+        for model, pace in times.tried.items()
     ]
     source = f"--rate {args.rate:g}" if args.rate else " and ".join(sources)
     return f"{text}; about {duration(seconds / args.jobs)} at {source}, {args.jobs} at once"
@@ -305,22 +358,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the command line asks for; returns the exit status, 1 if runs are not done."""
+    """Do what the command line asks for; returns the exit status: 1 if runs failed or another
+    process has them, else TIME_IS_UP if the budget was too short for some."""
+    if args.archive and not args.dry_run:
+        check_unpacked(args.out, args.archive)
     lost: list[str] = []
-    if not args.report:
-        refuse_others(args)
-        jobs = plan(args)
-        if args.dry_run:
-            describe(args, jobs)
-            return 0
-        lost = execute(args, jobs)
+    left: list[Job] = []
+    times = Times(args, probe=args.dry_run or args.budget is not None)
+    try:
+        if not args.report:
+            refuse_others(args)
+            jobs = plan(args)
+            if args.dry_run:
+                describe(args, times, jobs)
+                return 0
+            lost, left = execute(args, times, jobs)
+    finally:
+        if args.archive and not args.dry_run:
+            print(f"packed {pack(args, args.archive)} runs into {args.archive}", flush=True)
     if lost:
         print(f"not done: {', '.join(lost)}; the same command tries again", file=sys.stderr)
-    found = collect(args)
-    show(found)
-    write_json(args.json, found)
-    draw(found, args.out / f"table{args.table}.png")
-    return 1 if lost else 0
+    if left:
+        times.read()
+        print(f"time is up, {estimate(args, times, left)}; the same command goes on",
+              file=sys.stderr)  # fmt: skip
+    if not left or any(ended(path) for path, *_ in existing(args)):
+        found = collect(args)
+        show(found)
+        write_json(args.json, found)
+        draw(found, args.place.with_suffix(".png"))
+    return 1 if lost else TIME_IS_UP if left else 0
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 import fcntl
 import json
+import math
 import os
 import re
 import shlex
 import signal
 import statistics
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,30 +21,47 @@ from scae_dali.methods import Run, compose
 from scae_dali.plan import schedule
 from tools import reproduce
 from tools.common import runs
+from tools.common.about import hardware
 from tools.paper import jobs as making
-from tools.paper.tables import LONG_TAIL_INDEPENDENT, LONG_TAIL_PAPER, TABLES
+from tools.paper.tables import LONG_TAIL_INDEPENDENT, LONG_TAIL_PAPER, TABLES, folder
+from tools.paper.times import Times
 
 CELLS = [
     pytest.param(number, section, model, cell, id=f"{number}-{section.name}-{model}-{cell.name}")
     for number, table in TABLES.items()
     for section in table.sections
+    if number != "lt" or section.name.startswith("rho100")  # those of 50 are made of the same
     for model in table.models
     for cell in section.cells
 ]
 # In the place of train.py: top-1 grows by 1 an epoch, from 10 x seed + the method's length. It
 # notes when it ran, and lasts LAST_S and until MEET runs have begun.
 FAKE = """
-import json, os, signal, sys, time
+import json, os, signal, sys, time, yaml
 from pathlib import Path
 began = time.monotonic()
-given = dict(text[2:].split("=", 1) for text in sys.argv[1:] if "=" in text)
+given, words = {}, iter(sys.argv[1:])
+for word in words:
+    name, equals, value = word[2:].partition("=")
+    if name == "config":
+        for group, content in yaml.safe_load(Path(value).read_text()).items():
+            content = content if isinstance(content, dict) else {"": content}
+            given |= {f"{group}.{key}".strip("."): one for key, one in content.items()}
+    elif name != "resume":
+        given[name] = value if equals else next(words)
 out, epochs = Path(given["out"]), int(given["epochs"])
 assert "--resume" in sys.argv
 weights = given.get("second_stage.weights")
 if weights and not Path(weights).exists():
     sys.exit("there are no weights")
-settings = {"method": given["method"], "model": given["model"], "seed": int(given["seed"])}
-(out / "config.json").write_text(json.dumps(settings | {"epochs": epochs, "out": str(out)}))
+settings = {"seed": int(given["seed"]), "epochs": epochs}
+for name, value in given.items():
+    group, _, key = name.rpartition(".")
+    inner = settings
+    for part in group.split(".") if group else ():
+        inner = inner.setdefault(part, {})
+    inner.setdefault(key, yaml.safe_load(value) if isinstance(value, str) else value)
+(out / "config.json").write_text(json.dumps(settings))
 rows = out / "metrics.jsonl"
 for epoch in range(len(rows.read_text().splitlines()) if rows.exists() else 0, epochs):
     top1 = 10 * settings["seed"] + len(settings["method"]) + epoch
@@ -49,6 +69,8 @@ for epoch in range(len(rows.read_text().splitlines()) if rows.exists() else 0, e
     row |= {"img_per_s": 100, "seconds": {"train": 2, "saliency": 1, "val": 1}}
     with open(rows, "a") as file:
         file.write(json.dumps(row) + "\\n")
+    (out / "checkpoint.pt").touch()
+    time.sleep(float(os.environ.get("EPOCH_S", 0)))
     if given["method"] == os.environ.get("FAIL"):
         sys.exit("Traceback: of a run that fails")
     if given["method"] == os.environ.get("INTERRUPT"):
@@ -82,17 +104,19 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "POLL_S", 0.01)
 
 
-def command(data, out, *more, table=3, options=()):
+def command(data, out, *more, table="3", options=()):
     """Of three epochs, on the tiny data, of which only imbalance 50 can be made."""
-    own = ["--sections", {3: "rho50", 4: "balanced"}[table]] if table in (3, 4) else []
+    own = ["--sections", {"3": "rho50", "4": "balanced"}[table]] if table in ("3", "4") else []
     given = ["--table", table, "--data", data, "--out", out, "--epochs", 3, *own, *more]
     folders = ["--data.format", "folder", "--data.val_dir", "test", "--data.in_memory", "true"]
     return [*map(str, given), "--", *folders, *options]
 
 
-def write_run(out, cell, seed, top1, *, method=None, epochs=2, done=2, section="rho50", **figures):
-    """A run of Table 3 as train.py would have left it."""
-    path = out / "table3" / f"{section}-cifar_resnet32-{cell}-s{seed}"
+def write_run(
+    out, cell, seed, top1, *, method=None, epochs=2, done=2, place="table3/rho50", **figures
+):
+    """A run of a table as train.py would have left it."""
+    path = out / f"{place}-cifar_resnet32-{cell}-s{seed}"
     path.mkdir(parents=True)
     config = {"method": method or cell, "model": "cifar_resnet32", "seed": seed, "epochs": epochs}
     (path / "config.json").write_text(json.dumps(config | {"data": {"root": "/data/here"}}))
@@ -106,14 +130,14 @@ def write_run(out, cell, seed, top1, *, method=None, epochs=2, done=2, section="
     return path
 
 
-def report(out, *more, table=3):
+def report(out, *more, table="3"):
     """What --report writes."""
-    assert reproduce.main(["--table", str(table), "--out", str(out), "--report", *more]) == 0
-    return json.loads((out / f"table{table}.json").read_text())
+    assert reproduce.main(["--table", table, "--out", str(out), "--report", *more]) == 0
+    return json.loads((out / f"{folder(table)}.json").read_text())
 
 
 def arguments(number, tmp_path, *more):
-    given = ["--table", str(number), "--data", str(tmp_path / "none"), "--out", str(tmp_path)]
+    given = ["--table", number, "--data", str(tmp_path / "none"), "--out", str(tmp_path)]
     return reproduce.parse([*given, "--dry-run", *more])
 
 
@@ -143,8 +167,10 @@ def test_tables_are_consistent():
             assert len({cell.title for cell in section.cells}) == len(names)
             settings = {(c.method, c.overrides, c.recipes, c.first) for c in section.cells}
             assert len(settings) == len(names)
+            assert {*sum(section.contrasts, ())} <= {*names}
             for i, cell in enumerate(section.cells):
                 assert cell.first is None or cell.first in names[:i]
+                assert cell.first is None or cell.rank >= section.cell(cell.first).rank
                 assert cell.paper.keys() <= {"last", "top-5"}
                 assert cell.independent.keys() <= {*table.models}
                 figures = [*cell.paper.values(), *sum(cell.independent.values(), ())]
@@ -153,7 +179,7 @@ def test_tables_are_consistent():
 
 @pytest.mark.parametrize("imbalance", [100, 50])
 def test_every_published_figure_of_the_long_tail_has_its_cell(imbalance):
-    section = TABLES[3].sections[0 if imbalance == 100 else 1]
+    section = TABLES["3"].sections[0 if imbalance == 100 else 1]
     paper = {cell.name: cell.paper["last"] for cell in section.cells if cell.paper}
     assert paper == LONG_TAIL_PAPER[imbalance]
     others = {cell.name for cell in section.cells if cell.independent}
@@ -166,9 +192,37 @@ def test_the_control_of_random_erasing_has_the_mean_probability_of_scae(imbalanc
     prob = schedule.erase_prob(schedule.frequency(counts), 0.1, 0.5, 0.5)
     mean = np.average(prob, weights=counts)
     assert mean == pytest.approx(exactly, abs=5e-4)
-    (control,) = (c for c in TABLES[3].sections[0].cells if c.name == "random_erasing_p37")
+    (control,) = (c for c in TABLES["3"].sections[0].cells if c.name == "random_erasing_p37")
     assert control.overrides == ("random_erasing.prob=0.37",)
     assert round(mean, 2) == 0.37
+
+
+def test_the_grid_is_trained_in_the_order_of_its_worth(tmp_path):
+    sections = {section.name: section for section in TABLES["lt"].sections}
+    assert [*sections] == ["rho100_bs", "rho100_ce", "rho50_bs", "rho50_ce"]
+    ranks = {name: [cell.rank for cell in one.cells] for name, one in sections.items()}
+    balanced, plain, *_ = sections.values()
+    assert [cell.name for cell in balanced.cells] == [cell.name for cell in plain.cells[:11]]
+    assert ranks["rho100_ce"] == [rank + 3 for rank in ranks["rho100_bs"]] + [6] * 5
+    for loss in ("bs", "ce"):
+        assert ranks[f"rho50_{loss}"] == [rank + 7 for rank in ranks[f"rho100_{loss}"]]
+    args = arguments("lt", tmp_path, "--sections", "rho100_bs", "--seeds", "2")
+    jobs = making.plan(args)
+    automatic = [f"auto_augment_{name}" for name in ("cutout", "random_erasing", "scae")]
+    first = ["none", *automatic]
+    assert [(job.cell.name, job.seed) for job in jobs[:8]] == [
+        (name, seed) for seed in (0, 1) for name in first
+    ]
+    second = {"random_erasing_p37", "scae", "unguided", "cmo", "scae_cmo", "saliency_cmo"}
+    assert {job.cell.name for job in jobs[8:14]} == second
+    assert [job.seed for job in jobs[8:]] == [0] * 6 + [1] * 6 + [0, 1]
+    assert all(job.config.loss.logit_adjust == 1 for job in jobs)
+    assert {job.config.optim.weight_decay for job in jobs} == {5e-4}  # of CMO too
+    cutout, erasing, _ = (job.config for job in jobs[1:4])
+    assert cutout.method_configs()["auto_augment"].policy == "cifar10"
+    assert cutout.method_configs()["cutout"].length == 16
+    assert erasing.method_configs()["random_erasing"].prob == 0.37
+    assert jobs[0].config.out == str(tmp_path / "table_lt" / "rho100_bs-cifar_resnet32-none-s0")
 
 
 def test_fewer_epochs_shrink_the_schedules(tmp_path):
@@ -178,24 +232,24 @@ def test_fewer_epochs_shrink_the_schedules(tmp_path):
         model = TABLES[number].models[0]
         return making.make_job(args, chosen, model, chosen.cell(name), 0).config
 
-    whole = config(3, "mislas_stage1").optim
+    whole = config("3", "mislas_stage1").optim
     assert (whole.milestones, whole.warmup_epochs) == ((160, 180), 5)
-    assert config(3, "ldam_baseline", "--epochs", "60").optim.milestones == (48, 54)
-    first = config(3, "mislas_stage1", "--epochs", "60")
+    assert config("3", "ldam_baseline", "--epochs", "60").optim.milestones == (48, 54)
+    first = config("3", "mislas_stage1", "--epochs", "60")
     assert (first.epochs, first.optim.milestones, first.optim.warmup_epochs) == (60, (48, 54), 1.5)
-    assert config(3, "mislas", "--epochs", "60").epochs == 10
-    assert config(3, "mislas", "--epochs", "4").epochs == 4
-    given = config(2, "none", "--epochs", "10", "--", "--optim.milestones", "[5]")
+    assert config("3", "mislas", "--epochs", "60").epochs == 10
+    assert config("3", "mislas", "--epochs", "4").epochs == 4
+    given = config("2", "none", "--epochs", "10", "--", "--optim.milestones", "[5]")
     assert given.optim.milestones == (5,)
-    assert config(2, "none", "--epochs", "10").optim.milestones == (3, 6, 9)
-    tuned = config(3, "mislas", section=1)
+    assert config("2", "none", "--epochs", "10").optim.milestones == (3, 6, 9)
+    tuned = config("3", "mislas", section=1)
     assert (tuned.loss.smoothing_head, tuned.loss.smoothing_tail) == (0.3, 0.0)
     assert tuned.second_stage.classifier_lr == 0.1
 
 
 def test_the_masks_of_gridmask_grow_over_the_same_share_of_a_shorter_run(tmp_path):
-    args = arguments(3, tmp_path, "--epochs", "50")
-    section = TABLES[3].sections[0]
+    args = arguments("3", tmp_path, "--epochs", "50")
+    section = TABLES["3"].sections[0]
     job = making.make_job(args, section, "cifar_resnet32", section.cell("grid_mask"), 0)
     assert job.config.method_configs()["grid_mask"].ramp_epochs == 40
 
@@ -336,15 +390,17 @@ def test_a_run_of_another_process_is_left_alone(data, tmp_path, fake, capsys):
 
 
 def test_runs_of_other_settings_or_images_are_refused(data, tmp_path, fake, capsys):
-    write_run(tmp_path, "none", 0, 40.0, epochs=3, done=1)
     argv = command(data, tmp_path, "--methods", "mixup", "--seeds", "1")
+    section = TABLES["3"].sections[1]
+    job = making.make_job(reproduce.parse(argv), section, "cifar_resnet32", section.cell("none"), 0)
+    config = write_run(tmp_path, "none", 0, 40.0, epochs=3, done=1) / "config.json"
+    config.write_text(json.dumps(job.settings))
     argv[argv.index("--epochs") + 1] = "4"
     assert reproduce.main(argv) == 2
     told = capsys.readouterr().err
     assert "none-s0' was made with epochs=3, not 4: give the options that it was made with" in told
     assert not (tmp_path / "table3" / "rho50-cifar_resnet32-mixup-s0").exists()
-    config = tmp_path / "table3" / "rho50-cifar_resnet32-none-s0" / "config.json"
-    made = json.loads(config.read_text()) | {"batch_size": 128, "threads": 7, "device": "cuda"}
+    made = job.settings | {"threads": 7, "device": "cuda"}
     config.write_text(json.dumps(made))
     argv = command(data, tmp_path, "--dry-run", options=["--batch_size", "64"])
     assert reproduce.main(argv) == 2
@@ -356,8 +412,8 @@ def test_runs_of_other_settings_or_images_are_refused(data, tmp_path, fake, caps
 
 def test_a_run_that_another_table_has_is_taken_over(data, tmp_path, fake, capsys):
     assert reproduce.main(command(data, tmp_path, "--methods", "none", "--seeds", "1",
-                                  table=1)) == 0  # fmt: skip
-    again = command(data, tmp_path, "--methods", "none", "--seeds", "2", table=4)
+                                  table="1")) == 0  # fmt: skip
+    again = command(data, tmp_path, "--methods", "none", "--seeds", "2", table="4")
     assert reproduce.main([*again[:2], "--dry-run", *again[2:]]) == 0
     assert "done, as table1/cifar100-cifar_resnet32-none-s0" in capsys.readouterr().out
     assert reproduce.main(again) == 0
@@ -368,6 +424,160 @@ def test_a_run_that_another_table_has_is_taken_over(data, tmp_path, fake, capsys
     assert link.readlink() == Path("../table1/cifar100-cifar_resnet32-none-s0")
     (row,) = json.loads((tmp_path / "table4.json").read_text())["rows"]
     assert row["seeds"] == [0, 1]
+
+
+def test_a_run_of_another_loss_is_not_taken_over_for_one_of_today(data, tmp_path, fake, capsys):
+    """Runs of older versions have no setting of what came later."""
+    argv = command(data, tmp_path, "--methods", "none", "--seeds", "1")
+    assert reproduce.main(argv) == 0
+    config = tmp_path / "table3" / "rho50-cifar_resnet32-none-s0" / "config.json"
+    made = json.loads(config.read_text())
+    assert "logit_adjust" not in made.get("loss", {})
+    args = ["--table", "lt", *argv[2:]]
+    for section, taken in (("rho50_bs", False), ("rho50_ce", True)):
+        args[args.index("--sections") + 1] = section
+        assert reproduce.main([*args[:2], "--dry-run", *args[2:]]) == 0
+        assert ("done, as table3/rho50-" in capsys.readouterr().out) == taken
+
+
+def test_a_run_that_would_not_end_in_time_is_not_begun(data, tmp_path, fake, monkeypatch, capsys):
+    """Each takes 2 s, and is thought to take nine tenths of the time, which is 15 s at most."""
+    monkeypatch.setattr(
+        reproduce.Times, "left", lambda self, job: 0.9 * getattr(self._args, "time_s", 0)
+    )
+    monkeypatch.setattr(reproduce, "END_S", 0)
+    monkeypatch.setenv("LAST_S", "2")
+    archive = tmp_path / "runs.tar.gz"
+    more = ["--methods", "none", "--seeds", "2", "--archive", str(archive)]
+    argv = command(data, tmp_path, *more)
+    assert reproduce.main([*argv[:2], "--budget", "15", *argv[2:]]) == reproduce.TIME_IS_UP
+    text, errors = capsys.readouterr()
+    assert "done   rho50-cifar_resnet32-none-s0" in text
+    assert "none-s1" not in text
+    assert "time is up, left: 1 runs, 3 epochs, 174 image-steps; about " in errors
+    assert "packed 1 runs into" in text
+    assert json.loads((tmp_path / "table3.json").read_text())["rows"][0]["seeds"] == [0]
+    assert reproduce.main(argv) == 0
+
+
+def test_what_is_running_when_time_is_up_is_stopped(data, tmp_path, fake, monkeypatch, capsys):
+    """Though it takes longer than any call has, it is begun, and goes on in the next."""
+    monkeypatch.setattr(reproduce.Times, "left", lambda self, job: 60.0)
+    monkeypatch.setattr(reproduce, "END_S", 0)
+    monkeypatch.setenv("EPOCH_S", "60")
+    argv = command(data, tmp_path, "--methods", "none", "--seeds", "2", "--jobs", "2")
+    assert reproduce.main([*argv[:2], "--budget", "6", *argv[2:]]) == reproduce.TIME_IS_UP
+    text, errors = capsys.readouterr()
+    assert text.count("start ") == text.count("stop ") == 2
+    assert "none-s1: 1 epochs done, for time is up" in text
+    assert "left: 2 runs, 4 epochs" in errors
+    assert not (tmp_path / "table3.json").exists()  # no run has ended
+    monkeypatch.delenv("EPOCH_S")
+    assert reproduce.main(argv) == 0
+    rows = (tmp_path / "table3" / "rho50-cifar_resnet32-none-s1" / "metrics.jsonl").read_text()
+    assert [json.loads(row)["epoch"] for row in rows.splitlines()] == [0, 1, 2]
+
+
+def test_a_run_is_stopped_right_after_its_last_checkpoint_in_time(tmp_path, monkeypatch):
+    job = SimpleNamespace(path=tmp_path, epochs_left=5)
+    now = 0.0
+    monkeypatch.setattr(reproduce.time, "monotonic", lambda: now)
+
+    def at(seconds, saves, deadline):
+        nonlocal now
+        now = seconds
+        if saves:
+            (tmp_path / "checkpoint.pt").touch()
+            os.utime(tmp_path / "checkpoint.pt", ns=(0, int(1e9 * (1 + seconds))))
+        return run.is_to_stop(deadline)
+
+    run = reproduce.Running(job, None, epoch_s=10.0)
+    assert not at(5, False, 100)
+    assert at(20, True, 29)  # another is thought to take 10 s
+    run = reproduce.Running(job, None, epoch_s=10.0)
+    assert not at(25, True, 36)
+    assert not at(29, True, 34)  # by now there is one every 4 s
+    assert not at(32, False, 34)
+    assert at(33, True, 34)
+    job.epochs_left = 1
+    assert not at(37, True, 38)  # it ends by itself
+    assert at(38.1, False, 38)
+
+
+def test_times_are_of_runs_on_this_machine_with_as_many_at_once(data, tmp_path, fake):
+    path = write_run(tmp_path, "mixup", 0, 40.0, epochs=9, done=4, img_per_s=50,
+                     seconds={"train": 2, "saliency": 1, "val": 1})  # fmt: skip
+    argv = command(data, tmp_path, "--methods", "none", "--seeds", "1", "--jobs", "2")
+    args = reproduce.parse(argv)
+    (job,) = making.plan(args)
+    start = {"jobs": 2, "hardware": hardware(), "epochs": 1, "time": 1000.0}
+    (path / "starts.json").write_text(json.dumps([{"data": "d"}, start]))
+    os.utime(path / "metrics.jsonl", (1017, 1017))  # 3 epochs of 4 s, and 5 s besides
+    times = Times(args, probe=False)
+    assert times.image(job) == pytest.approx(4 / 100)
+    assert times.left(job) == pytest.approx(5 + 3 * 58 * 4 / 100)
+    for odd in ({"jobs": 3}, {"hardware": "another"}, {"epochs": 4}):
+        (path / "starts.json").write_text(json.dumps([start | odd]))
+        assert math.isnan(Times(args, probe=False).left(job))
+    assert Times(args, probe=True).left(job) > 0  # by a few steps
+
+
+def test_an_archive_holds_what_runs_need_to_go_on_elsewhere(tmp_path, capsys):
+    out, other, file = tmp_path / "out", tmp_path / "other", tmp_path / "new" / "runs.tar.gz"
+    place = "table_lt/rho100_ce"
+    ended, first, cut = (
+        write_run(out, cell, 0, 40.0, method="none", place=place, done=done)
+        for cell, done in (("none", 2), ("mislas_stage1", 2), ("scae", 1))
+    )
+    for path in (ended, first, cut):
+        (path / "saliency.lmdb").mkdir()
+        for name in ("checkpoint.pt", "weights.pt", "starts.json", "saliency.lmdb/data.mdb"):
+            (path / name).write_text("[]")
+        (path / "saliency.lmdb" / "lock.mdb").touch()
+        (path / "train.log").touch()
+    report(out, "--archive", str(file), table="lt")
+    with tarfile.open(file) as archive:
+        names = archive.getnames()
+        archive.extractall(other, filter="data")
+    small = ["config.json", "metrics.jsonl", "starts.json"]
+    assert {path.name: sorted(names_of(other, path)) for path in (ended, first, cut)} == {
+        ended.name: small,
+        first.name: sorted([*small, "weights.pt"]),
+        cut.name: sorted([*small, "checkpoint.pt", "saliency.lmdb/data.mdb"]),
+    }
+    assert len(names) == 3 + 4 + 5
+    assert report(other, table="lt")["rows"] == report(out, table="lt")["rows"]
+    (other / "table_lt" / cut.name / "metrics.jsonl").write_text("")
+    lacking = ["--table", "lt", "--out", str(other), "--report", "--archive", str(file)]
+    assert reproduce.main(lacking) == 2
+    assert f"has epochs of {cut.name} that --out lacks: unpack it first" in capsys.readouterr().err
+    write_run(out, "mislas", 0, 45.0, method="none", place=place)
+    report(out, "--archive", str(file), table="lt")
+    with tarfile.open(file) as archive:
+        assert not [name for name in archive.getnames() if name.endswith("weights.pt")]
+
+
+def names_of(other, path):
+    """The files of a run's folder in another --out."""
+    there = other / path.parent.name / path.name
+    return [str(one.relative_to(there)) for one in there.rglob("*") if one.is_file()]
+
+
+def test_contrasts_are_paired_by_seed(tmp_path, capsys):
+    ours = {"none": (36.0, 39.0), "scae": (40.0, 42.0), "unguided": (39.5, 42.5)}
+    for cell, figures in ours.items():
+        for seed, top1 in enumerate(figures):
+            write_run(tmp_path, cell, seed, top1, method="scae", place="table_lt/rho100_ce",
+                      val_top1_adjusted=top1 + seed)  # fmt: skip
+    found = report(tmp_path, table="lt")
+    assert found["rows"][1]["adjusted_gain"]["values"] == [4.0, 3.0]
+    assert found["rows"][1]["figures"]["adjusted"]["values"] == [40.0, 43.0]
+    (contrast,) = found["contrasts"]
+    assert contrast["cells"] == ["scae", "unguided"]
+    assert contrast["gain"]["values"] == [0.5, -0.5]
+    text = capsys.readouterr().out
+    assert "SCAE − SCAE without guidance: +0.00 ± 0.71 (seeds 0, 1)" in text
+    assert report(tmp_path, table="lt")["rows"][0]["independent"] == [37.7, 38.3]
 
 
 def test_gains_are_paired_by_seed(tmp_path, capsys):
@@ -446,6 +656,7 @@ def test_runs_that_do_not_belong_together_are_not_reported(tmp_path, capsys):
         (["--methods", "mixupp"], "--methods must be of none, ldam_baseline"),
         (["--sections", "rho10"], "--sections must be of rho100, rho50; got rho10"),
         (["--jobs", "0"], "--jobs must be positive, got 0"),
+        (["--budget", "0"], "--budget must be positive, got 0.0"),
         (["--", "--epochs", "3"], "--epochs cannot be passed on to train.py"),
         (["--", "--out=x"], "--out cannot be passed on to train.py"),
     ],
@@ -466,8 +677,8 @@ def test_options_that_train_py_does_not_take_stop_before_anything_runs(data, tmp
 
 
 def test_what_a_cell_is_cannot_be_changed_by_options(tmp_path):
-    section = TABLES[3].sections[0]
-    args = arguments(3, tmp_path, "--", "--scae.class_aware=true", "--batch_size=64")
+    section = TABLES["3"].sections[0]
+    args = arguments("3", tmp_path, "--", "--scae.class_aware=true", "--batch_size=64")
     job = making.make_job(args, section, "cifar_resnet32", section.cell("guided"), 0)
     assert not job.config.scae.class_aware
     assert job.config.batch_size == 64

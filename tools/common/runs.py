@@ -4,7 +4,9 @@ stops them as child processes.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
+import functools
 import json
 import os
 import re
@@ -17,6 +19,8 @@ from typing import Any
 
 import torch
 
+from pipelines.data import DataConfig
+from pipelines.recipe import Config
 from scae_dali.methods import BUILT_IN
 from scae_dali.training import checkpoint
 from scae_dali.training.log import LogError, known_rows, read_rows
@@ -109,10 +113,14 @@ def epochs_done(path: Path) -> int:
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a result depends on, by their names on the command line."""
+    """The settings that a result depends on, by their names on the command line.
+
+    What a run of an older version lacks is at its default, which means what was done then.
+    """
     used = re.split(r"[+|]", config["method"])  # as train.py joins several
     unused = {"out", "seed", "threads", "backend", "checkpoint_every", *BUILT_IN} - {*used}
-    return _flat({key: value for key, value in config.items() if key not in unused})
+    known = _defaults() | _flat(config)
+    return {key: value for key, value in known.items() if key.partition(".")[0] not in unused}
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -208,6 +216,13 @@ def last_lines(path: Path, n: int = 15) -> list[str]:
 def _signal(child: subprocess.Popen, number: int) -> None:
     if child.poll() is None:
         os.killpg(child.pid, number)
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """All settings at their defaults, as JSON has them."""
+    config = dataclasses.asdict(Config(data=DataConfig(root=""), out=""))
+    return _flat(json.loads(json.dumps(config)))
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -30,6 +30,7 @@ __all__ = [
     "Job",
     "existing",
     "finished",
+    "folder_of",
     "make_job",
     "plan",
     "read_starts",
@@ -39,7 +40,10 @@ __all__ = [
 
 STARTS = "starts.json"  # in a run's folder: how and on what it was started
 # Settings in epochs, which shrink with --epochs.
-IN_EPOCHS = ("milestones", "warmup_epochs", "ramp_epochs", "defer", "refresh_every")
+IN_EPOCHS = (
+    *("milestones", "warmup_epochs", "ramp_epochs", "defer", "refresh_every"),
+    *("skip_first", "skip_last"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,26 +80,29 @@ class Job:
 
 def make_job(args: argparse.Namespace, section: Section, model: str, cell: Cell, seed: int) -> Job:
     """The job of a cell and seed. Raises ValueError where train.py refuses the options."""
-    path = args.place / f"{section.name}-{model}-{cell.name}-s{seed}"
+    path = folder_of(args, section, model, cell.name, seed)
     recipes = (section.recipe, *cell.recipes)
     base = [f"--config={ROOT / 'pipelines' / recipe}.yaml" for recipe in recipes]
-    ours = {"model": model, "method": cell.method, "seed": seed, "data.root": args.data}
-    ours["out"] = path
+    ours = {"model": model, "method": cell.method, "data.root": args.data}
+    its = {"seed": seed, "out": path}  # of this run alone
     first = None
     if cell.first is not None:
-        first = args.place / f"{section.name}-{model}-{cell.first}-s{seed}"
-        ours["second_stage.weights"] = first / "weights.pt"
+        first = folder_of(args, section, model, cell.first, seed)
+        its["second_stage.weights"] = first / "weights.pt"
+    # The seeds share what they have in common, since it takes long to read.
+    stand_ins = _options({key: 0 if key == "seed" else key for key in its})
     own = dict(text.split("=", 1) for text in (*section.overrides, *cell.overrides))
     fitted: dict[str, Any] = {}
     if args.epochs is not None:
-        whole = resolve(path.name, [*base, *_options({**own, **ours})])
+        whole = resolve(path.name, [*base, *_options({**own, **ours}), *stand_ins])
         ours["epochs"] = args.epochs if first is None else min(args.epochs, whole.epochs)
         if ours["epochs"] != whole.epochs:
             fitted = shrunk(whole, ours["epochs"] / whole.epochs)
     own |= {key: value for key, value in fitted.items() if key in own}
     early = {key: value for key, value in fitted.items() if key not in own}
-    options = [*base, *_options(early), *args.options, *_options({**own, **ours}), "--resume"]
-    config = resolve(path.name, options)
+    options = [*base, *_options(early), *args.options, *_options({**own, **ours})]
+    config = _with(resolve(path.name, [*options, *stand_ins]), its)
+    options += [*_options(its), "--resume"]
     try:
         index = train_index(dataclasses.replace(config.data, in_memory=False))
     except (OSError, ValueError):
@@ -104,6 +111,11 @@ def make_job(args: argparse.Namespace, section: Section, model: str, cell: Cell,
         index = None
     return Job(section=section, model=model, cell=cell, seed=seed, path=path, first=first,
                options=tuple(options), config=config, index=index)  # fmt: skip
+
+
+def folder_of(args: argparse.Namespace, section: Section, model: str, cell: str, seed: int) -> Path:
+    """The folder of a run."""
+    return args.place / f"{section.name}-{model}-{cell}-s{seed}"
 
 
 def _options(settings: Mapping[str, Any]) -> list[str]:
@@ -121,10 +133,23 @@ def parser() -> jsonargparse.ArgumentParser:
 def resolve(name: str, options: Sequence[str]) -> Config:
     """The Config that train.py makes of its options."""
     try:
-        found = parser().instantiate(parser().parse_args(list(options)))
-        return Config(**{field.name: found[field.name] for field in dataclasses.fields(Config)})
+        return _resolved(tuple(options))
     except (argparse.ArgumentError, ValueError, OSError) as error:
         raise ValueError(f"{name}: train.py does not take its options: {error}") from error
+
+
+@functools.cache
+def _resolved(options: tuple[str, ...]) -> Config:
+    found = parser().instantiate(parser().parse_args(list(options)))
+    return Config(**{field.name: found[field.name] for field in dataclasses.fields(Config)})
+
+
+def _with(config: Config, its: Mapping[str, Any]) -> Config:
+    """The Config of one seed. its: seed, out, and a second stage's weights."""
+    stage = config.second_stage
+    if "second_stage.weights" in its:
+        stage = dataclasses.replace(stage, weights=str(its["second_stage.weights"]))
+    return dataclasses.replace(config, seed=its["seed"], out=str(its["out"]), second_stage=stage)
 
 
 def shrunk(config: Config, factor: float) -> dict[str, Any]:
@@ -154,7 +179,7 @@ def train_index(data: DataConfig) -> ImageIndex:
 
 
 def plan(args: argparse.Namespace) -> list[Job]:
-    """The runs asked for, the first seed of every cell before the second of any."""
+    """The runs asked for, by rank; in a rank all cells have their first seed before a second."""
     jobs = []
     for seed in range(args.seeds):
         for section in TABLES[args.table].sections:
@@ -166,7 +191,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
                 for cell in section.cells:
                     if cell.name in asked:
                         jobs.append(make_job(args, section, model, cell, seed))
-    return jobs
+    return sorted(jobs, key=lambda job: job.cell.rank)
 
 
 def existing(args: argparse.Namespace) -> list[tuple[Path, Section, str, Cell, int]]:

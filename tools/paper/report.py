@@ -17,12 +17,13 @@ from tools.paper.tables import TABLES, Cell, Section
 
 __all__ = ["collect", "draw", "show"]
 
-COLUMNS = runs.FIGURES | {"overhead": "overhead_percent"}
+Members = Mapping[int, tuple[dict[str, Any], dict[str, Any], Path]]  # of a cell, by seed
+COLUMNS = runs.FIGURES | {"adjusted": "val_top1_adjusted", "overhead": "overhead_percent"}
 
 
 def collect(args: argparse.Namespace) -> dict[str, Any]:
     """The report. Raises ValueError where no run is finished, or runs do not belong together."""
-    made: dict[tuple[str, str, str], dict[int, tuple[dict, dict, Path]]] = {}
+    made: dict[tuple[str, str, str], dict[int, tuple[dict[str, Any], dict[str, Any], Path]]] = {}
     cells: dict[tuple[str, str, str], tuple[Section, Cell]] = {}
     unfinished = []
     for path, section, model, cell, seed in existing(args):
@@ -50,13 +51,19 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
             for column, name in COLUMNS.items()
             if (values := runs.every([row for _, row, _ in members.values()], name))
         }
-        gain = None if cell.name == "none" else runs.gain(top1(members), top1(baseline))
+        gain, adjusted_gain = (
+            None
+            if cell.name == "none"
+            else runs.gain(by_seed(members, name), by_seed(baseline, name))
+            for name in ("val_top1", "val_top1_adjusted")
+        )
         rows.append({
             "section": section.title, "model": key[1], "name": cell.title, "cell": cell.name,
             "recipes": [section.recipe, *cell.recipes],
             "options": [f"method={cell.method}", *section.overrides, *cell.overrides],
             "epochs": next(iter(members.values()))[0]["epochs"],
-            "seeds": [*members], "figures": figures, "gain": gain, "paper": paper,
+            "seeds": [*members], "figures": figures, "gain": gain, "adjusted_gain": adjusted_gain,
+            "paper": paper,
             "paper_gain": round(paper["last"] - reference["last"], 2)
             if cell.name != "none" and "last" in paper and "last" in reference else None,
             "independent": list(cell.independent.get(key[1], ())),
@@ -74,14 +81,35 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         "train_options": agreed([[*map(tidy, start["options"])] for start in starts]),
         "unfinished": unfinished,
         "rows": rows,
+        "contrasts": contrasts(made, {section.name: section for section, _ in cells.values()}),
     }
 
 
-def top1(members: Mapping[int, tuple[dict, dict, Path]]) -> dict[int, float]:
-    return {seed: row["val_top1"] for seed, (_, row, _) in members.items()}
+def contrasts(
+    made: Mapping[tuple[str, str, str], Members], sections: Mapping[str, Section]
+) -> list[dict[str, Any]]:
+    """The differences in top-1 that sections ask for, by section and network."""
+    found = []
+    for name, model in dict.fromkeys(key[:2] for key in made):
+        section = sections[name]
+        for pair in section.contrasts:
+            own, other = (by_seed(made.get((name, model, cell), {}), "val_top1") for cell in pair)
+            if (gain := runs.gain(own, other)) is not None:
+                titles = [section.cell(cell).title for cell in pair]
+                found.append({
+                    "section": section.title, "model": model, "cells": [*pair], "titles": titles,
+                    "gain": gain,
+                })  # fmt: skip
+    return found
 
 
-def together(section: Section, cell: Cell, members: Mapping, baseline: Mapping) -> None:
+def by_seed(members: Members, name: str) -> dict[int, float]:
+    """A figure of a cell's runs, by seed; empty where a run lacks it."""
+    values = runs.every([row for _, row, _ in members.values()], name)
+    return dict(zip(members, values, strict=True)) if values else {}
+
+
+def together(section: Section, cell: Cell, members: Members, baseline: Members) -> None:
     """Raise ValueError unless a cell's runs differ only in seed, and are as long as `none`'s."""
     configs = [config for config, *_ in members.values()]
     for config in configs[1:]:
@@ -118,6 +146,12 @@ def show(report: Mapping[str, Any]) -> None:
         for line in [{name: name for name in used}, *lines]:
             print("  ".join(line[n].ljust(width[n]) if n == "" else line[n].rjust(width[n])
                             for n in used).rstrip())  # fmt: skip
+        for one in report["contrasts"]:
+            if (one["section"], one["model"]) == (rows[0]["section"], rows[0]["model"]):
+                seeds = ", ".join(map(str, one["gain"]["seeds"]))
+                print(
+                    f"{' − '.join(one['titles'])}: {text_of(one['gain'], '+.2f')} (seeds {seeds})"
+                )
     print(f"\nMean ± standard deviation over seeds, percent; gains are paired by seed. "
           f"{report['note']}")  # fmt: skip
     if report["unfinished"]:
@@ -140,25 +174,28 @@ def heading(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], glue="
 
 def cells_of(row: Mapping[str, Any]) -> dict[str, str]:
     """The texts of a row by column; the first column has no title."""
-
-    def text(figure: Mapping[str, Any] | None, form: str = ".2f") -> str:
-        if figure is None:
-            return ""
-        deviation = "" if figure["std"] is None else f" ± {figure['std']:.2f}"
-        return f"{figure['mean']:{form}}{deviation}"
-
-    figures = {column: text(row["figures"].get(column)) for column in COLUMNS}
+    figures = {column: text_of(row["figures"].get(column)) for column in COLUMNS}
     paper, paper_gain = row["paper"], row["paper_gain"]
     return {
         "": row["name"],
         "seeds": str(len(row["seeds"])),
         "top-1": figures.pop("last"),
-        "gain": text(row["gain"], "+.2f"),
+        "gain": text_of(row["gain"], "+.2f"),
+        "adjusted": figures.pop("adjusted"),
+        "adjusted gain": text_of(row["adjusted_gain"], "+.2f"),
         "paper": " / ".join(f"{value:.2f}" for value in paper.values()),
         "paper's gain": "" if paper_gain is None else f"{paper_gain:+.2f}",
         "independent": "–".join(f"{value:.1f}" for value in row["independent"]),
         **figures,
     }
+
+
+def text_of(figure: Mapping[str, Any] | None, form: str = ".2f") -> str:
+    """37.20 ± 0.31; "" without a figure."""
+    if figure is None:
+        return ""
+    deviation = "" if figure["std"] is None else f" ± {figure['std']:.2f}"
+    return f"{figure['mean']:{form}}{deviation}"
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:

@@ -1,7 +1,8 @@
-"""The tables of SCAE's paper as data: what is trained for each cell, and the published figures.
+"""The tables as data: what is trained for each cell, and the published figures.
 
-Figures are percent. Those of the paper stand here as far as they are known. `independent` figures
-are of other sources: one value or their range.
+Tables 1 to 4 are those of SCAE's paper, and `lt` is ours. Figures are percent. Those of the paper
+stand here as far as they are known. `independent` figures are of other sources: one value or their
+range.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["TABLES", "Cell", "Section", "Table"]
+__all__ = ["TABLES", "Cell", "Section", "Table", "folder"]
 
 Published = Mapping[str, float | tuple[float, ...]]  # cell -> figures
 
@@ -21,8 +22,9 @@ class Cell:
 
     name: in folders and in --methods; letters, digits, underscores. overrides: `option=value` of
     train.py. recipes: YAML files that are applied after the section's. first: the cell whose
-    weights this one, a second stage, starts from. paper: column (`last`, which is top-1, or
-    `top-5`) -> figure. independent: network -> top-1.
+    weights this one, a second stage, starts from. rank: cells of a smaller rank are trained before
+    those of a larger, with all seeds. paper: column (`last`, which is top-1, or `top-5`) -> figure.
+    independent: network -> top-1.
     """
 
     name: str
@@ -31,19 +33,24 @@ class Cell:
     overrides: tuple[str, ...] = ()
     recipes: tuple[str, ...] = ()
     first: str | None = None
+    rank: int = 0
     paper: Mapping[str, float] = field(default_factory=dict)
     independent: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Cells with the same data and recipe; gains are over the cell named `none`."""
+    """Cells with the same data and recipe; gains are over the cell named `none`.
+
+    contrasts: pairs of cells of which the report has the difference, the first less the second.
+    """
 
     name: str
     title: str
     recipe: str
     cells: tuple[Cell, ...]
     overrides: tuple[str, ...] = ()
+    contrasts: tuple[tuple[str, str], ...] = ()
 
     def cell(self, name: str) -> Cell:
         return next(cell for cell in self.cells if cell.name == name)
@@ -51,14 +58,19 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table. models: the networks that the paper's figures may be of; they are trained by
-    default. epochs: the paper's."""
+    """A table. models: the networks that the published figures are of; they are trained by
+    default. epochs: those of the published figures."""
 
     title: str
     models: tuple[str, ...]
     epochs: int
     sections: tuple[Section, ...]
     note: str
+
+
+def folder(table: str) -> str:
+    """The name of a table's folder: table3, table_lt."""
+    return f"table{table}" if table.isdigit() else f"table_{table}"
 
 
 NONE = Cell(name="none", title="none", method="none")
@@ -174,52 +186,54 @@ LONG_TAIL_INDEPENDENT: dict[int, Published] = {
     50: {"none": 43.8, "mixup": 45.4, "mislas_stage1": 45.4, "mislas": 52.3},
 }
 MISLAS_50 = ("loss.smoothing_head=0.3", "loss.smoothing_tail=0", "second_stage.classifier_lr=0.1")
+LDAM_BASELINE = Cell(
+    name="ldam_baseline",
+    title="none, as LDAM-DRW trains it",
+    method="none",
+    recipes=("ldam_baseline",),
+)
+MISLAS_STAGE1 = Cell(
+    name="mislas_stage1", title="MiSLAS, first stage", method="mixup", recipes=("mislas_stage1",)
+)
+SCAE_MIXUP = Cell(
+    name="scae_mixup",
+    title="SCAE + MixUp, first stage",
+    method="scae+mixup",
+    overrides=("scae.mix_prob=0",),
+    recipes=("mislas_stage1",),
+)
 GUIDED = _cell("SCAE, not class-aware", "guided", "class_aware=false", method="scae")
 
 
-def _long_tail(imbalance: int) -> Section:
-    def second_stage(title: str, name: str, first: str) -> Cell:
-        return Cell(
-            name=name,
-            title=title,
-            method="none",
-            overrides=MISLAS_50 if imbalance == 50 else (),  # the recipe has the settings for 100
-            recipes=("mislas_stage2",),
-            first=first,
-        )
+def _mislas(title: str, name: str, first: str, imbalance: int) -> Cell:
+    """MiSLAS' second stage."""
+    return Cell(
+        name=name,
+        title=title,
+        method="none",
+        overrides=MISLAS_50 if imbalance == 50 else (),  # the recipe has the settings for 100
+        recipes=("mislas_stage2",),
+        first=first,
+    )
 
+
+def _long_tail(imbalance: int) -> Section:
     cells = (
         NONE,
-        Cell(
-            name="ldam_baseline",
-            title="none, as LDAM-DRW trains it",
-            method="none",
-            recipes=("ldam_baseline",),
-        ),
+        LDAM_BASELINE,
         RANDOM_ERASING,
         RANDOM_ERASING_P37,
         GRID_MASK_32,
         MIXUP_32,
         CUTMIX,
-        Cell(
-            name="mislas_stage1",
-            title="MiSLAS, first stage",
-            method="mixup",
-            recipes=("mislas_stage1",),
-        ),
-        second_stage("MiSLAS, second stage", "mislas", "mislas_stage1"),
-        second_stage("none, MiSLAS' second stage", "none_mislas", "none"),
+        MISLAS_STAGE1,
+        _mislas("MiSLAS, second stage", "mislas", "mislas_stage1", imbalance),
+        _mislas("none, MiSLAS' second stage", "none_mislas", "none", imbalance),
         GUIDED,
         SCAE,
-        second_stage("SCAE, MiSLAS' second stage", "scae_mislas", "scae"),
-        Cell(
-            name="scae_mixup",
-            title="SCAE + MixUp, first stage",
-            method="scae+mixup",
-            overrides=("scae.mix_prob=0",),
-            recipes=("mislas_stage1",),
-        ),
-        second_stage("SCAE + MixUp, MiSLAS' second stage", "scae_mixup_mislas", "scae_mixup"),
+        _mislas("SCAE, MiSLAS' second stage", "scae_mislas", "scae", imbalance),
+        SCAE_MIXUP,
+        _mislas("SCAE + MixUp, MiSLAS' second stage", "scae_mixup_mislas", "scae_mixup", imbalance),
     )
     return Section(
         name=f"rho{imbalance}",
@@ -237,6 +251,8 @@ def _long_tail(imbalance: int) -> Section:
 def _scae(title: str, name: str, *overrides: str) -> Cell:
     return _cell(title, name, *overrides, method="scae")
 
+
+UNGUIDED = _scae("SCAE without guidance", "unguided", "lam_max=0")
 
 # One factor off at a time: guidance (lam_max), p by class (gamma), mixing of the tail (mix_prob).
 ABLATION_BALANCED = (
@@ -263,13 +279,97 @@ ABLATION_LONG_TAIL = (
     _scae("+ guidance", "guided", "class_aware=false"),
     _scae("+ guidance, p = 0.372", "guided_p37", "class_aware=false", "p_max=0.372"),
     _scae("+ guidance, p by class", "guided_class", "mix_prob=0"),
-    _scae("SCAE without guidance", "unguided", "lam_max=0"),
+    UNGUIDED,
     _scae("SCAE without p by class", "classless", "gamma=0"),
     SCAE,
 )
 
+
+def _strong(title: str, name: str, *overrides: str, method: str = "") -> Cell:
+    """AutoAugment as in strong.yaml, then another method. overrides: `option=value`."""
+    return Cell(
+        name=f"auto_augment_{name}",
+        title=f"AutoAugment + {title}",
+        method=f"auto_augment+{method or name}",
+        overrides=overrides,
+        recipes=("strong",),
+    )
+
+
+# The cells of each loss, each behind its rank.
+GRID = (
+    (0, NONE),
+    (1, RANDOM_ERASING_P37),
+    (1, SCAE),
+    (1, UNGUIDED),
+    (1, _cell("CMO", "cmo")),
+    (
+        1,
+        Cell(
+            name="scae_cmo", title="SCAE + CMO", method="scae+cmo", overrides=("scae.mix_prob=0",)
+        ),
+    ),
+    (1, _cell("saliency-CMO", "saliency_cmo", "saliency=true", method="cmo")),
+    (0, _strong("Cutout", "cutout")),
+    (0, _strong("Random Erasing, p = 0.37", "random_erasing", "random_erasing.prob=0.37")),
+    (0, _strong("SCAE", "scae")),
+    (2, _strong("SCAE without guidance", "unguided", "scae.lam_max=0", method="scae")),
+)
+CONTRASTS = (
+    ("scae", "unguided"),
+    ("scae", "random_erasing_p37"),
+    ("auto_augment_scae", "auto_augment_unguided"),
+    ("auto_augment_scae", "auto_augment_random_erasing"),
+    ("auto_augment_scae", "auto_augment_cutout"),
+    ("scae_cmo", "cmo"),
+    ("saliency_cmo", "cmo"),
+)
+
+
+def _grid(imbalance: int, rank: int) -> tuple[Section, Section]:
+    """The losses on one data set: Balanced Softmax from this rank on, then cross-entropy, then
+    MiSLAS and the baseline of LDAM-DRW."""
+    others = (
+        LDAM_BASELINE,
+        MISLAS_STAGE1,
+        _mislas("MiSLAS", "mislas", "mislas_stage1", imbalance),
+        SCAE_MIXUP,
+        _mislas("MiSLAS with SCAE", "scae_mixup_mislas", "scae_mixup", imbalance),
+    )
+
+    def cells(rank: int) -> tuple[Cell, ...]:
+        return tuple(dataclasses.replace(cell, rank=rank + own) for own, cell in GRID)
+
+    own = (f"data.imbalance={imbalance}",)
+    last = tuple(dataclasses.replace(cell, rank=rank + 6) for cell in others)
+    independent = dict(LONG_TAIL_INDEPENDENT[imbalance])
+    if imbalance == 100:
+        independent["ldam_baseline"] = 38.3
+    balanced = Section(
+        name=f"rho{imbalance}_bs",
+        title=f"CIFAR-100-LT, imbalance {imbalance}, Balanced Softmax",
+        recipe="cifar100_lt",
+        overrides=(*own, "loss.logit_adjust=1"),
+        cells=cells(rank),
+        contrasts=CONTRASTS,
+    )
+    plain = Section(
+        name=f"rho{imbalance}_ce",
+        title=f"CIFAR-100-LT, imbalance {imbalance}, cross-entropy and MiSLAS",
+        recipe="cifar100_lt",
+        overrides=own,
+        cells=_beside(
+            (*cells(rank + 3), *last),
+            LONG_TAIL_PAPER[imbalance],
+            {"cifar_resnet32": independent},
+        ),
+        contrasts=(*CONTRASTS, ("scae_mixup_mislas", "mislas")),
+    )
+    return balanced, plain
+
+
 TABLES = {
-    1: Table(
+    "1": Table(
         title="CIFAR-100",
         models=("cifar_resnet32", "cifar_resnet18"),
         epochs=200,
@@ -285,7 +385,7 @@ TABLES = {
         "ResNet-32, so its figure stands beside both. Every class has as many images: SCAE erases "
         "all of them with p_max and mixes none.",
     ),
-    2: Table(
+    "2": Table(
         title="ImageNet",
         models=("resnet50",),
         epochs=100,
@@ -311,7 +411,7 @@ TABLES = {
         note=f"{PER_IMAGE} The paper says that SCAE takes about 8 % more training time. Other "
         "methods were published with more epochs: CutMix and GridMask with 300.",
     ),
-    3: Table(
+    "3": Table(
         title="CIFAR-100-LT",
         models=("cifar_resnet32",),
         epochs=200,
@@ -324,7 +424,7 @@ TABLES = {
         "imbalance 100, 4.6 times as many steps in the second stage. Other sources have, for "
         "imbalance 100 (50): LDAM-DRW 42.0, BBN 42.6 (47.0), Remix-DRW 46.8.",
     ),
-    4: Table(
+    "4": Table(
         title="ablation",
         models=("cifar_resnet32",),
         epochs=200,
@@ -355,5 +455,16 @@ TABLES = {
         "nothing else: a gain of it there is a gain of p, and SCAE with p = 0.372 is the control. "
         "The paper's figures for the long tail are those of its Table 3. Guidance of a fixed "
         "strength is not among the settings: it always grows with the epoch.",
+    ),
+    "lt": Table(
+        title="CIFAR-100-LT by loss and augmentation",
+        models=("cifar_resnet32",),
+        epochs=200,
+        sections=(*_grid(100, 0), *_grid(50, 7)),
+        note="All cells have the settings of cifar100_lt.yaml, except MiSLAS and the baseline of "
+        "LDAM-DRW, which have their authors'. So CMO is trained with a weight decay of 5e-4, where "
+        "its authors have 2e-4. `adjusted` is of the same networks: the logarithm of the class "
+        "shares is taken off their logits (post-hoc logit adjustment), unless the loss has "
+        "already added it in training.",
     ),
 }

@@ -1,0 +1,65 @@
+"""Packs what a machine that keeps nothing must give back: enough to report its runs elsewhere, and
+to go on with those that have not ended. `tar -xf FILE -C OUT` unpacks it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tarfile
+from pathlib import Path
+
+from tools.common import runs
+from tools.paper.jobs import STARTS, existing, folder_of
+
+__all__ = ["check_unpacked", "ended", "pack"]
+
+ALWAYS = ("config.json", "metrics.jsonl", STARTS)
+TO_GO_ON = ("checkpoint.pt", "saliency.lmdb/data.mdb")  # of a run that has not ended
+
+
+def check_unpacked(out: Path, file: Path) -> None:
+    """Raise ValueError where an archive has epochs that the runs in `out` lack, since `pack` would
+    write over them."""
+    if not file.exists():
+        return
+    with tarfile.open(file) as archive:
+        for member in archive:
+            mine = out / member.name
+            if mine.name != "metrics.jsonl" or (
+                mine.exists() and mine.stat().st_size >= member.size
+            ):
+                continue
+            raise ValueError(
+                f"--archive {str(file)!r} has epochs of {mine.parent.name} that --out lacks: "
+                f"unpack it first (tar -xf {file} -C {out}), or name another file"
+            )
+
+
+def pack(args: argparse.Namespace, file: Path) -> int:
+    """Write the table's runs into a compressed tar file, which appears once it is complete.
+
+    The weights of a run go with it until the second stages on them have ended. Returns the number
+    of runs.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(file.name + ".partial")
+    found = existing(args)
+    with tarfile.open(draft, "w:gz", compresslevel=6, dereference=True) as archive:
+        for path, section, model, cell, seed in found:
+            names = [*ALWAYS]
+            if not ended(path):
+                names += TO_GO_ON
+            others = [other.name for other in section.cells if other.first == cell.name]
+            if not all(ended(folder_of(args, section, model, name, seed)) for name in others):
+                names.append("weights.pt")
+            for name in names:
+                if (path / name).exists():
+                    archive.add(path / name, f"{args.place.name}/{path.name}/{name}")
+    draft.replace(file)
+    return len(found)
+
+
+def ended(path: Path) -> bool:
+    """Whether a run has all its epochs."""
+    config = path / "config.json"
+    return config.exists() and runs.epochs_done(path) >= runs.read_config(config)["epochs"]
