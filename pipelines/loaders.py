@@ -12,17 +12,27 @@ from pipelines.data import Data
 from scae_dali.data.broken import of_training, of_validation
 from scae_dali.data.index import ImageIndex
 from scae_dali.data.pixels import ArrayImages
-from scae_dali.plan.order import Order, Sampling
+from scae_dali.plan.order import EpochLength, Order, Sampling
 from scae_dali.saliency.whole import whole_loader
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage
 
 
 class Loaders:
-    """Makes the loaders of `data`. sampling, seed: of the order of training."""
+    """Makes the loaders of `data`. The other settings are of the order of training, see `Order`."""
 
-    def __init__(self, data: Data, image: ImageConfig, *, sampling: Sampling, seed: int) -> None:
+    def __init__(
+        self,
+        data: Data,
+        image: ImageConfig,
+        *,
+        sampling: Sampling,
+        seed: int,
+        epoch_length: EpochLength = "largest",
+        samples_per_turn: int = 1,
+    ) -> None:
         self._data, self._image, self._sampling, self._seed = data, image, sampling, seed
+        self._epoch_length, self._samples_per_turn = epoch_length, samples_per_turn
 
     def train(
         self,
@@ -43,6 +53,8 @@ class Loaders:
                 batch_size=execution.batch_size,
                 seed=self._seed,
                 sampling=self._sampling,
+                epoch_length=self._epoch_length,
+                samples_per_turn=self._samples_per_turn,
                 shard=execution.shard,
                 num_shards=execution.num_shards,
             )

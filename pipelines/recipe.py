@@ -13,9 +13,9 @@ from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data, DataConfig
 from scae_dali.cache import SaliencyCache
 from scae_dali.checks import check, check_choice, check_seed
-from scae_dali.methods import BUILT_IN, base, compose, load, make_config
+from scae_dali.methods import BUILT_IN, base, compose, load, make_config, switch
 from scae_dali.methods.loading import as_config
-from scae_dali.plan.order import epoch_size
+from scae_dali.plan.order import EpochLength, epoch_size
 from scae_dali.stage.stage import Stage
 from scae_dali.training.losses import LossConfig, logit_adjustment
 from scae_dali.training.optim import OptimConfig
@@ -114,7 +114,8 @@ class Config:
             cifar_resnet32, cifar_resnet44, cifar_resnet56 or cifar_resnet18.
         method: Augmentation, by its name (scae, random_erasing, …; none is crop and flip alone), or
             the dotted name of a module of your own. Several are joined by a plus sign, such as
-            rand_augment+scae.
+            rand_augment+scae. `mixup|cutmix` takes one of the two for each batch.
+        switch_prob: Probability that a batch takes the second of two methods that are joined by |.
         method_args: Settings of a module of your own, as JSON. If several methods are joined, they
             stand under the module's name.
         image: How images become tensors
@@ -122,7 +123,10 @@ class Config:
         loss: Label smoothing and weights of the classes
         second_stage: Second stage, which trains the classifier again on the features of a first run
         sampling: `shuffle` shows every image once in an epoch. `class_balanced` shows every class
-            equally often, as often as the largest class has images.
+            equally often.
+        epoch_length: Length of an epoch of class_balanced. `largest` shows as many images of every
+            class as the largest class has. `dataset` shows as many images as there are.
+        samples_per_turn: How many images of one class come in a row with class_balanced.
         saliency: Saliency maps, for methods that look at them
         epochs: Number of epochs, T in eq. 5.
         batch_size: Number of images in a batch of one process.
@@ -144,12 +148,15 @@ class Config:
     out: str
     model: str = "resnet50"
     method: str = "scae"
+    switch_prob: float = switch.Config.switch_prob
     method_args: dict[str, Any] = field(default_factory=dict)
     image: ImageConfig = field(default_factory=ImageConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     second_stage: SecondStageConfig = field(default_factory=SecondStageConfig)
     sampling: Literal["shuffle", "class_balanced"] = "shuffle"
+    epoch_length: EpochLength = "largest"
+    samples_per_turn: int = 1
     saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
     epochs: int = 100
     batch_size: int = 256
@@ -183,6 +190,11 @@ class Config:
             f"loss.logit_adjust={self.loss.logit_adjust} has no effect with sampling="
             f"{self.sampling}, which shows all classes equally often: leave one of them out",
         )
+        check(
+            self.sampling == "class_balanced" or self.samples_per_turn == 1,
+            f"samples_per_turn must be 1 with sampling={self.sampling}, got "
+            f"{self.samples_per_turn}: only class_balanced takes the classes in turn",
+        )
         guided = self.guided_config()
         check(
             guided is None or guided.refresh_every > 0 or bool(self.saliency.cache),
@@ -203,7 +215,7 @@ class Config:
         )
 
     def method_configs(self) -> dict[str, Any]:
-        """The Config of every method in use, by its name."""
+        """The Config of every method in use, by its name; see compose.configs."""
         names = compose.split(self.method)
         own = [name for name in names if name not in BUILT_IN]
         given = self.method_args
@@ -214,12 +226,15 @@ class Config:
             f"method_args must be settings of modules of yours, got {self.method_args} for method "
             f"{self.method}; those of a built-in method go under its name, --scae.lam_max 2",
         )
-        return {
+        settings = {
             name: getattr(self, name)
             if name in METHODS
             else make_config(load(name), given.get(name, {}))
             for name in names
         }
+        if compose.switched(self.method) or self.switch_prob != switch.Config.switch_prob:
+            settings["switch_prob"] = self.switch_prob
+        return compose.configs(self.method, settings)
 
     def guided_config(self) -> base.Config | None:
         """The Config of the method that looks at saliency maps or neighbouring classes; None if
@@ -257,6 +272,11 @@ class Config:
             return None
         return logit_adjustment(class_counts, 1 - self.loss.logit_adjust)
 
+    def epoch_size(self, labels: np.ndarray) -> int:
+        """How many images an epoch has, in all processes together. labels: int64 [N], of the
+        training set."""
+        return epoch_size(labels, self.sampling, self.epoch_length)
+
     def stage(self, data: Data, cache: SaliencyCache | None, *, num_shards: int) -> Stage:
         """The augmentation as a stage. num_shards: number of ranks."""
         return Stage(
@@ -267,7 +287,7 @@ class Config:
             seed=self.seed,
             cache=cache,
             num_shards=num_shards,
-            epoch_size=epoch_size(data.train.labels, self.sampling),
+            epoch_size=self.epoch_size(data.train.labels),
             mean=self.image.mean,
             std=self.image.std,
             backend=self.backend,

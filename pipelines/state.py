@@ -49,7 +49,14 @@ class State:
         self.out, self.identity = Path(config.out), identity
         self.val_files = resume.file_keys(data.val)
         self.index = data.train
-        self.loaders = Loaders(data, config.image, sampling=config.sampling, seed=config.seed)
+        self.loaders = Loaders(
+            data,
+            config.image,
+            sampling=config.sampling,
+            seed=config.seed,
+            epoch_length=config.epoch_length,
+            samples_per_turn=config.samples_per_turn,
+        )
         torch.manual_seed(derive(config.seed, "model"))
         self.net = make_network(config.model, self.index.num_classes)
         trained = [{"params": list(self.net.parameters()), "lr_factor": 1.0}]

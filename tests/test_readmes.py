@@ -62,7 +62,7 @@ def parse_train(options: list[str]) -> None:
             options = [*options, needed, "x"]
     parser = train.make_parser()
     settings = parser.instantiate(parser.parse_args(options))
-    if settings.method in BUILT_IN or "+" in settings.method:
+    if settings.method in BUILT_IN or {*"+|"} & {*settings.method}:
         Config(**{field.name: settings[field.name] for field in dataclasses.fields(Config)})
 
 

@@ -1,11 +1,12 @@
 """AutoAugment (Cubuk et al., CVPR 2019): one of 25 learned pairs of operations."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from nvidia.dali.auto_aug import augmentations
 from nvidia.dali.auto_aug import auto_augment as policies
+from nvidia.dali.auto_aug.core import Policy
 
 from scae_dali.checks import check_choice
 from scae_dali.methods import policy
@@ -15,7 +16,7 @@ from scae_dali.plan.random import Stream
 __all__ = ["Config", "Method"]
 
 
-Learned = Literal["image_net", "reduced_image_net", "reduced_cifar10", "svhn"]
+Learned = Literal["image_net", "reduced_image_net", "reduced_cifar10", "svhn", "cifar10"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,8 @@ class Config(policy.PolicyConfig):
     The paper translates by up to 150 of 331 pixels.
 
     Args:
-        policy: The data set that the policy was learned on.
+        policy: The data set that the policy was learned on. `cifar10` has the operations of
+            `reduced_cifar10` as strong as training code for CIFAR usually has them.
     """
 
     policy: Learned = "image_net"
@@ -35,14 +37,35 @@ class Config(policy.PolicyConfig):
         check_choice("policy", self.policy, get_args(Learned))
 
 
+def cifar10_policy(**size: Any) -> Policy:
+    """The sub-policies of CIFAR-10 with the magnitudes of DeepVoltaire's AutoAugment, which most
+    code for CIFAR uses, and of torchvision.
+
+    Magnitude k is k/9 of a range; DALI's policy has k/10. Brightness, colour, contrast and
+    sharpness are changed by up to 0.9 in either direction; DALI's goes from 0.1 to 1.9. A larger
+    magnitude solarises more pixels, and leaves from 8 down to 4 bits; DALI's solarises fewer, and
+    leaves from 1 up to 4 bits. size: see policy.translation.
+    """
+    learned = policies.get_reduced_cifar10_policy(**size)
+    enhance = (augmentations.brightness, augmentations.color, augmentations.contrast)
+    bits = augmentations.posterize.augmentation((8, 4))
+    others = (augmentations.sharpness, augmentations.solarize, bits)
+    own = {operation.name: operation for operation in (*enhance, *others)}
+    subs = [
+        [(own.get(operation.name, operation), *how) for operation, *how in sub]
+        for sub in learned.sub_policies
+    ]
+    return Policy("Cifar10Policy", 10, subs)
+
+
 class Method(policy.Policy):
     """Applies one sub-policy, drawn uniformly, and its operations with their probabilities there.
 
-    The policies are those of nvidia.dali.auto_aug.auto_augment.
+    The policies are those of nvidia.dali.auto_aug.auto_augment, and `cifar10_policy`.
     """
 
     def __init__(self, config: Config, run: Run) -> None:
-        make = getattr(policies, f"get_{config.policy}_policy")
+        make = getattr(policies, f"get_{config.policy}_policy", cifar10_policy)
         # This one translates nothing.
         size = {} if config.policy == "reduced_image_net" else policy.translation(config)
         learned = make(**size)

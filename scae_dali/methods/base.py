@@ -24,6 +24,7 @@ Triple = tuple[float, float, float]
 Kind = Literal["policy", "erase", "mix"]
 # Fields of a method that mixes in a partner, which the pipeline fetches.
 MIX_FIELDS = {"partner_id": 1}
+NO_PARTNERS = "set the method's mix_prob=0, or leave cmo out"  # how to do without
 
 
 class Status(IntFlag):
@@ -148,12 +149,14 @@ class Method(ABC):
     kinds: what it does, in the order of Kind. Methods combine if no two have a kind in common; a
     method without kinds combines with none. conditional: whether `apply` needs a pipeline with
     `enable_conditionals=True`. fields: what `plan` returns besides `status`, `box` and `mu`, with
-    the width of each.
+    the width of each. pastes: whether `apply` pastes boxes of the partners that the pipeline
+    fetches. Otherwise they are blended with the crops before anything else is done.
     """
 
     kinds: tuple[Kind, ...] = ()
     conditional: bool = False
     fields: Mapping[str, int] = {}
+    pastes: bool = False
 
     def __init__(self, config: Any, run: Run) -> None:
         self.config = config
@@ -168,15 +171,26 @@ class Method(ABC):
         float64 [B, width], or [B] if the width is 1.
 
         A method that mixes in partners which the pipeline fetches has MIX_FIELDS. It gives the
-        status MIXED alone to the samples that are mixed, and plans `partner_id` (the sample's own
-        id where it is not mixed) and `mu` (float64 [B], the weight of the own sample). A method
+        status MIXED to the samples that are mixed, and plans `partner_id` (the sample's own id
+        where it is not mixed) and `mu` (float64 [B], the weight of the own sample). A method
         that mixes within the batch gives those samples the status MIXED_IN_BATCH, and plans `mu`
         and `source` (int64 [B], the partner's position in the batch; the own one without partner).
         """
 
+    def settle(
+        self, plan: dict[str, np.ndarray], window: np.ndarray, flip: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """What changes in the plan once it is known how the fetched partners are cropped.
+
+        plan: of n mixed samples alone, as `plan` returned it, all of it float64. window: float64
+        [n, 4], the partners' crops (y, x, h, w) as shares of their full frames. flip: bool [n],
+        whether a partner's crop is turned left to right before it is mixed in.
+        """
+        return {}
+
     @abstractmethod
     def apply(self, images: DataNode, plan: Any) -> DataNode:
-        """Do what is planned, inside a graph. images: HWC, already mixed with fetched partners.
+        """Do what is planned, inside a graph. images: HWC, already blended with fetched partners.
         plan: a PlanNodes of scae_dali.stage.stage, which has the plan's fields by name."""
 
     @property

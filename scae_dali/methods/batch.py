@@ -49,10 +49,27 @@ class BatchMixConfig(base.Config):
 
 
 class BatchMix(base.Method):
-    """Mixes each image with another one of its batch."""
+    """Mixes each image with another one of its batch.
+
+    A subclass says what is mixed (`plan_where`), and how DALI does it (`mix`).
+    """
 
     kinds: tuple[Kind, ...] = ("mix",)
     config: Any  # a BatchMixConfig
+
+    def plan(self, samples: Samples) -> dict[str, np.ndarray]:
+        return self.plan_where(samples, np.ones(len(samples.ids), np.bool_))
+
+    def apply(self, images: DataNode, plan: Any) -> DataNode:
+        return self.mix(images, partner_images(images, plan), plan)
+
+    def plan_where(self, samples: Samples, wanted: np.ndarray) -> dict[str, np.ndarray]:
+        """The plan, in which samples that are not wanted, bool [B], are not mixed."""
+        raise NotImplementedError
+
+    def mix(self, images: DataNode, others: DataNode, plan: Any) -> DataNode:
+        """Do what is planned. images: HWC. others: those of their partners, see partner_images."""
+        raise NotImplementedError
 
 
 def draw(

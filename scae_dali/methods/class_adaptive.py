@@ -169,7 +169,7 @@ class ClassAdaptive(Erasing):
         lam = schedule.lam(samples.epoch, self.run.epochs, self._lam_max[samples.labels])
         if not lam.any():
             return lam, np.zeros((len(lam), 1, 1)), status
-        saliency, known, missing = guidance.maps(samples, self.run)
+        saliency, known, missing = guidance.maps(samples.ids, self.run)
         status = status + np.where(lam != 0, missing, 0)
         return np.where(known, lam, 0.0), saliency, status
 

@@ -1,52 +1,85 @@
-"""Methods by name, one or several: `rand_augment+scae` transforms first and erases then.
+"""Methods by name, one or several: `rand_augment+scae` transforms first and erases then, and
+`mixup|cutmix` mixes each batch by one of the two.
 
 Whatever the order of the names, images are transformed by a policy first, then erased, then mixed
 within the batch. The samples of the tail that SCAE itself mixes are mixed as crops, before all of
-that. The saliency maps are those of the crop before the policy.
+that. CMO's boxes are pasted at the end, and the policy transforms what is pasted on its own. The
+saliency maps are those of the crop before the policy.
 """
 
-from collections.abc import Mapping
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, get_args
 
 import numpy as np
 
+from scae_dali.methods import switch
 from scae_dali.methods.base import DataNode, GuidedConfig, Kind, Method, Run, Samples
 from scae_dali.methods.loading import load, make_config, make_method
+from scae_dali.plan.random import derive
 
 _WHY_ONE = {
     "policy": "an image is transformed by one policy",
     "erase": "one region of an image is planned to be erased",
     "mix": (
         "an image is mixed with one other at most (scae and semantic_grid_mask mix where the data "
-        "set has classes of the tail: their mix_prob=0 switches it off)"
+        "set has classes of the tail: their mix_prob=0 switches it off; mixup|cutmix takes one of "
+        "the two for each batch)"
     ),
 }
 
 
 def split(names: str) -> list[str]:
-    """`a+b` -> its names. Raises ValueError where one is empty or comes twice."""
-    out = [name.strip() for name in names.split("+")]
+    """`a+b|c` -> its names. Raises ValueError where one is empty or comes twice, and where other
+    than two methods of switch.SWITCHED are joined by |."""
+    out = [name.strip() for name in re.split(r"[+|]", names)]
     if not all(out) or len(set(out)) < len(out):
         raise ValueError(
             f"method must be a name, or different ones joined by +, got {names!r}; for instance "
             "scae, or rand_augment+scae"
         )
+    for part in names.split("+"):
+        joined = [name.strip() for name in part.split("|")]
+        if len(joined) > 1 and (len(joined) > 2 or not set(joined) <= set(switch.SWITCHED)):
+            raise ValueError(
+                f"two of {', '.join(switch.SWITCHED)} are joined by |, got {'|'.join(joined)}; "
+                "join other methods by +"
+            )
     return out
 
 
+def switched(names: str) -> str | None:
+    """The two that are joined by |: `a+b|c` -> `b|c`; None where none are."""
+    return next((part.replace(" ", "") for part in names.split("+") if "|" in part), None)
+
+
 def configs(names: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The Config of every method in `names`, by the method's name.
+    """The Config of every method in `names`, by the method's name; and under `a|b`, last, that of
+    the switch between them.
 
     settings: of a single method the fields of its Config, or {name: its Config}; of several, for
-    each by name, its Config or a mapping of its fields. Raises ValueError for unknown names and
-    settings.
+    each by name, its Config or a mapping of its fields; and `switch_prob`, if there is a switch.
+    Raises ValueError for unknown names and settings.
     """
     parts = split(names)
     modules = {name: load(name) for name in parts}
     if len(parts) == 1 and not _is_config(settings.get(parts[0]), modules[parts[0]]):
         settings = {parts[0]: settings}
-    if unknown := sorted(set(settings) - set(parts)):
+    pair = switched(names)
+    if pair:
+        modules[pair] = switch
+    if "switch_prob" in settings:
+        settings = dict(settings)
+        switch_prob = settings.pop("switch_prob")
+        if not pair:
+            raise ValueError(
+                "switch_prob is for two methods that are joined by |, as in mixup|cutmix, got "
+                f"{switch_prob} with method {names!r}; leave it out"
+            )
+        settings[pair] = {"switch_prob": switch_prob}
+    if unknown := sorted(set(settings) - set(modules)):
         raise ValueError(
             f"settings of {names!r} go by the method's name, as in {parts[0]}={{...}}, got "
             f"{', '.join(unknown)}"
@@ -75,14 +108,23 @@ def make(configs: Mapping[str, Any], run: Run) -> Method:
 
     configs: {name: its Config}, see `configs`. Raises ValueError where methods do not combine.
     """
-    made = {name: make_method(load(name), config, run) for name, config in configs.items()}
+    made: dict[str, Any] = {}
+    for name, config in configs.items():
+        if "|" in name:
+            made[name] = switch.Method(config, run, {one: made.pop(one) for one in name.split("|")})
+        else:
+            made[name] = make_method(load(name), config, run)
     if len(made) == 1:
         return next(iter(made.values()))
     _check(made)
     order = get_args(Kind)
-    return Composition(
-        sorted(made.values(), key=lambda one: order.index(one.kinds[0])), configs, run
-    )
+    methods = sorted(made.values(), key=lambda one: order.index(one.kinds[0]))
+    if not any(method.pastes for method in methods):
+        return Composition(methods, configs, run)
+    other = dataclasses.replace(run, seed=derive(run.seed, "partners"))
+    policies = [name for name, method in made.items() if method.kinds == ("policy",)]
+    twins = [make_method(load(name), configs[name], other) for name in policies]
+    return Composition(methods, configs, run, twins)
 
 
 def guided(configs: Mapping[str, Any]) -> list[GuidedConfig]:
@@ -112,24 +154,74 @@ def _check(methods: Mapping[str, Method]) -> None:
             plans[field] = name
 
 
-class Composition(Method):
-    """Methods one after the other, in this order."""
+class _OfPartner:
+    """The plan for a partner, whose fields stand in the plan of the sample under a longer name."""
 
-    def __init__(self, methods: list[Method], configs: Mapping[str, Any], run: Run) -> None:
+    def __init__(self, plan: Any) -> None:
+        self._plan = plan
+
+    @staticmethod
+    def field(name: str) -> str:
+        return f"partner_{name}"
+
+    def part(self, name: str, *how: Any) -> DataNode:
+        return self._plan.part(self.field(name), *how)
+
+    def scalar(self, name: str, dtype: Any) -> DataNode:
+        return self._plan.scalar(self.field(name), dtype)
+
+
+class Composition(Method):
+    """Methods one after the other, in this order.
+
+    twins: the policies among them once more, with random numbers of their own, for partners that
+    are pasted.
+    """
+
+    def __init__(
+        self,
+        methods: Sequence[Method],
+        configs: Mapping[str, Any],
+        run: Run,
+        twins: Sequence[Method] = (),
+    ) -> None:
         super().__init__(configs, run)
-        self.methods = methods
+        self.methods, self.twins = methods, twins
         self.kinds = tuple(kind for method in methods for kind in method.kinds)
         self.conditional = any(method.conditional for method in methods)
         self.fields = {name: width for method in methods for name, width in method.fields.items()}
+        for twin in twins:
+            self.fields |= {_OfPartner.field(name): n for name, n in twin.fields.items()}
+        self.pastes = any(method.pastes for method in methods)
 
     def plan(self, samples: Samples) -> dict[str, np.ndarray]:
         plans = [method.plan(samples) for method in self.methods]
         status = plans[0]["status"]
         for plan in plans[1:]:
             status = status | plan["status"]
-        return {name: value for plan in plans for name, value in plan.items()} | {"status": status}
+        both = {name: value for plan in plans for name, value in plan.items()} | {"status": status}
+        for twin in self.twins:
+            ids = both["partner_id"]
+            theirs = dataclasses.replace(samples, ids=ids, labels=self.run.labels[ids])
+            plan = twin.plan(theirs)
+            both |= {_OfPartner.field(name): plan[name] for name in twin.fields}
+        return both
+
+    def settle(
+        self, plan: dict[str, np.ndarray], window: np.ndarray, flip: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        (mixing,) = (method for method in self.methods if method.mixes)
+        return mixing.settle(plan, window, flip)
 
     def apply(self, images: DataNode, plan: Any) -> DataNode:
+        if self.twins:
+            plan.transform_partners = self._transform
         for method in self.methods:
             images = method.apply(images, plan)
+        return images
+
+    def _transform(self, images: DataNode, plan: Any) -> DataNode:
+        """The partners' crops as the policies transform them."""
+        for twin in self.twins:
+            images = twin.apply(images, _OfPartner(plan))
         return images

@@ -28,8 +28,9 @@ class Method(batch.BatchMix):
 
     fields = batch.FIELDS | paste.fields("paste")
 
-    def plan(self, samples: Samples) -> dict[str, np.ndarray]:
+    def plan_where(self, samples: Samples, wanted: np.ndarray) -> dict[str, np.ndarray]:
         mixed, lam, u = batch.draw(samples, self.run, self.config)
+        mixed &= wanted
         rows, source = batch.partners(samples, self.run, mixed)
         size_px = samples.size_px
         centre = region.uniform_centre(u, np.zeros_like(size_px), size_px - 1)
@@ -40,8 +41,8 @@ class Method(batch.BatchMix):
         status = np.where(mixed, status | int(Status.MIXED_IN_BATCH), 0)
         return {"status": status, "mu": mu} | source | paste.plan_of("paste", box, size_px)
 
-    def apply(self, images: DataNode, plan: Any) -> DataNode:
-        return paste.paste("paste", images, batch.partner_images(images, plan), plan)
+    def mix(self, images: DataNode, others: DataNode, plan: Any) -> DataNode:
+        return paste.paste("paste", images, others, plan)
 
     def _centre(
         self, samples: Samples, rows: np.ndarray, mixed: np.ndarray, uniform: np.ndarray

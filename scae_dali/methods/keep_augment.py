@@ -86,7 +86,7 @@ class Method(Rectangle):
 
     def _locate(self, samples: Samples, hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         b, n = len(hw), self.config.candidates
-        saliency, known, status = guidance.maps(samples, self.run)
+        saliency, known, status = guidance.maps(samples.ids, self.run)
         first, last = region.centre_range(hw, samples.size_px, "inside")
         u = samples.draw(self.run, Stream.REGION, 2 * n).reshape(b, n, 2)
         centre = region.uniform_centre(u, first[:, None, :], last[:, None, :])

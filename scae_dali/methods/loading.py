@@ -25,6 +25,7 @@ BUILT_IN = (
     "mixup",
     "cutmix",
     "saliency_mix",
+    "cmo",
     "keep_augment",
     "rand_augment",
     "auto_augment",
@@ -87,9 +88,16 @@ class _Foreign(Method):
         self.kinds = getattr(method, "kinds", self.kinds)
         self.conditional = getattr(method, "conditional", self.conditional)
         self.fields = getattr(method, "fields", self.fields)
+        self.pastes = getattr(method, "pastes", self.pastes)
 
     def plan(self, samples: Samples) -> dict[str, np.ndarray]:
         return self.method.plan(samples)
+
+    def settle(
+        self, plan: dict[str, np.ndarray], window: np.ndarray, flip: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        known = hasattr(self.method, "settle")
+        return self.method.settle(plan, window, flip) if known else {}
 
     def apply(self, images: DataNode, plan: Any) -> DataNode:
         return self.method.apply(images, plan)

@@ -25,14 +25,15 @@ class Method(batch.BatchMix):
 
     fields = batch.FIELDS | {"weight": 1}
 
-    def plan(self, samples: Samples) -> dict[str, np.ndarray]:
+    def plan_where(self, samples: Samples, wanted: np.ndarray) -> dict[str, np.ndarray]:
         mixed, mu, _ = batch.draw(samples, self.run, self.config)
+        mixed &= wanted
         _, source = batch.partners(samples, self.run, mixed)
         mu = np.where(mixed, mu, 1.0)
         status = np.where(mixed, int(Status.MIXED_IN_BATCH), 0)
         return {"status": status, "mu": mu, "weight": mu} | source
 
-    def apply(self, images: DataNode, plan: Any) -> DataNode:
+    def mix(self, images: DataNode, others: DataNode, plan: Any) -> DataNode:
         """Returns float images: rounding to bytes would cost as much as the mixing."""
         weight = plan.scalar("weight", types.FLOAT)
-        return images * weight + batch.partner_images(images, plan) * (1.0 - weight)
+        return images * weight + others * (1.0 - weight)

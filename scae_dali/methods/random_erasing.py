@@ -1,7 +1,8 @@
 """Random Erasing (Zhong et al., AAAI 2020): a rectangle anywhere in the crop, with one probability.
 
 Area and aspect are uniform as in the paper and its code; torchvision and timm draw the aspect
-log-uniform, and their settings are presets.
+log-uniform, and their settings are presets. The fill is not the authors' unless it is set to
+`above_mean`: by default it is the mean.
 """
 
 from dataclasses import dataclass, fields
@@ -40,11 +41,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RectangleConfig):
-    """Random Erasing (Zhong et al., AAAI 2020), by default with the settings of the authors' code.
+    """Random Erasing (Zhong et al., AAAI 2020), by default with rectangles as in the authors' code.
 
     Args:
         prob: Probability that an image is erased.
-        preset: `official` is the authors' code. `torchvision` and `timm` set area, aspect,
+        preset: `official` draws rectangles as the authors' code does, and fills them with the mean;
+            the authors' fill is `above_mean`. `torchvision` and `timm` set area, aspect,
             aspect_law, tries and fill to those of these libraries; none of the five may then be
             given.
     """

@@ -1,4 +1,5 @@
-"""What a mix draws: its weight, as in MixUp (Zhang et al., ICLR 2018), and the partner of eq. 8.
+"""What a mix draws: its weight, as in MixUp (Zhang et al., ICLR 2018), and the partner, by eq. 8 or
+as in CMO (Park et al., CVPR 2022).
 
 The random numbers are passed in.
 """
@@ -16,7 +17,7 @@ def mix_weight(u: np.ndarray, alpha: float) -> np.ndarray:
 
 
 class Partners:
-    """Draws the partner of a sample from the sample's class or a neighbouring one.
+    """Draws the partners of samples.
 
     labels: int64 [N], of every sample. num_classes: K.
     """
@@ -31,7 +32,7 @@ class Partners:
     def draw(
         self, u: np.ndarray, ids: np.ndarray, labels: np.ndarray, neighbors: np.ndarray | None
     ) -> np.ndarray:
-        """The ids of samples' partners: int64 [B].
+        """Partners of the sample's class or a neighbouring one: ids, int64 [B].
 
         u: float64 [B, 2] in (0, 1). ids, labels: int64 [B]. neighbors: int [K, m], the classes next
         to each; None: unknown. First a class is drawn, own and neighbours equally likely, then one
@@ -50,4 +51,18 @@ class Partners:
         own = (chosen == labels) & (self._counts[labels] > 1)
         k = np.floor(u[:, 1] * (self._counts[chosen] - own)).astype(np.int64)
         k += own & (k >= self._rank[ids])  # leaves the sample itself out
+        return self._members[self._begin[chosen] + k]
+
+    def draw_from_all(self, u: np.ndarray, power: float) -> np.ndarray:
+        """Partners from the whole set, each sample with a probability in proportion to 1/n_k^power,
+        where n_k is the size of its class: ids, int64 [B].
+
+        u: float64 [B, 2] in (0, 1). First a class is drawn, P(k) ∝ n_k^(1 - power), then one of its
+        samples, all equally likely.
+        """
+        present = np.flatnonzero(self._counts)
+        counts = self._counts[present]
+        end = np.cumsum((counts / counts.min()) ** (1 - power))
+        chosen = present[np.searchsorted(end[:-1], u[:, 0] * end[-1], side="right")]
+        k = np.floor(u[:, 1] * self._counts[chosen]).astype(np.int64)
         return self._members[self._begin[chosen] + k]

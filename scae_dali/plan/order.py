@@ -14,6 +14,7 @@ from scae_dali.plan.random import Stream, uniforms
 
 ID = 0xFFFFFFFF  # the bits of a key that hold the sample's id
 Sampling = Literal["shuffle", "class_balanced", "in_turn"]
+EpochLength = Literal["largest", "dataset"]
 
 
 class Order:
@@ -21,9 +22,10 @@ class Order:
 
     labels: int64 [N]. sampling: `shuffle` gives every sample once an epoch; `in_turn` does so in
     the order of the index; `class_balanced` takes the classes in turn, in a new random order each
-    round, and the samples of a class in turn, so that an epoch has as many samples of every class
-    as the largest one has (Kang et al., ICLR 2020). Every shard gets `batches` full batches; the
-    samples past its `shard_size` pad them.
+    round, and the samples of a class in turn (Kang et al., ICLR 2020). At its turn a class gives
+    `samples_per_turn` samples. epoch_length: where `class_balanced` ends its epoch, see
+    `epoch_size`. Every shard gets `batches` full batches; the samples past its `shard_size` pad
+    them.
     """
 
     def __init__(
@@ -33,13 +35,19 @@ class Order:
         batch_size: int,
         seed: int,
         sampling: Sampling = "shuffle",
+        epoch_length: EpochLength = "largest",
+        samples_per_turn: int = 1,
         shard: int = 0,
         num_shards: int = 1,
         start_epoch: int = 0,
     ) -> None:
         check_choice("sampling", sampling, get_args(Sampling))
+        check(
+            samples_per_turn >= 1,
+            f"samples_per_turn must be at least 1, got {samples_per_turn}; published are 1 and 4",
+        )
         self.batch_size, self.num_shards, self.start_epoch = batch_size, num_shards, start_epoch
-        self.epoch_size = epoch_size(labels, sampling)
+        self.epoch_size = epoch_size(labels, sampling, epoch_length)
         self.batches = batches_per_epoch(self.epoch_size, batch_size, num_shards)
         first, last = (self.epoch_size * s // num_shards for s in (shard, shard + 1))
         self.shard_size = last - first
@@ -49,6 +57,7 @@ class Order:
             f"{num_shards}",
         )
         self._labels, self._seed, self._sampling = labels, seed, sampling
+        self._samples_per_turn = samples_per_turn
         self._mine = slice(first, last)
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
@@ -74,21 +83,33 @@ class Order:
         members = np.lexsort((u, self._labels))  # class by class, shuffled within
         counts = np.bincount(self._labels)
         present = np.flatnonzero(counts)
-        rounds = counts.max()
+        turn = np.arange(self._samples_per_turn)
+        rounds = math.ceil(self.epoch_size / (len(present) * len(turn)))
         # Every round shuffles the classes, by random numbers that follow those of the samples.
         u = self._uniforms(epoch, n + np.arange(rounds * len(present)))
         classes = present[np.argsort(u.reshape(rounds, -1), axis=1, kind="stable")]
-        before, rank = np.divmod(np.arange(rounds)[:, None], counts[classes])
+        number = np.arange(rounds)[:, None, None] * len(turn) + turn  # of its class in the epoch
+        classes = classes[:, :, None]
+        before, rank = np.divmod(number, counts[classes])  # [rounds, classes, turn]
         begin = np.cumsum(counts) - counts
-        return (members[begin[classes] + rank] + (before << 32)).ravel()
+        keys = members[begin[classes] + rank] + (before << 32)
+        return keys.ravel()[: self.epoch_size]
 
     def _uniforms(self, epoch: int, numbers: np.ndarray) -> np.ndarray:
         return uniforms(self._seed, Stream.ORDER, epoch, numbers, 1)[:, 0]
 
 
-def epoch_size(labels: np.ndarray, sampling: Sampling) -> int:
-    """How many samples an epoch has, in all shards together."""
-    if sampling != "class_balanced":
+def epoch_size(
+    labels: np.ndarray, sampling: Sampling, epoch_length: EpochLength = "largest"
+) -> int:
+    """How many samples an epoch has, in all shards together.
+
+    epoch_length: of sampling=class_balanced; others have every sample once. `largest` has as many
+    samples of every class as the largest class has. `dataset` has as many as there are samples, as
+    the trainers of Kang et al. and MiSLAS count an epoch.
+    """
+    check_choice("epoch_length", epoch_length, get_args(EpochLength))
+    if sampling != "class_balanced" or epoch_length == "dataset":
         return len(labels)
     counts = np.bincount(labels)
     return int(counts.max() * np.count_nonzero(counts))

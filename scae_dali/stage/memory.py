@@ -19,7 +19,8 @@ from nvidia.dali import Pipeline, types
 from nvidia.dali.pipeline import do_not_convert
 
 from scae_dali.data.pixels import ArrayImages
-from scae_dali.methods.base import DataNode, Status, Triple
+from scae_dali.methods import paste
+from scae_dali.methods.base import NO_PARTNERS, DataNode, Status, Triple
 from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import Order
 from scae_dali.plan.random import compiled
@@ -37,11 +38,14 @@ Pixels = npt.NDArray[np.uint8]  # [N, H, W, 3]
 class _Block(NamedTuple):
     """Batches that are made at once; `first` is the number of the first one.
 
-    images: uint8 [n, H, W, 3]. rows: float64 [n, K]. parts: [n, …] each, as they were asked for.
+    images, others: uint8 [n, H, W, 3]; others are the crops of the partners, black where a sample
+    has none, and [0] where the graph does not paste them. rows: float64 [n, K], settled. parts:
+    [n, …] each, as they were asked for.
     """
 
     first: int
     images: Pixels
+    others: Pixels
     rows: np.ndarray
     parts: list[np.ndarray]
 
@@ -64,8 +68,8 @@ def check_memory(
     if stage.mixes and not _crops_here(images, size, crop):
         raise ValueError(
             "images in memory are mixed only where crop.kind is pad and size theirs, "
-            f"{images.pixels.shape[1:3]}, got {crop.kind!r} and {size}; set the method's "
-            "mix_prob=0, or read the images from files (train.py: data.in_memory=false)"
+            f"{images.pixels.shape[1:3]}, got {crop.kind!r} and {size}; {NO_PARTNERS}, or read the "
+            "images from files (train.py: data.in_memory=false)"
         )
 
 
@@ -81,8 +85,9 @@ class FedPlan(PlanNodes):
     of the stage's index. size: (h, w) of the crops in pixels. crop: how the stage draws them.
 
     images: uint8 [h, w, 3], the crops, before the flip, on the pipeline's device. Crops by `pad` of
-    the images' own size are made in memory; they are mixed there already and, where a method fills
-    its boxes with one colour for all, erased. Other crops are cut by DALI out of whole images.
+    the images' own size are made in memory. They are blended with partners there already. Where a
+    method fills its boxes with one colour for all, they are erased there, and where nothing else
+    comes before, boxes of partners are pasted. Other crops are cut by DALI out of whole images.
     Every part of the plan is fed on its own, which is faster than to cut it out of the row in the
     graph. DALI asks for what it is fed in the thread that trains, which finds it ready.
 
@@ -110,10 +115,14 @@ class FedPlan(PlanNodes):
         self._block: _Block | None = None
         self._parts: list[tuple[slice | int, npt.DTypeLike]] = []
         self._fill: np.ndarray | None = None  # fill of boxes; None: the graph erases
+        self._pasted: str | None = None  # the boxes of partners; None: the graph pastes
         self.planner = stage.planner(crop, keyed=True)
         self.partners_mixed = True
         self.images = on_device(self._feed(lambda block: block.images, layout="HWC"))
         self.row = self._feed(lambda block: block.rows)
+        if self.planner.pastes:
+            others = on_device(self._feed(lambda block: block.others, layout="HWC"))
+            self.partners = lambda: (others, self.row)
         if not self._crops_here:
             start, shape = self.part("start", types.FLOAT), self.part("shape", types.FLOAT)
             self.images = cut(self.images, start, shape, size)
@@ -123,6 +132,12 @@ class FedPlan(PlanNodes):
             return False
         self._fill = np.array(value).astype(np.uint8)
         return True
+
+    def paste_partners(self, name: str, images: DataNode) -> DataNode:
+        if images is not self.images:
+            return super().paste_partners(name, images)
+        self._pasted = name
+        return images
 
     def _cut(self, columns: slice | int, dtype: types.DALIDataType) -> DataNode:
         number = len(self._parts)
@@ -162,25 +177,45 @@ class FedPlan(PlanNodes):
             full_px.astype(np.float64),
         )
         self._stage.seconds += time.perf_counter() - start
+        mixed, partners = self._partners(rows, full_px)
         parts = [rows[:, columns].astype(dtype) for columns, dtype in self._parts]
-        return _Block(first, self._images(rows, full_px), rows, parts)
+        images = self._images(rows, mixed, partners)
+        others = images[:0]
+        if self.planner.pastes and self._pasted is None:
+            others = np.zeros_like(images)
+            others[mixed] = partners
+        return _Block(first, images, others, rows, parts)
 
-    def _images(self, rows: np.ndarray, full_px: np.ndarray) -> Pixels:
+    def _partners(self, rows: np.ndarray, full_px: np.ndarray) -> tuple[np.ndarray, Pixels]:
+        """Which samples are mixed, int64 [m], and the crops of their partners, flipped. Settles the
+        rows, in place."""
+        if not self.planner.mixes:
+            return np.empty(0, np.int64), self._pixels[:0]
+        mixed = np.flatnonzero(self._column(rows, "status") & Status.MIXED)
+        rows[mixed], window, flip = self.planner.settle(rows[mixed], full_px[mixed], self._crop)
+        ids = self._column(rows[mixed], "partner_id")
+        others = shifted(self._pixels, ids, window[:, :2].astype(np.int64))
+        others[flip == 1] = others[flip == 1, :, ::-1]
+        return mixed, others
+
+    def _images(self, rows: np.ndarray, mixed: np.ndarray, partners: Pixels) -> Pixels:
         ids = self._column(rows, "id")
         if not self._crops_here:
             return self._pixels[ids]
-        start = rows[:, self.planner.columns["start"]].astype(np.int64)
-        images = shifted(self._pixels, ids, start)
-        mixed = np.flatnonzero(self._column(rows, "status") == Status.MIXED)
-        if len(mixed):
-            window, flip = self.planner.partner_crop(rows[mixed], full_px[mixed], self._crop)
-            partners = self._column(rows[mixed], "partner_id")
-            others = shifted(self._pixels, partners, window[:, :2].astype(np.int64))
-            others[flip == 1] = others[flip == 1, :, ::-1]
+        images = shifted(self._pixels, ids, rows[:, self.planner.columns["start"]].astype(np.int64))
+        if len(mixed) and not self.planner.pastes:
             mu = rows[mixed, self.planner.columns["mu"], None, None].astype(np.float32)
-            images[mixed] = np.floor(images[mixed] * mu + others * (1 - mu) + 0.5).astype(np.uint8)
+            both = images[mixed] * mu + partners * (1 - mu)
+            images[mixed] = np.floor(both + 0.5).astype(np.uint8)
         if self._fill is not None:
             _fill_boxes(images, rows[:, self.planner.columns["box"]].astype(np.int64), self._fill)
+        if self._pasted is not None:
+            anchors, shapes = (
+                rows[:, self.planner.columns[field]][mixed, 2:].astype(np.int64)
+                for field in paste.fields(self._pasted)
+            )
+            for k, partner, (y, x), (h, w) in zip(mixed, partners, anchors, shapes, strict=True):
+                images[k, y : y + h, x : x + w] = partner[y : y + h, x : x + w]
         return images
 
     def _column(self, rows: np.ndarray, name: str) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 Its file is read, decoded and cropped behind a DALI conditional, for the samples that are mixed and
 no others, so the pipeline must be defined with `enable_conditionals=True`. The plan says which
-sample is the partner, and with what weight it is mixed in.
+sample is the partner, and with what weight it is mixed in. It is blended with the sample's crop
+before anything else is done, or pasted into it at the end.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import do_not_convert
 
 from scae_dali.data.index import ImageIndex
-from scae_dali.methods.base import DataNode, Status, require_conditionals
+from scae_dali.methods.base import NO_PARTNERS, DataNode, require_conditionals
 from scae_dali.plan.crop import CropConfig
 from scae_dali.stage.images import cut
 from scae_dali.stage.table import Planner
@@ -32,13 +33,17 @@ Fetch = Callable[[DataNode, DataNode, DataNode], DataNode]
 def mix(images: DataNode, plan: Any, crop: CropConfig, fetch: Fetch) -> DataNode:
     """μ·image + (1 - μ)·partner where the plan says so; the other images are left as they are.
 
+    Where the method pastes, all are left as they are, and its `apply` fetches the partners.
+
     images: HWC, before the flip. plan: PlanNodes, whose `partners_mixed` is set. crop: how the
     partners are cropped. Raises ValueError in a pipeline without conditionals, and where the
     index's files are not on the disk.
     """
     _check(plan.planner.index)
     plan.partners_mixed = True
-    if plan.scalar("status", types.INT32) == int(Status.MIXED):
+    if plan.planner.pastes:
+        plan.partners = partial(_fetched, plan, crop, fetch)
+    elif plan.mixed:
         images = _blend(images, plan, crop, fetch)
     return images
 
@@ -61,30 +66,35 @@ def decode_crop(
 
 @do_not_convert
 def _check(index: ImageIndex) -> None:
-    require_conditionals("samples are mixed", "set the method's mix_prob=0")
+    require_conditionals("samples are mixed", NO_PARTNERS)
     rarest = int(index.class_counts[index.labels].argmin())  # some class of the tail, if any is
     path = os.path.join(index.root, index.files[rarest])
     if not os.path.isfile(path):
         raise ValueError(
             f"the files of the index must be on the disk where samples are mixed, and {path!r} is "
-            "not: index the files themselves, or set the method's mix_prob=0"
+            f"not: index the files themselves, or {NO_PARTNERS}"
         )
 
 
 def _blend(images, plan, crop, fetch):
+    other, _ = _fetched(plan, crop, fetch)
+    mu = plan.scalar("mu", types.FLOAT)
+    return fn.cast_like(images * mu + other * (1.0 - mu), images)
+
+
+def _fetched(plan, crop, fetch):
+    """The partners' crops, flipped, and the rows of the plan that are settled."""
     encoded = fn.io.file.read(
         fn.python_function(plan.row, function=partial(_paths, plan.planner), batch_processing=True)
     )
-    start, shape, flip = fn.python_function(
+    row, start, shape, flip = fn.python_function(
         plan.row,
         fn.peek_image_shape(encoded),
-        function=partial(_crops, plan.planner, crop),
-        num_outputs=3,
+        function=partial(_settle, plan.planner, crop),
+        num_outputs=4,
         batch_processing=True,
     )
-    other = fn.flip(fetch(encoded, start, shape), horizontal=flip)
-    mu = plan.scalar("mu", types.FLOAT)
-    return fn.cast_like(images * mu + other * (1.0 - mu), images)
+    return fn.flip(fetch(encoded, start, shape), horizontal=flip), row
 
 
 def _paths(planner: Planner, rows: list[np.ndarray]) -> list[np.ndarray]:
@@ -93,10 +103,10 @@ def _paths(planner: Planner, rows: list[np.ndarray]) -> list[np.ndarray]:
     return planner.index.encoded_paths([int(row[column]) for row in rows])
 
 
-def _crops(planner: Planner, crop: CropConfig, rows, shapes) -> tuple[list, list, list]:
-    """Start and shape, int32 [2], and whether to flip, int32 scalar."""
+def _settle(planner: Planner, crop: CropConfig, rows, shapes) -> tuple[list, list, list, list]:
+    """Settled rows, start and shape of the crops, int32 [2], and whether to flip, int32 scalar."""
     full_px = np.stack(shapes)[:, :2].astype(np.int64)
-    window, flip = planner.partner_crop(np.stack(rows), full_px, crop)
+    settled, window, flip = planner.settle(np.stack(rows), full_px, crop)
     window = window.astype(np.int32)
     flips = [np.array(f, np.int32) for f in flip]  # DALI takes no NumPy scalars
-    return list(window[:, :2]), list(window[:, 2:]), flips
+    return list(settled), list(window[:, :2]), list(window[:, 2:]), flips

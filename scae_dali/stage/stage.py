@@ -19,8 +19,8 @@ from scae_dali.cache import ResidentCache, SaliencyCache
 from scae_dali.cache.format import check_last_pass, check_neighbors
 from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD, check_seed
 from scae_dali.data.index import ImageIndex
-from scae_dali.methods import compose
-from scae_dali.methods.base import DataNode, Run, Triple
+from scae_dali.methods import compose, paste
+from scae_dali.methods.base import NO_PARTNERS, DataNode, Run, Status, Triple
 from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import batches_per_epoch
 from scae_dali.stage import partner, wiring
@@ -45,12 +45,18 @@ class PlanNodes:
     """The plan of a batch inside a graph: its rows, and its columns by name, as DALI nodes.
 
     row: float64 [K] a sample, on the CPU. single: the same in float32. planner: says which columns
-    a row has. partners_mixed: whether the planned partners have been mixed into the images.
+    a row has. partners_mixed: whether the planned partners have been mixed into the images, or will
+    be, by paste_partners. partners: where the method pastes, gives the partners' crops and the rows
+    of the plan, settled; it is called for the mixed samples alone. transform_partners: what is done
+    to the crops, by their plan; None: nothing.
 
     A part is cut out of the row when it is asked for, and a pipeline had better give out the whole
     row, which `Loader` takes apart: DALI hands every sample of every operator on the CPU to its
     threads, and that costs more than the operator, the more so the more threads there are.
     """
+
+    partners: Any = None  # () -> (DataNode, DataNode)
+    transform_partners: Any = None  # (DataNode, PlanNodes) -> DataNode
 
     def __init__(self, row: DataNode, single: DataNode, planner: Planner) -> None:
         self.row = row
@@ -73,6 +79,24 @@ class PlanNodes:
         images are made. Returns whether they will be; if not, the caller fills them in the graph.
         """
         return False
+
+    @property
+    def mixed(self) -> DataNode:
+        """Whether a sample is mixed with a partner that the pipeline fetches, as a scalar."""
+        return (self.scalar("status", types.INT32) & int(Status.MIXED)) > 0
+
+    def paste_partners(self, name: str, images: DataNode) -> DataNode:
+        """Images with boxes of their partners. The rows are settled from then on. name: of the
+        boxes' fields, see methods.paste."""
+        row = self.row
+        if self.mixed:
+            others, row = self.partners()
+            settled = PlanNodes(row, fn.cast(row, dtype=types.FLOAT), self.planner)
+            if self.transform_partners is not None:
+                others = self.transform_partners(others, settled)
+            images = paste.paste(name, images, fn.cast_like(others, images), settled)
+        self.row, self._single = row, fn.cast(row, dtype=types.FLOAT)
+        return images
 
     def _cut(self, columns: slice | int, dtype: types.DALIDataType) -> DataNode:
         if dtype == types.FLOAT:
@@ -102,9 +126,11 @@ class Stage:
 
     index: the data set; its order gives the ids.
     method: one of methods.BUILT_IN, or the dotted name of a module of your own. Several are joined
-    by +, as in `rand_augment+scae`; see methods.compose.
+    by +, as in `rand_augment+scae`. Of two that are joined by |, as in `mixup|cutmix`, each batch
+    takes one. See methods.compose.
     settings: the fields of the method's Config. Of several methods a mapping for each under its
     name, as in scae={"lam_max": 1.0}. A ready Config goes under the method's name too.
+    `switch_prob` is the probability that a batch takes the second of two joined by |.
     cache: a SaliencyCache of this index, or its path; None: there are no maps.
     epochs: how many the run has, T of eq. 5. batch_size: of the pipeline. num_shards: of the
     reader. seed: of everything that is planned.
@@ -190,8 +216,7 @@ class Stage:
         self.mixes = self._method.mixes
         if cache is not None:
             for config in compose.guided(configs):
-                neighbors = config.neighbors if self.mixes else 0
-                check_neighbors(neighbors, index.num_classes)
+                check_neighbors(config.neighbors_for(index.class_counts), index.num_classes)
                 check_last_pass(epochs, config.refresh_every)
                 if cache is not named:  # opened here: whoever opens a cache looks at it
                     _look_at(cache, len(index), config.refresh_every)
@@ -213,8 +238,8 @@ class Stage:
         window: the crop in pixels of the upright image, (start, size, shapes): its (y, x), its
         (h, w), and the shape of the upright image; all on the CPU. None: the whole image is seen.
         size: (h, w) of the images in pixels. None asks the images, so the plan waits for them.
-        partner_crop: how partners, which are files of the index, are cropped. Only SCAE with tail
-        classes has any, and then `enable_conditionals=True` must be set in the pipeline.
+        partner_crop: how partners, which are files of the index, are cropped. Only CMO, and SCAE
+        with tail classes, have any. Then `enable_conditionals=True` must be set in the pipeline.
         Returns (images, Targets).
 
         Raises ValueError where the graph shows that something is wired wrongly: ids that are no
@@ -241,9 +266,9 @@ class Stage:
         if self.mixes:
             if not self._run.grey_levels:
                 raise ValueError(
-                    "mean must be in grey levels where tail classes are mixed, because partners "
-                    f"are fetched in [0, 255], got {self._run.mean}; call the stage before the "
-                    "normalisation, or set mix_prob=0"
+                    "mean must be in grey levels where partners are fetched, because they are in "
+                    f"[0, 255], got {self._run.mean}; call the stage before the normalisation, or "
+                    f"{NO_PARTNERS}"
                 )
             fetch = partial(partner.decode_crop, images=images, size=size)
             images = partner.mix(images, plan, partner_crop, fetch)
@@ -346,7 +371,7 @@ class Stage:
             raise ValueError(
                 "images must be mixed with their partners before apply where the method mixes, or "
                 "the labels would be mixed alone: call the stage itself, which does both, or "
-                "partner.mix before apply, or set mix_prob=0"
+                f"partner.mix before apply, or {NO_PARTNERS}"
             )
         return self._method.apply(images, plan)
 

@@ -62,7 +62,7 @@ class Planner:
         self.index = index
         self.keyed = keyed
         self.random_crop = random_crop
-        self.mixes = method.mixes
+        self.mixes, self.pastes = method.mixes, method.pastes
         cropped = {} if random_crop is None else CROP
         keyed_partner = PARTNER_KEY if self.mixes else {}
         self.columns = columns_of(COMMON | cropped | keyed_partner | dict(method.fields))
@@ -143,6 +143,24 @@ class Planner:
         for name, value in (extra | {name: plan[name] for name in self._method.fields}).items():
             table[:, self.columns[name]] = value.reshape(b, -1)
         return table
+
+    def settle(
+        self, rows: np.ndarray, full_px: np.ndarray, config: CropConfig
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows of mixed samples once the size of their partners is known.
+
+        rows, full_px: as partner_crop takes them. Returns rows, whose part of the method may have
+        changed, and the partners' window and flip.
+        """
+        window, flip = self.partner_crop(rows, full_px, config)
+        plan = {
+            name: rows[:, where] if where.stop - where.start > 1 else rows[:, where.start]
+            for name, where in self.columns.items()
+        }
+        settled = rows.copy()
+        for name, value in self._method.settle(plan, window / np.tile(full_px, 2), flip).items():
+            settled[:, self.columns[name]] = value if value.ndim > 1 else value[:, None]
+        return settled, window, flip
 
     def partner_crop(
         self, rows: np.ndarray, full_px: np.ndarray, config: CropConfig

@@ -17,11 +17,12 @@ __all__ = ["EMA", "OptimConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """SGD with Nesterov momentum.
+    """SGD with momentum.
 
     Args:
         lr: Learning rate. With several processes, it is the one for their batches together.
-        momentum: Nesterov momentum, from 0 (none) to below 1.
+        momentum: Momentum, above 0 and below 1.
+        nesterov: Whether the momentum is Nesterov's.
         weight_decay: Weight decay (L2); 0 is none.
         decay_norms: Whether weight decay also acts on biases and on the weights of norm layers.
         schedule: `step` multiplies the learning rate by `factor` at each of the `milestones`.
@@ -30,12 +31,15 @@ class OptimConfig:
         factor: What schedule=step multiplies the learning rate by.
         lr_min: Learning rate at the end of schedule=cosine.
         warmup_epochs: Epochs at the start in which the learning rate rises linearly to lr.
+        lr_by_epoch: Whether the learning rate stays the same within an epoch. It is then that of
+            the epoch's first step, and lr * (epoch + 1) / warmup_epochs in the warm-up.
         ema: Keep a running average of the weights with this decay a step, from 0 to below 1, and
             validate and save the average. 0 averages nothing.
     """
 
     lr: float = 0.1
     momentum: float = 0.9
+    nesterov: bool = True
     weight_decay: float = 1e-4
     decay_norms: bool = True
     schedule: Literal["step", "cosine"] = "step"
@@ -43,6 +47,7 @@ class OptimConfig:
     factor: float = 0.1
     lr_min: float = 0.0
     warmup_epochs: float = 0.0
+    lr_by_epoch: bool = False
     ema: float = 0.0
 
     def __post_init__(self) -> None:
@@ -64,13 +69,15 @@ class OptimConfig:
             spared = [p for p in group["params"] if not self.decay_norms and p.ndim <= 1]
             for params, weight_decay in ((decayed, self.weight_decay), (spared, 0.0)):
                 groups.append({**group, "params": params, "weight_decay": weight_decay})
-        return torch.optim.SGD(groups, self.lr, self.momentum, nesterov=True)
+        return torch.optim.SGD(groups, self.lr, self.momentum, nesterov=self.nesterov)
 
     def lr_at(self, step: int, steps: int, epochs: int) -> float:
         """The learning rate at a step counted from the run's start, `steps` to the epoch."""
+        if self.lr_by_epoch:
+            step, steps = step // steps, 1
         epoch = step / steps
         if epoch < self.warmup_epochs:
-            return self.lr * (step + 1) / (self.warmup_epochs * steps)
+            return min(self.lr, self.lr * (step + 1) / (self.warmup_epochs * steps))
         if self.schedule == "step":
             return self.lr * self.factor ** sum(epoch >= m for m in self.milestones)
         done = (epoch - self.warmup_epochs) / (epochs - self.warmup_epochs)

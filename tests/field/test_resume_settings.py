@@ -145,11 +145,15 @@ def test_a_checkpoint_of_an_older_version_is_compared_by_its_config(images, out)
     torch.save(state, path)
     config = json.loads((out / "config.json").read_text())
     del config["saliency"], config["optim"]["ema"]  # settings that it did not have yet
+    del config["epoch_length"], config["samples_per_turn"]
+    del config["optim"]["nesterov"], config["optim"]["lr_by_epoch"]
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit, match=r"optim.momentum=0.9, not 0.5: resume"):
         start(*arguments(images, out, epochs=3, **{"optim.momentum": 0.5}), "--resume")
     with pytest.raises(SystemExit, match=r"optim.ema=0.0, not 0.5: resume"):
         start(*arguments(images, out, epochs=3, **{"optim.ema": 0.5}), "--resume")
+    with pytest.raises(SystemExit, match=r"optim.nesterov=True, not False: resume"):
+        start(*arguments(images, out, epochs=3, **{"optim.nesterov": "false"}), "--resume")
     start(*arguments(images, out, epochs=3), "--resume")
     assert [row["epoch"] for row in rows(out)] == [0, 1, 2]
 

@@ -30,8 +30,9 @@ def sources(tailed):
 
 
 def training(
-    data, cache, sampling, *, batch_size=10, shard=0, num_shards=1, state=None, position=0
-):
+    data, cache, sampling, *, batch_size=10, shard=0, num_shards=1, state=None, position=0,
+    epoch_length="largest", samples_per_turn=1,
+):  # fmt: skip
     index = data.train
     stage = Stage(
         index,
@@ -41,10 +42,17 @@ def training(
         seed=2,
         cache=cache,
         num_shards=num_shards,
-        epoch_size=epoch_size(index.labels, sampling),
+        epoch_size=epoch_size(index.labels, sampling, epoch_length),
     )
     run = ExecConfig(batch_size=batch_size, threads=1, shard=shard, num_shards=num_shards)
-    loaders = Loaders(data, IMAGE, sampling=sampling, seed=2)
+    loaders = Loaders(
+        data,
+        IMAGE,
+        sampling=sampling,
+        seed=2,
+        epoch_length=epoch_length,
+        samples_per_turn=samples_per_turn,
+    )
     return loaders.train(stage, run, checkpoint=state, position=position)
 
 
@@ -86,6 +94,33 @@ def test_class_balanced_gives_every_class_as_often_and_never_the_same_picture(
         assert len({one.numpy().tobytes() for one in pictures}) > 30
         status = torch.cat([batch.status for batch in batches])[ids == 62]
         assert {0, int(Status.MIXED)} < set(status.tolist())
+
+
+@pytest.mark.parametrize("name", ["files", "memory"])
+def test_an_epoch_of_the_datasets_length_shows_several_of_a_class_in_a_row(
+    sources, tailed_cache, name
+):
+    """63 samples: 6 batches of 10, in which five classes take turns of 4. Batch 3 goes on from a
+    state that the first loader gave."""
+
+    def make(**keywords):
+        more = {"epoch_length": "dataset", "samples_per_turn": 4} | keywords
+        return training(sources[name], tailed_cache, "class_balanced", **more)
+
+    loader = make()
+    assert len(loader) == 6
+    epochs = [list(loader) for _ in range(EPOCHS)]
+    for batches in epochs:
+        labels = torch.cat([batch.labels for batch in batches]).reshape(15, 4)
+        assert (labels == labels[:, :1]).all()
+        assert labels[:, 0].bincount().tolist() == [3] * 5
+    first = make()
+    check_same(first, epochs[0])
+    batches = iter(first)
+    check_same([next(batches) for _ in range(3)], epochs[1][:3])
+    again = make(state=first.state(), position=3)
+    check_same(again, epochs[1][3:])
+    check_same(again, epochs[2])
 
 
 @pytest.mark.parametrize("name", ["files", "memory"])

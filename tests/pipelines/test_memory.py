@@ -33,14 +33,17 @@ SETTINGS = {
     "scae": {"mix_prob": 0.0, "tail_erase": "always", "fill": "zero"},
     "semantic_grid_mask": {"mix_prob": 0.0, "tail_erase": "always", **GRID},
     "rand_augment": {"n": 1},
+    "cmo": {"skip_first": 0, "skip_last": 0},
 }
 METHODS = [
     *((name, SETTINGS.get(name, {})) for name in BUILT_IN),
     ("random_erasing", {"prob": 1.0}),
+    ("random_erasing", {"prob": 1.0, "fill": "above_mean"}),
     ("scae", {"p_min": 1.0, "p_max": 1.0, "border": "clip", "tail_erase": "always"}),
     ("keep_augment", {"mode": "paste", "n": 1}),
     ("rand_augment+scae", {"rand_augment": {"n": 1}, "scae": {"tail": 0.5}}),
     ("scae+mixup", {"scae": {"mix_prob": 0.0}, "mixup": {"prob": 0.5}}),
+    ("scae+mixup|cutmix", {"scae": {"mix_prob": 0.0}, "mixup": {"prob": 0.5}}),
 ]
 TRAINED = [
     ImageConfig(size=24, val_resize=24, crop=PAD),
@@ -69,7 +72,7 @@ def check_same_samples(mine, other):
 @pytest.mark.parametrize(("name", "settings", "image"), CASES)
 def test_training_batches_are_those_of_files(tailed, tailed_cache, pixels, name, settings, image):
     """Pixel by pixel in both layouts; in the reader's own order, unless batches are mixed."""
-    files = "files in order" if "mix" in name else "files"
+    files = "files in order" if "mix" in name or name == "cmo" else "files"
 
     def batches(kind, layout, name=name, **settings):
         given = dataclasses.replace(image, layout=layout)
@@ -88,7 +91,9 @@ def test_training_batches_are_those_of_files(tailed, tailed_cache, pixels, name,
 
 
 @pytest.mark.parametrize("device_id", [None, 0])
-@pytest.mark.parametrize(("fill", "operators"), [("mean", 0), ("zero", 0), ("color", 1)])
+@pytest.mark.parametrize(
+    ("fill", "operators"), [("mean", 0), ("zero", 0), ("above_mean", 0), ("color", 1)]
+)
 def test_boxes_of_one_colour_are_left_to_no_operator(
     tailed, pixels, monkeypatch, device_id, fill, operators
 ):
@@ -128,7 +133,8 @@ def test_each_epoch_has_an_order_of_its_own(tailed, pixels):
 def test_arrays_are_mixed_in_padded_crops_of_their_own_size_alone(tailed, pixels, image, got):
     message = (
         r"images in memory are mixed only where crop.kind is pad and size theirs, "
-        rf"\(24, 24\), {got}; set the method's mix_prob=0, or read the images from files"
+        rf"\(24, 24\), {got}; set the method's mix_prob=0, or leave cmo out, or read the images "
+        "from files"
     )
     with pytest.raises(ValueError, match=message):
         train_batches("memory", tailed, pixels, ImageConfig(**image))

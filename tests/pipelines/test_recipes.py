@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,29 @@ import pytest
 from conftest import ROOT
 
 import train
+from pipelines import memory
+from pipelines.config import ExecConfig
+from pipelines.data import Data
 from pipelines.recipe import Config
+from scae_dali.data.index import ImageIndex
+from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import load
+from scae_dali.plan.order import Order
 from scae_dali.training.networks import make_network
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 BASE = "cifar100_lt"
-OVERLAYS = ("balanced_softmax", "drw", "crt", "lws", "mislas_stage1", "mislas_stage2")
+OVERLAYS = (
+    "balanced_softmax",
+    "cmo",
+    "crt",
+    "drw",
+    "ldam_baseline",
+    "lws",
+    "mislas_stage1",
+    "mislas_stage2",
+    "strong",
+)
 
 
 def recipe(*names: str, **more: str) -> Config:
@@ -31,8 +48,9 @@ def recipe(*names: str, **more: str) -> Config:
 def test_every_setting_of_a_recipe_is_known(name):
     more = {"second_stage__weights": "w.pt"} if name in ("crt", "lws", "mislas_stage2") else {}
     config = recipe(*([BASE, name] if name in OVERLAYS else [name]), **more)
-    assert config.method_configs().keys() == {config.method}
-    assert type(config.method_configs()[config.method]) is load(config.method).Config
+    configs = config.method_configs()
+    assert [*configs] == config.method.split("+")
+    assert all(type(one) is load(method).Config for method, one in configs.items())
     assert config.image.val_resize >= config.image.size
 
 
@@ -49,6 +67,49 @@ def test_the_long_tail_recipe_has_the_papers_settings():
     assert parameters == pytest.approx(0.47e6, rel=0.01)
 
 
+def test_strong_augmentation_is_a_policy_then_a_black_square_then_the_flip():
+    """Of images of 32 px in memory."""
+    config = recipe(BASE, "strong", batch_size="64")
+    assert config.auto_augment == load("auto_augment").Config(
+        policy="cifar10", max_translate_rel=0.4532, fill_value=128
+    )
+    assert config.cutout == load("cutout").Config(length=16, fill="zero")
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(1, 256, (192, 32, 32, 3), np.uint8)
+    index = ImageIndex.from_arrays([f"{k}" for k in range(192)], np.arange(192) % 3)
+    data = Data(index, index)
+    order = Order(index.labels, batch_size=64, seed=0)
+
+    def batch(method):
+        stage = replace(config, method=method).stage(data, None, num_shards=1)
+        run = ExecConfig(batch_size=64, threads=1)
+        images, rows = memory.train_pipeline(
+            stage, ArrayImages(index, pixels), order, config.image, run
+        ).run()
+        levels = images.as_array() * config.image.std + config.image.mean  # NHWC
+        columns = stage.planner(config.image.crop).columns
+        return levels, {name: rows.as_array()[:, where] for name, where in columns.items()}
+
+    pictures, part = batch(config.method)
+    before, _ = batch("auto_augment")
+    plain, _ = batch("none")
+    areas = []
+    for picture, wanted, flip, box in zip(
+        pictures, before, part["flip"][:, 0], part["box"].astype(int), strict=True
+    ):
+        y, x, h, w = box
+        x = 32 - x - w if flip else x
+        wanted[y : y + h, x : x + w] = 0
+        np.testing.assert_allclose(picture, wanted, atol=1e-3)
+        areas.append(h * w)
+    assert max(areas) == 256
+    assert np.mean(areas) == pytest.approx(192, abs=12)  # 13.9² after clipping
+    assert ((before != plain).any(axis=(1, 2, 3))).mean() > 0.5
+    scae = recipe(BASE, "strong", method="auto_augment+scae")
+    assert scae.auto_augment == config.auto_augment
+    assert [*scae.method_configs()] == ["auto_augment", "scae"]
+
+
 def test_an_overlay_changes_what_it_names_and_nothing_else():
     first, second = recipe(BASE), recipe(BASE, "mislas_stage2", second_stage__weights="w.pt")
     assert second.model == first.model
@@ -56,7 +117,6 @@ def test_an_overlay_changes_what_it_names_and_nothing_else():
     assert (second.epochs, second.sampling, second.method) == (10, "class_balanced", "none")
     assert (second.loss.smoothing_head, second.loss.smoothing_tail) == (0.4, 0.1)
     assert second.second_stage.classifier_lr == 0.2
-    assert second.second_stage.train_norms
     scae = recipe(BASE, "crt", second_stage__weights="w.pt", method="scae")
     assert (scae.method, scae.second_stage.classifier) == ("scae", "reset")
 
@@ -71,6 +131,62 @@ def test_post_hoc_adjustment_takes_off_what_training_has_not_added():
     for other in ({"loss__class_balanced": "0.9999"}, {"sampling": "class_balanced"}):
         assert recipe(BASE, **other).post_hoc(counts) is None
     assert recipe(BASE).post_hoc(np.array([7, 7])) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "decay"), [("crt", 10, 5e-4), ("lws", 5, 5e-4), ("mislas_stage2", 10, 2e-4)]
+)
+def test_second_stages_are_those_of_their_authors(name, epochs, decay):
+    """Of run_networks.py and cls_crt.yaml, cls_lws.yaml of Kang et al., and of train_stage2.py."""
+    config = recipe(BASE, name, second_stage__weights="w.pt")
+    assert (config.epochs, config.sampling, config.epoch_length) == (
+        epochs,
+        "class_balanced",
+        "dataset",
+    )
+    assert config.samples_per_turn == 4
+    assert config.second_stage.train_norms
+    optim = config.optim
+    assert (optim.lr, optim.momentum, optim.nesterov) == (0.1, 0.9, False)
+    assert optim.weight_decay == decay
+    rates = [optim.lr_at(84 * epoch + step, 84, epochs) for epoch in range(epochs)
+             for step in (0, 83)]  # fmt: skip
+    cosine = (0.1 * (1 + np.cos(np.pi * np.arange(epochs) / epochs)) / 2).repeat(2)
+    assert rates == pytest.approx(cosine)
+
+
+def test_first_stages_have_the_learning_rates_of_their_authors():
+    """adjust_learning_rate of LDAM-DRW and MiSLAS, which count epochs from 1."""
+    for name, factors in (("ldam_baseline", (0.01, 0.0001)), ("mislas_stage1", (0.1, 0.01))):
+        config = recipe(BASE, name)
+        optim = config.optim
+        assert (config.epochs, config.batch_size, config.sampling) == (200, 128, "shuffle")
+        assert (optim.momentum, optim.nesterov, optim.weight_decay) == (0.9, False, 2e-4)
+        for epoch in range(1, 201):
+            rate = 0.1
+            if epoch <= 5:
+                rate = 0.1 * epoch / 5
+            elif epoch > 180:
+                rate = 0.1 * factors[1]
+            elif epoch > 160:
+                rate = 0.1 * factors[0]
+            for step in (0, 83):
+                assert optim.lr_at(84 * (epoch - 1) + step, 84, 200) == pytest.approx(rate)
+
+
+def test_the_baseline_of_ldam_has_its_authors_images():
+    config = recipe(BASE, "ldam_baseline")
+    assert (config.method, config.amp) == ("none", "none")
+    assert (config.image.crop.kind, config.image.crop.pad) == ("pad", 4)
+    assert np.array(config.image.mean) / 255 == pytest.approx([0.4914, 0.4822, 0.4465])
+    assert np.array(config.image.std) / 255 == pytest.approx([0.2023, 0.1994, 0.2010])
+
+
+def test_samples_per_turn_are_refused_where_no_class_has_its_turn():
+    message = "samples_per_turn must be 1 with sampling=shuffle, got 4: only class_balanced"
+    with pytest.raises(ValueError, match=message):
+        recipe(BASE, samples_per_turn="4")
+    assert recipe(BASE, epoch_length="dataset").epoch_size(np.zeros(7, int)) == 7
 
 
 def test_a_method_that_wants_maps_is_found_beside_one_that_wants_neighbours():

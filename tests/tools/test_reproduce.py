@@ -219,7 +219,7 @@ def test_the_grid_is_trained_in_the_order_of_its_worth(tmp_path):
     assert all(job.config.loss.logit_adjust == 1 for job in jobs)
     assert {job.config.optim.weight_decay for job in jobs} == {5e-4}  # of CMO too
     cutout, erasing, _ = (job.config for job in jobs[1:4])
-    assert cutout.method_configs()["auto_augment"].policy == "reduced_cifar10"
+    assert cutout.method_configs()["auto_augment"].policy == "cifar10"
     assert cutout.method_configs()["cutout"].length == 16
     assert erasing.method_configs()["random_erasing"].prob == 0.37
     assert jobs[0].config.out == str(tmp_path / "table_lt" / "rho100_bs-cifar_resnet32-none-s0")
@@ -234,6 +234,7 @@ def test_fewer_epochs_shrink_the_schedules(tmp_path):
 
     whole = config("3", "mislas_stage1").optim
     assert (whole.milestones, whole.warmup_epochs) == ((160, 180), 5)
+    assert config("3", "ldam_baseline", "--epochs", "60").optim.milestones == (48, 54)
     first = config("3", "mislas_stage1", "--epochs", "60")
     assert (first.epochs, first.optim.milestones, first.optim.warmup_epochs) == (60, (48, 54), 1.5)
     assert config("3", "mislas", "--epochs", "60").epochs == 10
@@ -259,8 +260,8 @@ def test_a_dry_run_tells_what_would_be_done_and_does_nothing(data, tmp_path, cap
     assert reproduce.main(command(data, out, *more, "--rate", "1")) == 0
     text = capsys.readouterr().out
     assert not out.exists()
-    # 58 images, 3 epochs; of the second stage 150, as many of each class as the head has
-    assert "left: 4 runs, 12 epochs, 1,248 image-steps; about 0 h 10 min at --rate 1, 2" in text
+    # 58 images, 3 epochs; the second stage's have as many
+    assert "left: 4 runs, 12 epochs, 696 image-steps; about 0 h 06 min at --rate 1, 2" in text
     lines = [line.strip() for line in text.splitlines()]
     names = [line.partition(":")[0] for line in lines if "images; to do" in line]
     start = "rho50-cifar_resnet32-mislas"
@@ -273,7 +274,7 @@ def test_a_dry_run_tells_what_would_be_done_and_does_nothing(data, tmp_path, cap
     weights = out / "table3" / names[0] / "weights.pt"
     assert f"--second_stage.weights={weights}" in commands[1]
     assert reproduce.main(command(data, out, *more)) == 0
-    told = r"1,248 image-steps; about .* at the rate of a few steps of cifar_resnet32, .* img/s"
+    told = r"696 image-steps; about .* at the rate of a few steps of cifar_resnet32, .* img/s"
     assert re.search(told, capsys.readouterr().out)
     assert reproduce.main(command(tmp_path / "no", out, *more)) == 0
     assert "--data cannot be read" in capsys.readouterr().out
@@ -652,7 +653,7 @@ def test_runs_that_do_not_belong_together_are_not_reported(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--methods", "mixupp"], "--methods must be of none, random_erasing"),
+        (["--methods", "mixupp"], "--methods must be of none, ldam_baseline"),
         (["--sections", "rho10"], "--sections must be of rho100, rho50; got rho10"),
         (["--jobs", "0"], "--jobs must be positive, got 0"),
         (["--budget", "0"], "--budget must be positive, got 0.0"),

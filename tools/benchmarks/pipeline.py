@@ -49,6 +49,7 @@ import argparse
 import gc
 import itertools
 import os
+import re
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -184,7 +185,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.peers = [peer for peer in args.peers if peer != "none" and args.source == "files"]
     if "none" not in args.methods:
         parser.error("--methods must name none, the row that the ratios are to")
-    if unknown := {part for name in args.methods for part in name.split("+")} - set(BUILT_IN):
+    parts = {part for name in args.methods for part in re.split(r"[+|]", name)}
+    if unknown := parts - set(BUILT_IN):
         parser.error(f"--methods: no method {', '.join(unknown)}; there are {', '.join(BUILT_IN)}")
     if not all(0 < share <= 0.25 for share in args.mixed_share):
         parser.error("--mixed-share must be shares of the samples, above 0 and at most 0.25")

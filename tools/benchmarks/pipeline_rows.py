@@ -19,7 +19,7 @@ from scae_dali.plan.schedule import frequency
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage
 from tools.benchmarks import native, peers
-from tools.common.live import GUIDED, Counter, Row, endless
+from tools.common.live import GUIDED, Counter, Row, acting, endless
 from tools.common.made_up import long_tailed, with_profile
 from tools.common.source import Source
 
@@ -143,6 +143,7 @@ class Rows:
             batch_size=self._execution.batch_size,
             cache=cache or self._cache,
             **GUIDED,
+            **acting(method),
             **settings,
         )
 

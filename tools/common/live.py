@@ -20,7 +20,7 @@ import torch
 from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.data.pixels import ArrayImages
-from scae_dali.methods import Status
+from scae_dali.methods import Status, cmo
 from scae_dali.plan.order import Order
 from scae_dali.stage.loader import Batch, Loader
 from scae_dali.stage.memory import batches_at_once
@@ -31,6 +31,7 @@ __all__ = [
     "GUIDED",
     "Counter",
     "Row",
+    "acting",
     "cpu_seconds",
     "endless",
     "medians",
@@ -42,6 +43,12 @@ __all__ = [
 
 # Settings of a Stage with λ = λ_max: eq. 5 reaches it at epoch T.
 GUIDED: dict[str, Any] = {"epochs": 1, "start_epoch": 1, "seed": SEED}
+
+
+def acting(method: str) -> dict[str, Any]:
+    """Settings by which a method, or several joined by +, acts in every epoch of a short run."""
+    always = {"cmo": cmo.Config(skip_first=0, skip_last=0)}
+    return {name: always[name] for name in method.split("+") if name in always}
 
 
 def memory_loader(

@@ -117,7 +117,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
     What a run of an older version lacks is at its default, which means what was done then.
     """
-    used = config["method"].split("+")  # as train.py joins several
+    used = re.split(r"[+|]", config["method"])  # as train.py joins several
     unused = {"out", "seed", "threads", "backend", "checkpoint_every", *BUILT_IN} - {*used}
     known = _defaults() | _flat(config)
     return {key: value for key, value in known.items() if key.partition(".")[0] not in unused}

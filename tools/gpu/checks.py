@@ -26,6 +26,7 @@ from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD
 from scae_dali.data.index import ImageIndex
 from scae_dali.stage.loader import Batch, Loader
 from scae_dali.stage.stage import Stage
+from tools.common.live import acting
 
 SEED = 7
 BATCH = 8
@@ -134,6 +135,7 @@ def scae_stage(setup: Setup, method: str = "scae", **settings) -> Stage:
         batch_size=BATCH,
         seed=SEED,
         cache=setup.cache,
+        **acting(method),
         **settings,
     )
 

@@ -21,7 +21,6 @@ import train
 from pipelines.data import DataConfig
 from pipelines.recipe import Config
 from scae_dali.data.index import ImageIndex
-from scae_dali.plan.order import epoch_size
 from tools import ROOT
 from tools.common import runs
 from tools.paper.tables import TABLES, Cell, Section
@@ -72,7 +71,7 @@ class Job:
 
     @property
     def epoch_images(self) -> int | None:
-        return None if self.index is None else epoch_size(self.index.labels, self.config.sampling)
+        return None if self.index is None else self.config.epoch_size(self.index.labels)
 
     @property
     def epochs_left(self) -> int:

@@ -15,6 +15,7 @@ from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage
 
 NAMES = ("mixup", "cutmix", "saliency_mix")
+SWITCHED = "mixup|cutmix"
 SIZE, BATCH = 24, 16
 CROPS = {"pad": CropConfig(kind="pad", pad=5), "resized": CropConfig(area=(0.2, 1.0))}
 KINDS = ("memory pad", "memory resized", "files pad", "files resized")
@@ -71,7 +72,7 @@ def data(tailed, tailed_cache):
 
 def mix_by_hand(name, first, second, part, k):
     """What sample k must look like: of two pictures, each in its own flip, as the plan says."""
-    if name == "mixup":
+    if name == "mixup" or (name == SWITCHED and part["weight"][k] < 1):
         return part["mu"][k] * first + (1 - part["mu"][k]) * second
     y, x = part["paste_anchors"][k, 2:].astype(int)
     h, w = part["paste_shapes"][k, 2:].astype(int)
@@ -95,7 +96,7 @@ def check_pictures(data, kind, name, n=8, **keywords):
         source = part["source"].astype(int)
         for k in range(BATCH):
             wanted = mix_by_hand(name, before[k], before[source[k]], part, k)
-            if name == "mixup":
+            if "mixup" in name:
                 np.testing.assert_allclose(pictures[k], wanted, atol=1e-5)
             else:
                 np.testing.assert_array_equal(pictures[k], wanted)
@@ -120,6 +121,15 @@ def test_also_with_one_draw_for_the_batch(data, name, backend):
     """Some batches are mixed, some are not."""
     for kind in ("memory pad", "files resized"):
         check_pictures(data, kind, name, per="batch", prob=0.5, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["python", "torch"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_batches_are_mixed_by_one_method_and_some_by_the_other(data, kind, backend):
+    settings = {"mixup": {"prob": 0.8}, "cutmix": {"prob": 0.8}}
+    assert min(check_pictures(data, kind, SWITCHED, backend=backend, **settings)) > 20
+    parts = [part for _, part in data.batches(8, kind, SWITCHED, **settings)]
+    assert {bool((part["weight"] < 1).any()) for part in parts} == {False, True}
 
 
 @pytest.mark.parametrize("kind", ["memory pad", "files resized"])
@@ -161,11 +171,14 @@ def test_the_loader_tells_the_labels_of_both(data, kind):
         ("memory pad", "mixup", "batch"),
         ("files pad", "cutmix", "sample"),
         ("files resized", "saliency_mix", "batch"),
+        ("files resized", SWITCHED, "sample"),
     ],
 )
 def test_a_resume_gives_the_same_batches(data, kind, name, per, position):
     """Saved after some batches (4 to an epoch), restored, run to the end of the next epoch."""
     what = {"per": per, "prob": 0.7}
+    if name == SWITCHED:
+        what = dict.fromkeys(name.split("|"), what)
     whole = data.loader(kind, name, **what)
     wanted = [told(given) for _ in range(3) for given in whole]
     first = data.loader(kind, name, **what)

@@ -56,7 +56,7 @@ def test_a_plan_does_not_depend_on_the_batch_nor_on_the_library():
         ),
         ({"length": 7}, "length must be a positive even number of pixels.*got 7"),
         ({"prob": 1.5}, r"prob must be a probability in \[0, 1\], got 1.5"),
-        ({"fill": "blur"}, "fill must be one of mean, zero, color, noise; got 'blur'"),
+        ({"fill": "blur"}, "fill must be one of mean, zero, color, noise, above_mean; got 'blur'"),
     ],
 )
 def test_settings_are_validated(settings, message):

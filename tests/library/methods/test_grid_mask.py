@@ -188,7 +188,7 @@ def stage_and_rows(n, **settings):
 
 
 @pytest.mark.parametrize("rotate", [0, 360])
-@pytest.mark.parametrize("fill", ["mean", "zero", "color", "noise"])
+@pytest.mark.parametrize("fill", ["mean", "zero", "color", "noise", "above_mean"])
 @pytest.mark.parametrize("how", ["erase", "erase_by_mask"])
 def test_exactly_the_grid_is_filled(how, fill, rotate):
     """By the operators of the CPU, and by those of the GPU, which give the same on the CPU."""
@@ -210,7 +210,12 @@ def test_exactly_the_grid_is_filled(how, fill, rotate):
             assert len(inside) < 100 or 40 < inside.std() < 80
         else:
             color = row[planner.columns["color"]] if fill == "color" else None
-            value = {"mean": np.round(IMAGENET_MEAN), "zero": np.zeros(3), "color": color}[fill]
+            value = {
+                "mean": np.round(IMAGENET_MEAN),
+                "zero": np.zeros(3),
+                "color": color,
+                "above_mean": [152, 144, 129],  # 123.675 + 0.4914 · 58.395, …
+            }[fill]
             off = np.abs(inside - value).max(axis=1) > (1 if fill == "color" else 0)
             assert off.sum() <= on_edges
 
@@ -231,7 +236,7 @@ def test_a_batch_of_which_nothing_is_erased(how):
         ({"rotate": 400}, r"rotate must be in \[0, 360\] degrees, got 400; 0 leaves the grid"),
         ({"prob": -1}, r"prob must be a probability in \[0, 1\], got -1"),
         ({"ramp_epochs": -1}, "ramp_epochs must be >= 0, got -1; 0 is no ramp"),
-        ({"fill": "blur"}, "fill must be one of mean, zero, color, noise; got 'blur'"),
+        ({"fill": "blur"}, "fill must be one of mean, zero, color, noise, above_mean; got 'blur'"),
     ],
 )
 def test_settings_are_validated(settings, message):

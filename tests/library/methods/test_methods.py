@@ -419,7 +419,11 @@ def test_every_field_of_a_plan_has_its_declared_width(name):
         ("scae", {"area": (0.5, 0.2)}, r"area must be 0 < low <= high < 1, got \(0.5, 0.2\)"),
         ("scae", {"aspect": (0.0, 1.0)}, r"aspect must be 0 < low <= high, got \(0.0, 1.0\)"),
         ("scae", {"tries": 0}, r"tries must be in \[1, 100\], got 0"),
-        ("scae", {"fill": "blue"}, "fill must be one of mean, zero, color, noise; got 'blue'"),
+        (
+            "scae",
+            {"fill": "blue"},
+            "fill must be one of mean, zero, color, noise, above_mean; got 'blue'",
+        ),
         ("scae", {"p_max": 1.5}, r"p_max must be a probability in \[0, 1\], got 1.5"),
         ("scae", {"gamma": -1}, "gamma must be >= 0, got -1"),
         ("scae", {"border": "wrap"}, "border must be one of inside, clip; got 'wrap'"),

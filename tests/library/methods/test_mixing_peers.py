@@ -4,6 +4,8 @@ The peers are asked through their pictures and labels alone: of two images, one 
 the mixed one shows the box.
 """
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -11,15 +13,15 @@ from scipy import stats
 from timm.data.mixup import Mixup as TimmMixup
 from torchvision.transforms import v2
 
-from scae_dali.methods import Run, Samples, Status, load, make_config
+from scae_dali.methods import Run, Samples, Status, compose, load, make_config, switch
 
 N = 2000
 SMALL, LARGE = (24, 32), (64, 96)  # not square: exchanged axes must show
 
 
-def mine(name, crop=SMALL, **settings):
-    """(μ, boxes (y, x, h, w), whether mixed) of N samples, each a batch of two's first one."""
-    n, module = 2 * N, load(name)
+def of_run(crop):
+    """A run, and N samples, each a batch of two's first one."""
+    n = 2 * N
     run = Run(seed=3, epochs=1, labels=np.zeros(n, int), class_counts=np.array([n]))
     these = Samples(
         ids=np.arange(n),
@@ -32,11 +34,24 @@ def mine(name, crop=SMALL, **settings):
         place=np.arange(n) % 2,
         flip=np.zeros(n, bool),
     )
-    plan = module.Method(make_config(module, settings), run).plan(these.take(these.place == 0))
+    return run, these.take(these.place == 0)
+
+
+def mine(name, crop=SMALL, **settings):
+    """(μ, boxes (y, x, h, w), whether mixed) of N samples."""
+    module, (run, these) = load(name), of_run(crop)
+    plan = module.Method(make_config(module, settings), run).plan(these)
     box = None
     if name == "cutmix":
         box = np.concatenate([plan["paste_anchors"][:, 2:], plan["paste_shapes"][:, 2:]], axis=1)
     return plan["mu"], box, plan["status"] == Status.MIXED_IN_BATCH
+
+
+def switched(**settings):
+    """μ of N batches, and whether CutMix mixes them."""
+    run, these = of_run(LARGE)
+    plan = compose.make(compose.configs("mixup|cutmix", settings), run).plan(these)
+    return plan["mu"], plan["weight"] == 1
 
 
 def pair(crop):
@@ -146,6 +161,31 @@ def test_as_many_are_mixed_as_by_timm(name, prob):
     assert stats.fisher_exact(table).pvalue > 1e-4
     assert one[2].sum() >= counts[0]
     assert stats.fisher_exact([table[0], [0.7 * prob * N, N - 0.7 * prob * N]]).pvalue < 1e-4
+
+
+def test_switching_is_timms():
+    """Once a batch: which of the two, and its weight; `switch_prob` is CutMix's share."""
+    one = TimmMixup(
+        mixup_alpha=0.8, cutmix_alpha=1.0, switch_prob=0.3, label_smoothing=0.0, num_classes=2
+    )
+    images, labels = pair(LARGE)
+    seen = []
+    for _ in range(N):
+        mixed, target = one(images.clone(), labels)
+        seen.append((float(target[0, 0]), bool(((mixed == 0) | (mixed == 1)).all())))
+    mu, by_cutmix = np.array(seen).T
+    settings = {"switch_prob": 0.3, "mixup": {"alpha": 0.8, "per": "batch"}}
+    mine_mu, mine_by_cutmix = switched(**settings, cutmix={"per": "batch"})
+    table = [[part.sum(), N - part.sum()] for part in (by_cutmix, mine_by_cutmix)]
+    assert stats.fisher_exact(table).pvalue > 1e-3
+    for value in (0, 1):
+        given = mu[by_cutmix == value], mine_mu[mine_by_cutmix == value]
+        assert stats.ks_2samp(*(part.round(4) for part in given)).pvalue > 1e-3
+    other = switched(switch_prob=0.7)[1]
+    assert stats.fisher_exact([table[0], [other.sum(), N - other.sum()]]).pvalue < 1e-4
+    defaults = inspect.signature(TimmMixup).parameters
+    assert defaults["switch_prob"].default == switch.Config().switch_prob
+    assert (defaults["prob"].default, defaults["mode"].default) == (1.0, "batch")
 
 
 @pytest.mark.parametrize("peer", PEERS)

@@ -17,20 +17,23 @@ from crops import (
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.auto_aug import augmentations as a
 from nvidia.dali.auto_aug import auto_augment as policies
+from PIL import Image, ImageEnhance, ImageOps
 from plans import check_pure, method, samples
 from scipy import stats
+from torchvision.transforms import autoaugment as torchvisions
 
 from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import load
+from scae_dali.methods.auto_augment import cifar10_policy
 from scae_dali.methods.policy import deprecations_hidden
 from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import Order
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage
 
-LEARNED = ("image_net", "reduced_image_net", "reduced_cifar10", "svhn")
+LEARNED = ("image_net", "reduced_image_net", "reduced_cifar10", "svhn", "cifar10")
 EVERY = [
     ("rand_augment", {}),
     ("rand_augment", {"n": 3, "m": 20, "max_translate_rel": None, "fill_value": 7}),
@@ -99,7 +102,7 @@ def outcomes(sub_policy):
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_auto_augment_draws_sub_policies_and_applies_each_operation_at_its_rate(name):
-    sub_policies = getattr(policies, f"get_{name}_policy")().sub_policies
+    sub_policies = getattr(policies, f"get_{name}_policy", cifar10_policy)().sub_policies
     assert len(sub_policies) == 25
     expected = Counter()
     for sub_policy in sub_policies:
@@ -126,6 +129,97 @@ def test_auto_augment_draws_sub_policies_and_applies_each_operation_at_its_rate(
     assert stats.chisquare(np.bincount(signs[0] * 2 + signs[1])).pvalue > 1e-3
     rotated = signs[0][np.array([o is not None for o in done[0]])]
     assert rotated.mean() == pytest.approx(0.5, abs=0.02)
+
+
+# Of the paper's appendix: what the images of CIFAR-10 are transformed by.
+CIFAR10_SUBS = """
+invert .1 contrast .2 6          rotate .7 2 translate_x .3 9     sharpness .8 1 sharpness .9 3
+shear_y .5 8 translate_y .7 9    auto_contrast .5 equalize .9     shear_y .2 7 posterize .3 7
+color .4 3 brightness .6 7       sharpness .3 9 brightness .7 9   equalize .6 equalize .5
+contrast .6 7 sharpness .6 5     color .7 7 translate_x .5 8      equalize .3 auto_contrast .4
+translate_y .4 3 sharpness .2 6  brightness .9 6 color .2 8       solarize .5 2
+equalize .2 auto_contrast .6     equalize .2 equalize .6          color .9 9 equalize .6
+auto_contrast .8 solarize .2 8   brightness .1 3 color .7 0       solarize .4 5 auto_contrast .9
+translate_y .9 9 translate_y .7 9  auto_contrast .9 solarize .8 3  equalize .8 invert .1
+translate_y .7 9 auto_contrast .9
+"""
+
+
+def written(sub_policy):
+    """A sub-policy as above."""
+    words = []
+    for op, prob, magnitude in sub_policy:
+        words += [op.name, f"{prob:g}".lstrip("0"), *([] if magnitude is None else [magnitude])]
+    return " ".join(map(str, words))
+
+
+@pytest.mark.parametrize("make", [policies.get_reduced_cifar10_policy, cifar10_policy])
+def test_the_policies_of_cifar10_have_the_papers_sub_policies(make):
+    listed = [one for line in CIFAR10_SUBS.splitlines() for one in line.split("  ") if one.strip()]
+    assert [written(sub) for sub in make().sub_policies] == [one.strip() for one in listed]
+
+
+def test_cifar10s_magnitudes_are_torchvisions():
+    theirs = torchvisions.AutoAugment(torchvisions.AutoAugmentPolicy.CIFAR10)
+    space = theirs._augmentation_space(10, (1, 1))
+    ours = cifar10_policy(use_shape=True, max_translate_rel=150 / 331)
+    assert ours.num_magnitude_bins == 10
+    for op in {op for sub in ours.sub_policies for op, _, _ in sub}:
+        values, either_sign = space["".join(map(str.title, op.name.split("_")))]
+        assert op.randomly_negate in (either_sign, None)
+        if op.mag_range is not None:
+            mine = np.linspace(*op.mag_range, 10)
+            mine = np.round(mine) if op.name == "posterize" else mine
+            np.testing.assert_allclose(mine, values, atol=1.01 if op.name == "solarize" else 1e-6)
+
+
+def by_pil(name, k, sign, image):
+    """What the usual code for CIFAR makes of an image with magnitude k."""
+    part = (-1 if sign else 1) * k / 9
+    if name in ("brightness", "color", "contrast", "sharpness"):
+        return getattr(ImageEnhance, name.title())(image).enhance(1 + 0.9 * part)
+    if name == "posterize":
+        return ImageOps.posterize(image, round(8 - 4 * k / 9))
+    if name == "solarize":
+        return ImageOps.solarize(image, 256 * (1 - k / 9))
+    if name in ("invert", "auto_contrast"):
+        return getattr(ImageOps, name.replace("_", ""))(image)
+    if name == "rotate":
+        return image.rotate(30 * part, fillcolor=(128, 128, 128))
+    matrix = {
+        "translate_x": (1, 0, -150 / 331 * W * part, 0, 1, 0),
+        "translate_y": (1, 0, 0, 0, 1, -150 / 331 * H * part),
+        "shear_y": (1, 0, 0, -0.3 * part, 1, 0),
+    }[name]
+    return image.transform(image.size, Image.AFFINE, matrix, fillcolor=(128, 128, 128))
+
+
+def off_pil(policy, pixels):
+    """Mean absolute difference in grey levels, of each operation, magnitude and sign."""
+    one, off = method("auto_augment", policy=policy, max_translate_rel=150 / 331), {}
+    make = getattr(policies, f"get_{policy}_policy", cifar10_policy)
+    known = {op.name: op for level in one.levels for op in level}
+    for name, k in {(op.name, k or 0) for sub in make().sub_policies for op, _, k in sub}:
+        if name == "equalize":  # OpenCV's
+            continue
+        for sign in (0, 1):
+            both = np.full(N, k), np.full(N, sign)
+            out = direct(known[name], pixels, one.bins, *both, {"fill_value": 128})
+            wanted = [np.asarray(by_pil(name, k, sign, Image.fromarray(rgb))) for rgb in pixels]
+            off[name, k, sign] = np.abs(out.astype(int) - np.stack(wanted)).mean()
+    return off
+
+
+def test_cifar10s_operations_are_those_of_pil(pixels):
+    moves = ("rotate", "translate_x", "translate_y", "shear_y")  # interpolated
+    for (name, *how), off in off_pil("cifar10", pixels).items():
+        assert off < (3 if name in moves else 0.6), (name, how, off)
+
+
+def test_dalis_own_are_of_other_strengths(pixels):
+    off = off_pil("reduced_cifar10", pixels)
+    for name in ("brightness", "color", "contrast", "solarize", "posterize", "translate_y"):
+        assert max(value for (one, *_), value in off.items() if one == name) > 5
 
 
 @pytest.mark.parametrize(("name", "settings"), EVERY)

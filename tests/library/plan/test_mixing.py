@@ -65,6 +65,28 @@ def test_a_sample_that_is_alone_in_its_class_takes_a_neighbours(neighbors, class
     np.testing.assert_allclose(drawn(i, neighbors), wanted(i, classes))
 
 
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0, 10.0])
+def test_from_all_each_sample_has_a_share_by_the_size_of_its_class(power):
+    """Over an even grid of numbers; class 3 has no samples, and the last class none either."""
+    side = 1200
+    grid = (np.arange(side) + 0.5) / side
+    u = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
+    found = np.bincount(Partners(LABELS, 6).draw_from_all(u, power), minlength=len(LABELS))
+    sizes = np.array([6, 4, 1, 0, 3])[LABELS]
+    wanted = sizes**-power / (sizes**-power).sum()
+    # A class gets a whole number of the grid's columns.
+    assert np.abs(found / len(u) - wanted).max() <= 1 / side
+    if power == 1:  # four classes, of which each has a quarter, exactly
+        np.testing.assert_allclose(found / len(u), 1 / 4 / sizes)
+
+
+def test_from_all_the_outermost_numbers_are_of_the_first_and_last_class():
+    u = np.array([2.0**-33, 1 - 2.0**-33])
+    for power in (0.0, 1.0, 10.0):
+        drawn_ = Partners(LABELS, 6).draw_from_all(np.stack([u, u], axis=1), power)
+        assert LABELS[drawn_].tolist() == [0, 4]
+
+
 def test_a_partner_depends_on_nothing_but_its_row():
     ids = np.arange(len(LABELS))
     u = uniforms(0, Stream.PARTNER, 2, ids, 2)

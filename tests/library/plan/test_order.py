@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from scae_dali.data.index import ImageIndex
+from scae_dali.data.longtail import profile
 from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import ID, Order, batches_per_epoch, epoch_size
 from scae_dali.stage.stage import Stage
@@ -114,6 +115,61 @@ def test_class_balanced_takes_a_classs_samples_in_turn_and_tells_their_occurrenc
     )
 
 
+def test_class_balanced_of_the_datasets_length_is_the_beginning_of_the_longest_epoch():
+    """51 samples: twelve rounds of the four classes, and three samples of the next one."""
+    short = order(sampling="class_balanced", epoch_length="dataset")
+    assert short.epoch_size == epoch_size(LABELS, "class_balanced", "dataset") == 51
+    assert (short.batches, batches_per_epoch(51, 8, drop_last=True)) == (7, 6)
+    for t in range(3):
+        whole = epoch(order(sampling="class_balanced"), t)
+        assert epoch(short, t).tolist() == whole[:51].tolist()
+        assert np.bincount(LABELS[epoch(short, t) & ID]).tolist() in [
+            [13 - (k == left) if k != 2 else 0 for k in range(5)] for left in (0, 1, 3, 4)
+        ]
+    for sampling in ("shuffle", "in_turn"):  # they have every sample once anyway
+        plain, same = order(sampling=sampling), order(sampling=sampling, epoch_length="dataset")
+        assert epoch(same, 1).tolist() == epoch(plain, 1).tolist()
+
+
+def test_the_steps_of_an_epoch_of_cifar_100_lt():
+    """Those of N // B in the trainer of Kang et al.; MiSLAS has ceil(N / B) + 1, which is 86."""
+    labels = np.repeat(np.arange(100), profile(500, 100, 100))
+    assert len(labels) == 10_847
+    sizes = [epoch_size(labels, "class_balanced", one) for one in ("dataset", "largest")]
+    assert [batches_per_epoch(size, 128, drop_last=True) for size in sizes] == [84, 390]
+
+
+def test_a_class_gives_several_samples_at_its_turn():
+    """Rounds of 4 classes with 3 samples each: 10 rounds; in turn, so that none comes again before
+    all of its class have come."""
+    one = order(sampling="class_balanced", samples_per_turn=3)
+    for t in range(3):
+        keys = epoch(one, t)
+        ids = keys & ID
+        turns = LABELS[ids].reshape(10, 4, 3)
+        assert (turns == turns[:, :, :1]).all()
+        assert (np.sort(turns[:, :, 0], axis=1) == [0, 1, 3, 4]).all()
+        for k, rounds in ((0, 1), (1, 2), (3, 6), (4, 30)):
+            mine = keys[LABELS[ids] == k].reshape(rounds, -1)
+            assert (np.sort(mine & ID, axis=1) == np.flatnonzero(k == LABELS)).all()
+            assert (mine >> 32 == np.arange(rounds)[:, None]).all()
+    assert epoch(one, 1).tolist() != epoch(one, 2).tolist()
+
+
+@pytest.mark.parametrize(("epoch_length", "samples"), [("largest", 120), ("dataset", 51)])
+def test_an_epoch_may_end_within_a_turn(epoch_length, samples):
+    """Of 7 samples a turn and 28 a round: 120 are four rounds and 8 samples, 51 are one and 23."""
+    keywords = {"sampling": "class_balanced", "epoch_length": epoch_length, "samples_per_turn": 7}
+    keys = epoch(order(**keywords))
+    assert len(keys) == samples
+    assert len(set(keys.tolist())) == samples
+    turns = [LABELS[keys[i : i + 7] & ID] for i in range(0, samples, 7)]
+    assert all(len(set(turn.tolist())) == 1 for turn in turns)
+    assert len(turns[-1]) == samples % 7
+    parts = [order(shard=s, num_shards=3, **keywords) for s in range(3)]
+    assert np.concatenate([epoch(one) for one in parts]).tolist() == keys.tolist()
+
+
 def test_a_sample_that_comes_twice_is_augmented_in_two_ways():
     """Crop, flip, rectangle, weight and partner: each of the occurrence too; not so the labels."""
     labels = np.repeat([0, 1], [500, 40])
@@ -148,6 +204,10 @@ def test_arguments_are_checked():
         ValueError, match="sampling must be one of shuffle, class_balanced, in_turn; got 'random'"
     ):
         order(sampling="random")
+    with pytest.raises(ValueError, match="epoch_length must be one of largest, dataset; got 'all'"):
+        order(epoch_length="all")
+    with pytest.raises(ValueError, match="samples_per_turn must be at least 1, got 0"):
+        order(samples_per_turn=0)
 
 
 @pytest.mark.parametrize("samples", [1, 7, 16, 48, 49, 63])

@@ -60,6 +60,7 @@ class Case(NamedTuple):
 
 GRID = {"d_min": 8, "d_max": 20}
 NO_MIX = {"mix_prob": 0.0}
+CMO: dict[str, Any] = {"skip_first": 0, "skip_last": 0}
 SEVERAL: dict[str, Any] = {"tail": 0.5, "p_max": 0.9}
 CASES = {
     "none": Case("none", {}),
@@ -116,6 +117,9 @@ CASES = {
     "cutmix per batch": Case("cutmix", {"per": "batch"}),
     "saliency_mix": Case("saliency_mix", {"prob": 0.8}),
     "saliency_mix official": Case("saliency_mix", {"preset": "official"}),
+    "cmo": Case("cmo", {"skip_last": 0}),
+    "cmo per sample": Case("cmo", CMO | {"per": "sample", "weight_power": 0.5, "alpha": 2.0}),
+    "cmo saliency": Case("cmo", CMO | {"saliency": True, "prob": 0.8}),
     "rand_augment+scae": Case("rand_augment+scae", {"rand_augment": {"n": 1}}),
     "scae+auto_augment": Case("scae+auto_augment", {"scae": SEVERAL}),
     "auto_augment+random_erasing+mixup": Case(
@@ -128,6 +132,9 @@ CASES = {
     "scae+saliency_mix": Case("scae+saliency_mix", {"scae": SEVERAL | NO_MIX}),
     "rand_augment+semantic_grid_mask": Case(
         "rand_augment+semantic_grid_mask", {"semantic_grid_mask": SEVERAL | GRID}
+    ),
+    "rand_augment+scae+cmo": Case(
+        "rand_augment+scae+cmo", {"scae": SEVERAL | NO_MIX, "cmo": CMO | {"saliency": True}}
     ),
     "keep_augment paste+cutmix": Case("keep_augment+cutmix", {"keep_augment": {"mode": "paste"}}),
     "rand_augment+keep_augment+mixup": Case("rand_augment+keep_augment+mixup", {}),
@@ -237,15 +244,19 @@ def plans(
 def columns_of(
     case: Case, caches: dict[str, SaliencyCache], way: str, **keywords
 ) -> dict[str, np.ndarray]:
-    """What is kept of a case: every column of its rows, and the crops of its partners."""
+    """What is kept of a case: every column of its rows, the crops of its partners, and what
+    becomes of their boxes."""
     planners, tables = zip(*plans(case, caches, way, **keywords), strict=True)
     planner, rows = planners[0], np.concatenate(tables)
     out = {name: rows[:, part] for name, part in planner.columns.items()}
     if "partner_id" in out:
-        mixed = rows[out["status"][:, 0] == Status.MIXED]
+        mixed = rows[out["status"][:, 0].astype(np.int64) & Status.MIXED > 0]
         full_px = shapes_of(mixed[:, planner.columns["partner_id"]][:, 0].astype(np.int64))
-        window, flip = planner.partner_crop(mixed, full_px, case.crop)
+        settled, window, flip = planner.settle(mixed, full_px, case.crop)
         out["partner_crop"] = np.column_stack([window, flip]).astype(np.float64)
+        if planner.pastes:
+            names = ("status", "mu", "paste_anchors")
+            out["settled"] = np.hstack([settled[:, planner.columns[name]] for name in names])
     return out
 
 

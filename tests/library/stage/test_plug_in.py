@@ -69,7 +69,7 @@ def check(pipeline, index, scae, batches=10):
 def test_every_block_is_run_here():
     """No name comes twice, and none without a test below."""
     tested = {"loop", "webdataset", "tfrecord", "memory", "ranks", "save", "resume", "refresh_tar"}
-    tested |= {"harvest", "compose", "my_method", "iterator"}
+    tested |= {"harvest", "compose", "switch", "my_method", "iterator"}
     assert sorted(name for name, _ in FOUND) == sorted(tested)
     for page in PAGES:
         assert page.read_text().count("```") == 2 * page.read_text().count("```python ")
@@ -192,6 +192,12 @@ def test_composition(index, cache):
     ids = np.arange(len(index))
     rows = planner(ids, 0 * ids, np.full((len(ids), 2), 224))
     assert (rows[:, planner.columns["box"]].prod(axis=1) > 0).any()
+
+
+def test_a_switch(index):
+    stage = run("switch", {}, scae_dali=scae_dali, index=index)["stage"]
+    assert not stage.conditional
+    assert {"box", "weight", "paste_shapes"} <= stage.planner().columns.keys()
 
 
 def test_a_method_of_ones_own(greys, monkeypatch):

@@ -51,6 +51,42 @@ def test_learning_rates_of_both_schedules():
     assert rates == pytest.approx([1.0, 0.2 + 0.8 * 0.853553, 0.6, 0.2 + 0.8 * 0.146447, 0.2])
 
 
+def test_learning_rates_that_stay_the_same_within_an_epoch():
+    """Those of the loops of LDAM-DRW and MiSLAS, by hand: 3 steps an epoch."""
+    step = OptimConfig(lr=0.1, milestones=(5, 7), factor=0.01, warmup_epochs=4, lr_by_epoch=True)
+    rates = [step.lr_at(k, 3, 8) for k in range(24)]
+    by_epoch = [0.025, 0.05, 0.075, 0.1, 0.1, 1e-3, 1e-3, 1e-5]
+    assert rates == pytest.approx([rate for rate in by_epoch for _ in range(3)])
+    cosine = OptimConfig(lr=0.1, schedule="cosine", lr_by_epoch=True)
+    rates = [cosine.lr_at(k, 3, 4) for k in range(12)]
+    by_epoch = [0.1, 0.1 * 0.853553, 0.05, 0.1 * 0.146447]
+    assert rates == pytest.approx([rate for rate in by_epoch for _ in range(3)], rel=1e-5)
+
+
+@pytest.mark.parametrize("lr_by_epoch", [False, True])
+def test_a_warm_up_of_no_whole_number_of_epochs_ends_at_lr(lr_by_epoch):
+    config = OptimConfig(lr=1.0, warmup_epochs=1.5, milestones=(9,), lr_by_epoch=lr_by_epoch)
+    rates = [config.lr_at(k, 3, 4) for k in range(9)]
+    assert max(rates) == rates[4] == rates[-1] == 1.0
+    assert rates[0] == pytest.approx(2 / 3 if lr_by_epoch else 1 / 4.5)
+
+
+def test_nesterov_is_a_switch():
+    """The third step of one weight with gradients 1, 2, 3 and momentum 0.5, by hand."""
+    weights = []
+    for nesterov in (True, False):
+        weight = nn.Parameter(torch.zeros(()))
+        settings = OptimConfig(lr=1.0, momentum=0.5, weight_decay=0.0, nesterov=nesterov)
+        optimizer = settings.optimizer([{"params": [weight], "lr_factor": 1.0}])
+        for gradient in (1.0, 2.0, 3.0):
+            weight.grad = torch.tensor(gradient)
+            optimizer.step()
+        weights.append(weight.item())
+    # velocities 1, 2.5, 4.25; Nesterov's adds half of the velocity to the gradient
+    assert weights == [-(1.5 + 3.25 + 5.125), -(1 + 2.5 + 4.25)]
+    assert OptimConfig().nesterov
+
+
 def test_every_group_gets_its_share_of_the_rate():
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     settings = OptimConfig(lr=1.0, milestones=(2,))
