@@ -53,7 +53,13 @@ def test_its_commands_are_understood(tmp_path, monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.chdir(ROOT)
     (tmp_path / "test").mkdir()
-    variables = {"DRY_RUN": 1, "PYTHON": "python", "DEVICE": device, "DATA": tmp_path, "PHOTOGRAPHS": tmp_path}
+    variables = {
+        "DRY_RUN": 1,
+        "PYTHON": "python",
+        "DEVICE": device,
+        "DATA": tmp_path,
+        "PHOTOGRAPHS": tmp_path,
+    }
     lines = all_sh(600, tmp_path / "out", **variables)
     commands = [shlex.split(line) for line in lines if line.startswith("'python'")]
     assert len(commands) == 11 + (device != "cpu")

@@ -161,16 +161,16 @@ def shrunk(config: Config, factor: float) -> dict[str, Any]:
         if isinstance(value, tuple):
             found[key] = [_shrink(one, factor) for one in value]
         elif value:
-            found[key] = _shrink(value, factor)
+            found[key] = _shrink(value, factor, least=0 if ".skip_" in key else 1)
     if config.optim.schedule != "step":
         found.pop("optim.milestones", None)
     return found
 
 
-def _shrink(value: float, factor: float) -> float:
+def _shrink(value: float, factor: float, least: int = 1) -> float:
     if isinstance(value, float):
         return round(value * factor, 6)
-    return max(min(1, value), round(value * factor))
+    return max(min(least, value), round(value * factor))
 
 
 @functools.lru_cache(maxsize=4)
