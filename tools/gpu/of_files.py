@@ -40,10 +40,10 @@ ERASING: dict[str, tuple[str, dict[str, Any]]] = {
     "color": ("random_erasing", {"prob": 1.0, "fill": "color"}),
     "noise": ("random_erasing", {"prob": 1.0, "fill": "noise"}),
     "clip": ("scae", {"p_min": 1.0, "p_max": 1.0, "border": "clip"}),
+    "partners": ("rand_augment+cmo", {"rand_augment": {"n": 1}}),
     # Pastes boxes of another image, some of which have no area.
     "kept": ("keep_augment", {"mode": "paste", "prob": 0.5}),
     "pasted": ("cutmix", {"alpha": 0.1}),
-    "partners": ("rand_augment+cmo", {"rand_augment": {"n": 1}}),
 }
 # Mean absolute difference of maps in [0, 1] that is allowed, by precision of the forward pass.
 CAM = {"fp32": (None, 0.01), "fp16": (torch.float16, 0.02), "bf16": (torch.bfloat16, 0.05)}
