@@ -61,6 +61,13 @@ def test_an_overlay_changes_what_it_names_and_nothing_else():
     assert (scae.method, scae.second_stage.classifier) == ("scae", "reset")
 
 
+def test_a_method_that_wants_maps_is_found_beside_one_that_wants_neighbours():
+    config = recipe(BASE, method="scae+saliency_mix", scae__lam_max="0")
+    assert config.guided_config() == config.saliency_mix
+    assert recipe(BASE, scae__lam_max="0").guided_config().wants_neighbors
+    assert recipe(BASE, scae__lam_max="0", scae__mix_prob="0").guided_config() is None
+
+
 def test_cmos_recipe_has_the_papers_settings():
     config = recipe(BASE, "cmo")
     assert (config.method, config.epochs, config.batch_size) == ("cmo", 200, 128)
@@ -75,13 +82,6 @@ def test_cmos_recipe_has_the_papers_settings():
     assert both.guided_config().guided
     with pytest.raises(ValueError, match="refresh_every must be the same for methods that share"):
         recipe(BASE, method="scae+cmo", cmo__saliency="true", cmo__refresh_every="5")
-
-
-def test_a_method_that_wants_maps_is_found_beside_one_that_wants_neighbours():
-    config = recipe(BASE, method="scae+saliency_mix", scae__lam_max="0")
-    assert config.guided_config() == config.saliency_mix
-    assert recipe(BASE, scae__lam_max="0").guided_config().wants_neighbors
-    assert recipe(BASE, scae__lam_max="0", scae__mix_prob="0").guided_config() is None
 
 
 def test_neighbouring_classes_are_asked_for_where_classes_of_the_tail_are_mixed():
