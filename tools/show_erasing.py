@@ -1,15 +1,21 @@
 """Draw a sheet of images with their saliency maps and with what the pipeline erases.
 
     python tools/show_erasing.py --data imagenet --cache maps.lmdb --lam 0,2,5 --out sheet.png
+    python tools/show_erasing.py --data imagenet --cache maps.lmdb --method cmo --out sheet.png
 
 Each image has a row: the upright image with the crop's window; its saliency over the full frame;
 P of eq. 4 over the possible centres of the rectangle, for the λ of largest magnitude; and for each
 λ the crop as the pipeline erases it, before the flip. All images are erased, whatever their class.
+
+--method shows another method instead, which acts on all images: the row ends with the crop, before
+the flip. A red line is drawn around the box that is erased, or that comes from a second image.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +25,16 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
-from nvidia.dali import Pipeline, pipeline_def, types
+from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.files import crop_planned
 from scae_dali.cache import CacheError, SaliencyCache
 from scae_dali.data.index import DatasetError, ImageIndex
+from scae_dali.methods import BUILT_IN, load, paste
 from scae_dali.plan.region import centre_range
-from scae_dali.stage.images import decode, normalise, read
+from scae_dali.stage import partner
+from scae_dali.stage.images import decode, decode_crop, normalise, read
 from scae_dali.stage.stage import Stage
 from tools.common.draw import weights
 from tools.common.options import add_data, parser_of
@@ -55,10 +63,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="which images are shown, by their place in the list of files, from 0",
     )
     parser.add_argument(
+        "--method",
+        default="scae",
+        choices=[name for name in BUILT_IN if name not in ("none", "semantic_grid_mask")],
+        metavar="NAME",
+        help="method that is shown; default: %(default)s",
+    )
+    parser.add_argument(
         "--lam",
-        default="0,2,5",
+        default=None,
         metavar="λ,λ,...",
-        help="values of λ, joined by commas; default: %(default)s",
+        help="values of λ of scae, joined by commas; default: 0,2,5",
     )
     parser.add_argument(
         "--epoch",
@@ -75,10 +90,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="PNG", help="picture to write")
     args = parser.parse_args(argv)
     try:
-        args.lam = [float(value) for value in args.lam.split(",")]
+        args.lam = args.lam and [float(value) for value in args.lam.split(",")]
         args.ids = args.ids and [int(value) for value in args.ids.split(",")]
     except ValueError as error:
         parser.error(f"--lam and --ids are numbers with commas between, such as 0,2,5; {error}")
+    if args.method == "scae":
+        args.lam = args.lam or [0.0, 2.0, 5.0]
+    elif args.lam:
+        parser.error(f"--lam is for scae alone, got --method {args.method}: leave it out")
     if args.images < 1:
         parser.error(f"--images must be at least 1, got {args.images}")
     if args.epoch < 1:
@@ -106,18 +125,37 @@ def open_data(args: argparse.Namespace) -> tuple[ImageIndex, SaliencyCache, list
     return index, cache, ids
 
 
+def views(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What each panel at the end of a row shows: its name -> settings of the method, by which it
+    acts on all images."""
+    if args.method == "scae":
+        always = {"p_min": 1.0, "p_max": 1.0, "mix_prob": 0.0}
+        return {f"λ={lam:g}": {"lam_max": lam, **always} for lam in args.lam}
+    known = {f.name for f in fields(load(args.method).Config)}
+    always = {"prob": 1.0, "skip_first": 0, "skip_last": 0, "saliency": True}
+    return {args.method: {name: value for name, value in always.items() if name in known}}
+
+
 def show_pipeline(stage: Stage, ids: list[int], image: ImageConfig) -> Pipeline:
     """The training pipeline without shuffle and flip; it also gives the plan."""
     run = ExecConfig(batch_size=len(ids), threads=2)
+    size = (image.size, image.size)
 
-    @pipeline_def(**run.arguments())
+    @pipeline_def(enable_conditionals=stage.conditional, **run.arguments())
     def define():
         encoded, numbers = read(stage.index, ids)
         upright = decode(encoded)
         images, plan = crop_planned(stage, encoded, numbers, image, run)
+        if stage.mixes:
+            fetch = partial(decode_crop, size=size, path="full")
+            images = partner.mix(images, plan, image.crop, fetch)
         images = normalise(stage.apply(images, plan), **image.tensor)
         window = (plan.part(name, types.INT32) for name in ("start", "shape"))
-        return upright, *window, plan.part("box", types.FLOAT), images
+        box = plan.part("box", types.FLOAT)
+        if "paste_shapes" in plan.planner.columns:
+            pasted = (plan.part(name, types.FLOAT, slice(2, 4)) for name in paste.fields("paste"))
+            box = fn.cat(*pasted)
+        return upright, *window, box, images
 
     return define()
 
@@ -162,10 +200,12 @@ def outline(axes, box, **style) -> None:
     axes.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, fill=False, linewidth=1.5, **style))
 
 
-def draw_row(axes, title: str, saliency: Array, found: bool, shown: dict[float, list[Array]]):
-    """Draw an image's row. saliency: float [gh, gw]. shown: λ -> what the pipeline gave for it."""
-    strongest = max(shown, key=abs)
-    upright, start, shape, *_ = shown[strongest]
+def draw_row(
+    axes, title: str, saliency: Array, found: bool, shown: dict[str, list[Array]], lam: float | None
+) -> None:
+    """Draw an image's row. saliency: float [gh, gw]. shown: name of a view -> what the pipeline
+    gave for it. lam: the λ of largest magnitude; None: the method has none."""
+    upright, start, shape, *_ = next(iter(shown.values()))
     window = np.concatenate([start, shape])
     axes[0].imshow(upright)
     axes[0].set_title(title)
@@ -175,26 +215,28 @@ def draw_row(axes, title: str, saliency: Array, found: bool, shown: dict[float, 
     for panel in axes[:2]:
         outline(panel, window, color="white")
         outline(panel, window, color="black", linestyle=":")
-    for lam, (*_, box, crop), panel in zip(shown, shown.values(), axes[3:], strict=True):
+    for name, (*_, box, crop), panel in zip(
+        shown, shown.values(), axes[-len(shown) :], strict=True
+    ):
         panel.imshow(crop)
-        panel.set_title(f"erased, λ = {lam:g}")
+        panel.set_title(name if lam is None else f"erased, {name}")
         outline(panel, box, color="red", linestyle=":")
-        if lam == strongest:
+        if lam is not None and name == f"λ={lam:g}":
             full_px = np.array(upright.shape[:2])
             p = probability(saliency, window, full_px, box, crop.shape[0], lam)
             axes[2].imshow(p, colormaps["viridis"].with_extremes(bad="0.85"), vmin=0)
             axes[2].plot(box[1] + box[3] // 2, box[0] + box[2] // 2, "r+")
-            axes[2].set_title(f"P and the centre, λ = {lam:g}")
+            axes[2].set_title(f"P and the centre, {name}")
             outline(axes[2], box, color="red", linestyle=":")
     for panel in axes:
         panel.set_axis_off()
         panel.title.set_fontsize(8)
 
 
-def describe(name: str, found: bool, shown: dict[float, list[Array]]) -> str:
+def describe(name: str, found: bool, shown: dict[str, list[Array]]) -> str:
     upright, start, shape, *_ = next(iter(shown.values()))
     window = (*start.tolist(), *shape.tolist())
-    boxes = "".join(f" λ={lam:g} {tuple(box.tolist())}" for lam, (*_, box, _) in shown.items())
+    boxes = "".join(f" {view} {tuple(box.tolist())}" for view, (*_, box, _) in shown.items())
     size = f"{upright.shape[0]}x{upright.shape[1]}"
     return f"{name} {size} window {window}{'' if found else ' no map'} boxes{boxes}"
 
@@ -204,32 +246,30 @@ def main(argv: list[str] | None = None) -> None:
     index, cache, ids = open_data(args)
     image = ImageConfig(size=args.size, val_resize=args.size)
     shown = {}
-    for lam in args.lam:
+    for name, settings in views(args).items():
         # λ(t) = λ_max from epoch T = 1 on.
         stage = Stage(
             index,
-            "scae",
+            args.method,
             cache=cache,
             epochs=1,
             start_epoch=args.epoch,
             batch_size=len(ids),
             epoch_size=len(ids),  # the others are not read
             seed=args.seed,
-            lam_max=lam,
-            p_min=1.0,
-            p_max=1.0,
-            mix_prob=0.0,
+            **settings,
         )
-        shown[lam] = run_once(show_pipeline(stage, ids, image), image)
+        shown[name] = run_once(show_pipeline(stage, ids, image), image)
     maps, found = cache.read(ids)
-    columns = 3 + len(shown)
+    lam = max(args.lam, key=abs) if args.lam else None
+    columns = (2 if lam is None else 3) + len(shown)
     size_inches = (SIDE_INCHES * columns, SIDE_INCHES * len(ids))
     figure = Figure(figsize=size_inches, layout="constrained")
     grid = figure.subplots(len(ids), columns, squeeze=False)
     for row, (sample, axes) in enumerate(zip(ids, grid, strict=True)):
-        here = {lam: outputs[row] for lam, outputs in shown.items()}
+        here = {name: outputs[row] for name, outputs in shown.items()}
         title = f"{sample}: {index.classes[index.labels[sample]]}"[:28]
-        draw_row(axes, title, maps[row].astype(np.float64) / 255, bool(found[row]), here)
+        draw_row(axes, title, maps[row].astype(np.float64) / 255, bool(found[row]), here, lam)
         print(describe(f"{sample} {index.files[sample]}", bool(found[row]), here))
     Path(args.out).absolute().parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=100)

@@ -62,7 +62,7 @@ class Method(base.Method):
     no map of it.
 
     Other methods transform and erase the image before the box is pasted. The partner is cropped,
-    transformed by a policy and flipped, with random numbers of its own. It is not erased. (The
+    flipped and transformed by a policy, with random numbers of its own. It is not erased. (The
     authors augment both alike.)
     """
 

@@ -196,6 +196,22 @@ def test_a_method_that_wants_maps_is_found_beside_one_that_wants_neighbours():
     assert recipe(BASE, scae__lam_max="0", scae__mix_prob="0").guided_config() is None
 
 
+def test_cmos_recipe_has_the_papers_settings():
+    config = recipe(BASE, "cmo")
+    assert (config.method, config.epochs, config.batch_size) == ("cmo", 200, 128)
+    assert config.optim.weight_decay == 2e-4
+    cmo = config.cmo
+    assert (cmo.prob, cmo.alpha, cmo.per, cmo.weight_power) == (0.5, 1.0, "batch", 1.0)
+    assert (cmo.skip_first, cmo.skip_last) == (3, 3)
+    assert config.guided_config() is None
+    salient = recipe(BASE, "cmo", cmo__saliency="true")
+    assert salient.guided_config() == salient.cmo
+    both = recipe(BASE, "cmo", method="scae+cmo", scae__mix_prob="0", cmo__saliency="true")
+    assert both.guided_config().guided
+    with pytest.raises(ValueError, match="refresh_every must be the same for methods that share"):
+        recipe(BASE, method="scae+cmo", cmo__saliency="true", cmo__refresh_every="5")
+
+
 def test_neighbouring_classes_are_asked_for_where_classes_of_the_tail_are_mixed():
     tailed, balanced = np.array([500, 5, 0]), np.array([50, 50, 50])
     asked = {"scae__neighbors": "3"}

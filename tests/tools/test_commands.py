@@ -81,6 +81,18 @@ def test_show_erasing_erases_images_of_the_tail_too(tmp_path, tailed, tailed_cac
     assert not any(", 0, 0)" in line for line in lines)
 
 
+@pytest.mark.parametrize("method", ["cmo", "cutmix", "random_erasing"])
+def test_show_erasing_shows_other_methods(tmp_path, tailed, tailed_cache, method):
+    sheet = tmp_path / "sheet.png"
+    options = ["--data", tailed.root, "--cache", tailed_cache.path, "--size", 24, "--ids", "0,9,60"]
+    out = run("show_erasing", *options, "--method", method, "--out", sheet)
+    assert sum(f" {method} (" in line for line in out.splitlines()) == 3
+    with Image.open(sheet) as image:
+        assert image.size == (660, 660)
+    said = run("show_erasing", *options, "--method", method, "--lam", 3, "--out", sheet, status=2)
+    assert f"--lam is for scae alone, got --method {method}: leave it out" in said
+
+
 def test_show_erasing_without_a_cache(tmp_path, images):
     out = run(
         "show_erasing",

@@ -40,6 +40,7 @@ ERASING: dict[str, tuple[str, dict[str, Any]]] = {
     "color": ("random_erasing", {"prob": 1.0, "fill": "color"}),
     "noise": ("random_erasing", {"prob": 1.0, "fill": "noise"}),
     "clip": ("scae", {"p_min": 1.0, "p_max": 1.0, "border": "clip"}),
+    "partners": ("rand_augment+cmo", {"rand_augment": {"n": 1}}),
     # Pastes boxes of another image, some of which have no area.
     "kept": ("keep_augment", {"mode": "paste", "prob": 0.5}),
     "pasted": ("cutmix", {"alpha": 0.1}),

@@ -501,7 +501,7 @@ def test_a_resumed_run_goes_on_alike(marked, marked_cache, kind, names):
 def test_files_and_memory_and_both_operators_give_the_same(tailed, tailed_cache):
     crop = CropConfig(kind="pad", pad=5)
     for names, settings in (
-        ("auto_augment+cmo", {"auto_augment": {"policy": "reduced_cifar10"}}),
+        ("rand_augment+cmo", {"rand_augment": {"n": 1}}),
         ("random_erasing+cmo", {"random_erasing": {"fill": "color"}, "cmo": SALIENT}),
     ):
         shared = {"names": names, "crop": crop, "cache": tailed_cache, **settings}

@@ -361,6 +361,12 @@ def test_a_users_own_classes_get_the_defaults_of_ours():
     assert (one.config, one.run, one.fields) == (own, run, PlainMethod.fields)
     assert one.plan(samples(5))["shade"].tolist() == [1.0] * 5
     assert one.apply(100, None) == 112
+    assert (one.pastes, one.settle({}, None, None)) == (False, {})
+    module.Method = type(
+        "Settling", (PlainMethod,), {"pastes": True, "settle": lambda self, *given: {"mu": given}}
+    )
+    other = loading.make_method(module, own, run)
+    assert (other.pastes, other.settle({}, 1, 2)) == (True, {"mu": ({}, 1, 2)})
     asked = loading.as_config(own)
     assert (asked.guided, asked.neighbors) == (True, 2)
     assert (asked.refresh_every, asked.lam_max, asked.wants_neighbors) == (0, 0.0, False)
