@@ -156,7 +156,7 @@ def _names(text: str) -> list[str]:
 
 
 class Running:
-    """A run that trains now. epoch_s: seconds that an epoch takes, as is believed at its start."""
+    """A run that trains now. epoch_s: seconds that an epoch is thought to take."""
 
     def __init__(self, job: Job, child: subprocess.Popen, epoch_s: float) -> None:
         self.job, self.child, self.since = job, child, time.monotonic()
@@ -198,7 +198,8 @@ def execute(
     try:
         while free or running:
             if free:
-                times.read()
+                if args.budget:
+                    times.read()
                 begin(args, jobs, times, waiting, running, lost)
                 free = False
             for slot, run in list(running.items()):
