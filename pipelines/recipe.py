@@ -120,12 +120,12 @@ class Config:
             stand under the module's name.
         image: How images become tensors
         optim: Optimiser (SGD) and schedule of the learning rate
-        loss: Label smoothing and weights of the classes
+        loss: Logit adjustment, label smoothing and weights of the classes
         second_stage: Second stage, which trains the classifier again on the features of a first run
         sampling: `shuffle` shows every image once in an epoch. `class_balanced` shows every class
             equally often.
         epoch_length: Length of an epoch of class_balanced. `largest` shows as many images of every
-            class as the largest class has. `dataset` shows as many images as there are.
+            class as the largest class has. `dataset` shows as many images as the data set has.
         samples_per_turn: How many images of one class come in a row with class_balanced.
         saliency: Saliency maps, for methods that look at them
         epochs: Number of epochs, T in eq. 5.
@@ -187,8 +187,8 @@ class Config:
         )
         check(
             self.loss.logit_adjust == 0 or self.sampling == "shuffle",
-            f"loss.logit_adjust={self.loss.logit_adjust} has no effect with sampling="
-            f"{self.sampling}, which shows all classes equally often: leave one of them out",
+            f"loss.logit_adjust={self.loss.logit_adjust} is for classes that are shown unequally "
+            f"often, and sampling={self.sampling} shows all equally often: leave one of them out",
         )
         check(
             self.sampling == "class_balanced" or self.samples_per_turn == 1,
@@ -262,8 +262,9 @@ class Config:
         return 0 if config is None else config.neighbors_for(class_counts)
 
     def post_hoc(self, class_counts: np.ndarray) -> np.ndarray | None:
-        """What post-hoc logit adjustment takes off the logits: τ·log π with τ = 1, less what
-        training has added to them already. None where classes are balanced by other means.
+        """What post-hoc logit adjustment subtracts from the logits: log π, less the part of it that
+        training has added already. None where all classes have the same size or are balanced by
+        other means.
 
         class_counts: int64 [K], of the training set. Returns float64 [K].
         """

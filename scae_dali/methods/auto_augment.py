@@ -26,8 +26,9 @@ class Config(policy.PolicyConfig):
     The paper translates by up to 150 of 331 pixels.
 
     Args:
-        policy: The data set that the policy was learned on. `cifar10` has the operations of
-            `reduced_cifar10` as strong as training code for CIFAR usually has them.
+        policy: The data set that the policy was learned on. `reduced_cifar10` and `cifar10` have
+            the same operations. Those of `reduced_cifar10` are as strong as in DALI, and those of
+            `cifar10` as in most code for CIFAR.
     """
 
     policy: Learned = "image_net"
@@ -42,9 +43,10 @@ def cifar10_policy(**size: Any) -> Policy:
     code for CIFAR uses, and of torchvision.
 
     Magnitude k is k/9 of a range; DALI's policy has k/10. Brightness, colour, contrast and
-    sharpness are changed by up to 0.9 in either direction; DALI's goes from 0.1 to 1.9. A larger
-    magnitude solarises more pixels, and leaves from 8 down to 4 bits; DALI's solarises fewer, and
-    leaves from 1 up to 4 bits. size: see policy.translation.
+    sharpness are changed by up to 0.9 in either direction; DALI's factors go from 0.1 to 1.9. With
+    a larger magnitude more pixels are solarised, and fewer bits are left, from 8 down to 4; in
+    DALI's policy fewer pixels are solarised, and more bits are left, from 1 up to 4. size: see
+    policy.translation.
     """
     learned = policies.get_reduced_cifar10_policy(**size)
     enhance = (augmentations.brightness, augmentations.color, augmentations.contrast)

@@ -24,15 +24,16 @@ Triple = tuple[float, float, float]
 Kind = Literal["policy", "erase", "mix"]
 # Fields of a method that mixes in a partner, which the pipeline fetches.
 MIX_FIELDS = {"partner_id": 1}
-NO_PARTNERS = "set the method's mix_prob=0, or leave cmo out"  # how to do without
+# What errors advise where partners cannot be fetched.
+NO_PARTNERS = "set the method's mix_prob=0, or leave cmo out"
 
 
 class Status(IntFlag):
     """What happened to a sample, for the counts in the log."""
 
     ERASED = 1
-    NO_MAP = 2  # erased without guidance: the cache holds no map of it
-    FLAT_MAP = 4  # erased without guidance: its map is constant
+    NO_MAP = 2  # erased, or pasted into, without guidance: the cache holds no map
+    FLAT_MAP = 4  # erased, or pasted into, without guidance: the map is constant
     NO_FIT = 8  # not erased: no rectangle fitted into the crop
     MIXED = 16  # with a partner that the pipeline fetches
     MIXED_IN_BATCH = 32
@@ -150,7 +151,7 @@ class Method(ABC):
     method without kinds combines with none. conditional: whether `apply` needs a pipeline with
     `enable_conditionals=True`. fields: what `plan` returns besides `status`, `box` and `mu`, with
     the width of each. pastes: whether `apply` pastes boxes of the partners that the pipeline
-    fetches. Otherwise they are blended with the crops before anything else is done.
+    fetches. Otherwise the pipeline blends these partners with the crops before `apply`.
     """
 
     kinds: tuple[Kind, ...] = ()
@@ -182,16 +183,18 @@ class Method(ABC):
     ) -> dict[str, np.ndarray]:
         """What changes in the plan once it is known how the fetched partners are cropped.
 
-        plan: of n mixed samples alone, as `plan` returned it, all of it float64. window: float64
-        [n, 4], the partners' crops (y, x, h, w) as shares of their full frames. flip: bool [n],
-        whether a partner's crop is turned left to right before it is mixed in.
+        plan: what `plan` returned for the n mixed samples, as float64. window: float64 [n, 4], the
+        partners' crops (y, x, h, w) as shares of their full frames. flip: bool [n], whether a
+        partner's crop is turned left to right before it is mixed in. Returns the fields that
+        change, with their new values.
         """
         return {}
 
     @abstractmethod
     def apply(self, images: DataNode, plan: Any) -> DataNode:
-        """Do what is planned, inside a graph. images: HWC, already blended with fetched partners.
-        plan: a PlanNodes of scae_dali.stage.stage, which has the plan's fields by name."""
+        """Do what is planned, inside a graph. images: HWC, already blended with fetched partners
+        unless the method pastes them. plan: a PlanNodes of scae_dali.stage.stage, which has the
+        plan's fields by name."""
 
     @property
     def mixes(self) -> bool:

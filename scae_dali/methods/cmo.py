@@ -1,7 +1,8 @@
 """CMO, context-rich minority oversampling (Park et al., CVPR 2022): CutMix whose second images are
 drawn from the whole data set, by default all classes equally often.
 
-The context, which is the image, comes mostly from large classes, and what is pasted from all alike.
+So the first image, which is the context, is mostly of a large class. What is pasted is of any class
+equally often.
 """
 
 from dataclasses import dataclass
@@ -21,12 +22,12 @@ __all__ = ["Config", "Method"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(batch.BatchMixConfig, GuidedConfig):
-    """CMO (Park et al., CVPR 2022), which pastes boxes of images of all classes alike.
+    """CMO (Park et al., CVPR 2022), which pastes boxes of images of all classes equally often.
 
     Args:
         weight_power: Second images are drawn from the whole data set, with probabilities in
-            proportion to 1 / (images of their class)^weight_power. 0 draws all images alike, 1 all
-            classes.
+            proportion to 1 / (images of their class)^weight_power. 1 draws all classes equally
+            often, 0 all images.
         skip_first: Epochs at the start of the run in which nothing is mixed.
         skip_last: Epochs at the end of the run in which nothing is mixed.
         saliency: Whether the box is centred on the peak of the second image's saliency map, so that
@@ -57,13 +58,13 @@ class Config(batch.BatchMixConfig, GuidedConfig):
 
 class Method(base.Method):
     """Paste a box of the partner, with probability `prob`. The box is that of CutMix: of the area
-    1 - λ, λ ~ Beta(alpha, alpha), around a uniform centre, clipped; μ is the area that the image
-    keeps. With `saliency` the centre is the largest saliency of the partner's crop, unless there is
-    no map of it.
+    1 - λ, λ ~ Beta(alpha, alpha), around a uniform centre, clipped; μ is the share of its area that
+    the image keeps. With `saliency` the centre is where the saliency of the partner's crop is
+    largest, unless the partner has no map or a constant one.
 
-    Other methods transform and erase the image before the box is pasted. The partner is cropped,
-    flipped and transformed by a policy, with random numbers of its own. It is not erased. (The
-    authors augment both alike.)
+    In a composition, other methods transform and erase the image before the box is pasted. The
+    partner is cropped, flipped and transformed by the policy, with random numbers of its own. It is
+    not erased. (The authors augment both alike.)
     """
 
     kinds: tuple[Kind, ...] = ("mix",)

@@ -1,9 +1,9 @@
 """Methods by name, one or several: `rand_augment+scae` transforms first and erases then, and
 `mixup|cutmix` mixes each batch by one of the two.
 
-Whatever the order of the names, images are transformed by a policy first, then erased, then mixed
-within the batch. The samples of the tail that SCAE itself mixes are mixed as crops, before all of
-that. CMO's boxes are pasted at the end, and the policy transforms what is pasted on its own. The
+Whatever the order of the names, images are transformed by a policy first, then erased, then mixed.
+The samples of the tail that SCAE itself mixes are mixed as crops, before all of that. Images that
+CMO pastes boxes of are transformed by the policy too, with random numbers of their own. The
 saliency maps are those of the crop before the policy.
 """
 
@@ -32,8 +32,8 @@ _WHY_ONE = {
 
 
 def split(names: str) -> list[str]:
-    """`a+b|c` -> its names. Raises ValueError where one is empty or comes twice, and where other
-    than two methods of switch.SWITCHED are joined by |."""
+    """`a+b|c` -> [a, b, c]. Raises ValueError where a name is empty or comes twice, and where |
+    joins anything but two of switch.SWITCHED."""
     out = [name.strip() for name in re.split(r"[+|]", names)]
     if not all(out) or len(set(out)) < len(out):
         raise ValueError(
@@ -44,20 +44,20 @@ def split(names: str) -> list[str]:
         joined = [name.strip() for name in part.split("|")]
         if len(joined) > 1 and (len(joined) > 2 or not set(joined) <= set(switch.SWITCHED)):
             raise ValueError(
-                f"two of {', '.join(switch.SWITCHED)} are joined by |, got {'|'.join(joined)}; "
-                "join other methods by +"
+                f"only two of {', '.join(switch.SWITCHED)} can be joined by |, got "
+                f"{'|'.join(joined)}; join other methods by +"
             )
     return out
 
 
 def switched(names: str) -> str | None:
-    """The two that are joined by |: `a+b|c` -> `b|c`; None where none are."""
+    """The two methods that are joined by |: `a+b|c` -> `b|c`. None where there are none."""
     return next((part.replace(" ", "") for part in names.split("+") if "|" in part), None)
 
 
 def configs(names: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The Config of every method in `names`, by the method's name; and under `a|b`, last, that of
-    the switch between them.
+    """The Config of every method in `names`, by the method's name. If a|b is among the names, the
+    last Config is that of the switch between the two, under `a|b`.
 
     settings: of a single method the fields of its Config, or {name: its Config}; of several, for
     each by name, its Config or a mapping of its fields; and `switch_prob`, if there is a switch.
@@ -155,7 +155,8 @@ def _check(methods: Mapping[str, Method]) -> None:
 
 
 class _OfPartner:
-    """The plan for a partner, whose fields stand in the plan of the sample under a longer name."""
+    """The plan for a partner. Its fields stand in the plan of the sample, under names that begin
+    with `partner_`."""
 
     def __init__(self, plan: Any) -> None:
         self._plan = plan
@@ -174,8 +175,8 @@ class _OfPartner:
 class Composition(Method):
     """Methods one after the other, in this order.
 
-    twins: the policies among them once more, with random numbers of their own, for partners that
-    are pasted.
+    twins: the policies once more, with other random numbers. They transform partners that are
+    pasted.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Random Erasing (Zhong et al., AAAI 2020): a rectangle anywhere in the crop, with one probability.
 
 Area and aspect are uniform as in the paper and its code; torchvision and timm draw the aspect
-log-uniform, and their settings are presets. The fill is not the authors' unless it is set to
-`above_mean`: by default it is the mean.
+log-uniform, and their settings are presets. The fill is the mean by default. The authors' code
+fills with `above_mean`.
 """
 
 from dataclasses import dataclass, fields

@@ -23,7 +23,7 @@ SWITCHED = ("mixup", "cutmix", "saliency_mix")
 
 @dataclass(frozen=True, kw_only=True)
 class Config(base.Config):
-    """What there is to set besides the settings of the two methods.
+    """The choice between the two methods.
 
     Args:
         switch_prob: Probability that a batch is mixed by the second of the two methods.
@@ -37,10 +37,10 @@ class Config(base.Config):
 
 
 class Method(base.Method):
-    """Mixes a whole batch by the second of two methods with probability `switch_prob`, and else by
-    the first one. Each mixes as it does alone.
+    """Mixes a whole batch by the second of two methods with probability `switch_prob`, and
+    otherwise by the first. Each mixes as it does alone.
 
-    methods: the two by name, which are of SWITCHED.
+    methods: the two by name, both of SWITCHED.
     """
 
     kinds: tuple[Kind, ...] = ("mix",)
@@ -52,7 +52,7 @@ class Method(base.Method):
         self.fields = {key: n for method in methods.values() for key, n in method.fields.items()}
 
     def plan(self, samples: Samples) -> dict[str, np.ndarray]:
-        # The numbers before the last one are those of batch.draw.
+        # Where `per` is `batch`, batch.draw takes the first DRAWS of these numbers.
         n = batch.DRAWS + 1
         u = uniforms(self.run.seed, Stream.BATCH_MIX, samples.iteration, 0 * samples.place, n)
         second = u[:, -1] < self.config.switch_prob

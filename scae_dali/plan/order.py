@@ -22,10 +22,9 @@ class Order:
 
     labels: int64 [N]. sampling: `shuffle` gives every sample once an epoch; `in_turn` does so in
     the order of the index; `class_balanced` takes the classes in turn, in a new random order each
-    round, and the samples of a class in turn (Kang et al., ICLR 2020). At its turn a class gives
-    `samples_per_turn` samples. epoch_length: where `class_balanced` ends its epoch, see
-    `epoch_size`. Every shard gets `batches` full batches; the samples past its `shard_size` pad
-    them.
+    round, and the samples of a class in turn (Kang et al., ICLR 2020). samples_per_turn: how many
+    samples a class gives at its turn. epoch_length: see `epoch_size`. Every shard gets `batches`
+    full batches; the samples past its `shard_size` pad them.
     """
 
     def __init__(
@@ -44,7 +43,7 @@ class Order:
         check_choice("sampling", sampling, get_args(Sampling))
         check(
             samples_per_turn >= 1,
-            f"samples_per_turn must be at least 1, got {samples_per_turn}; published are 1 and 4",
+            f"samples_per_turn must be at least 1, got {samples_per_turn}; 1 and 4 are usual",
         )
         self.batch_size, self.num_shards, self.start_epoch = batch_size, num_shards, start_epoch
         self.epoch_size = epoch_size(labels, sampling, epoch_length)
@@ -88,7 +87,7 @@ class Order:
         # Every round shuffles the classes, by random numbers that follow those of the samples.
         u = self._uniforms(epoch, n + np.arange(rounds * len(present)))
         classes = present[np.argsort(u.reshape(rounds, -1), axis=1, kind="stable")]
-        number = np.arange(rounds)[:, None, None] * len(turn) + turn  # of its class in the epoch
+        number = np.arange(rounds)[:, None, None] * len(turn) + turn  # counts a class's samples
         classes = classes[:, :, None]
         before, rank = np.divmod(number, counts[classes])  # [rounds, classes, turn]
         begin = np.cumsum(counts) - counts
@@ -104,9 +103,9 @@ def epoch_size(
 ) -> int:
     """How many samples an epoch has, in all shards together.
 
-    epoch_length: of sampling=class_balanced; others have every sample once. `largest` has as many
-    samples of every class as the largest class has. `dataset` has as many as there are samples, as
-    the trainers of Kang et al. and MiSLAS count an epoch.
+    epoch_length: matters only with sampling=class_balanced, since the others give every sample
+    once. With `largest`, an epoch has as many samples of every class as the largest class has. With
+    `dataset` it has as many samples as the data set, as in the trainers of Kang et al. and MiSLAS.
     """
     check_choice("epoch_length", epoch_length, get_args(EpochLength))
     if sampling != "class_balanced" or epoch_length == "dataset":

@@ -38,9 +38,9 @@ Pixels = npt.NDArray[np.uint8]  # [N, H, W, 3]
 class _Block(NamedTuple):
     """Batches that are made at once; `first` is the number of the first one.
 
-    images, others: uint8 [n, H, W, 3]; others are the crops of the partners, black where a sample
-    has none, and [0] where the graph does not paste them. rows: float64 [n, K], settled. parts:
-    [n, …] each, as they were asked for.
+    images: uint8 [n, H, W, 3]. others: the crops of the partners, like images, black where a sample
+    has none; empty where the graph does not paste them. rows: float64 [n, K], settled (see
+    Planner.settle). parts: [n, …] each, as they were asked for.
     """
 
     first: int
@@ -85,9 +85,9 @@ class FedPlan(PlanNodes):
     of the stage's index. size: (h, w) of the crops in pixels. crop: how the stage draws them.
 
     images: uint8 [h, w, 3], the crops, before the flip, on the pipeline's device. Crops by `pad` of
-    the images' own size are made in memory. They are blended with partners there already. Where a
-    method fills its boxes with one colour for all, they are erased there, and where nothing else
-    comes before, boxes of partners are pasted. Other crops are cut by DALI out of whole images.
+    the images' own size are made in memory, and blended with partners there. Where a method fills
+    its boxes with one colour for all, they are erased there too. Boxes of partners are pasted there
+    if the graph changes nothing before. Other crops are cut by DALI out of whole images.
     Every part of the plan is fed on its own, which is faster than to cut it out of the row in the
     graph. DALI asks for what it is fed in the thread that trains, which finds it ready.
 
@@ -187,8 +187,8 @@ class FedPlan(PlanNodes):
         return _Block(first, images, others, rows, parts)
 
     def _partners(self, rows: np.ndarray, full_px: np.ndarray) -> tuple[np.ndarray, Pixels]:
-        """Which samples are mixed, int64 [m], and the crops of their partners, flipped. Settles the
-        rows, in place."""
+        """Which samples are mixed, int64 [m], and the crops of their partners, flipped where the
+        plan says so. Settles the rows, in place."""
         if not self.planner.mixes:
             return np.empty(0, np.int64), self._pixels[:0]
         mixed = np.flatnonzero(self._column(rows, "status") & Status.MIXED)

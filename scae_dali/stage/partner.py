@@ -3,7 +3,7 @@
 Its file is read, decoded and cropped behind a DALI conditional, for the samples that are mixed and
 no others, so the pipeline must be defined with `enable_conditionals=True`. The plan says which
 sample is the partner, and with what weight it is mixed in. It is blended with the sample's crop
-before anything else is done, or pasted into it at the end.
+before the method acts, or the method pastes a box of it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Fetch = Callable[[DataNode, DataNode, DataNode], DataNode]
 def mix(images: DataNode, plan: Any, crop: CropConfig, fetch: Fetch) -> DataNode:
     """μ·image + (1 - μ)·partner where the plan says so; the other images are left as they are.
 
-    Where the method pastes, all are left as they are, and its `apply` fetches the partners.
+    Where the method pastes, all images are left as they are, and its `apply` fetches the partners.
 
     images: HWC, before the flip. plan: PlanNodes, whose `partners_mixed` is set. crop: how the
     partners are cropped. Raises ValueError in a pipeline without conditionals, and where the
@@ -83,7 +83,7 @@ def _blend(images, plan, crop, fetch):
 
 
 def _fetched(plan, crop, fetch):
-    """The partners' crops, flipped, and the rows of the plan that are settled."""
+    """The partners' crops, flipped where drawn so, and the settled rows of the plan."""
     encoded = fn.io.file.read(
         fn.python_function(plan.row, function=partial(_paths, plan.planner), batch_processing=True)
     )

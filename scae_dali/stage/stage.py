@@ -46,9 +46,9 @@ class PlanNodes:
 
     row: float64 [K] a sample, on the CPU. single: the same in float32. planner: says which columns
     a row has. partners_mixed: whether the planned partners have been mixed into the images, or will
-    be, by paste_partners. partners: where the method pastes, gives the partners' crops and the rows
-    of the plan, settled; it is called for the mixed samples alone. transform_partners: what is done
-    to the crops, by their plan; None: nothing.
+    be, by paste_partners. partners: where the method pastes, a function that gives the partners'
+    crops and the settled rows of the plan (see Planner.settle); it is called for the mixed samples
+    alone. transform_partners: what a policy does to these crops; None: nothing.
 
     A part is cut out of the row when it is asked for, and a pipeline had better give out the whole
     row, which `Loader` takes apart: DALI hands every sample of every operator on the CPU to its
@@ -86,7 +86,7 @@ class PlanNodes:
         return (self.scalar("status", types.INT32) & int(Status.MIXED)) > 0
 
     def paste_partners(self, name: str, images: DataNode) -> DataNode:
-        """Images with boxes of their partners. The rows are settled from then on. name: of the
+        """Paste boxes of the partners into images. The rows are settled from then on. name: of the
         boxes' fields, see methods.paste."""
         row = self.row
         if self.mixed:
@@ -126,8 +126,8 @@ class Stage:
 
     index: the data set; its order gives the ids.
     method: one of methods.BUILT_IN, or the dotted name of a module of your own. Several are joined
-    by +, as in `rand_augment+scae`. Of two that are joined by |, as in `mixup|cutmix`, each batch
-    takes one. See methods.compose.
+    by +, as in `rand_augment+scae`. Two can be joined by |, as in `mixup|cutmix`: each batch takes
+    one of them. See methods.compose.
     settings: the fields of the method's Config. Of several methods a mapping for each under its
     name, as in scae={"lam_max": 1.0}. A ready Config goes under the method's name too.
     `switch_prob` is the probability that a batch takes the second of two joined by |.
@@ -239,7 +239,7 @@ class Stage:
         (h, w), and the shape of the upright image; all on the CPU. None: the whole image is seen.
         size: (h, w) of the images in pixels. None asks the images, so the plan waits for them.
         partner_crop: how partners, which are files of the index, are cropped. Only CMO, and SCAE
-        with tail classes, have any. Then `enable_conditionals=True` must be set in the pipeline.
+        with tail classes, fetch any. Then `enable_conditionals=True` must be set in the pipeline.
         Returns (images, Targets).
 
         Raises ValueError where the graph shows that something is wired wrongly: ids that are no

@@ -147,10 +147,11 @@ class Planner:
     def settle(
         self, rows: np.ndarray, full_px: np.ndarray, config: CropConfig
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows of mixed samples once the size of their partners is known.
+        """Settle the rows of mixed samples: let the method change its plan, now that the partners'
+        sizes are known.
 
-        rows, full_px: as partner_crop takes them. Returns rows, whose part of the method may have
-        changed, and the partners' window and flip.
+        rows, full_px: as partner_crop takes them. Returns the settled rows, and the partners'
+        window and flip as partner_crop gives them.
         """
         window, flip = self.partner_crop(rows, full_px, config)
         plan = {

@@ -27,9 +27,9 @@ def shots(class_counts: np.ndarray) -> dict[str, np.ndarray]:
 class Evaluation:
     """The metrics of one validation: update() with every batch, then compute().
 
-    class_counts: int64 [K], images of each class in the TRAINING set. adjustment: float [K], which
-    is taken off the logits for a second set of metrics (post-hoc logit adjustment; Menon et al.,
-    2021, eq. 9); None: there is no second set. Raises ValueError.
+    class_counts: int64 [K], images of each class in the TRAINING set. adjustment: float [K]. If it
+    is given, there is a second set of metrics, for which it is subtracted from the logits (post-hoc
+    logit adjustment; Menon et al., 2021, eq. 9). Raises ValueError.
     """
 
     def __init__(
@@ -137,11 +137,11 @@ class Evaluation:
 
 
 class _Tally:
-    """What one set of metrics is made of; stays on the device until the end of a validation.
+    """The sums that one set of metrics is made of. They stay on the device until compute().
 
-    counts: float64 [3, K], rows: samples, those right by the best class, those right by one of the
-    5 best. gaps: float64 [BINS], hits minus confidence, which is |accuracy - mean confidence| of a
-    bin, times its samples.
+    counts: float64 [3, K]. Its rows count samples, those whose best class is right, and those that
+    have the right class among the 5 best. gaps: float64 [BINS], the sum of hits minus confidence,
+    whose absolute value is |accuracy - mean confidence| of a bin, times its samples.
     """
 
     def __init__(self, classes: int, device: torch.device | str) -> None:

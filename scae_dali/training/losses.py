@@ -42,9 +42,9 @@ def mixed_cross_entropy(
     So a sample's weight acts on its smoothed part too; torch.nn.functional.cross_entropy, which
     weights that part's terms by their own classes k, is the same only without smoothing.
 
-    mean_over_ranks: gives the mean of a scalar over the processes that share a batch, and divides
-    that sum over all of them, so that the average of their gradients is that of the whole batch.
-    None: this process is alone.
+    mean_over_ranks: gives the mean of a scalar over the processes that share a batch. With weights,
+    the divisor is then this mean, so that the mean of the processes' gradients is the gradient of
+    the whole batch. None: this process is alone.
     """
     if adjustment is not None:
         logits = logits.float() + adjustment.to(logits.device)
@@ -113,9 +113,9 @@ class LossConfig:
     """The loss: cross-entropy against the mixed labels.
 
     Args:
-        logit_adjust: τ of logit adjustment (Menon et al., ICLR 2021): τ·log π is added to the
-            logits in training, π being the share of each class. 1 is Balanced Softmax (Ren et al.,
-            NeurIPS 2020). 0 adds nothing.
+        logit_adjust: τ of logit adjustment (Menon et al., ICLR 2021), which adds τ·log π to the
+            logits in training, where π is the share of each class. 1 is Balanced Softmax (Ren et
+            al., NeurIPS 2020). 0 adds nothing.
         label_smoothing: Share of the label, from 0 to below 1, that is spread over all classes.
         smoothing_head: Label-aware smoothing (MiSLAS), instead of label_smoothing: the share for
             the largest class, from 0 to below 1.

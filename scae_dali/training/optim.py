@@ -31,8 +31,8 @@ class OptimConfig:
         factor: What schedule=step multiplies the learning rate by.
         lr_min: Learning rate at the end of schedule=cosine.
         warmup_epochs: Epochs at the start in which the learning rate rises linearly to lr.
-        lr_by_epoch: Whether the learning rate stays the same within an epoch. It is then that of
-            the epoch's first step, and lr * (epoch + 1) / warmup_epochs in the warm-up.
+        lr_by_epoch: Whether the learning rate stays the same within an epoch. It is then the one of
+            the epoch's first step. In the warm-up it is lr * (epoch + 1) / warmup_epochs.
         ema: Keep a running average of the weights with this decay a step, from 0 to below 1, and
             validate and save the average. 0 averages nothing.
     """

@@ -74,8 +74,8 @@ class Ranks:
         return {key: sum(one[key] for one in every) for key in values}
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of a scalar over the ranks, on its device, without a gradient. Every rank calls
-        it; none waits for the device."""
+        """The mean of a scalar over the ranks, on its device, without a gradient. Every rank must
+        call it. The CPU does not wait for the device."""
         value = value.detach().clone()
         if self.world > 1:
             distributed.all_reduce(value)

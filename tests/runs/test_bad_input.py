@@ -509,7 +509,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an adjustment to classes that are shown equally often": (
         {"loss__logit_adjust": 1.0, "sampling": "class_balanced"},
-        "loss.logit_adjust=1.0 has no effect with sampling=class_balanced, .*: leave one of them",
+        "loss.logit_adjust=1.0 is for .*, and sampling=class_balanced shows .*: leave one of them",
     ),
     "a harvest of moved pixels": (
         {"method": "rand_augment+scae", "saliency__source": "harvest"},

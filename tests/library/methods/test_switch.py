@@ -169,14 +169,18 @@ def test_labels_and_weights_of_a_stage():
 @pytest.mark.parametrize(
     ("names", "settings", "message"),
     [
-        ("mixup|scae", {}, "two of mixup, cutmix, saliency_mix are joined by |, got mixup|scae; "),
+        (
+            "mixup|scae",
+            {},
+            "only two of mixup, cutmix, saliency_mix can be joined by |, got mixup|scae; ",
+        ),
         (
             "mixup|cutmix|saliency_mix",
             {},
-            "two of mixup, cutmix, saliency_mix are joined by |, got mixup|cutmix|saliency_mix; "
+            "two of mixup, cutmix, saliency_mix can be joined by |, got mixup|cutmix|saliency_mix; "
             "join other methods by +",
         ),
-        ("mixup|mine.own", {}, "joined by |, got mixup|mine.own; join other methods by +"),
+        ("mixup|mine.own", {}, "can be joined by |, got mixup|mine.own; join other methods by +"),
         ("mixup|", {}, "method must be a name, or different ones joined by +, got 'mixup|'"),
         ("mixup|mixup", {}, "different ones joined by +, got 'mixup|mixup'"),
         (
