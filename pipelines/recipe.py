@@ -250,8 +250,9 @@ class Config:
             len(set(passes.values())) < 2,
             f"refresh_every must be the same for methods that share the maps, got {passes}",
         )
-        # A method that wants neighbours alone must not hide one that wants maps.
-        return max(guided.values(), key=lambda one: one.guided, default=None)
+        # A method that wants neighbours alone must not hide one that wants maps, nor one without λ
+        # one that has it.
+        return max(guided.values(), key=lambda one: (one.guided, abs(one.lam_max)), default=None)
 
     def neighbors(self, class_counts: np.ndarray) -> int:
         """How many neighbouring classes of each class the method asks for; 0: none.

@@ -59,7 +59,7 @@ class Method(base.Method):
     """Paste a box of the partner, with probability `prob`. The box is that of CutMix: of the area
     1 - λ, λ ~ Beta(alpha, alpha), around a uniform centre, clipped; μ is the area that the image
     keeps. With `saliency` the centre is the largest saliency of the partner's crop, unless there is
-    no map of it.
+    no map of it or nothing salient in the crop.
 
     Other methods transform and erase the image before the box is pasted. The partner is cropped,
     transformed by a policy and flipped, with random numbers of its own. It is not erased. (The
@@ -105,9 +105,10 @@ class Method(base.Method):
             return {}
         size_px, centre = plan["paste_shapes"][:, :2].astype(np.int64), plan["centre"]
         saliency, known, missing = guidance.maps(plan["partner_id"].astype(np.int64), self.run)
-        peak = region.peak(saliency, window, size_px)
+        peak, height = region.peak(saliency, window, size_px)
         peak[:, 1] = np.where(flip, size_px[:, 1] - 1 - peak[:, 1], peak[:, 1])
-        centre = np.where(known[:, None], peak, centre.astype(np.int64))
+        salient = known & (height > 0)  # else the crop shows nothing of what is salient
+        centre = np.where(salient[:, None], peak, centre.astype(np.int64))
         status = plan["status"].astype(np.int64) | missing
         return {"status": status, **_box(plan["share"], centre, size_px)}
 

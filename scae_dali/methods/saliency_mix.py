@@ -59,7 +59,7 @@ class Method(cutmix.Method):
         chosen = np.flatnonzero(mixed)
         second = samples.take(rows[chosen])
         saliency, known, status[chosen] = guidance.maps(second.ids, self.run)
-        peak = region.peak(saliency, second.window, second.size_px)
+        peak, _ = region.peak(saliency, second.window, second.size_px)
         turned = second.flip != samples.flip[chosen]
         peak[:, 1] = np.where(turned, second.size_px[:, 1] - 1 - peak[:, 1], peak[:, 1])
         centre = uniform.copy()
