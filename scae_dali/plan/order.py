@@ -52,7 +52,8 @@ class Order:
         check(
             samples_per_turn <= most,
             f"samples_per_turn must be at most {most}, got {samples_per_turn}: an epoch of "
-            f"{self.epoch_size} samples would not show every class; published are 1 and 4",
+            f"{self.epoch_size} samples would end before every class had its whole turn; published "
+            "are 1 and 4",
         )
         self.batches = batches_per_epoch(self.epoch_size, batch_size, num_shards)
         first, last = (self.epoch_size * s // num_shards for s in (shard, shard + 1))
