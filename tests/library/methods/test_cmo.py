@@ -536,7 +536,7 @@ def test_a_policy_transforms_what_is_pasted_on_its_own(marked, monkeypatch, kind
     module = types.ModuleType("mine.level")
 
     class Method:
-        kinds, fields = ("policy",), {"level": 1}
+        kinds, fields = ["policy"], {"level": 1}  # a user may write a list
 
         def __init__(self, config, run):
             self.run = run
