@@ -191,6 +191,11 @@ class Config:
             f"often, and sampling={self.sampling} shows all equally often: leave one of them out",
         )
         check(
+            self.samples_per_turn >= 1,
+            f"samples_per_turn must be at least 1, got {self.samples_per_turn}; published are 1 "
+            "and 4",
+        )
+        check(
             self.sampling == "class_balanced" or self.samples_per_turn == 1,
             f"samples_per_turn must be 1 with sampling={self.sampling}, got "
             f"{self.samples_per_turn}: only class_balanced takes the classes in turn",
@@ -250,8 +255,9 @@ class Config:
             len(set(passes.values())) < 2,
             f"refresh_every must be the same for methods that share the maps, got {passes}",
         )
-        # A method that wants neighbours alone must not hide one that wants maps.
-        return max(guided.values(), key=lambda one: one.guided, default=None)
+        # A method that wants neighbours alone must not hide one that wants maps, nor one without λ
+        # one that has it.
+        return max(guided.values(), key=lambda one: (one.guided, abs(one.lam_max)), default=None)
 
     def neighbors(self, class_counts: np.ndarray) -> int:
         """How many neighbouring classes of each class the method asks for; 0: none.

@@ -60,7 +60,7 @@ class Method(base.Method):
     """Paste a box of the partner, with probability `prob`. The box is that of CutMix: of the area
     1 - λ, λ ~ Beta(alpha, alpha), around a uniform centre, clipped; μ is the share of its area that
     the image keeps. With `saliency` the centre is where the saliency of the partner's crop is
-    largest, unless the partner has no map or a constant one.
+    largest, unless the partner has no map or a constant one, or nothing in its crop is salient.
 
     In a composition, other methods transform and erase the image before the box is pasted. The
     partner is cropped, flipped and transformed by the policy, with random numbers of its own. It is
@@ -106,9 +106,10 @@ class Method(base.Method):
             return {}
         size_px, centre = plan["paste_shapes"][:, :2].astype(np.int64), plan["centre"]
         saliency, known, missing = guidance.maps(plan["partner_id"].astype(np.int64), self.run)
-        peak = region.peak(saliency, window, size_px)
+        peak, height = region.peak(saliency, window, size_px)
         peak[:, 1] = np.where(flip, size_px[:, 1] - 1 - peak[:, 1], peak[:, 1])
-        centre = np.where(known[:, None], peak, centre.astype(np.int64))
+        salient = known & (height > 0)  # else the crop shows nothing of what is salient
+        centre = np.where(salient[:, None], peak, centre.astype(np.int64))
         status = plan["status"].astype(np.int64) | missing
         return {"status": status, **_box(plan["share"], centre, size_px)}
 

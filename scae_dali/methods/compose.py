@@ -122,7 +122,7 @@ def make(configs: Mapping[str, Any], run: Run) -> Method:
     if not any(method.pastes for method in methods):
         return Composition(methods, configs, run)
     other = dataclasses.replace(run, seed=derive(run.seed, "partners"))
-    policies = [name for name, method in made.items() if method.kinds == ("policy",)]
+    policies = [name for name, method in made.items() if tuple(method.kinds) == ("policy",)]
     twins = [make_method(load(name), configs[name], other) for name in policies]
     return Composition(methods, configs, run, twins)
 

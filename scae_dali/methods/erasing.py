@@ -116,6 +116,7 @@ def _value(plan: Any, run: Run, config: ErasingConfig) -> Any:
         return (0.0, 0.0, 0.0)
     value: tuple[float, ...] = run.mean
     if config.fill == "above_mean":
-        value = tuple(m + v * s for m, v, s in zip(run.mean, ABOVE_MEAN, run.std, strict=True))
+        # DALI's AutoGraph, which reads this in a pipeline with conditionals, knows no strict zip.
+        value = tuple(run.mean[c] + ABOVE_MEAN[c] * run.std[c] for c in range(3))
     # fn.erase truncates to the type of the images: round what is meant for bytes.
     return tuple(min(round(v), 255) for v in value) if run.grey_levels else value

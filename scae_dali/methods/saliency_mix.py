@@ -59,9 +59,9 @@ class Method(cutmix.Method):
         chosen = np.flatnonzero(mixed)
         second = samples.take(rows[chosen])
         saliency, known, status[chosen] = guidance.maps(second.ids, self.run)
-        peak = region.peak(saliency, second.window, second.size_px)
+        peak, height = region.peak(saliency, second.window, second.size_px)
         turned = second.flip != samples.flip[chosen]
         peak[:, 1] = np.where(turned, second.size_px[:, 1] - 1 - peak[:, 1], peak[:, 1])
         centre = uniform.copy()
-        centre[chosen] = np.where(known[:, None], peak, uniform[chosen])
+        centre[chosen] = np.where((known & (height > 0))[:, None], peak, uniform[chosen])
         return centre, status

@@ -130,8 +130,11 @@ def draw_centre(
     return centre
 
 
-def peak(saliency: np.ndarray, window: np.ndarray, size_px: np.ndarray) -> np.ndarray:
-    """The pixel of the crop where Â is largest, or one of them: int64 [B, 2], (y, x).
+def peak(
+    saliency: np.ndarray, window: np.ndarray, size_px: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pixel of the crop where Â is largest, or one of them: int64 [B, 2], (y, x). And Â there,
+    float64 [B].
 
     saliency: float64 [B, gh, gw], window: float64 [B, 4], size_px: int64 [B, 2]: see draw_centre.
     """
@@ -150,8 +153,9 @@ def peak(saliency: np.ndarray, window: np.ndarray, size_px: np.ndarray) -> np.nd
     y = np.broadcast_to(corners[0][:, :, None], (b, n, m))
     x = np.broadcast_to(corners[1][:, None, :], (b, n, m))
     pixels = np.stack([y, x], axis=3).reshape(b, n * m, 2)  # b may be 0
-    best = np.argmax(saliency_at(saliency, pixels, axis_window), axis=1)
-    return pixels[np.arange(b), best]
+    values = saliency_at(saliency, pixels, axis_window)
+    best = np.arange(b), np.argmax(values, axis=1)
+    return pixels[best], values[best]
 
 
 def _propose(

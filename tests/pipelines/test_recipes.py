@@ -155,6 +155,13 @@ def test_second_stages_are_those_of_their_authors(name, epochs, decay):
     assert rates == pytest.approx(cosine)
 
 
+@pytest.mark.parametrize("second", ["crt", "lws", "mislas_stage2"])
+@pytest.mark.parametrize("first", ["mislas_stage1", "ldam_baseline"])
+def test_a_second_stage_has_no_warm_up_of_the_first_stages_recipe(first, second):
+    optim = recipe(BASE, first, second, second_stage__weights="w.pt").optim
+    assert [optim.lr_at(step, 5, 10) for step in (0, 4)] == [optim.lr] * 2
+
+
 def test_first_stages_have_the_learning_rates_of_their_authors():
     """adjust_learning_rate of LDAM-DRW and MiSLAS, which count epochs from 1."""
     for name, factors in (("ldam_baseline", (0.01, 0.0001)), ("mislas_stage1", (0.1, 0.01))):
@@ -193,6 +200,9 @@ def test_a_method_that_wants_maps_is_found_beside_one_that_wants_neighbours():
     config = recipe(BASE, method="scae+saliency_mix", scae__lam_max="0")
     assert config.guided_config() == config.saliency_mix
     assert recipe(BASE, scae__lam_max="0").guided_config().wants_neighbors
+    for method in ("cmo+scae", "scae+cmo"):
+        config = recipe(BASE, method=method, cmo__saliency="true", scae__mix_prob="0")
+        assert config.guided_config() == config.scae  # its λ is logged
     assert recipe(BASE, scae__lam_max="0", scae__mix_prob="0").guided_config() is None
 
 

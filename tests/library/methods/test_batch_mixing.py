@@ -252,10 +252,12 @@ def test_the_peak_is_that_of_all_pixels(grid):
     window[::4] = (0.0, 0.0, 1.0, 1.0)
     size_px = rng.integers(1, 34, (n, 2))
     size_px[::8] = grid  # pixels on the cells' centres
-    peak = region.peak(maps, window, size_px)
+    peak, height = region.peak(maps, window, size_px)
     assert ((peak >= 0) & (peak < size_px)).all()
     for k in range(n):
         assert tuple(peak[k].tolist()) in brute_peaks(maps[k], window[k], size_px[k].tolist())
+        values = brute_saliency(maps[k], window[k], *size_px[k].tolist())
+        assert height[k] == pytest.approx(values.max(), abs=1e-12)
 
 
 @pytest.mark.parametrize("per", ["sample", "batch"])

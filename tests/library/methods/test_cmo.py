@@ -227,6 +227,26 @@ def test_the_box_is_centred_on_the_peak_of_the_second_images_map():
     assert len(seen) == 6
 
 
+def test_a_crop_that_shows_nothing_salient_is_pasted_anywhere():
+    """Maps with one salient cell, at the lower right of the image; half of the crops leave it
+    out."""
+    maps = np.zeros((len(LABELS), 7, 7), np.uint8)
+    maps[:, 6, 6] = 255
+    one = method(lambda ids: (maps[ids], np.ones(len(ids), bool)), saliency=True, prob=1.0)
+    plan = one.plan(samples(40))
+    n = len(plan["status"])
+    part = {key: value.astype(float) for key, value in plan.items()}
+    shown = np.arange(n) % 2 == 0
+    window = np.where(shown[:, None], [[0.5, 0.5, 0.5, 0.5]], [[0.1, 0.0, 0.5, 0.8]])
+    after = part | one.settle(part, window, np.zeros(n, bool))
+    assert (after["status"] == Status.MIXED).all()
+    np.testing.assert_array_equal(boxes_of(after)[~shown], boxes_of(part)[~shown])
+    np.testing.assert_array_equal(after["mu"][~shown], part["mu"][~shown])
+    boxes = boxes_of(after)[shown & (after["mu"] < 1)]
+    end = boxes[:, :2] + boxes[:, 2:]
+    assert ((boxes[:, :2] <= 27) & (end > 27)).all()  # where the cell's centre is, of 32 px
+
+
 def test_without_a_cache_or_without_saliency_nothing_is_changed():
     for one in (method(saliency=True, **ALWAYS), method(stored, **ALWAYS)):
         _, before, after, *_ = settled(one, one.plan(samples(20)))
@@ -516,7 +536,7 @@ def test_a_policy_transforms_what_is_pasted_on_its_own(marked, monkeypatch, kind
     module = types.ModuleType("mine.level")
 
     class Method:
-        kinds, fields = ("policy",), {"level": 1}
+        kinds, fields = ["policy"], {"level": 1}  # a user may write a list
 
         def __init__(self, config, run):
             self.run = run

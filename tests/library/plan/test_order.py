@@ -208,6 +208,13 @@ def test_arguments_are_checked():
         order(epoch_length="all")
     with pytest.raises(ValueError, match="samples_per_turn must be at least 1, got 0"):
         order(samples_per_turn=0)
+    balanced = {"sampling": "class_balanced", "epoch_length": "dataset"}
+    for turn in (13, 10**12):
+        message = f"samples_per_turn must be at most 12, got {turn}: an epoch of 51 samples would"
+        with pytest.raises(ValueError, match=message):
+            order(samples_per_turn=turn, **balanced)
+    classes = LABELS[epoch(order(samples_per_turn=12, **balanced)) & ID]
+    assert np.unique_counts(classes).values.tolist() == [0, 1, 3, 4]
 
 
 @pytest.mark.parametrize("samples", [1, 7, 16, 48, 49, 63])

@@ -257,6 +257,19 @@ def test_exactly_the_box_is_filled(index, cache, name, settings, fill):
             assert abs(after[:, mask].std() - 0.98) < 4 / np.sqrt(2 * 3 * h * w)
 
 
+@pytest.mark.parametrize("fill", ["mean", "zero", "color", "noise", "above_mean"])
+@pytest.mark.parametrize("name", ["scae", "random_erasing", "cutout", "grid_mask"])
+def test_a_pipeline_with_conditionals_fills_alike(index, cache, name, fill):
+    """As any pipeline with a policy or with CMO is; DALI then rewrites the functions of a graph."""
+    settings = {"scae": {"mix_prob": 0.0, "p_min": 0.9, "p_max": 1.0}, "grid_mask": {"d_min": 12,
+                "d_max": 24}}.get(name, {})  # fmt: skip
+    plain, rewritten = (stage(index, cache, 25, name, fill=fill, **settings) for _ in range(2))
+    assert not plain.conditional
+    rewritten.conditional = True
+    for one, other in zip(loader(plain, index), loader(rewritten, index), strict=True):
+        np.testing.assert_array_equal(one.images.numpy(), other.images.numpy())
+
+
 def follows_the_noise_law(levels, mean, std):
     """Whether grey levels, uint8 [n], are N(mean, std), rounded and clipped to [0, 255]."""
     borders = stats.norm.cdf(np.arange(255) + 0.5, mean, std)
