@@ -41,7 +41,8 @@ class Config(cutmix.Config, GuidedConfig):
 
 class Method(cutmix.Method):
     """CutMix. With the preset `paper`, the box is centred at the largest saliency of the partner's
-    crop, and pasted at the same position. Without a map it is CutMix's box.
+    crop, and pasted at the same position. Without a map, and where the crop shows nothing salient,
+    it is CutMix's box.
     """
 
     def __init__(self, config: Config, run: Run) -> None:

@@ -93,6 +93,8 @@ class PlanNodes:
             others, row = self.partners()
             settled = PlanNodes(row, fn.cast(row, dtype=types.FLOAT), self.planner)
             if self.transform_partners is not None:
+                # A batch without partners has no layout behind a GPU decoder, see partner.Fetch.
+                others = fn.reshape(others, layout="HWC")
                 others = self.transform_partners(others, settled)
             images = paste.paste(name, images, fn.cast_like(others, images), settled)
         self.row, self._single = row, fn.cast(row, dtype=types.FLOAT)

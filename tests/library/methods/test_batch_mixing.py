@@ -302,6 +302,26 @@ def test_without_a_map_saliency_mix_is_cutmix_and_says_so():
     check_equal(method("saliency_mix", None, prob=0.7).plan(these), plain)
 
 
+def test_a_crop_that_shows_nothing_salient_is_pasted_as_by_cutmix():
+    """Maps with one salient cell, at the lower right; some crops show it, and some do not."""
+
+    def corner(ids):
+        maps = np.zeros((len(ids), 7, 7), np.uint8)
+        maps[:, 6, 6] = 255
+        return maps, np.ones(len(ids), bool)
+
+    these = samples(20, 16)
+    plan = method("saliency_mix", corner, prob=1.0).plan(these)
+    plain = method("cutmix", prob=1.0).plan(these)
+    second = np.arange(320) // 16 * 16 + plan["source"]
+    # A cell has weight up to the centres of its neighbours, which lie 5.5 cells from the start.
+    hidden = (these.window[second, :2] + these.window[second, 2:] < 5.5 / 7).any(axis=1)
+    assert 0.2 < hidden.mean() < 0.9
+    np.testing.assert_array_equal(pasted(plan)[hidden], pasted(plain)[hidden])
+    assert (pasted(plan) != pasted(plain))[~hidden].any()
+    assert (plan["status"] == Status.MIXED_IN_BATCH).all()
+
+
 def test_the_official_preset_is_one_box_at_chance_for_the_batch():
     def explode(ids):
         raise AssertionError("read")
