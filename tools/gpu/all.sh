@@ -145,7 +145,7 @@ for load in 0.65 0.9; do
     --hw-decoder-load "$load"
 done
 benchmark pass 240 saliency_pass "${photographs[@]}" "${passes[@]}"
-third() { echo $(((end - SECONDS) / 3 > 15 ? (end - SECONDS) / 3 : 15)); }
+third() { echo $(((end - SECONDS) / 3 > 25 ? (end - SECONDS) / 3 : 25)); }
 table 1 "$(third)" "${table1[@]}"
 table 4 "$(third)" "${table4[@]}"
 table lt $((end - SECONDS)) "${lt[@]}" # what the others have left of the time
