@@ -7,6 +7,7 @@ are processes of one run that were given different settings.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -47,6 +48,12 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
         else:
             settings[prefix + name] = value
     return settings
+
+
+@functools.cache
+def defaults() -> dict[str, Any]:
+    """Every setting at its default, as `flat` gives it."""
+    return flat(Config(data=DataConfig(root=""), out=""))
 
 
 def identity(config: Config, data: Data) -> dict[str, Any]:
@@ -144,7 +151,7 @@ def saved_settings(out: Path, state: Mapping[str, Any] | None) -> dict[str, Any]
     settings = _renamed(settings)
     if "epochs" not in settings:
         return settings or None
-    return flat(Config(data=DataConfig(root=""), out="")) | settings
+    return defaults() | settings
 
 
 def compare(

@@ -96,7 +96,7 @@ class Method(base.Method):
             "partner_id": np.where(mixed, partner, samples.ids),
             "share": share,
             "centre": centre,
-            **_box(share, centre, size_px),
+            **paste.around("paste", share, centre, size_px),
         }
 
     def settle(
@@ -104,14 +104,11 @@ class Method(base.Method):
     ) -> dict[str, np.ndarray]:
         if not self.config.saliency:
             return {}
-        size_px, centre = plan["paste_shapes"][:, :2].astype(np.int64), plan["centre"]
-        saliency, known, missing = guidance.maps(plan["partner_id"].astype(np.int64), self.run)
-        peak, height = region.peak(saliency, window, size_px)
-        peak[:, 1] = np.where(flip, size_px[:, 1] - 1 - peak[:, 1], peak[:, 1])
-        salient = known & (height > 0)  # else the crop shows nothing of what is salient
-        centre = np.where(salient[:, None], peak, centre.astype(np.int64))
+        size_px = plan["paste_shapes"][:, :2].astype(np.int64)
+        ids, uniform = plan["partner_id"].astype(np.int64), plan["centre"].astype(np.int64)
+        centre, missing = guidance.peaks(ids, window, size_px, flip, uniform, self.run)
         status = plan["status"].astype(np.int64) | missing
-        return {"status": status, **_box(plan["share"], centre, size_px)}
+        return {"status": status, **paste.around("paste", plan["share"], centre, size_px)}
 
     def apply(self, images: DataNode, plan: Any) -> DataNode:
         return plan.paste_partners("paste", images)
@@ -122,10 +119,3 @@ class Method(base.Method):
         last = self.run.epochs - 1
         t = np.minimum(epoch, last)
         return (t >= self.config.skip_first) & (t <= last - self.config.skip_last)
-
-
-def _box(share: np.ndarray, centre: np.ndarray, size_px: np.ndarray) -> dict[str, np.ndarray]:
-    """The plan's `mu` and box. share: float64 [B]. centre, size_px: int64 [B, 2]."""
-    box = paste.box_of_share(share, centre, size_px)
-    mu = 1 - box[:, 2] * box[:, 3] / (size_px[:, 0] * size_px[:, 1])
-    return {"mu": mu} | paste.plan_of("paste", box, size_px)

@@ -35,11 +35,9 @@ class Method(batch.BatchMix):
         size_px = samples.size_px
         centre = region.uniform_centre(u, np.zeros_like(size_px), size_px - 1)
         centre, status = self._centre(samples, rows, mixed, centre)
-        box = paste.box_of_share(1 - lam, centre, size_px)
-        box = np.where(mixed[:, None], box, 0)
-        mu = 1 - box[:, 2] * box[:, 3] / (size_px[:, 0] * size_px[:, 1])
+        box = paste.around("paste", np.where(mixed, 1 - lam, 0.0), centre, size_px)
         status = np.where(mixed, status | int(Status.MIXED_IN_BATCH), 0)
-        return {"status": status, "mu": mu} | source | paste.plan_of("paste", box, size_px)
+        return {"status": status} | source | box
 
     def mix(self, images: DataNode, others: DataNode, plan: Any) -> DataNode:
         return paste.paste("paste", images, others, plan)

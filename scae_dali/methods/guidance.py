@@ -3,6 +3,7 @@
 import numpy as np
 
 from scae_dali.methods.base import Run, Status
+from scae_dali.plan import region
 
 
 def maps(ids: np.ndarray, run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -19,3 +20,23 @@ def maps(ids: np.ndarray, run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     flat = found & (stored == stored[:, :1, :1]).all(axis=(1, 2))
     status = np.where(found, 0, int(Status.NO_MAP)) + np.where(flat, int(Status.FLAT_MAP), 0)
     return stored.astype(np.float64) / 255, found & ~flat, status
+
+
+def peaks(
+    ids: np.ndarray,
+    window: np.ndarray,
+    size_px: np.ndarray,
+    flip: np.ndarray,
+    otherwise: np.ndarray,
+    run: Run,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The most salient pixels of crops, int64 [n, 2], (y, x), and status as `maps` gives it.
+
+    ids: int64 [n]. window, size_px: of the crops, see region.draw_centre. flip: bool [n], whether
+    a crop is turned left to right. otherwise: int64 [n, 2], pixels for the crops that have no map,
+    or show nothing of what is salient.
+    """
+    saliency, known, status = maps(ids, run)
+    peak, height = region.peak(saliency, window, size_px)
+    peak[:, 1] = np.where(flip, size_px[:, 1] - 1 - peak[:, 1], peak[:, 1])
+    return np.where((known & (height > 0))[:, None], peak, otherwise), status

@@ -40,6 +40,18 @@ def plan_of(name: str, box: np.ndarray, size_px: np.ndarray) -> dict[str, np.nda
     }
 
 
+def around(
+    name: str, share: np.ndarray, centre: np.ndarray, size_px: np.ndarray
+) -> dict[str, np.ndarray]:
+    """`mu`, the share of its area that an image keeps, and the fields for a box of it.
+
+    share, centre, size_px: see box_of_share; a share of 0 pastes nothing.
+    """
+    box = box_of_share(share, centre, size_px)
+    mu = 1 - box[:, 2] * box[:, 3] / (size_px[:, 0] * size_px[:, 1])
+    return {"mu": mu} | plan_of(name, box, size_px)
+
+
 def paste(name: str, images: DataNode, others: DataNode, plan: Any) -> DataNode:
     """Images (HWC) with the boxes of others, as large as they are, at the same position."""
     anchors, shapes = (

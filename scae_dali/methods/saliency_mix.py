@@ -13,7 +13,6 @@ import numpy as np
 from scae_dali.checks import check_choice
 from scae_dali.methods import cutmix, guidance
 from scae_dali.methods.base import GuidedConfig, Run, Samples
-from scae_dali.plan import region
 
 __all__ = ["Config", "Method"]
 
@@ -59,10 +58,9 @@ class Method(cutmix.Method):
             return uniform, status
         chosen = np.flatnonzero(mixed)
         second = samples.take(rows[chosen])
-        saliency, known, status[chosen] = guidance.maps(second.ids, self.run)
-        peak, height = region.peak(saliency, second.window, second.size_px)
         turned = second.flip != samples.flip[chosen]
-        peak[:, 1] = np.where(turned, second.size_px[:, 1] - 1 - peak[:, 1], peak[:, 1])
         centre = uniform.copy()
-        centre[chosen] = np.where((known & (height > 0))[:, None], peak, uniform[chosen])
+        centre[chosen], status[chosen] = guidance.peaks(
+            second.ids, second.window, second.size_px, turned, uniform[chosen], self.run
+        )
         return centre, status

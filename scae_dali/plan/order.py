@@ -47,13 +47,14 @@ class Order:
         )
         self.batch_size, self.num_shards, self.start_epoch = batch_size, num_shards, start_epoch
         self.epoch_size = epoch_size(labels, sampling, epoch_length)
-        most = max(1, self.epoch_size // len(np.unique(labels)))
-        check(
-            samples_per_turn <= most,
-            f"samples_per_turn must be at most {most}, got {samples_per_turn}: an epoch of "
-            f"{self.epoch_size} samples would end before every class had its whole turn; published "
-            "are 1 and 4",
-        )
+        if samples_per_turn > 1:
+            most = max(1, self.epoch_size // np.count_nonzero(np.bincount(labels)))
+            check(
+                samples_per_turn <= most,
+                f"samples_per_turn must be at most {most}, got {samples_per_turn}: an epoch of "
+                f"{self.epoch_size} samples would end before every class had its whole turn; "
+                "published are 1 and 4",
+            )
         self.batches = batches_per_epoch(self.epoch_size, batch_size, num_shards)
         first, last = (self.epoch_size * s // num_shards for s in (shard, shard + 1))
         self.shard_size = last - first

@@ -82,24 +82,25 @@ class Evaluation:
         finite logits at all: the figures then say nothing.
         """
         infinite = sum(ranks.gather(self._infinite.cpu().numpy()))
-        figures: dict[str, float | list[float | None]] = {}
-        for name, tally in self._tallies.items():
-            counts = sum(ranks.gather(tally.counts.cpu().numpy()))
-            gaps = sum(ranks.gather(tally.gaps.cpu().numpy()))
-            if not counts[0].any():
-                raise ValueError(
-                    "update() must see a sample on some rank before compute(), got none"
-                )
-            if not name and infinite == counts[0].sum() and ranks.first:
-                print(
-                    f"note: the network's outputs are not finite for any of the {infinite:.0f} "
-                    "validation images, so its figures say nothing: its weights or BatchNorm's "
-                    "averages are out of bounds, or amp's type is too small for its activations",
-                    file=sys.stderr,
-                )
-            found = self._figures(counts, gaps)
-            figures |= {f"val_{key}{name}": value for key, value in found.items()}
-        return figures
+        sums = {
+            name: [sum(ranks.gather(one.cpu().numpy())) for one in (tally.counts, tally.gaps)]
+            for name, tally in self._tallies.items()
+        }
+        samples = sums[""][0][0].sum()
+        if not samples:
+            raise ValueError("update() must see a sample on some rank before compute(), got none")
+        if infinite == samples and ranks.first:
+            print(
+                f"note: the network's outputs are not finite for any of the {infinite:.0f} "
+                "validation images, so its figures say nothing: its weights or BatchNorm's "
+                "averages are out of bounds, or amp's type is too small for its activations",
+                file=sys.stderr,
+            )
+        return {
+            f"val_{key}{name}": value
+            for name, (counts, gaps) in sums.items()
+            for key, value in self._figures(counts, gaps).items()
+        }
 
     def _add(self, tally: "_Tally", logits: Tensor, labels: Tensor) -> None:
         before = self._before(logits, labels)

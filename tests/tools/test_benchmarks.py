@@ -2,12 +2,14 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import run, write_images
 from PIL import Image
 
+from scae_dali.methods import Status
 from scae_dali.training.networks import make_network
 from tools import ROOT, benchmark
 from tools.common import live
@@ -147,3 +149,12 @@ def test_a_benchmark_without_rounds_is_refused():
     assert "--rounds: must be a whole number, at least 1, got 0" in run(
         "benchmark", "operator", "--rounds", 0, status=2
     )
+
+
+def test_images_that_are_erased_and_mixed_count_as_mixed():
+    mixed, erased, unguided = int(Status.MIXED), int(Status.ERASED), int(Status.NO_MAP)
+    status = torch.tensor([mixed, mixed | erased, mixed | unguided, erased, 0])
+    batch = SimpleNamespace(status=status, ids=range(5), images=torch.zeros(5, 3, 2, 2))
+    counter = live.Counter()
+    assert [len(images) for images in counter([batch, batch])] == [5, 5]
+    assert counter.share == 0.6

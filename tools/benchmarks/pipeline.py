@@ -49,7 +49,6 @@ import argparse
 import gc
 import itertools
 import os
-import re
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -62,7 +61,7 @@ import torch
 from pipelines.config import ExecConfig
 from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
-from scae_dali.methods import BUILT_IN
+from scae_dali.methods import BUILT_IN, compose
 from scae_dali.stage.images import resolve_decode
 from tools.benchmarks import peers
 from tools.benchmarks.pipeline_rows import Rows
@@ -185,7 +184,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.peers = [peer for peer in args.peers if peer != "none" and args.source == "files"]
     if "none" not in args.methods:
         parser.error("--methods must name none, the row that the ratios are to")
-    parts = {part for name in args.methods for part in re.split(r"[+|]", name)}
+    try:
+        parts = {part for name in args.methods for part in compose.split(name)}
+    except ValueError as error:
+        parser.error(f"--methods: {error}")
     if unknown := parts - set(BUILT_IN):
         parser.error(f"--methods: no method {', '.join(unknown)}; there are {', '.join(BUILT_IN)}")
     if not all(0 < share <= 0.25 for share in args.mixed_share):

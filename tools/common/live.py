@@ -20,7 +20,7 @@ import torch
 from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.data.pixels import ArrayImages
-from scae_dali.methods import Status, cmo
+from scae_dali.methods import Status, cmo, compose
 from scae_dali.plan.order import Order
 from scae_dali.stage.loader import Batch, Loader
 from scae_dali.stage.memory import batches_at_once
@@ -46,9 +46,9 @@ GUIDED: dict[str, Any] = {"epochs": 1, "start_epoch": 1, "seed": SEED}
 
 
 def acting(method: str) -> dict[str, Any]:
-    """Settings by which a method, or several joined by +, acts in every epoch of a short run."""
+    """Settings by which a method, or several joined, acts in every epoch of a short run."""
     always = {"cmo": cmo.Config(skip_first=0, skip_last=0)}
-    return {name: always[name] for name in method.split("+") if name in always}
+    return {name: always[name] for name in compose.split(method) if name in always}
 
 
 def memory_loader(
@@ -90,7 +90,7 @@ class Counter:
     def __call__(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
         """The images of the batches."""
         for batch in batches:
-            self.mixed += int((batch.status == int(Status.MIXED)).sum())
+            self.mixed += int((batch.status & int(Status.MIXED) > 0).sum())
             self.samples += len(batch.ids)
             yield batch.images
 

@@ -4,9 +4,7 @@ stops them as child processes.
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
-import functools
 import json
 import os
 import re
@@ -19,9 +17,8 @@ from typing import Any
 
 import torch
 
-from pipelines.data import DataConfig
-from pipelines.recipe import Config
-from scae_dali.methods import BUILT_IN
+from pipelines import resume
+from scae_dali.methods import BUILT_IN, compose
 from scae_dali.training import checkpoint
 from scae_dali.training.log import LogError, known_rows, read_rows
 
@@ -117,9 +114,9 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
     What a run of an older version lacks is at its default, which means what was done then.
     """
-    used = re.split(r"[+|]", config["method"])  # as train.py joins several
+    used = compose.split(config["method"])
     unused = {"out", "seed", "threads", "backend", "checkpoint_every", *BUILT_IN} - {*used}
-    known = _defaults() | _flat(config)
+    known = resume.defaults() | resume.flat(config)
     return {key: value for key, value in known.items() if key.partition(".")[0] not in unused}
 
 
@@ -153,8 +150,12 @@ def pace(rows: Sequence[Mapping[str, Any]]) -> float | None:
     images = sum(row["img_per_s"] * row["seconds"]["train"] for row in rows)
     if not images:
         return None
-    parts = ("train", "saliency", "val")
-    return sum(row["seconds"][part] for row in rows for part in parts) / images
+    return spent(rows) / images
+
+
+def spent(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds of training, passes and validation."""
+    return sum(row["seconds"][part] for row in rows for part in ("train", "saliency", "val"))
 
 
 def environment(slot: int, jobs: int, device: str) -> dict[str, str]:
@@ -216,20 +217,3 @@ def last_lines(path: Path, n: int = 15) -> list[str]:
 def _signal(child: subprocess.Popen, number: int) -> None:
     if child.poll() is None:
         os.killpg(child.pid, number)
-
-
-@functools.cache
-def _defaults() -> dict[str, Any]:
-    """All settings at their defaults, as JSON has them."""
-    config = dataclasses.asdict(Config(data=DataConfig(root=""), out=""))
-    return _flat(json.loads(json.dumps(config)))
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

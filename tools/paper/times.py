@@ -89,6 +89,4 @@ def _measured(path: Path, start: dict[str, float]) -> tuple[float, float] | None
     rows = runs.read_rows(file, runs.PACE)[int(start["epochs"]) :]
     if (found := runs.pace(rows)) is None:
         return None
-    parts = ("train", "saliency", "val")
-    inside = sum(row["seconds"][part] for row in rows for part in parts)
-    return found, max(0.0, file.stat().st_mtime - start["time"] - inside)
+    return found, max(0.0, file.stat().st_mtime - start["time"] - runs.spent(rows))

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from boxes import check_cutmixs, oracle_box, pasted
 from plans import brute_saliency
 from scipy import stats
 
@@ -52,13 +53,6 @@ def check_equal(one, other):
     assert one.keys() == other.keys()
     for key, value in one.items():
         np.testing.assert_array_equal(value, other[key], err_msg=key)
-
-
-def pasted(plan):
-    """The boxes, int64 [B, 4]; the first regions must be whole images."""
-    anchors, shapes = plan["paste_anchors"], plan["paste_shapes"]
-    assert (anchors[:, :2] == 0).all()
-    return np.concatenate([anchors[:, 2:], shapes[:, 2:]], axis=1)
 
 
 def mixed_of(plan):
@@ -190,30 +184,14 @@ def test_mixups_weights_follow_beta(alpha, per):
     assert stats.kstest(mu, stats.beta(alpha * 1.2, alpha * 1.2).cdf).pvalue < 1e-3
 
 
-def oracle_box(lam, centre, size):
-    """CutMix's box: sides √(1 - λ) of the image's, around the centre, clipped; an empty one lies at
-    the image's end, for DALI's kernel for GPUs takes it to reach from its begin to there."""
-    (cy, cx), (height, width) = centre, size
-    h, w = int(height * (1 - lam) ** 0.5), int(width * (1 - lam) ** 0.5)
-    top, bottom = max(cy - h // 2, 0), min(cy + h // 2, height)
-    left, right = max(cx - w // 2, 0), min(cx + w // 2, width)
-    if bottom == top or right == left:
-        return [height, width, 0, 0]
-    return [top, left, bottom - top, right - left]
-
-
 @pytest.mark.parametrize("per", ["sample", "batch"])
 @pytest.mark.parametrize("crop", [(32, 32), (224, 160), (5, 9), (1, 1)])
 def test_cutmix_boxes_are_the_papers(crop, per):
     one, these = method("cutmix", prob=0.8, per=per), samples(200, 5, crop=crop)
     plan = one.plan(these)
     mixed, lam, u = batch.draw(these, one.run, one.config)
-    boxes = pasted(plan)
-    for k in range(1000):
-        centre = [int(u[k, axis] * crop[axis]) for axis in (0, 1)]
-        wanted = oracle_box(lam[k], centre, crop) if mixed[k] else [*crop, 0, 0]
-        assert boxes[k].tolist() == wanted
-        assert plan["mu"][k] == 1 - wanted[2] * wanted[3] / (crop[0] * crop[1])
+    assert len(these.ids) == 1000
+    check_cutmixs(plan, mixed, lam, u, crop)
 
 
 @pytest.mark.parametrize(("side", "mean"), [(32, 0.30), (224, 0.32)])

@@ -7,6 +7,7 @@ import types
 
 import numpy as np
 import pytest
+from boxes import check_cutmixs, oracle_box, pasted
 from conftest import fill_cache
 from crops import shifted
 from nvidia.dali import fn, pipeline_def
@@ -62,22 +63,6 @@ def samples(batches, size=16, *, epoch=5, first=0, crop=(32, 32)):
     )
 
 
-def boxes_of(plan):
-    assert (plan["paste_anchors"][:, :2] == 0).all()
-    return np.concatenate([plan["paste_anchors"][:, 2:], plan["paste_shapes"][:, 2:]], axis=1)
-
-
-def oracle_box(lam, centre, size):
-    """Sides √(1 - λ) of the image's, around the centre, clipped; an empty one is at the end."""
-    (cy, cx), (height, width) = centre, size
-    h, w = int(height * (1 - lam) ** 0.5), int(width * (1 - lam) ** 0.5)
-    top, bottom = max(cy - h // 2, 0), min(cy + h // 2, height)
-    left, right = max(cx - w // 2, 0), min(cx + w // 2, width)
-    if bottom == top or right == left:
-        return [height, width, 0, 0]
-    return [top, left, bottom - top, right - left]
-
-
 def test_defaults_are_the_papers():
     config = load("cmo").Config()
     assert (config.prob, config.alpha, config.per, config.weight_power) == (0.5, 1.0, "batch", 1.0)
@@ -92,12 +77,8 @@ def test_boxes_and_weights_are_cutmixs(per, crop):
     one, these = method(per=per, prob=0.6), samples(100, 10, crop=crop)
     plan = one.plan(these)
     mixed, lam, u = batch.draw(these, one.run, one.config)
-    boxes = boxes_of(plan)
-    for k in range(1000):
-        centre = [int(u[k, axis] * crop[axis]) for axis in (0, 1)]
-        wanted = oracle_box(lam[k], centre, crop) if mixed[k] else [*crop, 0, 0]
-        assert boxes[k].tolist() == wanted
-        assert plan["mu"][k] == 1 - wanted[2] * wanted[3] / (crop[0] * crop[1])
+    assert len(these.ids) == 1000
+    check_cutmixs(plan, mixed, lam, u, crop)
     np.testing.assert_array_equal(plan["status"], np.where(mixed, Status.MIXED, 0))
     np.testing.assert_array_equal(plan["partner_id"][~mixed], these.ids[~mixed])
     assert 0.3 < mixed.mean() < 0.9
@@ -144,7 +125,7 @@ def test_nothing_is_mixed_in_the_first_and_last_epochs(first, last):
     quiet = method(skip_first=first, skip_last=last).plan(samples(4, epoch=T - 1))
     if last:
         assert (quiet["mu"] == 1).all()
-        assert (boxes_of(quiet)[:, 2:] == 0).all()
+        assert (pasted(quiet)[:, 2:] == 0).all()
 
 
 @pytest.mark.parametrize("per", ["sample", "batch"])
@@ -208,14 +189,14 @@ def test_the_box_is_centred_on_the_peak_of_the_second_images_map():
     plan = one.plan(these)
     _, lam, _ = batch.draw(these, one.run, one.config)
     rows, before, after, window, flip = settled(one, plan)
-    boxes, seen = boxes_of(after), set()
+    boxes, seen = pasted(after), set()
     for k, row in enumerate(rows):
         partner = plan["partner_id"][row]
         missing = {0: Status.NO_MAP, 1: Status.FLAT_MAP, 2: 0}[partner % 3]
         assert after["status"][k] == Status.MIXED | missing
         seen.add((int(missing), bool(flip[k])))
         if missing:
-            assert boxes[k].tolist() == boxes_of(before)[k].tolist()
+            assert boxes[k].tolist() == pasted(before)[k].tolist()
             assert after["mu"][k] == before["mu"][k]
             continue
         values = brute_saliency(MAPS[partner] / 255, window[k], *crop)
@@ -240,9 +221,9 @@ def test_a_crop_that_shows_nothing_salient_is_pasted_anywhere():
     window = np.where(shown[:, None], [[0.5, 0.5, 0.5, 0.5]], [[0.1, 0.0, 0.5, 0.8]])
     after = part | one.settle(part, window, np.zeros(n, bool))
     assert (after["status"] == Status.MIXED).all()
-    np.testing.assert_array_equal(boxes_of(after)[~shown], boxes_of(part)[~shown])
+    np.testing.assert_array_equal(pasted(after)[~shown], pasted(part)[~shown])
     np.testing.assert_array_equal(after["mu"][~shown], part["mu"][~shown])
-    boxes = boxes_of(after)[shown & (after["mu"] < 1)]
+    boxes = pasted(after)[shown & (after["mu"] < 1)]
     end = boxes[:, :2] + boxes[:, 2:]
     assert ((boxes[:, :2] <= 27) & (end > 27)).all()  # where the cell's centre is, of 32 px
 

@@ -159,6 +159,20 @@ def test_the_policies_of_cifar10_have_the_papers_sub_policies(make):
     assert [written(sub) for sub in make().sub_policies] == [one.strip() for one in listed]
 
 
+def test_as_many_images_are_moved_as_the_page_of_the_library_says():
+    def moves(operation):
+        return operation.name.startswith(("shear", "translate", "rotate"))
+
+    stay = [
+        np.prod([1 - prob for operation, prob, _ in sub if moves(operation)])
+        for sub in cifar10_policy().sub_policies
+    ]
+    assert 1 - np.mean(stay) == pytest.approx(0.18, abs=0.005)
+    levels = method("rand_augment").levels
+    stay = [np.mean([not moves(operation) for operation in level]) for level in levels]
+    assert 1 - np.prod(stay) == pytest.approx(0.59, abs=0.005)
+
+
 def test_cifar10s_magnitudes_are_torchvisions():
     theirs = torchvisions.AutoAugment(torchvisions.AutoAugmentPolicy.CIFAR10)
     space = theirs._augmentation_space(10, (1, 1))
