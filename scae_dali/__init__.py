@@ -56,6 +56,11 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'scae_dali' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"scae_dali.{_HOME[name]}"), name)
+    try:
+        module = importlib.import_module(f"scae_dali.{_HOME[name]}")
+    except ModuleNotFoundError:
+        importlib.import_module("scae_dali.checks").check_dali()
+        raise
+    value = getattr(module, name)
     globals()[name] = value
     return value

@@ -1,5 +1,7 @@
 """What settings are checked by, and the constants of images that several folders share."""
 
+import importlib
+
 # ImageNet's mean and standard deviation of R, G and B, in grey levels [0, 255].
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -9,6 +11,20 @@ def check(ok: bool, message: str) -> None:
     """Raise ValueError(message) unless ok."""
     if not ok:
         raise ValueError(message)
+
+
+def check_dali() -> None:
+    """Raise ModuleNotFoundError, with the commands that install it, where DALI is missing."""
+    try:
+        importlib.import_module("nvidia.dali")
+    except ModuleNotFoundError as error:
+        if error.name not in ("nvidia", "nvidia.dali"):
+            raise
+        raise ModuleNotFoundError(
+            "NVIDIA DALI is not installed; for CUDA 12 (or without a GPU): pip install "
+            "'scae-dali[cuda12]', for CUDA 13: pip install 'scae-dali[cuda13]'",
+            name=error.name,
+        ) from None
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
