@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from scae_dali.stage.stage import SCAE, Stage, Targets
     from scae_dali.training.losses import logit_adjustment, mixed_cross_entropy
 
+__version__ = "0.1.0"
+
 __all__ = [
     "SCAE",
     "Batch",
