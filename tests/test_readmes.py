@@ -20,6 +20,7 @@ from scae_dali.methods import BUILT_IN
 
 FOLDERS = (".", "scae_dali", "pipelines", "tools", "tools/results", "tests/field")
 PAGES = [page for folder in FOLDERS if (page := ROOT / folder / "README.md").is_file()]
+PAGES.append(ROOT / "tools" / "package" / "index_page.md")
 SCRIPT = re.compile(
     r"(?:python|torchrun(?: --[\w-]+ \d+)*) (train\.py|tools/\w+\.py)(?= |$)"
     r"|scae-dali ([\w-]+)(?= )"

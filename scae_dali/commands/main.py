@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int | str | None:
     parser.add_argument("options", metavar="…", nargs=argparse.REMAINDER, help="its options")
     given = parser.parse_args(argv)
     try:
-        check_dali()
+        if given.command != "inspect-cache":  # which reads no images
+            check_dali()
         module = importlib.import_module(f"scae_dali.commands.{given.command.replace('-', '_')}")
     except ModuleNotFoundError as error:
         if error.name == "matplotlib":

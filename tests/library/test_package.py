@@ -43,6 +43,11 @@ def test_a_cache_is_read_without_dali(cache):
     assert without_dali(code) == f"{cache.meta.samples}\n"
 
 
+def test_a_cache_is_inspected_without_dali(cache):
+    code = f"from scae_dali.commands.main import main\nmain(['inspect-cache', {cache.path!r}])"
+    assert f"{cache.meta.samples} of {cache.meta.samples} (100.00%)" in without_dali(code)
+
+
 def test_dali_that_lacks_what_it_needs_itself_is_not_called_missing(monkeypatch):
     def broken(name):
         raise ModuleNotFoundError("No module named 'gast'", name="gast")
