@@ -8,7 +8,7 @@ python=${PYTHON:-python3}
   echo "tools/venv.sh needs Python 3.10 to 3.14, $python is $("$python" --version); set PYTHON" >&2
   exit 1
 }
-wanted=$(cat setup.cfg pyproject.toml | cksum)
+wanted=$(cat setup.cfg pyproject.toml scae_dali/__init__.py | cksum)  # the last has the version
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   "$python" -m venv .venv
   .venv/bin/python -m pip install --quiet --upgrade pip
