@@ -6,6 +6,8 @@ import importlib
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
+OLDEST_DALI = (2, 2)  # as in setup.cfg
+
 
 def check(ok: bool, message: str) -> None:
     """Raise ValueError(message) unless ok."""
@@ -14,17 +16,26 @@ def check(ok: bool, message: str) -> None:
 
 
 def check_dali() -> None:
-    """Raise ModuleNotFoundError, with the commands that install it, where DALI is missing."""
+    """Raise ModuleNotFoundError where DALI is missing, and ImportError where it is too old, each
+    with the commands that install it."""
+    install = (
+        "for CUDA 12 (or without a GPU): pip install 'scae-dali[cuda12]', for CUDA 13: pip install "
+        "'scae-dali[cuda13]'"
+    )
     try:
-        importlib.import_module("nvidia.dali")
+        dali = importlib.import_module("nvidia.dali")
     except ModuleNotFoundError as error:
         if error.name not in ("nvidia", "nvidia.dali"):
             raise
         raise ModuleNotFoundError(
-            "NVIDIA DALI is not installed; for CUDA 12 (or without a GPU): pip install "
-            "'scae-dali[cuda12]', for CUDA 13: pip install 'scae-dali[cuda13]'",
-            name=error.name,
+            f"NVIDIA DALI is not installed; {install}", name=error.name
         ) from None
+    if tuple(map(int, dali.__version__.split(".")[:2])) < OLDEST_DALI:
+        oldest = ".".join(map(str, OLDEST_DALI))
+        raise ImportError(
+            f"NVIDIA DALI must be {oldest} or newer, got {dali.__version__}; remove it, and then "
+            f"{install}"
+        )
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

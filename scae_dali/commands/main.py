@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int | str | None:
         if given.command != "inspect-cache":  # which reads no images
             check_dali()
         module = importlib.import_module(f"scae_dali.commands.{given.command.replace('-', '_')}")
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if error.name == "matplotlib":
             return "error: show-erasing needs matplotlib; pip install 'scae-dali[train]'"
         return f"error: {error}"

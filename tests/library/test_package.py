@@ -48,6 +48,20 @@ def test_a_cache_is_inspected_without_dali(cache):
     assert f"{cache.meta.samples} of {cache.meta.samples} (100.00%)" in without_dali(code)
 
 
+@pytest.mark.parametrize(
+    ("version", "works"), [("2.2.0", True), ("2.10.0.dev1", True), ("2.1.9", False)]
+)
+def test_an_old_dali_is_refused(monkeypatch, version, works):
+    monkeypatch.setattr("nvidia.dali.__version__", version)
+    if works:
+        check_dali()
+        return
+    with pytest.raises(
+        ImportError, match=rf"2\.2 or newer, got {version}; .*'scae-dali\[cuda12\]'"
+    ):
+        check_dali()
+
+
 def test_dali_that_lacks_what_it_needs_itself_is_not_called_missing(monkeypatch):
     def broken(name):
         raise ModuleNotFoundError("No module named 'gast'", name="gast")
