@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from pipelines import resume as resuming
-from pipelines.recipe import Config, autocast
+from pipelines.recipe import Config
 from pipelines.state import State
 from scae_dali.checks import check
 from scae_dali.data.broken import look
@@ -30,6 +30,7 @@ from scae_dali.training import checkpoint, lock, second_stage
 from scae_dali.training.divergence import check_finite, sound
 from scae_dali.training.evaluation import Evaluation
 from scae_dali.training.log import closing, save_picture, summary
+from scae_dali.training.precision import autocast
 from scae_dali.training.ranks import Ranks
 
 LOOK_S = 5.0  # seconds for a look at the validation files, before training starts

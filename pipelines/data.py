@@ -49,7 +49,7 @@ class DataConfig:
             relative to root, a space and the number of the class.
         val_list: The same for the validation images, instead of val_dir.
         exclude: Text file of training images to leave out, one path relative to train_dir, or as in
-            train_list, on each line. tools/check_images.py writes one.
+            train_list, on each line. `scae-dali check-images` writes one.
         val_exclude: The same for the validation images, or for those that `holdout` sets aside.
         index_cache: Folder in which the lists of files are kept, so that the next run need not scan
             the folders.

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pipelines.config import ExecConfig
 from pipelines.loaders import Loaders
-from pipelines.recipe import Config, autocast
+from pipelines.recipe import Config
 from scae_dali.cache import SaliencyCache
 from scae_dali.cache.format import check_last_pass, check_neighbors, describe_pass, pass_token
 from scae_dali.checks import check
@@ -27,6 +27,7 @@ from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.harvest import Harvest
 from scae_dali.saliency.layers import unwrap
 from scae_dali.saliency.refresh import PassReport, refresh_cache, weights_digest
+from scae_dali.training.precision import autocast
 from scae_dali.training.ranks import Ranks, together
 
 
@@ -227,7 +228,7 @@ class Maps:
         every = self._ranks.gather(self.cache.coverage() if self._ranks.local == 0 else None)
         known = [coverage for coverage in every if coverage is not None]
         found, flat = min(one.found for one in known), max(one.flat for one in known)
-        remedy = "run tools/build_cache.py, which makes what is missing"
+        remedy = "run `scae-dali build-cache`, which makes what is missing"
         check(
             found > 0,
             f"saliency cache {self.cache.path!r} has no maps, and refresh_every=0 makes none: "

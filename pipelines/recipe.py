@@ -2,12 +2,10 @@
 from them."""
 
 import dataclasses
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data, DataConfig
@@ -204,7 +202,7 @@ class Config:
         check(
             guided is None or guided.refresh_every > 0 or bool(self.saliency.cache),
             "refresh_every=0 means a cache built offline, got saliency.cache=None: name it "
-            "(tools/build_cache.py builds one), or refresh every so many epochs",
+            "(`scae-dali build-cache` builds one), or refresh every so many epochs",
         )
         check(
             guided is None or self.saliency.source == "pass" or guided.refresh_every > 0,
@@ -305,10 +303,3 @@ class Config:
         """The images of the saliency pass."""
         size = self.saliency.size or self.image.size
         return dataclasses.replace(self.image, size=size, val_resize=size)
-
-
-def autocast(amp: str, device: torch.device) -> AbstractContextManager:
-    """The context of a run's mixed precision, for training and saliency passes alike."""
-    if amp == "none":
-        return nullcontext()
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[amp])

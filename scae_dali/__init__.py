@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from scae_dali.stage.stage import SCAE, Stage, Targets
     from scae_dali.training.losses import logit_adjustment, mixed_cross_entropy
 
+__version__ = "0.1.0"
+
 __all__ = [
     "SCAE",
     "Batch",
@@ -53,9 +55,18 @@ _HOME = {
 }
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'scae_dali' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"scae_dali.{_HOME[name]}"), name)
+    try:
+        module = importlib.import_module(f"scae_dali.{_HOME[name]}")
+    except ModuleNotFoundError:
+        importlib.import_module("scae_dali.checks").check_dali()
+        raise
+    value = getattr(module, name)
     globals()[name] = value
     return value

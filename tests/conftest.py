@@ -188,8 +188,8 @@ def weights_of(name, classes, path):
 
 @pytest.fixture
 def build():
-    """build_cache.py with these options."""
-    from tools import build_cache
+    """scae-dali build-cache with these options."""
+    from scae_dali.commands import build_cache
 
     def main(**options):
         argv = ["--device=cpu", "--size=32"]

@@ -20,7 +20,11 @@ from scae_dali.methods import BUILT_IN
 
 FOLDERS = (".", "scae_dali", "pipelines", "tools", "tools/results", "tests/field")
 PAGES = [page for folder in FOLDERS if (page := ROOT / folder / "README.md").is_file()]
-SCRIPT = re.compile(r"(?:python|torchrun(?: --[\w-]+ \d+)*) (train\.py|tools/\w+\.py)(?= |$)")
+PAGES.append(ROOT / "tools" / "package" / "index_page.md")
+SCRIPT = re.compile(
+    r"(?:python|torchrun(?: --[\w-]+ \d+)*) (train\.py|tools/\w+\.py)(?= |$)"
+    r"|scae-dali ([\w-]+)(?= )"
+)
 
 
 def commands(page: Path) -> list[str]:
@@ -66,9 +70,11 @@ def parse_train(options: list[str]) -> None:
         Config(**{field.name: settings[field.name] for field in dataclasses.fields(Config)})
 
 
-def parse_tool(name: str, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def parse_tool(
+    name: str, options: list[str], monkeypatch: pytest.MonkeyPatch, package: str = "tools"
+) -> None:
     """Options of a tool: its function `parse`, or its `main` until the parser is through."""
-    module = importlib.import_module(f"tools.{name}")
+    module = importlib.import_module(f"{package}.{name}")
     if name == "benchmark" and not options:
         return  # lists the benchmarks
     if name == "benchmark" and options[0] in module.NAMES:
@@ -89,9 +95,11 @@ def parse_tool(name: str, options: list[str], monkeypatch: pytest.MonkeyPatch) -
 
 
 def check(line: str, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    script, options = SCRIPT.match(line)[1], words(line, folder)
+    (script, command), options = SCRIPT.match(line).groups(), words(line, folder)
     if script == "train.py":
         parse_train([one for one in options if one != "--help"])
+    elif command is not None:
+        parse_tool(command.replace("-", "_"), options, monkeypatch, "scae_dali.commands")
     else:
         parse_tool(Path(script).stem, [one for one in options if one != "--help"], monkeypatch)
 
@@ -111,6 +119,7 @@ def test_a_command_is_understood(page, line, folder, monkeypatch):
         "python train.py --config pipelines/demo.yaml --epochs many",
         "python tools/compare_runs.py run --no-such",
         "python tools/pointing_game.py --data DIR",
+        "scae-dali inspect-cache maps.lmdb --no-such",
     ],
 )
 def test_a_command_that_is_not_is_found(line, folder, monkeypatch):
@@ -128,7 +137,7 @@ def test_the_settings_on_the_page_on_training_exist_with_these_defaults():
         name: yaml.safe_load(value) for name, value in listed.items()
     }
     named = set(re.findall(r"`--([\w.]+)[ `]", text))
-    assert named - {*defaults} == {"decode"}  # of tools/check_images.py
+    assert named - {*defaults} == {"decode"}  # of scae-dali check-images
 
 
 def anchors(page: Path) -> set[str]:

@@ -26,13 +26,14 @@ from torch import Tensor
 from pipelines.config import ExecConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
-from pipelines.recipe import Config, autocast
+from pipelines.recipe import Config
 from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods.keep_augment import importance
 from scae_dali.stage.stage import Stage
 from scae_dali.training import checkpoint
 from scae_dali.training.networks import make_network
+from scae_dali.training.precision import autocast
 from tools.common.about import about, write_json
 from tools.common.options import add_data, parser_of
 from tools.paper.jobs import resolve

@@ -1,7 +1,6 @@
-"""Show what a saliency cache holds.
+"""Show what a saliency cache holds: how its maps were made, how many there are, and their age.
 
-python tools/inspect_cache.py imagenet.lmdb
-python tools/inspect_cache.py imagenet.lmdb --json
+The same as `scae-dali inspect-cache`.
 """
 
 import sys

@@ -4,14 +4,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' || {
-  echo "tools/venv.sh needs Python 3.10 to 3.13, $python is $("$python" --version); set PYTHON" >&2
+"$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 15))' || {
+  echo "tools/venv.sh needs Python 3.10 to 3.14, $python is $("$python" --version); set PYTHON" >&2
   exit 1
 }
-wanted=$(cat setup.cfg pyproject.toml | cksum)
+wanted=$(cat setup.cfg pyproject.toml scae_dali/__init__.py | cksum)  # the last has the version
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   "$python" -m venv .venv
   .venv/bin/python -m pip install --quiet --upgrade pip
-  .venv/bin/python -m pip install --quiet --editable '.[test]'
+  .venv/bin/python -m pip install --quiet --editable '.[cuda12,test]'
   echo "$wanted" > .venv/installed
 fi

@@ -57,8 +57,8 @@ __all__ = ["SaliencyCache"]
 
 PATIENCE = 2.0  # seconds that a claim waits for a process that is about to end, or to begin a pass
 _ADVICE = (
-    "take a cache of your own (build_cache.py: another --out; train.py: another --saliency.cache, "
-    "or none)"
+    "take a cache of your own (scae-dali build-cache: another --out; train.py: another "
+    "--saliency.cache, or none)"
 )
 
 

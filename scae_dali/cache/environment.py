@@ -298,7 +298,7 @@ def require_data_file(path: str) -> None:
     if _identity(path) is None:
         raise CacheError(
             f"no saliency cache at {path!r}: the directory holds no {DATA_FILE}; build one with "
-            "tools/build_cache.py or SaliencyCache.create"
+            "`scae-dali build-cache` or SaliencyCache.create"
         )
 
 
@@ -306,7 +306,7 @@ def _require_directory(path: str) -> None:
     if not os.path.isdir(path):
         what = "a file is there" if os.path.lexists(path) else "the directory does not exist"
         raise CacheError(
-            f"no saliency cache at {path!r}: {what}; build one with tools/build_cache.py or "
+            f"no saliency cache at {path!r}: {what}; build one with `scae-dali build-cache` or "
             "SaliencyCache.create"
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from scae_dali.cache.cache import CacheError, SaliencyCache
+from scae_dali.commands.options import parser_of
 
 
 def summary(cache: SaliencyCache) -> dict[str, Any]:
@@ -57,8 +57,8 @@ def text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    parser = parser_of(__doc__, prog=prog)
     parser.add_argument("cache", metavar="CACHE", help="folder of the cache, such as imagenet.lmdb")
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     args = parser.parse_args(argv)

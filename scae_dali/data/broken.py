@@ -160,7 +160,7 @@ def explain(message: str, index: ImageIndex) -> str:
     deep = "" if any(wrong != _UNDECODABLE for _, wrong in broken) else " --decode"
     lines.append(
         f"Mend or remove {them}, or leave {them} out with exclude= {_OPTION}; "
-        f"tools/check_images.py{deep} finds every such file and writes the list."
+        f"`scae-dali check-images{deep}` finds every such file and writes the list."
     )
     operator = _OPERATOR.search(message)
     where = f" in {operator[1].removeprefix('nvidia.dali.')}" if operator else ""
@@ -224,7 +224,7 @@ def look(index: ImageIndex, seconds: float) -> None:
         f"of {seconds:g} s can tell:\n"
         + "\n".join(lines)
         + "\nMend or remove them, or leave them out "
-        "with --data.val_exclude and a file of their paths, one a line; tools/check_images.py "
+        "with --data.val_exclude and a file of their paths, one a line; `scae-dali check-images` "
         "writes it"
     )
 

@@ -424,7 +424,7 @@ def _look_at(cache: SaliencyCache, samples: int, refresh_every: int) -> None:
     if not found and not refresh_every:
         raise ValueError(
             f"saliency cache {cache.path!r} has no maps, and gets none with refresh_every=0: build "
-            "it by tools/build_cache.py or refresh_cache, or leave refresh_every out"
+            "it by `scae-dali build-cache` or refresh_cache, or leave refresh_every out"
         )
     if 0 < found < samples:
         warnings.warn(

@@ -94,13 +94,12 @@ def test_an_epoch_that_no_map_can_carry_is_refused_before_any_work(build, epoch,
 
 
 def test_build_cache_of_many_classes_names_the_option(build, tmp_path, monkeypatch):
-    from tools import build_cache
+    from scae_dali.commands import build_cache
 
     index = ImageIndex.from_arrays(["a"], np.zeros(1, np.int64), classes=range(70_001))
-    monkeypatch.setattr(build_cache, "open_data", lambda arguments: SimpleNamespace(train=index))
+    monkeypatch.setattr(build_cache, "open_images", lambda arguments: index)
     monkeypatch.setattr(build_cache, "load_model", lambda *_: Net())
     monkeypatch.setattr(build_cache, "classifier_of", lambda *_: None)
-    monkeypatch.setattr(build_cache, "Loaders", lambda *_, **__: None)
     with pytest.raises(SystemExit, match=MANY):
         build(data="x", model="x", out=tmp_path / "maps.lmdb", neighbors=2)
     assert not (tmp_path / "maps.lmdb").exists()

@@ -180,7 +180,7 @@ def offline(tmp_path):
     ("found", "blank", "notes"),
     [
         (10, 0, []),
-        (9, 0, ["has maps of 9 of 10 samples; the others are erased uniformly: run tools/build_"]),
+        (9, 0, ["has maps of 9 of 10 samples; the others are erased uniformly: run `scae-dali"]),
         (7, 2, ["has maps of 7 of 10 samples", "2 of 7 maps in saliency cache"]),
     ],
 )
@@ -193,7 +193,9 @@ def test_an_offline_cache_says_what_it_lacks(offline, capsys, found, blank, note
 
 
 def test_an_offline_cache_without_maps_is_refused(offline):
-    with pytest.raises(ValueError, match=r"has no maps, and refresh_every=0 makes none: run tools"):
+    with pytest.raises(
+        ValueError, match=r"has no maps, and refresh_every=0 makes none: run `scae-dali"
+    ):
         offline(0, 0)
 
 

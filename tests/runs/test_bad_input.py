@@ -97,7 +97,9 @@ def test_a_broken_file_is_named_with_its_remedy(tmp_path, kind, fault):
     with pytest.raises(ImageError, match=rf"^'{tmp_path}/bad one.jpg' {reason}") as error:
         list(loader(kind, index))
     assert "Mend or remove it, or leave it out with exclude=" in str(error.value)
-    assert re.search(r"tools/check_images.py( --decode)? finds every such file", str(error.value))
+    assert re.search(
+        r"`scae-dali check-images( --decode)?` finds every such file", str(error.value)
+    )
     sound = ImageIndex.from_arrays(
         index.files, index.labels, tmp_path, num_classes=2, exclude=["bad one.jpg"]
     )
@@ -263,7 +265,7 @@ def test_a_missing_or_short_record_means_no_guidance_and_is_counted(index, tmp_p
 
 def test_a_cache_of_something_else_is_refused(index, tmp_path):
     settings: dict[str, Any] = {"epochs": 1, "batch_size": 8, "seed": 1}
-    with pytest.raises(CacheError, match=r"no saliency cache at .*nowhere.*tools/build_cache"):
+    with pytest.raises(CacheError, match=r"no saliency cache .*nowhere.*`scae-dali build-cache`"):
         SCAE(index, str(tmp_path / "nowhere"), **settings)
     fill_cache(tmp_path / "maps", index).close()
     other = index.subset(np.arange(20))
@@ -521,7 +523,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no cache there": (
         OFFLINE | {"saliency__cache": "PLACE/none.lmdb"},
-        "no saliency cache at '.*/none.lmdb': .* build one with tools/build_cache.py",
+        "no saliency cache at '.*/none.lmdb': .* build one with `scae-dali build-cache`",
     ),
     "cache of other data": (
         OFFLINE | {"saliency__cache": "PLACE/three.lmdb"},

@@ -99,4 +99,4 @@ def test_show_erasing_without_a_cache(tmp_path, images):
         *("--data", images, "--cache", tmp_path / "none.lmdb", "--out", tmp_path / "sheet.png"),
         status=1,
     )
-    assert f"build_cache.py --data {images} --model" in out
+    assert f"scae-dali build-cache --data {images} --model" in out

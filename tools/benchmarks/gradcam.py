@@ -20,9 +20,9 @@ from importlib import metadata
 import torch
 import torchvision
 
-from pipelines.recipe import autocast
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.scorecam import ScoreCAM
+from scae_dali.training.precision import autocast
 from tools.common import bench
 from tools.common.options import add_batch_size, add_device, add_precision, count
 

@@ -36,11 +36,11 @@ from torch.nn.functional import interpolate
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
-from pipelines.recipe import autocast
 from scae_dali.cache import SaliencyCache
+from scae_dali.commands.build_cache import load_model
 from scae_dali.saliency.refresh import agreement
+from scae_dali.training.precision import autocast
 from tools.benchmarks.passes import Passes
-from tools.build_cache import load_model
 from tools.common import bench, live
 from tools.common.made_up import SEED, epoch_index
 from tools.common.options import (

@@ -32,7 +32,6 @@ import torch
 from pipelines.config import ExecConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
-from pipelines.recipe import autocast
 from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 from scae_dali.saliency.gradcam import GradCAM
@@ -42,6 +41,7 @@ from scae_dali.stage.stage import Stage
 from scae_dali.training.losses import Loss, LossConfig
 from scae_dali.training.networks import make_network
 from scae_dali.training.optim import OptimConfig
+from scae_dali.training.precision import autocast
 from tools.benchmarks.passes import Passes
 from tools.common import bench
 from tools.common.live import GUIDED, Row, endless, medians, settle

@@ -19,7 +19,6 @@ import torch
 from pipelines.config import ImageConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
-from pipelines.recipe import autocast
 from scae_dali.methods import BUILT_IN, Status
 from scae_dali.plan.crop import CropConfig
 from scae_dali.saliency.gradcam import GradCAM
@@ -29,6 +28,7 @@ from scae_dali.stage.loader import Batch, Loader
 from scae_dali.training.losses import Loss, LossConfig
 from scae_dali.training.networks import make_network
 from scae_dali.training.optim import EMA
+from scae_dali.training.precision import autocast
 from tools.common.live import memory_loader
 from tools.common.made_up import long_tailed, random_cache, random_images
 from tools.gpu.checks import (

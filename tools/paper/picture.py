@@ -29,7 +29,7 @@ from PIL import Image
 from torch import nn
 
 import scae_dali
-from tools.common.draw import weights
+from scae_dali.commands.show_erasing import weights
 
 # Photograph -> the number of its class among ImageNet's sorted names; the crop (y, x, h, w) in px;
 # and which epoch's rectangle is shown.

@@ -8,8 +8,9 @@ import time
 import torch
 from torch.nn.functional import cross_entropy
 
-from pipelines.recipe import Config, autocast
+from pipelines.recipe import Config
 from scae_dali.training.networks import make_network
+from scae_dali.training.precision import autocast
 from scae_dali.training.ranks import pick_device
 
 __all__ = ["pace"]

@@ -119,12 +119,12 @@ def test_the_file_that_dali_names_leads_and_no_other_is_looked_at(index, monkeyp
     assert said.splitlines() == [
         f"'{root}/0010.jpg' does not decode.",
         "Mend or remove it, or leave it out with exclude= (train.py: --data.exclude); "
-        "tools/check_images.py --decode finds every such file and writes the list.",
+        "`scae-dali check-images --decode` finds every such file and writes the list.",
         "DALI in fn.decoders.image: Failed to decode sample #3 : 0010.jpg",
     ]
     said = explain(DECODE.format(f"File mapping failed: {root}/0007.jpg"), index)
     assert said.startswith(f"'{root}/0007.jpg' is empty.\n")
-    assert "tools/check_images.py finds every" in said
+    assert "`scae-dali check-images` finds every" in said
 
 
 def test_without_a_name_the_files_are_looked_at(index):
@@ -146,7 +146,7 @@ def test_where_a_look_finds_nothing_it_says_so(index):
     assert said.startswith(
         f"A file in '{index.root}' cannot be read or decoded; a quick look found none.\n"
     )
-    assert "tools/check_images.py --decode finds every such file" in said
+    assert "`scae-dali check-images --decode` finds every such file" in said
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""tools/check_images.py: which files it names, what it writes, how it ends."""
+"""scae-dali check-images: which files it names, what it writes, how it ends."""
 
 import subprocess
 import sys
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import TOOLS, write_images
 
+from scae_dali.commands import check_images
 from scae_dali.data.index import ImageIndex
-from tools import check_images
 
 
 @pytest.fixture

@@ -1,0 +1,48 @@
+"""The console command `scae-dali`: runs one of the commands beside this module."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from scae_dali.checks import check_dali
+
+# What each does, told here so that --help need not import them all.
+COMMANDS = {
+    "build-cache": "build a saliency cache from a trained network",
+    "inspect-cache": "show what a saliency cache holds",
+    "check-images": "find the broken images of a data set",
+    "show-erasing": "draw images with their saliency maps and what is erased",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int | str | None:
+    """Run a command with its options. Returns its exit status, or a message, as sys.exit takes."""
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="scae-dali",
+        description="Commands around saliency caches. `scae-dali COMMAND --help` tells the options "
+        "of one.",
+        epilog="commands:\n" + "\n".join(f"  {c:{width}}  {does}" for c, does in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"scae-dali {version('scae-dali')}")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
+    parser.add_argument("options", metavar="…", nargs=argparse.REMAINDER, help="its options")
+    given = parser.parse_args(argv)
+    try:
+        if given.command != "inspect-cache":  # which reads no images
+            check_dali()
+        module = importlib.import_module(f"scae_dali.commands.{given.command.replace('-', '_')}")
+    except ImportError as error:
+        if error.name == "matplotlib":
+            return "error: show-erasing needs matplotlib; pip install 'scae-dali[train]'"
+        return f"error: {error}"
+    return module.main(given.options, prog=f"scae-dali {given.command}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
