@@ -111,7 +111,9 @@ class Config:
         out: Folder of the run, for its checkpoint, metrics, weights and saliency cache. It must be
             new, or hold a run that is resumed.
         model: Name of a classification network of torchvision, or of one for 32 px: cifar_resnet20,
-            cifar_resnet32, cifar_resnet44, cifar_resnet56 or cifar_resnet18.
+            cifar_resnet32, cifar_resnet44, cifar_resnet56 or cifar_resnet18. timm:NAME takes a
+            network of timm. package.module:function takes what your own function makes, which is
+            called with num_classes.
         method: Augmentation, by its name (scae, random_erasing, …; none is crop and flip alone), or
             the dotted name of a module of your own. Several are joined by a plus sign, such as
             rand_augment+scae. `mixup|cutmix` takes one of the two for each batch.

@@ -83,6 +83,17 @@ def test_a_network_without_a_linear_classifier_gets_no_neighbours(build, tmp_pat
         assert (cache.stamps() == 0).all()
 
 
+def test_maps_of_a_network_of_timm(build, tmp_path):
+    write_pngs(tmp_path / "data", {"a": 2, "b": 1}, (32, 32))
+    out, name = tmp_path / "maps.lmdb", "timm:resnet10t"
+    net = weights_of(name, 2, tmp_path / "w.pt")
+    build(data=tmp_path / "data", model=name, weights=tmp_path / "w.pt", size=64, out=out)
+    with SaliencyCache(out, index=ImageIndex(tmp_path / "data")) as cache:
+        assert (cache.meta.model, cache.meta.layer) == (name, "layer4")
+        assert tuple(cache.meta.grid) == GradCAM(net).grid(64) == (2, 2)
+        assert (cache.stamps() == 0).all()
+
+
 def test_a_tail_of_folders_is_made_as_a_list(build, tmp_path):
     with pytest.raises(SystemExit, match=r"--imbalance is of CIFAR's own files, got 10.0 with"):
         build(data=tmp_path, model="resnet18", out=tmp_path / "maps.lmdb", imbalance=10)
