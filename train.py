@@ -13,10 +13,12 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import jsonargparse
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from pipelines import resume as resuming
@@ -55,7 +57,8 @@ class Run(State):
         """Train what is left of the epoch, with checkpoints in between and at its end."""
         self.loader = self.loader or self.build_loader()
         self.set_train_mode()
-        steps, every = len(self.loader), self.config.checkpoint_every
+        batches_of_step = self.config.accumulate
+        steps, every = len(self.loader), self.config.checkpoint_every * batches_of_step
         recent = RecentSteps(self)
         bar = tqdm(total=steps, initial=self.step, desc=f"epoch {self.epoch}", unit="step",
                    leave=False, disable=not self.ranks.first)  # fmt: skip
@@ -64,8 +67,9 @@ class Run(State):
             while (batch := self.next_batch(batches)) is not None:
                 if self.step == 0 and self.ranks.first:
                     self.save_first_images(batch)
-                done = self.epoch * steps + self.step
-                self.config.optim.set_lr(self.optimizer, done, steps, self.config.epochs)
+                done, of_epoch = self.step // batches_of_step, -(-steps // batches_of_step)
+                done += self.epoch * of_epoch
+                self.config.optim.set_lr(self.optimizer, done, of_epoch, self.config.epochs)
                 self.train_step(batch, recent.score)
                 self.meter.add_batch(batch.status)
                 self.step += 1
@@ -96,20 +100,31 @@ class Run(State):
         save_picture(self.out / "erased.png", batch.images, image.mean, image.std)
 
     def train_step(self, batch: Batch, score: torch.Tensor) -> None:
-        """A step of the optimiser. score: float [2], to which the loss and the hits of the batch
-        are added, each a sum over its images."""
+        """A batch, the last of a step of the optimiser or one before it, whose gradient is kept.
+        score: float [2], to which the loss and the hits of the batch are added, each a sum over its
+        images."""
+        assert self.loader is not None
+        place = self.step % self.config.accumulate
+        batches = min(self.config.accumulate, len(self.loader) - (self.step - place))
+        ends = place + 1 == batches
         images = batch.images.contiguous(memory_format=self.layout)
-        with autocast(self.config.amp, self.device):
-            logits = self.model(images)
-        if self.harvest is not None:
-            self.harvest.add(batch)
-        loss = self.loss.at(self.epoch)(logits, batch.labels, batch.partners, batch.mu)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.ema is not None:
-            self.ema.update_parameters(self.net)
+        alone = not isinstance(self.model, DistributedDataParallel)
+        with nullcontext() if alone or ends else self.model.no_sync():  # type: ignore[operator]
+            with autocast(self.config.amp, self.device):
+                logits = self.model(images)
+            if self.harvest is not None:
+                self.harvest.add(batch)
+            loss = self.loss.at(self.epoch)(logits, batch.labels, batch.partners, batch.mu)
+            if place == 0:
+                self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(loss / batches).backward()
+        if ends:
+            self.scaler.unscale_(self.optimizer)
+            self.config.optim.clip_gradients(self.optimizer)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.ema is not None:
+                self.ema.update_parameters(self.net)
         hits = (logits.argmax(1) == batch.labels).sum()
         score += torch.stack([loss.detach() * len(images), hits])
 

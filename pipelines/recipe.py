@@ -121,7 +121,7 @@ class Config:
         method_args: Settings of a module of your own, as JSON. If several methods are joined, they
             stand under the module's name.
         image: How images become tensors
-        optim: Optimiser (SGD) and schedule of the learning rate
+        optim: Optimiser and schedule of the learning rate
         loss: Logit adjustment, label smoothing and weights of the classes
         second_stage: Second stage, which trains the classifier again on the features of a first run
         sampling: `shuffle` shows every image once in an epoch. `class_balanced` shows every class
@@ -132,6 +132,9 @@ class Config:
         saliency: Saliency maps, for methods that look at them
         epochs: Number of epochs, T in eq. 5.
         batch_size: Number of images in a batch of one process.
+        accumulate: How many batches make up one step of the optimiser. The gradient is the mean of
+            theirs. At the end of an epoch fewer are left, and are a step of their own. Learning
+            rate and checkpoint_every count steps of the optimiser.
         threads: DALI's CPU threads in one process.
         hw_decoder_load: Share of a batch, from 0 to 1, that the GPU's JPEG engine decodes, if the
             GPU has one.
@@ -162,6 +165,7 @@ class Config:
     saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
     epochs: int = 100
     batch_size: int = 256
+    accumulate: int = 1
     threads: int = 4
     hw_decoder_load: float = ExecConfig.hw_decoder_load
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -174,6 +178,10 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
+        check(
+            self.accumulate >= 1,
+            f"accumulate must be at least 1 batch a step, got {self.accumulate}",
+        )
         check_seed(self.seed)
         if self.backend == "numpy":
             object.__setattr__(self, "backend", "python")
