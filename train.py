@@ -10,6 +10,7 @@ Killed at any time, a run goes on with --resume from its last checkpoint, within
 
 import dataclasses
 import gc
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,13 +25,13 @@ from tqdm import tqdm
 from pipelines import resume as resuming
 from pipelines.recipe import Config, autocast
 from pipelines.state import State
+from pipelines.validation import evaluate, validate
 from scae_dali.checks import check
 from scae_dali.data.broken import look
 from scae_dali.plan import schedule
 from scae_dali.stage.loader import Batch, ImageError
 from scae_dali.training import checkpoint, lock, second_stage
 from scae_dali.training.divergence import check_finite, sound
-from scae_dali.training.evaluation import Evaluation
 from scae_dali.training.log import closing, save_picture, summary
 from scae_dali.training.ranks import Ranks
 
@@ -136,14 +137,8 @@ class Run(State):
         model = self.net if self.ema is None else self.ema
         for shared in dict.fromkeys((self.net, model)):  # in the same order on all ranks
             self.ranks.share_buffers(shared)
-        model.eval()
         counts = self.index.class_counts
-        evaluation = Evaluation(counts, self.device, self.config.post_hoc(counts))
-        for batch in self.val_loader:
-            with autocast(self.config.amp, self.device):
-                logits = model(batch.images.contiguous(memory_format=self.layout))
-            evaluation.update(logits, batch.labels)
-        metrics = evaluation.compute(self.ranks)
+        metrics = validate(self.config, model, self.val_loader, counts, self.ranks)
         self.meter.add_validation(time.perf_counter() - start)
         epoch, guided = self.epoch - 1, self.config.guided_config()
         lam_max = 0.0 if guided is None else guided.lam_max
@@ -230,7 +225,7 @@ def train(config: Config, resume: bool) -> None:
     """Train to the last epoch. Nothing is written where `out` holds a run, unless resumed."""
     ranks = Ranks(config.device)
     torch.backends.cudnn.benchmark = True  # images are of one size
-    resuming.agree(ranks, resuming.flat(config) | {"resume": resume})
+    resuming.agree(ranks, resuming.all_settings(config) | {"resume": resume})
     out = Path(config.out)
     with lock.hold(out, ranks) as check_folder:
         run = begin(config, ranks, resume, check_folder)
@@ -253,16 +248,32 @@ def make_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in `out`, if there is one"
     )
+    parser.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="print the validation metrics of `weights` as JSON, and train nothing; no `out` is "
+        "needed",
+    )
     return parser
 
 
 def main() -> None:
     parser = make_parser()
+    if "--evaluate" in sys.argv:
+        parser.set_defaults(out="")
     arguments = parser.parse_args()
     try:
         settings = parser.instantiate(arguments)
         names = {f.name for f in dataclasses.fields(Config)}
-        train(Config(**{name: settings[name] for name in names}), settings.resume)
+        config = Config(**{name: settings[name] for name in names})
+        if settings.evaluate:
+            ranks = Ranks(config.device)
+            metrics = evaluate(config, ranks)
+            if ranks.first:
+                print(json.dumps(metrics))
+            ranks.close()
+        else:
+            train(config, settings.resume)
     except (ValueError, ImageError, OSError) as error:
         sys.exit(f"error: {error}")
 

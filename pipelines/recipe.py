@@ -114,6 +114,8 @@ class Config:
             cifar_resnet32, cifar_resnet44, cifar_resnet56 or cifar_resnet18. timm:NAME takes a
             network of timm. package.module:function takes what your own function makes, which is
             called with num_classes.
+        weights: File with a state_dict of the network, which training starts from and --evaluate
+            validates. null starts from random weights.
         method: Augmentation, by its name (scae, random_erasing, …; none is crop and flip alone), or
             the dotted name of a module of your own. Several are joined by a plus sign, such as
             rand_augment+scae. `mixup|cutmix` takes one of the two for each batch.
@@ -152,6 +154,7 @@ class Config:
     data: DataConfig
     out: str
     model: str = "resnet50"
+    weights: str | None = None
     method: str = "scae"
     switch_prob: float = switch.Config.switch_prob
     method_args: dict[str, Any] = field(default_factory=dict)
@@ -181,6 +184,12 @@ class Config:
         check(
             self.accumulate >= 1,
             f"accumulate must be at least 1 batch a step, got {self.accumulate}",
+        )
+        check(
+            self.weights is None or not self.second_stage.classifier,
+            f"weights are those that a first training starts from, got {self.weights!r} with "
+            f"second_stage.classifier={self.second_stage.classifier}: a second stage starts from "
+            "second_stage.weights",
         )
         check_seed(self.seed)
         if self.backend == "numpy":

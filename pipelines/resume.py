@@ -31,7 +31,7 @@ _WHERE = {"data.root", "data.index_cache", "threads", "hw_decoder_load"}
 _FILES = {"data.train_list", "data.val_list", "data.exclude", "second_stage.weights"}
 _FREE = _WHERE | {"out", "checkpoint_every", "compile", "device", "data.val_exclude"}
 _FREE |= {"saliency.batch_size", "saliency.cache"}
-_CONTENTS = ("data", "val", "weights")  # fingerprints of the images, and of the first stage
+_CONTENTS = ("data", "val", "weights")  # fingerprints of the images, and of what it starts from
 _OF_A_RUN = ("config.json", "checkpoint.pt", "metrics.jsonl", "weights.pt")
 _ABSENT = "no such setting"
 
@@ -49,10 +49,15 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return settings
 
 
+def all_settings(config: Config) -> dict[str, Any]:
+    """`flat`, without the file of the weights that a run starts from: its content counts."""
+    return {name: value for name, value in flat(config).items() if name != "weights"}
+
+
 def identity(config: Config, data: Data) -> dict[str, Any]:
     """What a run is of, for its checkpoint: all settings, and the images and weights they name."""
-    weights = config.second_stage.weights  # of the first stage
-    return flat(config) | {
+    weights = config.weights or config.second_stage.weights
+    return all_settings(config) | {
         "data": data.train.fingerprint,
         "val": data.val.fingerprint,
         "weights": _digest(weights) if weights and os.path.isfile(weights) else None,
@@ -135,7 +140,9 @@ def saved_settings(out: Path, state: Mapping[str, Any] | None) -> dict[str, Any]
     path = out / "config.json"
     if "epochs" not in settings and path.exists():
         try:
-            settings = flat(json.loads(path.read_text())) | settings
+            written = flat(json.loads(path.read_text()))
+            written.pop("weights", None)  # the file, of which a checkpoint has the digest
+            settings = written | settings
         except (ValueError, AttributeError) as error:
             raise ValueError(
                 f"{str(path)!r} cannot be read ({error}); restore it from a copy, or start in a "
@@ -144,7 +151,7 @@ def saved_settings(out: Path, state: Mapping[str, Any] | None) -> dict[str, Any]
     settings = _renamed(settings)
     if "epochs" not in settings:
         return settings or None
-    return flat(Config(data=DataConfig(root=""), out="")) | settings
+    return all_settings(Config(data=DataConfig(root=""), out="")) | settings
 
 
 def compare(
