@@ -20,8 +20,8 @@ from scae_dali.saliency.reach import serving
 __all__ = ["classifier_of", "default_layer", "find_layer", "serving_layers", "unwrap"]
 
 # By class name, so that subclasses and look-alikes (timm's ResNet) are found too. The first name
-# that the network has counts, since torchvision's and timm's networks share class names. "-1" is
-# the last child of what precedes it.
+# that the network has counts, since networks of torchvision, timm and others share class names.
+# "-1" is the last child of what precedes it.
 _LAYERS = {
     "AlexNet": ("features",),
     "Beit": ("blocks.-1.norm1",),
@@ -29,7 +29,7 @@ _LAYERS = {
     "CifarResNet": ("layer3",),
     "ConvNeXt": ("features", "stages"),
     "DenseNet": ("features",),
-    "EfficientNet": ("features", "bn2"),
+    "EfficientNet": ("features", "bn2", "_bn1"),
     "Eva": ("blocks.-1.norm1",),
     "GoogLeNet": ("inception5b",),
     "Inception3": ("Mixed_7c",),

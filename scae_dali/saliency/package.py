@@ -46,7 +46,7 @@ class PackageCAM(GradCAM):
             made = self._class(self.model, [self._module])
             made.activations_and_grads.release()
         self._uses_gradients: bool = made.uses_gradients
-        self._reads_tensors: bool = made.detach
+        self._detached: bool = made.detach
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         labels, extremes = check_inputs(images, labels)
@@ -57,7 +57,7 @@ class PackageCAM(GradCAM):
             output, _ = self._forward(images[:1], (0, 0), lambda output: output)
             layout = self._layout(output, images[:1])
             check(
-                layout.axes == "[B,C,h,w]" or self._reads_tensors,
+                layout.axes == "[B,C,h,w]" or self._detached,
                 f"method {self.method!r} needs a layer that gives [B,C,h,w], and {self.layer!r} "
                 f"gives {layout}; pass another layer, or method='gradcam'",
             )
@@ -84,13 +84,13 @@ class PackageCAM(GradCAM):
         gradients, float[B,C,h,w], the latter None where the method uses none."""
         more: dict[str, Any] = {}
         if layout.axes != "[B,C,h,w]":
-            if self._reads_tensors:
+            if self._detached:
                 more["reshape_transform"] = lambda output: layout.maps(output).float()
             if "ablation_layer" in inspect.signature(self._class).parameters:
                 more["ablation_layer"] = importlib.import_module(
                     "pytorch_grad_cam"
                 ).AblationLayerVit()
-        elif self._reads_tensors:
+        elif self._detached:
             more["reshape_transform"] = lambda output: output.float()  # NumPy has no bfloat16
         parameters = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
         hooks = dict(self._module._forward_hooks)
@@ -107,7 +107,7 @@ class PackageCAM(GradCAM):
         try:
             for parameter, _, _ in parameters:
                 # The images' own gradient is enough, unless gradients are differentiated again.
-                parameter.requires_grad_(not self._reads_tensors)
+                parameter.requires_grad_(not self._detached)
             with torch.enable_grad(), warnings.catch_warnings(), np.errstate(all="ignore"):
                 warnings.simplefilter("ignore")
                 leaf = images.clone().requires_grad_(self._uses_gradients)
