@@ -10,25 +10,28 @@ Killed at any time, a run goes on with --resume from its last checkpoint, within
 
 import dataclasses
 import gc
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import jsonargparse
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from pipelines import resume as resuming
 from pipelines.recipe import Config
 from pipelines.state import State
+from pipelines.validation import evaluate, validate
 from scae_dali.checks import check
 from scae_dali.data.broken import look
 from scae_dali.plan import schedule
 from scae_dali.stage.loader import Batch, ImageError
 from scae_dali.training import checkpoint, lock, second_stage
 from scae_dali.training.divergence import check_finite, sound
-from scae_dali.training.evaluation import Evaluation
 from scae_dali.training.log import closing, save_picture, summary
 from scae_dali.training.precision import autocast
 from scae_dali.training.ranks import Ranks
@@ -56,7 +59,8 @@ class Run(State):
         """Train what is left of the epoch, with checkpoints in between and at its end."""
         self.loader = self.loader or self.build_loader()
         self.set_train_mode()
-        steps, every = len(self.loader), self.config.checkpoint_every
+        batches_of_step = self.config.accumulate
+        steps, every = len(self.loader), self.config.checkpoint_every * batches_of_step
         recent = RecentSteps(self)
         bar = tqdm(total=steps, initial=self.step, desc=f"epoch {self.epoch}", unit="step",
                    leave=False, disable=not self.ranks.first)  # fmt: skip
@@ -65,8 +69,9 @@ class Run(State):
             while (batch := self.next_batch(batches)) is not None:
                 if self.step == 0 and self.ranks.first:
                     self.save_first_images(batch)
-                done = self.epoch * steps + self.step
-                self.config.optim.set_lr(self.optimizer, done, steps, self.config.epochs)
+                done, of_epoch = self.step // batches_of_step, -(-steps // batches_of_step)
+                done += self.epoch * of_epoch
+                self.config.optim.set_lr(self.optimizer, done, of_epoch, self.config.epochs)
                 self.train_step(batch, recent.score)
                 self.meter.add_batch(batch.status)
                 self.step += 1
@@ -97,20 +102,31 @@ class Run(State):
         save_picture(self.out / "erased.png", batch.images, image.mean, image.std)
 
     def train_step(self, batch: Batch, score: torch.Tensor) -> None:
-        """A step of the optimiser. score: float [2], to which the loss and the hits of the batch
-        are added, each a sum over its images."""
+        """A batch, the last of a step of the optimiser or one before it, whose gradient is kept.
+        score: float [2], to which the loss and the hits of the batch are added, each a sum over its
+        images."""
+        assert self.loader is not None
+        place = self.step % self.config.accumulate
+        batches = min(self.config.accumulate, len(self.loader) - (self.step - place))
+        ends = place + 1 == batches
         images = batch.images.contiguous(memory_format=self.layout)
-        with autocast(self.config.amp, self.device):
-            logits = self.model(images)
-        if self.harvest is not None:
-            self.harvest.add(batch)
-        loss = self.loss.at(self.epoch)(logits, batch.labels, batch.partners, batch.mu)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.ema is not None:
-            self.ema.update_parameters(self.net)
+        alone = not isinstance(self.model, DistributedDataParallel)
+        with nullcontext() if alone or ends else self.model.no_sync():  # type: ignore[operator]
+            with autocast(self.config.amp, self.device):
+                logits = self.model(images)
+            if self.harvest is not None:
+                self.harvest.add(batch)
+            loss = self.loss.at(self.epoch)(logits, batch.labels, batch.partners, batch.mu)
+            if place == 0:
+                self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(loss / batches).backward()
+        if ends:
+            self.scaler.unscale_(self.optimizer)
+            self.config.optim.clip_gradients(self.optimizer)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.ema is not None:
+                self.ema.update_parameters(self.net)
         hits = (logits.argmax(1) == batch.labels).sum()
         score += torch.stack([loss.detach() * len(images), hits])
 
@@ -122,14 +138,8 @@ class Run(State):
         model = self.net if self.ema is None else self.ema
         for shared in dict.fromkeys((self.net, model)):  # in the same order on all ranks
             self.ranks.share_buffers(shared)
-        model.eval()
         counts = self.index.class_counts
-        evaluation = Evaluation(counts, self.device, self.config.post_hoc(counts))
-        for batch in self.val_loader:
-            with autocast(self.config.amp, self.device):
-                logits = model(batch.images.contiguous(memory_format=self.layout))
-            evaluation.update(logits, batch.labels)
-        metrics = evaluation.compute(self.ranks)
+        metrics = validate(self.config, model, self.val_loader, counts, self.ranks)
         self.meter.add_validation(time.perf_counter() - start)
         epoch, guided = self.epoch - 1, self.config.guided_config()
         lam_max = 0.0 if guided is None else guided.lam_max
@@ -216,7 +226,7 @@ def train(config: Config, resume: bool) -> None:
     """Train to the last epoch. Nothing is written where `out` holds a run, unless resumed."""
     ranks = Ranks(config.device)
     torch.backends.cudnn.benchmark = True  # images are of one size
-    resuming.agree(ranks, resuming.flat(config) | {"resume": resume})
+    resuming.agree(ranks, resuming.all_settings(config) | {"resume": resume})
     out = Path(config.out)
     with lock.hold(out, ranks) as check_folder:
         run = begin(config, ranks, resume, check_folder)
@@ -239,16 +249,32 @@ def make_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in `out`, if there is one"
     )
+    parser.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="print the validation metrics of `weights` as JSON, and train nothing; no `out` is "
+        "needed",
+    )
     return parser
 
 
 def main() -> None:
     parser = make_parser()
+    if "--evaluate" in sys.argv:
+        parser.set_defaults(out="")
     arguments = parser.parse_args()
     try:
         settings = parser.instantiate(arguments)
         names = {f.name for f in dataclasses.fields(Config)}
-        train(Config(**{name: settings[name] for name in names}), settings.resume)
+        config = Config(**{name: settings[name] for name in names})
+        if settings.evaluate:
+            ranks = Ranks(config.device)
+            metrics = evaluate(config, ranks)
+            if ranks.first:
+                print(json.dumps(metrics))
+            ranks.close()
+        else:
+            train(config, settings.resume)
     except (ValueError, ImageError, OSError) as error:
         sys.exit(f"error: {error}")
 

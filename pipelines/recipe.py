@@ -109,7 +109,11 @@ class Config:
         out: Folder of the run, for its checkpoint, metrics, weights and saliency cache. It must be
             new, or hold a run that is resumed.
         model: Name of a classification network of torchvision, or of one for 32 px: cifar_resnet20,
-            cifar_resnet32, cifar_resnet44, cifar_resnet56 or cifar_resnet18.
+            cifar_resnet32, cifar_resnet44, cifar_resnet56 or cifar_resnet18. timm:NAME takes a
+            network of timm. package.module:function takes what your own function makes, which is
+            called with num_classes.
+        weights: File with a state_dict of the network, which training starts from and --evaluate
+            validates. null starts from random weights.
         method: Augmentation, by its name (scae, random_erasing, …; none is crop and flip alone), or
             the dotted name of a module of your own. Several are joined by a plus sign, such as
             rand_augment+scae. `mixup|cutmix` takes one of the two for each batch.
@@ -117,7 +121,7 @@ class Config:
         method_args: Settings of a module of your own, as JSON. If several methods are joined, they
             stand under the module's name.
         image: How images become tensors
-        optim: Optimiser (SGD) and schedule of the learning rate
+        optim: Optimiser and schedule of the learning rate
         loss: Logit adjustment, label smoothing and weights of the classes
         second_stage: Second stage, which trains the classifier again on the features of a first run
         sampling: `shuffle` shows every image once in an epoch. `class_balanced` shows every class
@@ -128,6 +132,9 @@ class Config:
         saliency: Saliency maps, for methods that look at them
         epochs: Number of epochs, T in eq. 5.
         batch_size: Number of images in a batch of one process.
+        accumulate: How many batches make up one step of the optimiser. The gradient is the mean of
+            theirs. At the end of an epoch fewer are left, and are a step of their own. Learning
+            rate and checkpoint_every count steps of the optimiser.
         threads: DALI's CPU threads in one process.
         hw_decoder_load: Share of a batch, from 0 to 1, that the GPU's JPEG engine decodes, if the
             GPU has one.
@@ -145,6 +152,7 @@ class Config:
     data: DataConfig
     out: str
     model: str = "resnet50"
+    weights: str | None = None
     method: str = "scae"
     switch_prob: float = switch.Config.switch_prob
     method_args: dict[str, Any] = field(default_factory=dict)
@@ -158,6 +166,7 @@ class Config:
     saliency: SaliencyConfig = field(default_factory=SaliencyConfig)
     epochs: int = 100
     batch_size: int = 256
+    accumulate: int = 1
     threads: int = 4
     hw_decoder_load: float = ExecConfig.hw_decoder_load
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -170,6 +179,16 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
+        check(
+            self.accumulate >= 1,
+            f"accumulate must be at least 1 batch a step, got {self.accumulate}",
+        )
+        check(
+            self.weights is None or not self.second_stage.classifier,
+            f"weights are those that a first training starts from, got {self.weights!r} with "
+            f"second_stage.classifier={self.second_stage.classifier}: a second stage starts from "
+            "second_stage.weights",
+        )
         check_seed(self.seed)
         if self.backend == "numpy":
             object.__setattr__(self, "backend", "python")

@@ -32,7 +32,7 @@ _WHERE = {"data.root", "data.index_cache", "threads", "hw_decoder_load"}
 _FILES = {"data.train_list", "data.val_list", "data.exclude", "second_stage.weights"}
 _FREE = _WHERE | {"out", "checkpoint_every", "compile", "device", "data.val_exclude"}
 _FREE |= {"saliency.batch_size", "saliency.cache"}
-_CONTENTS = ("data", "val", "weights")  # fingerprints of the images, and of the first stage
+_CONTENTS = ("data", "val", "weights")  # fingerprints of the images, and of what it starts from
 _OF_A_RUN = ("config.json", "checkpoint.pt", "metrics.jsonl", "weights.pt")
 _ABSENT = "no such setting"
 
@@ -56,10 +56,15 @@ def defaults() -> dict[str, Any]:
     return flat(Config(data=DataConfig(root=""), out=""))
 
 
+def _without_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the file of the weights that a run starts from: its content counts."""
+    return {name: value for name, value in settings.items() if name != "weights"}
+
+
 def identity(config: Config, data: Data) -> dict[str, Any]:
     """What a run is of, for its checkpoint: all settings, and the images and weights they name."""
-    weights = config.second_stage.weights  # of the first stage
-    return flat(config) | {
+    weights = config.weights or config.second_stage.weights
+    return _without_weights(flat(config)) | {
         "data": data.train.fingerprint,
         "val": data.val.fingerprint,
         "weights": _digest(weights) if weights and os.path.isfile(weights) else None,
@@ -142,7 +147,7 @@ def saved_settings(out: Path, state: Mapping[str, Any] | None) -> dict[str, Any]
     path = out / "config.json"
     if "epochs" not in settings and path.exists():
         try:
-            settings = flat(json.loads(path.read_text())) | settings
+            settings = _without_weights(flat(json.loads(path.read_text()))) | settings
         except (ValueError, AttributeError) as error:
             raise ValueError(
                 f"{str(path)!r} cannot be read ({error}); restore it from a copy, or start in a "
@@ -151,7 +156,7 @@ def saved_settings(out: Path, state: Mapping[str, Any] | None) -> dict[str, Any]
     settings = _renamed(settings)
     if "epochs" not in settings:
         return settings or None
-    return defaults() | settings
+    return _without_weights(defaults()) | settings
 
 
 def compare(

@@ -26,6 +26,7 @@ from scae_dali.training.networks import make_network
 from scae_dali.training.optim import EMA
 from scae_dali.training.ranks import Ranks
 from scae_dali.training.second_stage import prepare
+from scae_dali.training.weights import load_weights
 
 
 class State:
@@ -59,6 +60,8 @@ class State:
         )
         torch.manual_seed(derive(config.seed, "model"))
         self.net = make_network(config.model, self.index.num_classes)
+        if config.weights is not None:
+            load_weights(self.net, config.weights)
         trained = [{"params": list(self.net.parameters()), "lr_factor": 1.0}]
         if config.second_stage.classifier:
             classes = self.index.num_classes

@@ -36,7 +36,8 @@ from scae_dali.data.longtail import imbalanced
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.saliency.cam import CAM
 from scae_dali.saliency.layers import classifier_of
-from scae_dali.saliency.refresh import METHODS, flat_note, refresh_cache
+from scae_dali.saliency.package import PREFIX
+from scae_dali.saliency.refresh import METHODS, factory_of, flat_note, refresh_cache
 from scae_dali.saliency.scorecam import ScoreCAM
 from scae_dali.saliency.weights import weights_digest
 from scae_dali.saliency.whole import whole_loader
@@ -86,9 +87,9 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
     )
     parser.add_argument(
         "--method",
-        choices=list(METHODS),
         default="gradcam",
-        help="how the maps are made; default: %(default)s",
+        help=f"how the maps are made: {', '.join(METHODS)}, or {PREFIX}NAME for a method of the "
+        f"package pytorch-grad-cam, such as {PREFIX}LayerCAM; default: %(default)s",
     )
     parser.add_argument(
         "--layer",
@@ -267,7 +268,7 @@ def build(arguments: argparse.Namespace) -> None:
         print(f"the cache gets no neighbouring classes: {error}", file=sys.stderr)
         neighbors = 0
     check_neighbors(neighbors, index.num_classes)
-    method: Callable[..., CAM] = METHODS[arguments.method]
+    method: Callable[..., Any] = factory_of(arguments.method)
     batch_size, commit_every = arguments.batch_size, 4096
     if arguments.method == "scorecam":
         method = partial(ScoreCAM, chunk=batch_size)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scae_dali.saliency.isolation import isolated
-from scae_dali.saliency.layers import find_layer, serving_layer, unwrap
+from scae_dali.saliency.layers import find_layer, serving_layers, unwrap
 from scae_dali.saliency.layout import Layout, layout_of
 from scae_dali.saliency.probe import image_channels, probe_images
 from scae_dali.saliency.reach import logits_of, require_finite
@@ -221,8 +221,8 @@ class CAM(ABC):
 
     def _remedy(self, images: Tensor) -> str:
         """Which layer to pass instead, found out by trying; images: float[B,3,H,W]."""
-        name = serving_layer(self.model, images, self._channels, unlike=self.layer)
-        return f"pass layer={name!r}" if name else "pass a layer on the way to the logits"
+        names = serving_layers(self.model, images, self._channels, unlike=self.layer)
+        return f"pass layer={names[0]!r}" if names else "pass a layer on the way to the logits"
 
     def _logits(self, output: Any, batch: int, extremes: tuple[int, int]) -> Tensor:
         """The model's output -> float[B,classes], checked against the labels' extremes."""

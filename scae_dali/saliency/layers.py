@@ -6,27 +6,30 @@ It also finds the classifier, the network inside its wrappers, and a layer to re
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterator
 
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from scae_dali.saliency.isolation import isolated
+from scae_dali.saliency.layout import Layout, layout_of
 from scae_dali.saliency.probe import image_channels, probe_images
 from scae_dali.saliency.reach import serving
 
-__all__ = ["classifier_of", "default_layer", "find_layer", "serving_layer", "unwrap"]
+__all__ = ["classifier_of", "default_layer", "find_layer", "serving_layers", "unwrap"]
 
 # By class name, so that subclasses and look-alikes (timm's ResNet) are found too. The first name
-# that the network has counts, since torchvision's and timm's networks share class names. "-1" is
-# the last child of what precedes it.
+# that the network has counts, since networks of torchvision, timm and others share class names.
+# "-1" is the last child of what precedes it.
 _LAYERS = {
     "AlexNet": ("features",),
     "Beit": ("blocks.-1.norm1",),
+    "ByobNet": ("final_conv",),
     "CifarResNet": ("layer3",),
     "ConvNeXt": ("features", "stages"),
     "DenseNet": ("features",),
-    "EfficientNet": ("features", "bn2"),
+    "EfficientNet": ("features", "bn2", "_bn1"),
     "Eva": ("blocks.-1.norm1",),
     "GoogLeNet": ("inception5b",),
     "Inception3": ("Mixed_7c",),
@@ -43,6 +46,7 @@ _LAYERS = {
     "SqueezeNet": ("features",),
     "SwinTransformer": ("permute", "norm"),
     "SwinTransformerV2": ("norm",),
+    "SwinTransformerV2Cr": ("stages",),
     "VGG": ("features",),
     # Past the last attention the patch tokens no longer reach the logits; before it they do.
     "VisionTransformer": ("encoder.layers.-1.ln_1", "blocks.-1.norm1"),
@@ -90,22 +94,42 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def serving_layer(
+def serving_layers(
     model: nn.Module, images: Tensor, channels: int, *, unlike: str = ""
-) -> str | None:
-    """A layer whose maps have a gradient: the default one, or else the last to run; None if there
-    is none.
+) -> list[str]:
+    """Up to two layers that were tried and whose maps are not flat: the default one, or else the
+    last to run, and the last of another part of the network that has maps as coarse.
 
     images: float[B,3,H,W]. channels: prefer layers with so many, such as the width of a
     transformer. unlike: the layer that is not usable. Call it in `isolated`.
     """
     serve = serving(model, images)
     serve.pop(unlike, None)
+
+    def usable(name: str) -> bool:
+        shape, layout = serve[name]
+        try:  # the shape alone may be read in several ways
+            return layout_of(name, shape, images, model, model.get_submodule(name)) == layout
+        except ValueError:
+            return False
+
     default = _of_family(model)
-    if default in serve:
-        return default
-    as_wide = [name for name, width in serve.items() if width == channels]
-    return next(iter(as_wide or serve), None)
+    as_wide = [name for name, (shape, layout) in serve.items() if _width(shape, layout) == channels]
+    order = dict.fromkeys([*([default] if default in serve else []), *as_wide, *serve])
+    best = next(filter(usable, order), None)
+    if best is None:
+        return []
+    others = (
+        name
+        for name, (_, layout) in serve.items()
+        if layout.grid == serve[best][1].grid and name.split(".")[0] != best.split(".")[0]
+    )
+    return [best, *itertools.islice(filter(usable, others), 1)]
+
+
+def _width(shape: tuple[int, ...], layout: Layout) -> int:
+    """Channels of a layer's maps. shape: of its output."""
+    return shape[1] if layout.axes == "[B,C,h,w]" else shape[-1]
 
 
 def _of_family(model: nn.Module) -> str | None:
@@ -132,7 +156,7 @@ def _resolve(model: nn.Module, pattern: str) -> str:
 
 
 def _suggestions(model: nn.Module) -> str:
-    """A few names for an error: layers found usable by a trial, or else likely ones."""
+    """A few names for an error: layers that gave maps in a trial, or else likely ones."""
     parameter = next(model.parameters(), None)
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     channels = linear[-1].in_features if linear else 0
@@ -141,9 +165,9 @@ def _suggestions(model: nn.Module) -> str:
             with isolated(model, parameter.device.type):
                 colours = image_channels(model, parameter.new_zeros(1, 3, *size))
                 images = probe_images(parameter.new_empty(1, colours, *size))
-                name = serving_layer(model, images, channels)
-            if name:
-                return name
+                names = serving_layers(model, images, channels)
+            if names:
+                return " or ".join(names)
     return ", ".join(_candidates(model)) or "(it has none)"
 
 

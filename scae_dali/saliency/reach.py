@@ -119,8 +119,9 @@ def require_finite(model: nn.Module, *, infinite_buffers: bool = True) -> None:
             )
 
 
-def serving(model: nn.Module, images: Tensor) -> dict[str, int]:
-    """The layers whose maps have a gradient, with their channels, the last to run first.
+def serving(model: nn.Module, images: Tensor) -> dict[str, tuple[tuple[int, ...], Layout]]:
+    """The layers whose Grad-CAM maps are not flat, the last to run first, with the shapes of their
+    outputs and how these are read. The maps are those of a random sum of the logits.
 
     images: float[B,3,H,W]. Empty where the network does not run with them. Call it in `isolated`.
     """
@@ -128,13 +129,13 @@ def serving(model: nn.Module, images: Tensor) -> dict[str, int]:
     convolved: list[tuple[int, int]] = []
     found: list[tuple[str, Tensor, Layout]] = []
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], Tensor | None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
             runs[name] += 1
             if not isinstance(output, Tensor) or output.ndim not in (3, 4):
-                return
+                return None
             if len(output) != len(images):
-                return
+                return None
             if isinstance(module, nn.Conv2d) and output.ndim == 4:
                 convolved.append((output.shape[2], output.shape[3]))
             size = (images.shape[2], images.shape[3])
@@ -145,8 +146,12 @@ def serving(model: nn.Module, images: Tensor) -> dict[str, int]:
                 if layout.axes != "[B,C,N]"
                 and not (output.ndim == 4 and of_tokens(layout, size, leading, convolved))
             ]
-            if layouts and output.requires_grad:
-                found.append((name, output, layouts[0]))
+            if not layouts or not output.requires_grad:
+                return None
+            # What an identity gives is its input, which others may read too.
+            output = output.clone()
+            found.append((name, output, layouts[0]))
+            return output
 
         return hook
 
@@ -168,14 +173,27 @@ def serving(model: nn.Module, images: Tensor) -> dict[str, int]:
     finally:
         for handle in handles:
             handle.remove()
-    serve: dict[str, int] = {}
-    for (name, _, layout), gradient in reversed(list(zip(found, gradients, strict=True))):
+    serve: dict[str, tuple[tuple[int, ...], Layout]] = {}
+    for (name, output, layout), gradient in reversed(list(zip(found, gradients, strict=True))):
         if gradient is None or runs[name] > 1 or layout.grid == (1, 1):
             continue
-        maps = layout.maps(gradient)
-        if (maps != 0).any():
-            serve[name] = maps.shape[1]
+        if not _flat(layout.maps(output.detach()), layout.maps(gradient)):
+            serve[name] = (tuple(output.shape), layout)
     return serve
+
+
+def _flat(features: Tensor, slopes: Tensor) -> bool:
+    """Whether the Grad-CAM map is the same everywhere, up to rounding, for a score and for its
+    negative alike, in every image. features, slopes: float[B,C,h,w]."""
+    rounding = 4 * torch.finfo(slopes.dtype).eps
+    features, slopes = features.float(), slopes.float()
+    alpha = slopes.mean((2, 3))
+    # Slopes that cancel leave their rounding behind.
+    cancelled = alpha.abs() <= max(rounding, 1e-5) * slopes.abs().mean((2, 3))
+    alpha = alpha.masked_fill(cancelled, 0.0)
+    weighted = (alpha[:, :, None, None] * features).sum(1)
+    noise = rounding * (alpha.abs() * features.abs().amax((2, 3))).sum(1)
+    return not bool((weighted.amax((1, 2)) - weighted.amin((1, 2)) > noise).any())
 
 
 def logits_of(output: Any) -> Any:

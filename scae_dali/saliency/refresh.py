@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,13 @@ from torch import distributed, nn
 
 from scae_dali.cache import ChunkWriter, SaliencyCache
 from scae_dali.cache.format import check_neighbors, checked_epoch, flat
-from scae_dali.checks import check_choice
+from scae_dali.checks import check
 from scae_dali.data.index import ImageIndex
 from scae_dali.saliency.cam import CAM, SaliencyMethod
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.harvest import Harvest
 from scae_dali.saliency.layers import classifier_of
+from scae_dali.saliency.package import PREFIX, PackageCAM
 from scae_dali.saliency.scorecam import ScoreCAM
 from scae_dali.saliency.sweep import make_maps, rank_and_world
 from scae_dali.saliency.weights import nearest_classes, weights_digest
@@ -84,7 +86,8 @@ def refresh_cache(
     normalised as in training; every rank is given ids of its own.
     share: which share of the samples gets maps from the network, the stalest first; 0: none.
     harvest: gives the maps of the other samples; it is merged over the ranks, and not cleared.
-    method: a name of `METHODS`, or a factory such as partial(ScoreCAM, chunk=256). Maps of this
+    method: a name of `METHODS`, pytorch_grad_cam:NAME for a method of that package, such as
+    LayerCAM, or a factory such as partial(ScoreCAM, chunk=256). Maps of this
     epoch that another method or other weights made are withdrawn and made anew. layer: see CAM.
     name, input_size: of the model, for the cache's meta. settings: what else the maps depend on,
     such as {"mean": ..., "std": ..., "amp": ...}; maps of this epoch with others are made anew, see
@@ -98,7 +101,7 @@ def refresh_cache(
     """
     start = time.perf_counter()
     _check_settings(epoch, share, harvest, neighbors, index.num_classes)
-    cam = _method(method)(model, layer)
+    cam = factory_of(method)(model, layer)
     classifier = classifier_of(cam.model, index.num_classes)[1] if neighbors else None
     count = math.ceil(round(share * len(index), 6))  # 0.07 · 50,000 is 3500, not a little more
     if harvest is not None:
@@ -154,11 +157,17 @@ def _check_settings(
         )
 
 
-def _method(method: str | MethodFactory) -> MethodFactory:
-    """The factory of a method, which may be given by its name."""
+def factory_of(method: str | MethodFactory) -> MethodFactory:
+    """The factory of a method, which may be given by its name; ValueError for an unknown one."""
     if not isinstance(method, str):
         return method
-    check_choice("method", method, tuple(METHODS))
+    if method.startswith(PREFIX):
+        return partial(PackageCAM, method.removeprefix(PREFIX))
+    check(
+        method in METHODS,
+        f"method must be one of {', '.join(METHODS)}, or {PREFIX}NAME for one of the package "
+        f"pytorch-grad-cam, such as {PREFIX}LayerCAM; got {method!r}",
+    )
     return METHODS[method]
 
 

@@ -20,8 +20,12 @@ def sound(nets: Iterable[nn.Module], optimizer: torch.optim.Optimizer) -> Tensor
     It stays on their device, which is not waited for.
     """
     values = [value for net in nets for value in _kept(net)]
+    # Adam counts its steps on the host, in numbers that are always finite.
     values += [
-        v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)
+        v
+        for state in optimizer.state.values()
+        for v in state.values()
+        if torch.is_tensor(v) and v.ndim
     ]
     values = [value.detach() for value in values if value.is_floating_point() and value.numel()]
     largest = torch._foreach_norm(values, ord=math.inf)  # no finite value makes this norm overflow

@@ -1,10 +1,13 @@
-"""The networks that can be trained, by name: torchvision's, and some for images of 32 px.
+"""The networks that can be trained, by name: torchvision's, timm's, the user's own, and some for
+images of 32 px.
 
-The latter are ResNet-20 to 56 of He et al. (2016, sec. 4.2), where ResNet-32 is the usual one for
+The last are ResNet-20 to 56 of He et al. (2016, sec. 4.2), where ResNet-32 is the usual one for
 long-tailed data, and the ResNet-18 of ImageNet with a stem for 32 px.
 """
 
 import difflib
+import importlib
+import inspect
 
 import torchvision
 from torch import Tensor, nn
@@ -24,11 +27,18 @@ MODELS = (
 def make_network(name: str, num_classes: int) -> nn.Module:
     """A classification network with random weights: float [B,3,H,W] -> logits [B,num_classes].
 
-    name: one of `MODELS`, for images of 32 px, or a classification network of torchvision. Networks
-    with auxiliary classifiers are made without them, so that the logits are the only output. Raises
-    ValueError for another name, and for num_classes < 1.
+    name: one of `MODELS`, for images of 32 px, a classification network of torchvision, `timm:NAME`
+    for one of timm, or `package.module:function` for the user's own function, which is called with
+    num_classes=… and returns the network. Networks of torchvision with auxiliary classifiers are
+    made without them, so that the logits are the only output. Raises ValueError for another name,
+    and for num_classes < 1.
     """
     check(num_classes >= 1, f"num_classes must be at least 1, got {num_classes}")
+    package, colon, inner = name.partition(":")
+    if package == "timm" and colon:
+        return _of_timm(inner, num_classes)
+    if colon:
+        return _of_user(package, inner, num_classes)
     if name == "cifar_resnet18":
         return _resnet18(num_classes)
     if name in MODELS:
@@ -38,12 +48,62 @@ def make_network(name: str, num_classes: int) -> nn.Module:
     check(
         name in known,
         f"model must be a classification network of torchvision or one of {', '.join(MODELS)}, got "
-        f"{name!r}; did you mean {' or '.join(close) or 'resnet50'}?",
+        f"{name!r}; did you mean {' or '.join(close) or 'resnet50'}? timm:NAME is a network of "
+        "timm, and package.module:function one of your own",
     )
     more = {}
     if name in ("googlenet", "inception_v3"):
         more = {"aux_logits": False, "init_weights": True}
     return torchvision.models.get_model(name, num_classes=num_classes, **more)
+
+
+def _of_timm(name: str, num_classes: int) -> nn.Module:
+    """A network of timm, by the name that timm.create_model takes."""
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"model 'timm:{name}' needs the package timm, which is not installed: pip install timm"
+        ) from error
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models())
+        raise ValueError(
+            f"model 'timm:{name}' is no network of timm {timm.__version__}; did you mean "
+            f"{' or '.join(f'timm:{one}' for one in close) or 'timm:resnet50'}?"
+        )
+    return timm.create_model(name, num_classes=num_classes)
+
+
+def _of_user(module: str, function: str, num_classes: int) -> nn.Module:
+    """What the user's function makes. Errors that it raises itself are not caught."""
+    name = f"{module}:{function}"
+    try:
+        maker = getattr(importlib.import_module(module), function, None)
+    except (ModuleNotFoundError, ValueError) as error:
+        absent = getattr(error, "name", None) or ""
+        if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{absent}."):
+            raise  # the module is found, and imports something that is not
+        raise ValueError(
+            f"model {name!r}: there is no module {absent or module!r}; put its folder on PYTHONPATH"
+        ) from error
+    if not callable(maker):
+        raise ValueError(
+            f"model {name!r}: the module {module!r} has no function {function!r}; write "
+            "package.module:function"
+        )
+    try:
+        inspect.signature(maker).bind(num_classes=num_classes)
+    except TypeError as error:
+        raise ValueError(
+            f"model {name!r} is called with num_classes={num_classes} alone, which it does not "
+            f"take ({error}); give it a parameter num_classes, and defaults to all others"
+        ) from error
+    net = maker(num_classes=num_classes)
+    check(
+        isinstance(net, nn.Module),
+        f"model {name!r} must return a torch.nn.Module, got {type(net).__name__}",
+    )
+    return net
 
 
 def _resnet18(num_classes: int) -> nn.Module:

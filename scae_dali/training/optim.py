@@ -1,5 +1,6 @@
 """The optimiser of a training, its learning rate by step, and the moving average of the weights."""
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,15 @@ __all__ = ["EMA", "OptimConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """SGD with momentum.
+    """The optimiser, SGD with momentum or one of timm.
 
     Args:
+        name: `sgd`, or the name of an optimiser of timm, such as adamw, lamb or lion.
+        clip: Largest norm of the gradient of all parameters together; a longer one is scaled down
+            to it. 0 leaves gradients as they are.
         lr: Learning rate. With several processes, it is the one for their batches together.
-        momentum: Momentum, above 0 and below 1.
-        nesterov: Whether the momentum is Nesterov's.
+        momentum: Momentum, above 0 and below 1. Optimisers of timm that have none leave it aside.
+        nesterov: Whether the momentum of sgd is Nesterov's.
         weight_decay: Weight decay (L2); 0 is none.
         decay_norms: Whether weight decay also acts on biases and on the weights of norm layers.
         schedule: `step` multiplies the learning rate by `factor` at each of the `milestones`.
@@ -37,6 +41,8 @@ class OptimConfig:
             validate and save the average. 0 averages nothing.
     """
 
+    name: str = "sgd"
+    clip: float = 0.0
     lr: float = 0.1
     momentum: float = 0.9
     nesterov: bool = True
@@ -53,7 +59,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check(0 < self.lr < math.inf, f"optim.lr must be positive and finite, got {self.lr}")
         check(0 < self.momentum < 1, f"optim.momentum must be in (0, 1), got {self.momentum}")
-        for name in ("weight_decay", "factor", "lr_min", "warmup_epochs"):
+        for name in ("weight_decay", "factor", "lr_min", "warmup_epochs", "clip"):
             value = getattr(self, name)
             check(
                 0 <= value < math.inf, f"optim.{name} must be at least 0, got {value}, and finite"
@@ -61,15 +67,51 @@ class OptimConfig:
         check_choice("optim.schedule", self.schedule, ("step", "cosine"))
         check(0 <= self.ema < 1, f"optim.ema must be in [0, 1), got {self.ema}; 0 switches it off")
 
-    def optimizer(self, trained: Sequence[Mapping[str, Any]]) -> torch.optim.SGD:
-        """SGD. trained: groups of parameters, each `{"params": […], "lr_factor": float}`."""
+    def optimizer(self, trained: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
+        """The optimiser. trained: groups of parameters, `{"params": […], "lr_factor": float}`.
+
+        Raises ValueError for a name that timm does not have, and where timm is not installed.
+        """
         groups: list[dict[str, Any]] = []
         for group in trained:
             decayed = [p for p in group["params"] if self.decay_norms or p.ndim > 1]
             spared = [p for p in group["params"] if not self.decay_norms and p.ndim <= 1]
             for params, weight_decay in ((decayed, self.weight_decay), (spared, 0.0)):
                 groups.append({**group, "params": params, "weight_decay": weight_decay})
-        return torch.optim.SGD(groups, self.lr, self.momentum, nesterov=self.nesterov)
+        if self.name == "sgd":
+            return torch.optim.SGD(groups, self.lr, self.momentum, nesterov=self.nesterov)
+        return self._of_timm([group for group in groups if group["params"]])
+
+    def _of_timm(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        try:
+            from timm.optim import create_optimizer_v2, list_optimizers
+        except ImportError as error:
+            raise ValueError(
+                f"optim.name={self.name!r} needs the package timm, version 1.0 or later, which is "
+                "not installed: pip install 'timm>=1.0', or take sgd"
+            ) from error
+        known = [str(name) for name in list_optimizers()]
+        close = difflib.get_close_matches(self.name, known)
+        check(
+            self.name in known,
+            f"optim.name must be sgd or an optimiser of timm, got {self.name!r}; did you mean "
+            f"{' or '.join(close) or 'adamw'}?",
+        )
+        optimizer = create_optimizer_v2(
+            groups, self.name, self.lr, self.weight_decay, momentum=self.momentum
+        )
+        check(
+            not getattr(optimizer, "is_second_order", False),
+            f"optim.name={self.name!r} needs second derivatives, which train.py does not compute; "
+            "take adamw, for instance",
+        )
+        return optimizer
+
+    def clip_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Scale the gradients, which must not be those of a scaled loss, to a norm of `clip`."""
+        if self.clip:
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(params, self.clip)
 
     def lr_at(self, step: int, steps: int, epochs: int) -> float:
         """The learning rate at a step counted from the run's start, `steps` to the epoch."""

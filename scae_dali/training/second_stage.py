@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # all of them, SyncBatchNorm 
 from scae_dali.checks import check, check_choice
 from scae_dali.saliency.layers import classifier_of
 from scae_dali.training import checkpoint
+from scae_dali.training.weights import fit, unscaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,48 +139,20 @@ def _load(net: nn.Module, name: str, linear: nn.Linear, weights: str | None) -> 
         raise ValueError(
             f"{where} holds no state_dict of tensors; name a run's weights.pt, not checkpoint.pt"
         )
-    state = _unscaled(state, name)
-    own = net.state_dict()
+    state = unscaled(state, name)
     head = state.get(f"{name}.weight")
     if head is not None and head.ndim == 2 and len(head) != linear.out_features:
         raise ValueError(
             f"{where} is of {len(head)} classes and the data of {linear.out_features}; name "
             "weights trained on the same classes"
         )
-    odd = [f"it lacks {key}" for key in own if key not in state]
-    odd += [f"it has {key}, which the network lacks" for key in state if key not in own]
-    odd += [
-        f"{key} is {list(state[key].shape)} there and {list(own[key].shape)} in the network"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    check(
-        not odd,
-        f"{where} is of another network ({len(odd)} differences: {'; '.join(odd[:2])}); set model "
-        "to that of the first stage",
+    fit(
+        net,
+        state,
+        where,
+        other="set model to that of the first stage",
+        infinite="its first stage has diverged; name the weights of one that has not",
     )
-    kept = {key for key, _ in net.named_parameters()}  # other buffers may hold -inf, as masks do
-    kept |= {key for key in own if key.endswith(("running_mean", "running_var"))}
-    infinite = [key for key in own if key in kept and not state[key].isfinite().all()]
-    check(
-        not infinite,
-        f"{where} has values that are not finite ({', '.join(infinite[:3])}): its first stage has "
-        "diverged; name the weights of one that has not",
-    )
-    net.load_state_dict(state)
-
-
-def _unscaled(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The state with a ScaledLinear head replaced by a plain linear layer of the same logits."""
-    if f"{name}.scale" not in state:
-        return state
-    state = dict(state)
-    scale = state.pop(f"{name}.scale")
-    for part in ("weight", "bias"):
-        value = state.pop(f"{name}.linear.{part}", None)
-        if value is not None:
-            state[f"{name}.{part}"] = scale.reshape(-1, *[1] * (value.ndim - 1)) * value
-    return state
 
 
 @torch.no_grad()

@@ -56,6 +56,51 @@ def test_pointing_game(tmp_path, images, maps):
     assert "none of 'train/class0/0.jpg'" in said
 
 
+def test_pointing_game_with_a_file_of_boxes(tmp_path, images):
+    """Four images with boxes, two of them hit; by hand. Peaks lie at (y, x) = (0.25, 0.75)."""
+    index = ImageIndex(images)
+    cache = SaliencyCache.create(tmp_path / "maps.lmdb", index, grid=(2, 2))
+    cache.begin_pass(0)
+    one = np.array([[1, 9], [0, 2]], np.uint8)
+    cache.write(np.arange(len(index)), np.repeat(one[None], len(index), 0), epoch=0)
+    cache.close()
+    assert list(index.files[:2]) == ["class0/0.jpg", "class0/2.jpg"]
+    boxes, out = tmp_path / "boxes.txt", tmp_path / "game.json"
+    # 0.jpg is 64 px wide and 96 high once it is upright, 2.jpg is 96x80, 1.jpg 96x72, 3.jpg 96x88.
+    lines = [
+        "class0/0.jpg 32 0 64 48",  # a hit, and a quarter
+        f"{images.name}/class0/2.jpg 0 0 48 80",  # a miss, and half, from the folder above
+        "class1/1.jpg 0 0 24 72",  # a miss, …
+        "class1/1.jpg 48 0 96 36",  # and a hit: a quarter and a quarter
+        "class1/3.jpg 0 0 48 44",  # a miss: boxes that overlap
+        "class1/3.jpg 0 33.0 96 88",
+        "class1/none.jpg 0 0 1 1",
+    ]
+    boxes.write_text("\n".join(lines) + "\n\n")
+    argv = ("--data", images, "--cache", tmp_path / "maps.lmdb", "--boxes", boxes)
+    said = run("pointing_game", *argv, "--json", out)
+    figures = json.loads(out.read_text())
+    assert (figures["images"], figures["usable_maps"], figures["hit_rate"]) == (4, 1, 0.5)
+    overlap = 0.25 + 0.625 - 0.0625
+    assert figures["chance"] == pytest.approx((0.25 + 0.5 + 0.5 + overlap) / 4)
+    assert "50.0% of 100.0% usable maps hit" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("class0/2.jpg 1 2 3", "line 1: 'class0/2.jpg 1 2 3' is not `path x0 y0 x1 y1`"),
+        ("class0/2.jpg 5 0 2 9", "the box (5, 0, 2, 9) must lie in its image, 96x80 px, with x0"),
+        ("class0/0.jpg 0 0 96 64", "must lie in its image, 64x96 px"),
+        ("else.jpg 0 0 1 1", "has no box of an image in"),
+    ],
+)
+def test_wrong_boxes_are_refused(tmp_path, images, maps, line, told):
+    (tmp_path / "boxes.txt").write_text(line)
+    argv = ("--data", images, "--cache", maps, "--boxes", tmp_path / "boxes.txt")
+    assert told in run("pointing_game", *argv, status=1)
+
+
 def test_show_erasing(tmp_path, images, maps):
     sheet = tmp_path / "sheet.png"
     out = run(

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from importlib import metadata
 
 import torch
-import torchvision
 
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.scorecam import ScoreCAM
+from scae_dali.training.networks import make_network
 from scae_dali.training.precision import autocast
 from tools.common import bench
 from tools.common.options import add_batch_size, add_device, add_precision, count
@@ -32,7 +32,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model",
         default="resnet50",
-        help="name of a classification network of torchvision; default: %(default)s",
+        help="name of the network, as --model of train.py takes it; default: %(default)s",
     )
     parser.add_argument(
         "--layer",
@@ -76,8 +76,8 @@ def candidates(args: argparse.Namespace) -> dict[str, Callable[[], float]]:
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True  # as train.py does
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    model = torchvision.models.get_model(args.model).eval()
-    model = model.to(device, memory_format=layout)
+    model = make_network(args.model, 1000).eval()
+    model.to(device, memory_format=layout)  # type: ignore[call-overload]
     images = torch.randn(args.batch_size, 3, args.size, args.size)
     images = images.to(device, memory_format=layout)
     labels = torch.arange(args.batch_size, device=device)

@@ -62,6 +62,24 @@ def test_maps_by_score_cam_and_no_others_over_them(build, tmp_path, capsys):
         np.testing.assert_array_equal(cache.read(np.arange(3))[0], maps)
 
 
+def test_maps_by_a_method_of_the_package(build, tmp_path, capsys):
+    write_pngs(tmp_path / "data", {"a": 2, "b": 1}, (32, 32))
+    weights_of("cifar_resnet20", 2, tmp_path / "w.pt")
+    out, name = tmp_path / "maps.lmdb", "pytorch_grad_cam:LayerCAM"
+    options = {"data": tmp_path / "data", "model": "cifar_resnet20", "out": out}
+    options |= {"weights": tmp_path / "w.pt"}
+    build(**options, method=name)
+    with SaliencyCache(out, index=ImageIndex(tmp_path / "data")) as cache:
+        assert (cache.meta.method, cache.meta.layer) == (name, "layer3")
+        assert (cache.stamps() == 0).all()
+    build(**options, method=name)
+    assert "is complete already: 3 maps" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"has maps by 'pytorch_grad_cam:LayerCAM', not 'gradcam"):
+        build(**options)
+    with pytest.raises(SystemExit, match=r"one of gradcam, scorecam, or .*; got 'layercam'"):
+        build(**options, method="layercam")
+
+
 def test_a_cache_of_a_pass_under_way_is_not_begun_anew_either(build, tmp_path):
     write_pngs(tmp_path / "data", {"a": 1, "b": 1}, (32, 32))
     index, out = ImageIndex(tmp_path / "data"), tmp_path / "maps.lmdb"
@@ -80,6 +98,17 @@ def test_a_network_without_a_linear_classifier_gets_no_neighbours(build, tmp_pat
     assert "the cache gets no neighbouring classes" in capsys.readouterr().err
     with SaliencyCache(out, index=ImageIndex(tmp_path / "data")) as cache:
         assert cache.read_neighbors() is None
+        assert (cache.stamps() == 0).all()
+
+
+def test_maps_of_a_network_of_timm(build, tmp_path):
+    write_pngs(tmp_path / "data", {"a": 2, "b": 1}, (32, 32))
+    out, name = tmp_path / "maps.lmdb", "timm:resnet10t"
+    net = weights_of(name, 2, tmp_path / "w.pt")
+    build(data=tmp_path / "data", model=name, weights=tmp_path / "w.pt", size=64, out=out)
+    with SaliencyCache(out, index=ImageIndex(tmp_path / "data")) as cache:
+        assert (cache.meta.model, cache.meta.layer) == (name, "layer4")
+        assert tuple(cache.meta.grid) == GradCAM(net).grid(64) == (2, 2)
         assert (cache.stamps() == 0).all()
 
 

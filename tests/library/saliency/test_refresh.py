@@ -128,7 +128,10 @@ def test_a_pass_is_not_taken_for_that_of_another_method(fresh, index, complete):
 
 
 def test_an_unknown_method_is_named_before_anything_is_touched(fresh, index):
-    with pytest.raises(ValueError, match=r"method must be one of gradcam, scorecam; got 'gradcan'"):
+    with pytest.raises(
+        ValueError,
+        match=r"method must be one of gradcam, scorecam, or pytorch_grad_cam:NA.*; got 'gradcan'",
+    ):
         run(Net(), fresh, index, [], method="gradcan")
     assert fresh.meta.under_way is None
 

@@ -1,6 +1,10 @@
-"""The networks for 32 px: sizes and arithmetic; where a network keeps its classifier."""
+"""The networks for 32 px: sizes and arithmetic; networks of timm and of the user's own; where a
+network keeps its classifier."""
+
+import sys
 
 import pytest
+import timm
 import torch
 import torchvision.models as tv
 from torch import nn
@@ -136,6 +140,99 @@ def test_bad_names_and_sizes():
         CifarResNet(34, 10)
     with pytest.raises(ValueError, match="got 2;"):
         CifarResNet(2, 10)
+
+
+def same_weights(one, other):
+    own, theirs = one.state_dict(), other.state_dict()
+    return own.keys() == theirs.keys() and all(torch.equal(own[k], theirs[k]) for k in own)
+
+
+def test_a_network_of_timm_is_the_one_that_timm_makes():
+    torch.manual_seed(0)
+    net = make_network("timm:resnet10t", 7)
+    torch.manual_seed(0)
+    assert same_weights(net, timm.create_model("resnet10t", num_classes=7))
+    assert net.eval()(images()).shape == (2, 7)
+
+
+def test_a_wrong_name_of_timm_is_answered_with_the_right_one():
+    with pytest.raises(
+        ValueError, match=r"model 'timm:resnet10tt' is no network of timm .* mean timm:resnet10t "
+    ):
+        make_network("timm:resnet10tt", 7)
+
+
+def test_without_timm_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    told = "model 'timm:resnet18' needs the package timm, which is not installed: pip install timm"
+    with pytest.raises(ValueError, match=told):
+        make_network("timm:resnet18", 7)
+
+
+MINE = """
+from torch import nn
+
+number = 3
+
+
+def small(num_classes, width=5):
+    return nn.Linear(width, num_classes)
+
+
+def two(classes):
+    return nn.Linear(3, classes)
+
+
+def nothing(num_classes):
+    return num_classes
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A package of the user's, `mine_of_tests`, on the path."""
+    package = tmp_path / "mine_of_tests"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "networks.py").write_text(MINE)
+    (package / "broken.py").write_text("import no_such_package_of_tests")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "mine_of_tests"
+    for name in [name for name in sys.modules if name.startswith("mine_of_tests")]:
+        del sys.modules[name]
+
+
+def test_a_function_of_the_users_own_module(mine):
+    net = make_network(f"{mine}.networks:small", 7)
+    assert (net.in_features, net.out_features) == (5, 7)
+
+
+def test_a_function_that_takes_keywords_alone():
+    assert make_network("torchvision.models:squeezenet1_1", 7).num_classes == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("{}.network:small", "there is no module 'mine_of_tests.network'; put its folder on PYTH"),
+        ("no_such_one:small", "there is no module 'no_such_one'; put its folder on PYTHONPATH"),
+        (":small", "there is no module ''; put"),
+        ("{}.networks:large", "the module 'mine_of_tests.networks' has no function 'large'; write"),
+        ("{}.networks:number", "has no function 'number'; write package.module:function"),
+        ("{}.networks:", "has no function ''; write package.module:function"),
+        ("{}.networks:two", r"is called with num_classes=7 alone, .* 'classes'.*; give it a param"),
+        ("{}.networks:nothing", r"must return a torch.nn.Module, got int"),
+    ],
+)
+def test_wrong_functions_are_refused(mine, name, told):
+    with pytest.raises(ValueError, match=told) as caught:
+        make_network(name.format(mine), 7)
+    assert repr(name.format(mine)) in str(caught.value)
+
+
+def test_what_the_users_module_lacks_is_its_own_error(mine):
+    with pytest.raises(ModuleNotFoundError, match="no_such_package_of_tests"):
+        make_network(f"{mine}.broken:small", 7)
 
 
 @pytest.mark.parametrize(

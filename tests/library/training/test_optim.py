@@ -1,5 +1,7 @@
 """Learning rates, and the average of a network's weights."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -85,6 +87,59 @@ def test_nesterov_is_a_switch():
     # velocities 1, 2.5, 4.25; Nesterov's adds half of the velocity to the gradient
     assert weights == [-(1.5 + 3.25 + 5.125), -(1 + 2.5 + 4.25)]
     assert OptimConfig().nesterov
+
+
+def test_adamw_is_torchs_and_spares_what_it_should():
+    """Three steps against torch's own, with the groups that `decay_norms` makes."""
+    nets = [nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    settings = OptimConfig(name="adamw", lr=0.01, weight_decay=0.3, decay_norms=False)
+    ours = settings.optimizer([{"params": [*nets[0].parameters()], "lr_factor": 0.5}])
+    settings.set_lr(ours, 0, 1, 1)
+    decayed, spared = [nets[1][0].weight], [*nets[1].parameters()][1:]
+    theirs = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.3}, {"params": spared, "weight_decay": 0.0}],
+        lr=0.005,
+    )
+    for seed in range(3):
+        for net, optimizer in zip(nets, (ours, theirs), strict=True):
+            x = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
+            optimizer.zero_grad()
+            (net(x) * torch.arange(4)).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(nets[0].state_dict(), nets[1].state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("adamvv", "must be sgd or an optimiser of timm, got 'adamvv'; did you mean .*adam"),
+        ("adahessian", "needs second derivatives, which train.py does not compute"),
+    ],
+)
+def test_names_of_no_optimiser(name, told):
+    with pytest.raises(ValueError, match=told):
+        OptimConfig(name=name).optimizer([{"params": [*nn.Linear(2, 2).parameters()]}])
+
+
+def test_without_timm_sgd_is_left(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.optim", None)
+    groups = [{"params": [*nn.Linear(2, 2).parameters()], "lr_factor": 1.0}]
+    assert type(OptimConfig().optimizer(groups)) is torch.optim.SGD
+    with pytest.raises(ValueError, match=r"name='adamw' needs the package timm.*pip install"):
+        OptimConfig(name="adamw").optimizer(groups)
+
+
+def test_gradients_are_scaled_to_the_norm_of_clip():
+    one, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+    for clip, wanted in ((0.0, [3, 0, 4]), (1.0, [0.6, 0, 0.8]), (10.0, [3, 0, 4])):
+        one.grad, other.grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+        settings = OptimConfig(clip=clip)
+        groups = [{"params": [value], "lr_factor": 1.0} for value in (one, other)]
+        settings.clip_gradients(settings.optimizer(groups))
+        assert torch.cat([one.grad, other.grad]).tolist() == pytest.approx(wanted, rel=1e-5)
+    with pytest.raises(ValueError, match=r"optim.clip must be at least 0, got -1"):
+        OptimConfig(clip=-1.0)
 
 
 def test_every_group_gets_its_share_of_the_rate():

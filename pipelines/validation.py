@@ -1,0 +1,62 @@
+"""The metrics of a network on the validation images, after an epoch or of given weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipelines.config import ExecConfig
+from pipelines.loaders import Loaders
+from pipelines.recipe import Config
+from scae_dali.stage.loader import Loader
+from scae_dali.training.evaluation import Evaluation
+from scae_dali.training.networks import make_network
+from scae_dali.training.precision import autocast
+from scae_dali.training.ranks import Ranks
+from scae_dali.training.weights import load_weights
+
+
+@torch.inference_mode()
+def validate(
+    config: Config, model: nn.Module, loader: Loader, class_counts: np.ndarray, ranks: Ranks
+) -> dict[str, Any]:
+    """The metrics on the images of all ranks, by their names in metrics.jsonl. Every rank calls it.
+
+    class_counts: int64 [K], of the training set. The model is left in eval mode.
+    """
+    model.eval()
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    evaluation = Evaluation(class_counts, ranks.device, config.post_hoc(class_counts))
+    for batch in loader:
+        with autocast(config.amp, ranks.device):
+            logits = model(batch.images.contiguous(memory_format=layout))
+        evaluation.update(logits, batch.labels)
+    return evaluation.compute(ranks)
+
+
+def evaluate(config: Config, ranks: Ranks) -> dict[str, Any]:
+    """The metrics of the network with `config.weights`. Nothing is trained or written.
+
+    Raises ValueError where no weights are given, or they do not fit.
+    """
+    if config.weights is None:
+        raise ValueError("--evaluate needs weights, got none: give --weights FILE, a state_dict")
+    data = config.data.open(config.threads)
+    net = make_network(config.model, data.train.num_classes)
+    load_weights(net, config.weights)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    net.to(ranks.device, memory_format=layout)  # type: ignore[call-overload]
+    execution = ExecConfig(
+        batch_size=config.batch_size,
+        device_id=ranks.device.index,
+        threads=config.threads,
+        hw_decoder_load=config.hw_decoder_load,
+        shard=ranks.rank,
+        num_shards=ranks.world,
+    )
+    loaders = Loaders(data, config.image, sampling="shuffle", seed=config.seed)
+    loader = loaders.val(execution.for_inference(config.image.size))
+    return validate(config, net, loader, data.train.class_counts, ranks)
