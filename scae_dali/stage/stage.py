@@ -232,6 +232,8 @@ class Stage:
         window: tuple[DataNode, DataNode, DataNode] | None = None,
         size: tuple[int, int] | None = None,
         partner_crop: CropConfig = CropConfig(),  # noqa: B008 - frozen
+        *,
+        epoch: DataNode | int | None = None,
     ) -> tuple[DataNode, Targets]:
         """Augment images inside a pipeline definition.
 
@@ -242,6 +244,9 @@ class Stage:
         size: (h, w) of the images in pixels. None asks the images, so the plan waits for them.
         partner_crop: how partners, which are files of the index, are cropped. Only CMO, and SCAE
         with tail classes, fetch any. Then `enable_conditionals=True` must be set in the pipeline.
+        epoch: int [1] a sample, on the CPU, or one number, from 0 on, where you count the epochs
+        yourself. Then batches and epochs may have any size and order, and the stage adds no source
+        of its own to the pipeline. None: the stage counts batches.
         Returns (images, Targets).
 
         Raises ValueError where the graph shows that something is wired wrongly: ids that are no
@@ -264,6 +269,7 @@ class Stage:
             window=window,
             size=images.shape() if size is None or not known else size,
             told=size,
+            epoch=epoch,
         )
         if self.mixes:
             if not self._run.grey_levels:
@@ -286,11 +292,12 @@ class Stage:
         random_crop: CropConfig | None = None,
         keyed: bool = False,
         told: tuple[int, int] | None = None,
+        epoch: DataNode | int | None = None,
     ) -> PlanNodes:
         """Decide for a batch, inside a pipeline definition.
 
-        ids, window: as the stage is called with. size: (h, w) of the crops in pixels, or a node
-        that gives it. told: what that node must give, if that is known.
+        ids, window, epoch: as the stage is called with. size: (h, w) of the crops in pixels, or a
+        node that gives it. told: what that node must give, if that is known.
         shapes, random_crop: shapes of the upright images, and how the stage draws crop and flip;
         then the plan has the parts `start`, `shape` and `flip`, and a sample's whole augmentation
         depends on (seed, epoch, id) alone. keyed: ids are keys, see `Order.keys`.
@@ -300,7 +307,9 @@ class Stage:
         be class labels.
         """
         pipeline = Pipeline.current()
-        if pipeline is not None and pipeline.max_batch_size != self.batch_size:
+        if epoch is not None:
+            self._check_epoch(epoch)
+        elif pipeline is not None and pipeline.max_batch_size != self.batch_size:
             raise ValueError(
                 f"batch_size of the stage is {self.batch_size}, of the pipeline "
                 f"{pipeline.max_batch_size}; give both the same"
@@ -318,19 +327,39 @@ class Stage:
             wiring.check_window(window)
         frames = window if window is not None else () if shapes is None else (shapes,)
         sizes = () if isinstance(size, tuple) else (size,)
+        counters: tuple[DataNode, ...] = ()
+        if epoch is None:
+            counters = (self._iteration(),)
+        elif not isinstance(epoch, int):
+            counters = (epoch,)
         operator = self.operator(
             self.planner(random_crop, keyed=keyed),
+            epoch="counted" if epoch is None else epoch if isinstance(epoch, int) else "given",
             frames=len(frames),
             size=size if isinstance(size, tuple) else None,
             origin=wiring.check_ids(ids, self.index),
             told=told,
         )
-        inputs = (ids, self._iteration(), *frames, *sizes)
+        inputs = (ids, *counters, *frames, *sizes)
         call, function = fn.python_function, operator.python
         if self._by_torch:
             call, function = fn.dl_tensor_python_function, operator.torch
         row, single = call(*inputs, function=function, num_outputs=2, batch_processing=True)
         return PlanNodes(row, single, operator.planner)
+
+    def _check_epoch(self, epoch: DataNode | int) -> None:
+        """Raise ValueError for an epoch that cannot be one, or that the stage would count too."""
+        if self.start_epoch:
+            raise ValueError(
+                f"start_epoch must be 0 where epoch is given, got {self.start_epoch}: leave it out"
+            )
+        if isinstance(epoch, int):
+            if epoch < 0:
+                raise ValueError(f"epoch must be at least 0, got {epoch}; count from 0")
+        elif getattr(epoch, "device", None) != "cpu":
+            raise ValueError(
+                f"epoch must be a number or a node on the CPU, got {epoch!r}; pass the source's own"
+            )
 
     def planner(self, random_crop: CropConfig | None = None, *, keyed: bool = False) -> Planner:
         """The function that makes the plan, to be called outside any pipeline.
