@@ -18,7 +18,7 @@ from scae_dali.cache import SaliencyCache
 from scae_dali.cache.format import check_last_pass, check_neighbors
 from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD, check_seed
 from scae_dali.data.index import ImageIndex
-from scae_dali.methods import compose, paste
+from scae_dali.methods import base, compose, paste
 from scae_dali.methods.base import NO_PARTNERS, DataNode, Run, Status, Triple
 from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import batches_per_epoch
@@ -192,8 +192,8 @@ class Stage:
             )
         configs = compose.configs(method, settings)
         self._lookup = None if cache is None else Lookup(index, cache, resident)
-        refreshed = any(getattr(one, "refresh_every", 0) for one in configs.values())
-        if self._lookup is not None and self._lookup.cache is None and not refreshed:
+        self._refresh_every = max(getattr(one, "refresh_every", 0) for one in configs.values())
+        if self._lookup is not None and self._lookup.cache is None and not self._refresh_every:
             SaliencyCache(self._lookup.path, index=index)  # raises, since it is not there
         self.index = index
         self.batch_size = batch_size
@@ -213,6 +213,13 @@ class Stage:
             saliency=None if self._lookup is None else self._lookup.maps,
             neighbors=None if self._lookup is None else self._lookup.neighbors,
         )
+        self._guided = bool(compose.guided(configs))
+        asked = [
+            one.neighbors_for(index.class_counts)
+            for one in configs.values()
+            if isinstance(one, base.Config)
+        ]
+        self._neighbors = max(asked, default=0)
         self._method = compose.make(configs, self._run)
         self.mixes = self._method.mixes
         if self._lookup is not None:
@@ -440,19 +447,6 @@ class Stage:
         return fn.external_source(
             source=number, batch=True, batch_info=True, dtype=types.INT64, ndim=1
         )
-
-
-class SCAE(Stage):
-    """The stage of SCAE. Keywords are those of Stage and the fields of methods.scae.Config.
-
-    scae = SCAE(index, cache="imagenet.lmdb", epochs=100, batch_size=256, seed=7)
-    images, targets = scae(images, ids, window=(start, size, shapes))
-    """
-
-    def __init__(
-        self, index: ImageIndex, cache: SaliencyCache | str | os.PathLike[str], **keywords: Any
-    ) -> None:
-        super().__init__(index, "scae", cache=cache, **keywords)
 
 
 def _look_at(cache: SaliencyCache, samples: int, refresh_every: int) -> None:

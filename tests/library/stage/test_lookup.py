@@ -5,7 +5,7 @@ import pytest
 
 from scae_dali.cache import SaliencyCache
 from scae_dali.methods import Status
-from scae_dali.stage.stage import SCAE, Stage
+from scae_dali.saliency.stage import SCAE, Stage
 
 SIZE = (32, 32)
 
