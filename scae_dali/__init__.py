@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from scae_dali.saliency.gradcam import GradCAM
     from scae_dali.saliency.refresh import refresh_cache
     from scae_dali.saliency.scorecam import ScoreCAM
+    from scae_dali.saliency.stage import SCAE, Stage
     from scae_dali.saliency.whole import whole_loader
     from scae_dali.stage.loader import Batch, Loader
-    from scae_dali.stage.stage import SCAE, Stage, Targets
+    from scae_dali.stage.stage import Targets
     from scae_dali.training.losses import logit_adjustment, mixed_cross_entropy
 
 __version__ = "0.1.0"
@@ -43,10 +44,10 @@ _HOME = {
     "GradCAM": "saliency.gradcam",
     "ImageIndex": "data.index",
     "Loader": "stage.loader",
-    "SCAE": "stage.stage",
+    "SCAE": "saliency.stage",
     "SaliencyCache": "cache",
     "ScoreCAM": "saliency.scorecam",
-    "Stage": "stage.stage",
+    "Stage": "saliency.stage",
     "Targets": "stage.stage",
     "logit_adjustment": "training.losses",
     "mixed_cross_entropy": "training.losses",

@@ -7,7 +7,7 @@ the batch, checks what can only be seen while the pipeline runs, and asks the pl
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from nvidia.dali import Pipeline
@@ -20,6 +20,8 @@ from scae_dali.stage.table import Planner
 class Operator:
     """Ids, the batch's number and crop windows -> rows of the plan, in float64 and in float32.
 
+    epoch: `counted` where the second input is the batch's number, from which the epoch is computed;
+    `given` where it is the epoch; a number is the epoch of all batches, and there is no such input.
     frames: how many inputs describe the crop. size: (h, w) of the crops in pixels; None: it is the
     last input. told: what that input must be, if anything. origin: where ids come from, None where
     that is unknown. epoch_size, num_shards: of the reader, as the stage counts. spent: called with
@@ -30,6 +32,7 @@ class Operator:
         self,
         planner: Planner,
         *,
+        epoch: int | Literal["counted", "given"] = "counted",
         frames: int,
         size: tuple[int, int] | None,
         epoch_size: int,
@@ -39,15 +42,16 @@ class Operator:
         told: tuple[int, int] | None = None,
     ) -> None:
         self.planner = planner
-        self._frames, self._size, self._told = frames, size, told
+        self._epoch, self._frames, self._size, self._told = epoch, frames, size, told
         self._epoch_size, self._num_shards, self._spent = epoch_size, num_shards, spent
         self._names = planner.index.names()
         # A function that holds its pipeline would keep it alive for good.
         self._pipeline = weakref.ref(pipeline) if (pipeline := Pipeline.current()) else None
-        self._reader = None if origin is None else origin.reader
+        counts = epoch == "counted"
+        self._reader = None if origin is None or not counts else origin.reader
         self._once: wiring.EachOnce | None = None
         known = origin is None or self._reader is None or origin.kind == "File"
-        if not known and epoch_size <= len(planner.index):  # no sample is wanted twice
+        if counts and not known and epoch_size <= len(planner.index):  # no sample is wanted twice
             self._once = wiring.EachOnce(planner.index)
 
     def python(self, *inputs: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -73,8 +77,14 @@ class Operator:
 
     def arguments(self, inputs: Sequence[list[np.ndarray]]) -> tuple[Any, ...]:
         """The planner's arguments, out of DALI's inputs."""
-        ids, iteration, *rest = inputs
-        b, number = len(ids), iteration[0].item()
+        ids, *rest = inputs
+        b, number, epoch = len(ids), None, None
+        if self._epoch == "counted":
+            number = np.full(b, rest.pop(0)[0].item())  # the same for all samples of the batch
+        elif self._epoch == "given":
+            epoch = _epochs(rest.pop(0))
+        else:
+            epoch = np.full(b, self._epoch)
         if self._reader is not None:
             self._check_reader()
         if ids[0].dtype == np.uint8:  # names, as source_info gives them
@@ -102,10 +112,9 @@ class Operator:
             window = np.concatenate(frames, axis=1).astype(np.float64)
             if len(frames) > 1:
                 wiring.check_frames(window)
-        # The number of the batch is the same for all its samples.
-        return positions, np.full(b, number), size_px, window
+        return positions, number, size_px, window, epoch
 
-    def _positions(self, ids: list[np.ndarray], number: int) -> np.ndarray:
+    def _positions(self, ids: list[np.ndarray], number: np.ndarray | None) -> np.ndarray:
         """Ids that are numbers, int64 [B]."""
         flat = _batch(ids)[:, 0]
         samples = len(self.planner.index)
@@ -116,8 +125,8 @@ class Operator:
             )
         positions = flat.astype(np.int64)
         within = (positions >= 0) & (positions < samples)  # the planner refuses others
-        if self._once is not None:
-            step = number % self.planner.batches_per_epoch
+        if self._once is not None and number is not None:
+            step = int(number[0]) % self.planner.batches_per_epoch
             left = self._epoch_size // self._num_shards - step * self.planner.batch_size
             self._once.look(positions[: max(0, left)][within[: max(0, left)]])  # others pad
             if step + 1 == self.planner.batches_per_epoch:
@@ -142,3 +151,16 @@ def _batch(samples: list[np.ndarray]) -> np.ndarray:
     """Arrays of one size -> [B, size]; np.stack takes three times as long."""
     flat = samples if samples[0].ndim == 1 else [one.reshape(-1) for one in samples]
     return np.concatenate(flat).reshape(len(samples), -1)
+
+
+def _epochs(samples: list[np.ndarray]) -> np.ndarray:
+    """Epochs that the user gives, int64 [B]."""
+    epochs = _batch(samples)
+    if epochs.dtype.kind not in "iu" or epochs.shape[1] != 1:
+        raise TypeError(
+            f"epoch must be one integer a sample, got {epochs.shape[1]} of {epochs.dtype}; cast it "
+            "to INT64"
+        )
+    if epochs.size and epochs.min() < 0:
+        raise ValueError(f"epoch must be at least 0, got {epochs.min()}; count from 0")
+    return epochs[:, 0].astype(np.int64)

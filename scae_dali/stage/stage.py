@@ -7,7 +7,6 @@ of the batch and the crop windows, never pixels, and returns a small table, a ro
 
 import os
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -15,19 +14,18 @@ import numpy as np
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.pipeline import do_not_convert
 
-from scae_dali.cache import ResidentCache, SaliencyCache
+from scae_dali.cache import SaliencyCache
 from scae_dali.cache.format import check_last_pass, check_neighbors
 from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD, check_seed
 from scae_dali.data.index import ImageIndex
-from scae_dali.methods import compose, paste
+from scae_dali.methods import base, compose, paste
 from scae_dali.methods.base import NO_PARTNERS, DataNode, Run, Status, Triple
 from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import batches_per_epoch
 from scae_dali.stage import partner, wiring
+from scae_dali.stage.lookup import Lookup
 from scae_dali.stage.operator import Operator
 from scae_dali.stage.table import Planner
-
-RESIDENT_BYTES = 10**9  # maps of at most this size are kept in memory, unless told otherwise
 
 
 class Targets(NamedTuple):
@@ -133,7 +131,8 @@ class Stage:
     settings: the fields of the method's Config. Of several methods a mapping for each under its
     name, as in scae={"lam_max": 1.0}. A ready Config goes under the method's name too.
     `switch_prob` is the probability that a batch takes the second of two joined by |.
-    cache: a SaliencyCache of this index, or its path; None: there are no maps.
+    cache: a SaliencyCache of this index, or its path; None: there are no maps. At the path there
+    may be nothing yet, unless refresh_every is 0: then no sample has a map until `attach`.
     epochs: how many the run has, T of eq. 5. batch_size: of the pipeline. num_shards: of the
     reader. seed: of everything that is planned.
     epoch_size: how many samples an epoch has, in all shards together; None: every sample once.
@@ -191,9 +190,11 @@ class Stage:
                 f"torch_device must be cpu, got {torch_device!r}: the plan runs on the CPU, "
                 "whatever the backend; leave it out"
             )
-        named = cache
-        if cache is not None and not isinstance(cache, SaliencyCache):
-            cache = SaliencyCache(cache, index=index)
+        configs = compose.configs(method, settings)
+        self._lookup = None if cache is None else Lookup(index, cache, resident)
+        self._refresh_every = max(getattr(one, "refresh_every", 0) for one in configs.values())
+        if self._lookup is not None and self._lookup.cache is None and not self._refresh_every:
+            SaliencyCache(self._lookup.path, index=index)  # raises, since it is not there
         self.index = index
         self.batch_size = batch_size
         self.start_epoch = start_epoch
@@ -201,7 +202,6 @@ class Stage:
         self.epoch_size = len(index) if epoch_size is None else epoch_size
         self.batches_per_epoch = batches_per_epoch(self.epoch_size, batch_size, num_shards)
         self.seconds = 0.0  # spent in the Python operator, in DALI's thread
-        self._cache = cache
         self._by_torch = backend == "torch"
         self._run = Run(
             seed=seed,
@@ -210,18 +210,25 @@ class Stage:
             class_counts=index.class_counts,
             mean=mean,
             std=std,
-            saliency=_saliency_source(cache, resident),
-            neighbors=None if cache is None else cache.read_neighbors,
+            saliency=None if self._lookup is None else self._lookup.maps,
+            neighbors=None if self._lookup is None else self._lookup.neighbors,
         )
-        configs = compose.configs(method, settings)
+        self._guided = bool(compose.guided(configs))
+        asked = [
+            one.neighbors_for(index.class_counts)
+            for one in configs.values()
+            if isinstance(one, base.Config)
+        ]
+        self._neighbors = max(asked, default=0)
         self._method = compose.make(configs, self._run)
         self.mixes = self._method.mixes
-        if cache is not None:
+        if self._lookup is not None:
             for config in compose.guided(configs):
                 check_neighbors(config.neighbors_for(index.class_counts), index.num_classes)
                 check_last_pass(epochs, config.refresh_every)
-                if cache is not named:  # opened here: whoever opens a cache looks at it
-                    _look_at(cache, len(index), config.refresh_every)
+                opened = self._lookup.cache
+                if opened is not None and opened is not cache:  # whoever opens it looks at it
+                    _look_at(opened, len(index), config.refresh_every)
         self.moves_pixels = self._method.moves_pixels
         self.conditional = self.mixes or self._method.conditional
 
@@ -232,6 +239,8 @@ class Stage:
         window: tuple[DataNode, DataNode, DataNode] | None = None,
         size: tuple[int, int] | None = None,
         partner_crop: CropConfig = CropConfig(),  # noqa: B008 - frozen
+        *,
+        epoch: DataNode | int | None = None,
     ) -> tuple[DataNode, Targets]:
         """Augment images inside a pipeline definition.
 
@@ -242,6 +251,9 @@ class Stage:
         size: (h, w) of the images in pixels. None asks the images, so the plan waits for them.
         partner_crop: how partners, which are files of the index, are cropped. Only CMO, and SCAE
         with tail classes, fetch any. Then `enable_conditionals=True` must be set in the pipeline.
+        epoch: int [1] a sample, on the CPU, or one number, from 0 on, where you count the epochs
+        yourself. Then batches and epochs may have any size and order, and the stage adds no source
+        of its own to the pipeline. None: the stage counts batches.
         Returns (images, Targets).
 
         Raises ValueError where the graph shows that something is wired wrongly: ids that are no
@@ -256,7 +268,7 @@ class Stage:
             window=window,
             size=size,
             run=self._run,
-            guided=self._cache is not None,
+            guided=self._lookup is not None,
             fills=self.mixes or "erase" in self._method.kinds,
         )
         plan = self.plan(
@@ -264,6 +276,7 @@ class Stage:
             window=window,
             size=images.shape() if size is None or not known else size,
             told=size,
+            epoch=epoch,
         )
         if self.mixes:
             if not self._run.grey_levels:
@@ -286,11 +299,12 @@ class Stage:
         random_crop: CropConfig | None = None,
         keyed: bool = False,
         told: tuple[int, int] | None = None,
+        epoch: DataNode | int | None = None,
     ) -> PlanNodes:
         """Decide for a batch, inside a pipeline definition.
 
-        ids, window: as the stage is called with. size: (h, w) of the crops in pixels, or a node
-        that gives it. told: what that node must give, if that is known.
+        ids, window, epoch: as the stage is called with. size: (h, w) of the crops in pixels, or a
+        node that gives it. told: what that node must give, if that is known.
         shapes, random_crop: shapes of the upright images, and how the stage draws crop and flip;
         then the plan has the parts `start`, `shape` and `flip`, and a sample's whole augmentation
         depends on (seed, epoch, id) alone. keyed: ids are keys, see `Order.keys`.
@@ -300,7 +314,9 @@ class Stage:
         be class labels.
         """
         pipeline = Pipeline.current()
-        if pipeline is not None and pipeline.max_batch_size != self.batch_size:
+        if epoch is not None:
+            self._check_epoch(epoch)
+        elif pipeline is not None and pipeline.max_batch_size != self.batch_size:
             raise ValueError(
                 f"batch_size of the stage is {self.batch_size}, of the pipeline "
                 f"{pipeline.max_batch_size}; give both the same"
@@ -318,19 +334,48 @@ class Stage:
             wiring.check_window(window)
         frames = window if window is not None else () if shapes is None else (shapes,)
         sizes = () if isinstance(size, tuple) else (size,)
+        counters: tuple[DataNode, ...] = ()
+        if epoch is None:
+            counters = (self._iteration(),)
+        elif not isinstance(epoch, int):
+            counters = (epoch,)
         operator = self.operator(
             self.planner(random_crop, keyed=keyed),
+            epoch="counted" if epoch is None else epoch if isinstance(epoch, int) else "given",
             frames=len(frames),
             size=size if isinstance(size, tuple) else None,
             origin=wiring.check_ids(ids, self.index),
             told=told,
         )
-        inputs = (ids, self._iteration(), *frames, *sizes)
+        inputs = (ids, *counters, *frames, *sizes)
         call, function = fn.python_function, operator.python
         if self._by_torch:
             call, function = fn.dl_tensor_python_function, operator.torch
         row, single = call(*inputs, function=function, num_outputs=2, batch_processing=True)
         return PlanNodes(row, single, operator.planner)
+
+    def _check_epoch(self, epoch: DataNode | int) -> None:
+        """Raise ValueError for an epoch that cannot be one, or that the stage would count too."""
+        if self.start_epoch:
+            raise ValueError(
+                f"start_epoch must be 0 where epoch is given, got {self.start_epoch}: leave it out"
+            )
+        if isinstance(epoch, int):
+            if epoch < 0:
+                raise ValueError(f"epoch must be at least 0, got {epoch}; count from 0")
+        elif getattr(epoch, "device", None) != "cpu":
+            raise ValueError(
+                f"epoch must be a number or a node on the CPU, got {epoch!r}; pass the source's own"
+            )
+
+    def attach(self, cache: SaliencyCache) -> None:
+        """Look maps up in this cache of the index from now on, from the next plan on."""
+        if self._lookup is None:
+            raise ValueError(
+                "cache must be given to the stage for maps to be looked up in it; the path of a "
+                "cache that is made later is enough"
+            )
+        self._lookup.attach(cache)
 
     def planner(self, random_crop: CropConfig | None = None, *, keyed: bool = False) -> Planner:
         """The function that makes the plan, to be called outside any pipeline.
@@ -404,19 +449,6 @@ class Stage:
         )
 
 
-class SCAE(Stage):
-    """The stage of SCAE. Keywords are those of Stage and the fields of methods.scae.Config.
-
-    scae = SCAE(index, cache="imagenet.lmdb", epochs=100, batch_size=256, seed=7)
-    images, targets = scae(images, ids, window=(start, size, shapes))
-    """
-
-    def __init__(
-        self, index: ImageIndex, cache: SaliencyCache | str | os.PathLike[str], **keywords: Any
-    ) -> None:
-        super().__init__(index, "scae", cache=cache, **keywords)
-
-
 def _look_at(cache: SaliencyCache, samples: int, refresh_every: int) -> None:
     """Warn of a cache that lacks maps of some samples. Raises ValueError where it has none and no
     pass will make any."""
@@ -433,14 +465,3 @@ def _look_at(cache: SaliencyCache, samples: int, refresh_every: int) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
-
-
-def _saliency_source(
-    cache: SaliencyCache | None, resident: bool | None
-) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None:
-    """How maps are looked up: a function ids -> (maps, found); None without a cache."""
-    if cache is None:
-        return None
-    if resident is None:
-        resident = cache.map_bytes <= RESIDENT_BYTES
-    return ResidentCache(cache).read if resident else cache.read

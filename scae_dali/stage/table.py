@@ -74,13 +74,16 @@ class Planner:
     def __call__(
         self,
         ids: np.ndarray,
-        iteration: np.ndarray,
+        iteration: np.ndarray | None,
         size_px: np.ndarray,
         window: np.ndarray | None = None,
+        epoch: np.ndarray | None = None,
     ) -> np.ndarray:
         """The plan of one batch, or of several full ones in a row.
 
-        ids: int64 [B], or keys. iteration: int64 [B], the number of the batch. size_px: int64
+        ids: int64 [B], or keys. iteration: int64 [B], the number of the batch. epoch: int64 [B];
+        None: it is computed from the number of the batch. Where it is given, the plan is of one
+        batch of any size, and its number is made of the epoch and the first id. size_px: int64
         [B, 2], (H, W) of the crop as the network sees it. window: float64 [B, 6], start and shape
         of the crop and the shape of the upright image, in pixels; [B, 2], that shape alone, where
         the planner draws the crop; None: the whole image is seen. Raises IndexError for an id
@@ -89,8 +92,14 @@ class Planner:
         b = len(ids)
         keys, ids = ids, ids & ID if self.keyed else ids
         labels = self._label(ids, keys)
-        iteration = iteration + self._start_epoch * self.batches_per_epoch
-        epoch = iteration // self.batches_per_epoch
+        if epoch is not None:
+            batch_size = b
+            iteration = np.full(b, (epoch[0] * len(self._labels) + ids[0]) % (1 << 32))
+        else:
+            assert iteration is not None
+            batch_size = self.batch_size
+            iteration = iteration + self._start_epoch * self.batches_per_epoch
+            epoch = iteration // self.batches_per_epoch
         extra: dict[str, np.ndarray] = {}
         flip = np.zeros(b, np.bool_)
         if self.random_crop is not None:
@@ -118,7 +127,7 @@ class Planner:
                 window=share,
                 size_px=size_px,
                 iteration=iteration,
-                place=position % self.batch_size,
+                place=position % batch_size,
                 flip=flip,
             )
         )
@@ -126,7 +135,7 @@ class Planner:
         if "partner_id" in plan:
             partner = self._label(plan["partner_id"], ids)
         elif "source" in plan:
-            partner = labels[position - position % self.batch_size + plan["source"]]
+            partner = labels[position - position % batch_size + plan["source"]]
         table = np.empty((b, self._width))
         for name, value in {
             "label": labels,

@@ -14,7 +14,7 @@ import pytest
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-from scae_dali.stage.stage import SCAE, Stage
+from scae_dali.saliency.stage import SCAE, Stage
 
 BATCH = 10
 

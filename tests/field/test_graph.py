@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from nvidia.dali import fn, pipeline_def, types
 
-from scae_dali.stage.stage import SCAE, Stage
+from scae_dali.saliency.stage import SCAE, Stage
 
 S = (24, 24)
 MEAN, STD = [124.0, 116.0, 104.0], [58.0, 57.0, 57.0]

@@ -18,8 +18,8 @@ from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 from scae_dali.plan.crop import CropConfig
+from scae_dali.saliency.stage import SCAE, Stage
 from scae_dali.stage.loader import Loader
-from scae_dali.stage.stage import SCAE, Stage
 
 N, SIZE, GRID = 160, 64, 7
 ORIENTATION = 0x0112

@@ -15,9 +15,9 @@ from scae_dali.methods import BUILT_IN
 from scae_dali.plan import crop
 from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.random import Stream, uniforms
-from scae_dali.stage import stage as ops
+from scae_dali.stage import lookup
 from scae_dali.stage.loader import Loader
-from scae_dali.stage.stage import SCAE, Stage
+from scae_dali.stage.stage import Stage
 
 IMAGE = ImageConfig(size=48, val_resize=48)
 EPOCHS = 4
@@ -127,9 +127,9 @@ def test_maps_are_kept_in_memory_where_they_are_small(index, cache, monkeypatch)
         return len(seen)
 
     assert lookups() == 0 < lookups(resident=False)
-    monkeypatch.setattr(ops, "RESIDENT_BYTES", 50 * 49)
+    monkeypatch.setattr(lookup, "RESIDENT_BYTES", 50 * 49)
     assert lookups() == 0
-    monkeypatch.setattr(ops, "RESIDENT_BYTES", 50 * 49 - 1)
+    monkeypatch.setattr(lookup, "RESIDENT_BYTES", 50 * 49 - 1)
     assert lookups() == 50
     assert lookups(resident=True) == 0
 
@@ -362,8 +362,9 @@ def test_arguments_are_checked(index, cache, tmp_path):
     Stage(index, "none", epochs=1, batch_size=2, seed=0, backend="torch", torch_device="cpu")
     with pytest.raises(TypeError, match="seed"):
         Stage(index, "none", epochs=1, batch_size=2)
-    with pytest.raises(ValueError, match="no saliency cache"):
-        SCAE(index, tmp_path / "absent.lmdb", epochs=1, batch_size=2, seed=0)
+    for name, settings in (("scae", {"refresh_every": 0}), ("cutmix", {})):
+        with pytest.raises(ValueError, match="no saliency cache"):
+            stage(index, tmp_path / "absent.lmdb", 2, name, **settings)
     for name, value in (("epoch_size", 0), ("start_epoch", -1)):
         with pytest.raises(ValueError, match=f"{name} must be at least .*, got {value}"):
             Stage(index, "none", epochs=1, batch_size=2, seed=0, **{name: value})

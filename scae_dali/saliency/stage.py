@@ -1,0 +1,179 @@
+"""The stages that users make: they keep the maps that they look at up to date by themselves.
+
+scae = SCAE(index, "maps.lmdb", epochs=100, batch_size=256, seed=7)
+...
+for epoch in range(100):
+    scae.refresh(model, epoch)
+    for batch in loader:
+        ...
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from scae_dali.cache import SaliencyCache
+from scae_dali.checks import check
+from scae_dali.data.index import ImageIndex
+from scae_dali.methods.base import DataNode
+from scae_dali.plan import schedule
+from scae_dali.plan.crop import CropConfig
+from scae_dali.saliency.gradcam import GradCAM
+from scae_dali.saliency.harvest import Harvest
+from scae_dali.saliency.refresh import PassReport, refresh_cache
+from scae_dali.saliency.sweep import rank_and_world
+from scae_dali.saliency.whole import whole_loader
+from scae_dali.stage import stage
+from scae_dali.stage.loader import Batch
+
+__all__ = ["SCAE", "Stage"]
+
+
+class Stage(stage.Stage):
+    __doc__ = stage.Stage.__doc__
+
+    _made: int | None = None  # the epoch of the pass that was made last, by this process or before
+    _size: tuple[int, int] | None = None  # of the images, in pixels
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of what a call gives besides the images, for `Loader`."""
+        return stage.Targets._fields
+
+    def __call__(
+        self,
+        images: DataNode,
+        ids: DataNode,
+        window: tuple[DataNode, DataNode, DataNode] | None = None,
+        size: tuple[int, int] | None = None,
+        partner_crop: CropConfig = CropConfig(),  # noqa: B008 - frozen
+        *,
+        epoch: DataNode | int | None = None,
+    ) -> tuple[DataNode, stage.Targets]:
+        self._size = size
+        return super().__call__(images, ids, window, size, partner_crop, epoch=epoch)
+
+    __call__.__doc__ = stage.Stage.__call__.__doc__
+
+    def refresh(
+        self,
+        model: nn.Module,
+        epoch: int,
+        *,
+        loader_for: Callable[[Sequence[int]], Iterable[Batch]] | None = None,
+        size: int | None = None,
+        batch_size: int | None = None,
+        share: float = 1.0,
+        harvest: Harvest | None = None,
+        layer: str | None = None,
+        **settings: Any,
+    ) -> PassReport | None:
+        """Make the saliency pass that is due before `epoch`; None where none is due.
+
+        Call it before every epoch, in every process. A pass is due every `refresh_every` epochs.
+        The first one makes the cache if there is none. Batches that DALI has prepared already are
+        planned with the older maps.
+
+        model: as it trains; it is left as it is. loader_for: see refresh_cache; None reads the
+        files of the index, on the model's device, and normalises them by the stage's mean and std.
+        size: the side in pixels of the square to which images are resized; None: that of the
+        training images, if the stage was called with it. batch_size: of a pass; None: the stage's.
+        share, harvest, layer, settings: see refresh_cache. Where the method looks at neighbouring
+        classes alone, a pass finds these, and makes no maps.
+
+        Raises ValueError where the stage has no cache, or the size is not known.
+        """
+        due = self._due(epoch)
+        if due is None:
+            return None
+        size = self._side(size)
+        writes = int(os.environ.get("LOCAL_RANK", rank_and_world()[0])) == 0
+        lookup = self._lookup
+        assert lookup is not None
+        cache = lookup.cache
+        if writes and cache is None:
+            grid = GradCAM(model, layer).grid(size)
+            cache = SaliencyCache.create(lookup.path, self.index, grid=grid, exist_ok=True)
+        if loader_for is None:
+            device = next(model.parameters()).device
+            loader_for = partial(
+                whole_loader,
+                self.index,
+                size=size,
+                mean=self._run.mean,
+                std=self._run.std,
+                batch_size=batch_size or self.batch_size,
+                device_id=device.index if device.type == "cuda" else None,
+            )
+        report = refresh_cache(
+            model,
+            cache if writes else None,
+            self.index,
+            loader_for,
+            epoch=due,
+            share=share if self._guided else 0.0,
+            harvest=harvest if self._guided else None,
+            layer=layer,
+            input_size=size,
+            neighbors=self._neighbors,
+            **settings,
+        )
+        if lookup.cache is None:
+            self.attach(cache or SaliencyCache(lookup.path, index=self.index))
+        self._made = due
+        if harvest is not None:
+            harvest.clear()
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know of the last pass, to be saved with its checkpoint."""
+        lookup = self._lookup
+        cache = None if lookup is None else lookup.cache
+        return {"pass": self._made, "token": None if cache is None else cache.meta.token}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the pass of a `state_dict`, if the cache still has its maps. If it has not,
+        the pass that is due last is made anew."""
+        lookup = self._lookup
+        cache = None if lookup is None else lookup.cache
+        same = cache is not None and cache.meta.token == state["token"]
+        self._made = state["pass"] if same else None
+
+    def _due(self, epoch: int) -> int | None:
+        """The epoch of the pass to be made before `epoch` is trained; None where none must be."""
+        check(epoch >= 0, f"epoch must be at least 0, got {epoch}; count from 0")
+        check(
+            self._lookup is not None,
+            "cache must be given to a stage that makes saliency passes, got None; the path of a "
+            "cache that is not there yet is enough",
+        )
+        wanted = self._guided or self._neighbors
+        due = schedule.pass_epoch(epoch, self._refresh_every) if wanted else None
+        return None if due == self._made else due
+
+    def _side(self, size: int | None) -> int:
+        """The side of the whole images of a pass, in pixels."""
+        if size is None and self._size is not None:
+            size = max(self._size)
+        if size is None:
+            raise ValueError(
+                "size must be the side of the images in a saliency pass, in pixels, got None; pass "
+                "it here, or (h, w) of the training images where you call the stage"
+            )
+        return size
+
+
+class SCAE(Stage):
+    """The stage of SCAE. Keywords are those of Stage and the fields of methods.scae.Config.
+
+    scae = SCAE(index, cache="imagenet.lmdb", epochs=100, batch_size=256, seed=7)
+    images, targets = scae(images, ids, window=(start, size, shapes))
+    """
+
+    def __init__(
+        self, index: ImageIndex, cache: SaliencyCache | str | os.PathLike[str], **keywords: Any
+    ) -> None:
+        super().__init__(index, "scae", cache=cache, **keywords)
