@@ -226,7 +226,7 @@ def train(config: Config, resume: bool) -> None:
     """Train to the last epoch. Nothing is written where `out` holds a run, unless resumed."""
     ranks = Ranks(config.device)
     torch.backends.cudnn.benchmark = True  # images are of one size
-    resuming.agree(ranks, resuming.all_settings(config) | {"resume": resume})
+    resuming.agree(ranks, resuming.without_weights(resuming.flat(config)) | {"resume": resume})
     out = Path(config.out)
     with lock.hold(out, ranks) as check_folder:
         run = begin(config, ranks, resume, check_folder)

@@ -56,7 +56,7 @@ def defaults() -> dict[str, Any]:
     return flat(Config(data=DataConfig(root=""), out=""))
 
 
-def _without_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
+def without_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings without the file of the weights that a run starts from: its content counts."""
     return {name: value for name, value in settings.items() if name != "weights"}
 
@@ -64,7 +64,7 @@ def _without_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
 def identity(config: Config, data: Data) -> dict[str, Any]:
     """What a run is of, for its checkpoint: all settings, and the images and weights they name."""
     weights = config.weights or config.second_stage.weights
-    return _without_weights(flat(config)) | {
+    return without_weights(flat(config)) | {
         "data": data.train.fingerprint,
         "val": data.val.fingerprint,
         "weights": _digest(weights) if weights and os.path.isfile(weights) else None,
@@ -147,7 +147,7 @@ def saved_settings(out: Path, state: Mapping[str, Any] | None) -> dict[str, Any]
     path = out / "config.json"
     if "epochs" not in settings and path.exists():
         try:
-            settings = _without_weights(flat(json.loads(path.read_text()))) | settings
+            settings = without_weights(flat(json.loads(path.read_text()))) | settings
         except (ValueError, AttributeError) as error:
             raise ValueError(
                 f"{str(path)!r} cannot be read ({error}); restore it from a copy, or start in a "
@@ -156,7 +156,7 @@ def saved_settings(out: Path, state: Mapping[str, Any] | None) -> dict[str, Any]
     settings = _renamed(settings)
     if "epochs" not in settings:
         return settings or None
-    return _without_weights(defaults()) | settings
+    return without_weights(defaults()) | settings
 
 
 def compare(

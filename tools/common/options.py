@@ -17,6 +17,7 @@ from scae_dali.commands.options import (
     device,
     existing_folder,
     parser_of,
+    train_folder,
     training_images,
     usable_device,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "shares",
     "sizes",
     "some_of",
+    "train_folder",
     "training_images",
     "usable_device",
     "usable_devices",
