@@ -14,18 +14,21 @@ import numpy as np
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.pipeline import do_not_convert
 
-from scae_dali.cache import SaliencyCache
+from scae_dali.cache import CacheError, SaliencyCache
 from scae_dali.cache.format import check_last_pass, check_neighbors
 from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD, check_seed
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import base, compose, paste
 from scae_dali.methods.base import NO_PARTNERS, DataNode, Run, Status, Triple
+from scae_dali.plan import schedule
 from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import batches_per_epoch
 from scae_dali.stage import partner, wiring
 from scae_dali.stage.lookup import Lookup
 from scae_dali.stage.operator import Operator
 from scae_dali.stage.table import Planner
+
+_AHEAD = 64  # batches; DALI and the workers of a loader prepare fewer in advance
 
 
 class Targets(NamedTuple):
@@ -132,7 +135,7 @@ class Stage:
     name, as in scae={"lam_max": 1.0}. A ready Config goes under the method's name too.
     `switch_prob` is the probability that a batch takes the second of two joined by |.
     cache: a SaliencyCache of this index, or its path; None: there are no maps. At the path there
-    may be nothing yet, unless refresh_every is 0: then no sample has a map until `attach`.
+    may be nothing yet if a pass is due within the run: then no sample has a map until `attach`.
     epochs: how many the run has, T of eq. 5. batch_size: of the pipeline. num_shards: of the
     reader. seed: of everything that is planned.
     epoch_size: how many samples an epoch has, in all shards together; None: every sample once.
@@ -193,7 +196,8 @@ class Stage:
         configs = compose.configs(method, settings)
         self._lookup = None if cache is None else Lookup(index, cache, resident)
         self._refresh_every = max(getattr(one, "refresh_every", 0) for one in configs.values())
-        if self._lookup is not None and self._lookup.cache is None and not self._refresh_every:
+        comes = schedule.pass_epoch(epochs - 1, self._refresh_every) is not None
+        if self._lookup is not None and self._lookup.cache is None and not comes:
             SaliencyCache(self._lookup.path, index=index)  # raises, since it is not there
         self.index = index
         self.batch_size = batch_size
@@ -392,7 +396,21 @@ class Stage:
             start_epoch=self.start_epoch,
             random_crop=random_crop,
             keyed=keyed,
+            look=None if self._lookup is None else self._expect_cache,
         )
+
+    def _expect_cache(self, epoch: int) -> None:
+        """Raise CacheError if the pass that would have made the cache was left out.
+
+        Batches are prepared in advance, so that some of an epoch are planned before its pass.
+        """
+        first = self._refresh_every + -(-_AHEAD // self.batches_per_epoch)
+        if self._lookup is not None and self._lookup.cache is None and epoch >= first:
+            raise CacheError(
+                f"there is no saliency cache at {self._lookup.path!r} in epoch {epoch}, although a "
+                f"saliency pass was due before epoch {self._refresh_every}: call the stage's "
+                "refresh(model, epoch) before every epoch, or name the cache that was built before"
+            )
 
     def operator(self, planner: Planner, **inputs: Any) -> Operator:
         """The operator that runs the planner inside a pipeline. inputs: how the pipeline feeds it,

@@ -4,6 +4,7 @@ It is made by NumPy, outside any DALI graph, and is pure: a row depends on (seed
 saliency) alone.
 """
 
+from collections.abc import Callable
 from itertools import accumulate
 
 import numpy as np
@@ -44,7 +45,8 @@ class Planner:
     columns: where each name lies in a row. The epoch is start_epoch + iteration //
     batches_per_epoch. The method gets iteration + start_epoch · batches_per_epoch.
     random_crop: how the planner draws crop and flip; None: the window is given. keyed: ids are
-    keys, see `Order.keys`, for epochs in which a sample may come twice.
+    keys, see `Order.keys`, for epochs in which a sample may come twice. look: called with the last
+    epoch of every batch, before it is planned.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Planner:
         start_epoch: int = 0,
         random_crop: CropConfig | None = None,
         keyed: bool = False,
+        look: Callable[[int], None] | None = None,
     ) -> None:
         self.index = index
         self.keyed = keyed
@@ -69,7 +72,7 @@ class Planner:
         self._width = max(part.stop for part in self.columns.values())
         self._method, self._run, self._start_epoch = method, run, start_epoch
         self.batch_size, self.batches_per_epoch = batch_size, batches_per_epoch
-        self._labels = index.labels
+        self._labels, self._look = index.labels, look
 
     def __call__(
         self,
@@ -100,6 +103,8 @@ class Planner:
             batch_size = self.batch_size
             iteration = iteration + self._start_epoch * self.batches_per_epoch
             epoch = iteration // self.batches_per_epoch
+        if self._look is not None and b:
+            self._look(int(epoch.max()))
         extra: dict[str, np.ndarray] = {}
         flip = np.zeros(b, np.bool_)
         if self.random_crop is not None:

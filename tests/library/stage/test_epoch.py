@@ -144,7 +144,14 @@ def test_a_pytorch_loader_with_workers_and_a_partial_batch_runs_it_by_dali_proxy
         files = Files(index, server.proxy)
         orders = []
         for files.epoch in range(2):
-            loader = proxy.DataLoader(server, files, batch_size=16, shuffle=True, num_workers=2)
+            loader = proxy.DataLoader(
+                server,
+                files,
+                batch_size=16,
+                shuffle=True,
+                num_workers=2,
+                multiprocessing_context="fork",  # the server's queue cannot be pickled
+            )
             batches = list(loader)
             assert [len(batch[0]) for batch in batches] == [16, 16, 16, 2]
             orders.append([i for batch in batches for i in batch[1].flatten().tolist()])

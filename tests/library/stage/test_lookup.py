@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scae_dali.cache import SaliencyCache
+from scae_dali.cache import CacheError, SaliencyCache
 from scae_dali.methods import Status
 from scae_dali.saliency.stage import SCAE, Stage
 
@@ -46,3 +46,29 @@ def test_a_stage_without_a_cache_has_nothing_to_attach(index, cache):
     one = Stage(index, "random_erasing", epochs=4, batch_size=10, seed=3)
     with pytest.raises(ValueError, match="cache must be given to the stage for maps"):
         one.attach(cache)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_cache_that_nobody_makes_is_told_once_its_pass_is_past(index, tmp_path, counted):
+    """Five batches an epoch: those of 13 epochs may be prepared before the pass of the second."""
+    settings = {"epochs": 40, "batch_size": 10, "seed": 3, "refresh_every": 2}
+    one = SCAE(index, tmp_path / "nowhere.lmdb", **settings)
+    planner, ids = one.planner(), np.arange(10)
+    size = np.tile(SIZE, (10, 1))
+    message = r"no saliency cache at '.*nowhere.lmdb' in epoch 15, although .* due before epoch 2"
+    if counted:
+        planner(ids, np.full(10, 74), size)
+        with pytest.raises(CacheError, match=message):
+            planner(ids, np.full(10, 75), size)
+    else:
+        planner(ids, None, size, epoch=np.full(10, 14))
+        with pytest.raises(CacheError, match=message):
+            planner(ids, None, size, epoch=np.full(10, 15))
+
+
+def test_a_cache_that_no_pass_will_make_must_be_there(index, tmp_path):
+    settings = {"epochs": 5, "batch_size": 10, "seed": 3}
+    for refresh_every in (0, 5):
+        with pytest.raises(CacheError, match="no saliency cache .*nowhere"):
+            SCAE(index, tmp_path / "nowhere", refresh_every=refresh_every, **settings)
+    SCAE(index, tmp_path / "nowhere", refresh_every=4, **settings)
