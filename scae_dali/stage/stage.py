@@ -198,7 +198,11 @@ class Stage:
         self._refresh_every = max(getattr(one, "refresh_every", 0) for one in configs.values())
         comes = schedule.pass_epoch(epochs - 1, self._refresh_every) is not None
         if self._lookup is not None and self._lookup.cache is None and not comes:
-            SaliencyCache(self._lookup.path, index=index)  # raises, since it is not there
+            raise CacheError(
+                f"there is no saliency cache at {self._lookup.path!r}, and no saliency pass makes "
+                f"one with epochs={epochs} and refresh_every={self._refresh_every}: build it by "
+                "`scae-dali build-cache`, or let refresh_every be less than epochs"
+            )
         self.index = index
         self.batch_size = batch_size
         self.start_epoch = start_epoch

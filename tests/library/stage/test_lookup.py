@@ -20,6 +20,7 @@ def plan(one, index, epoch):
 
 def make(index, cache, **keywords):
     settings = {"epochs": 4, "batch_size": 10, "seed": 3, "p_min": 1.0, "p_max": 1.0}
+    settings["refresh_every"] = 2
     return SCAE(index, cache, **settings | keywords)
 
 
@@ -69,6 +70,8 @@ def test_a_cache_that_nobody_makes_is_told_once_its_pass_is_past(index, tmp_path
 def test_a_cache_that_no_pass_will_make_must_be_there(index, tmp_path):
     settings = {"epochs": 5, "batch_size": 10, "seed": 3}
     for refresh_every in (0, 5):
-        with pytest.raises(CacheError, match="no saliency cache .*nowhere"):
+        with pytest.raises(
+            CacheError, match=r"no saliency cache at .*nowhere.* refresh_every be less"
+        ):
             SCAE(index, tmp_path / "nowhere", refresh_every=refresh_every, **settings)
     SCAE(index, tmp_path / "nowhere", refresh_every=4, **settings)
