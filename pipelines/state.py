@@ -129,9 +129,11 @@ class State:
 
     def build_loader(self) -> Loader:
         """Start the training pipeline where its state says."""
-        return self.loaders.train(
+        loader = self.loaders.train(
             self.stage, self.execution(), checkpoint=self.pipeline_state, position=self.step
         )
+        loader.start()
+        return loader
 
     def save(self) -> None:
         """Write the checkpoint: wholly, or not at all."""

@@ -30,6 +30,7 @@ from pipelines.recipe import Config
 from scae_dali.cache import SaliencyCache
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods.keep_augment import importance
+from scae_dali.stage.loader import ids_of
 from scae_dali.stage.stage import Stage
 from scae_dali.training import checkpoint
 from scae_dali.training.networks import make_network
@@ -151,12 +152,12 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         return torch.stack([right, own]).cpu().numpy()
 
     for batch in loaders.saliency(image, run, ids.tolist()):
-        maps, found = cache.read(batch.ids.numpy())
+        maps, found = cache.read(ids_of(batch).numpy())
         usable = found & (maps.max((1, 2)) > maps.min((1, 2)))
         whole = score(batch.images, batch.labels)
         sums[None].append(np.vstack([whole, np.full(len(maps), np.nan)]))
         for lam, boxes_of in place.items():
-            boxes = boxes_of(batch.ids.numpy())
+            boxes = boxes_of(ids_of(batch).numpy())
             ratio = np.where(usable, contrast(maps, boxes, image.size), np.nan)
             figures = score(erased(batch.images, boxes), batch.labels)
             sums[lam].append(np.vstack([figures, ratio]))

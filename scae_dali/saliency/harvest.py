@@ -25,7 +25,7 @@ from scae_dali.saliency.layers import classifier_of, find_layer, unwrap
 from scae_dali.saliency.layout import Layout, layout_of
 from scae_dali.saliency.probe import image_channels, probe_images
 from scae_dali.saliency.reach import logits_of, require_finite, zero_weights
-from scae_dali.stage.loader import Batch
+from scae_dali.stage.loader import Batch, ids_of
 
 __all__ = ["Harvest", "crop_to_frame"]
 
@@ -119,7 +119,7 @@ class Harvest:
             self._lay_waiting()
         size = (batch.images.shape[2], batch.images.shape[3])
         self._waiting.append(
-            _Crops(maps, size, batch.windows, batch.boxes, batch.flips, batch.status, batch.ids)
+            _Crops(maps, size, batch.windows, batch.boxes, batch.flips, batch.status, ids_of(batch))
         )
         if sum(len(crops.maps) for crops in self._waiting) >= AT_ONCE:
             self._lay_waiting()

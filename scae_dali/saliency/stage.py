@@ -9,6 +9,7 @@ for epoch in range(100):
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -36,6 +37,7 @@ class Stage(stage.Stage):
     __doc__ = stage.Stage.__doc__
 
     _made: int | None = None  # the epoch of the pass that was made last, by this process or before
+    _first = True  # until the first call of `refresh`
     _size: tuple[int, int] | None = None  # of the images, in pixels
 
     @property
@@ -84,20 +86,21 @@ class Stage(stage.Stage):
         share, harvest, layer, settings: see refresh_cache. Where the method looks at neighbouring
         classes alone, a pass finds these, and makes no maps.
 
-        Raises ValueError where the stage has no cache, or the size is not known.
+        Raises ValueError where the stage has no cache, or the size is not known, or where files
+        cannot be normalised like the images of the stage.
         """
         due = self._due(epoch)
         if due is None:
+            self._warn_of_older_maps()
             return None
         size = self._side(size)
         writes = int(os.environ.get("LOCAL_RANK", rank_and_world()[0])) == 0
         lookup = self._lookup
         assert lookup is not None
         cache = lookup.cache
-        if writes and cache is None:
-            grid = GradCAM(model, layer).grid(size)
-            cache = SaliencyCache.create(lookup.path, self.index, grid=grid, exist_ok=True)
         if loader_for is None:
+            self._check_own_loader()
+            settings.setdefault("settings", {"mean": self._run.mean, "std": self._run.std})
             device = next(model.parameters()).device
             loader_for = partial(
                 whole_loader,
@@ -108,6 +111,9 @@ class Stage(stage.Stage):
                 batch_size=batch_size or self.batch_size,
                 device_id=device.index if device.type == "cuda" else None,
             )
+        if writes and cache is None:
+            grid = GradCAM(model, layer).grid(size)
+            cache = SaliencyCache.create(lookup.path, self.index, grid=grid, exist_ok=True)
         report = refresh_cache(
             model,
             cache if writes else None,
@@ -153,6 +159,37 @@ class Stage(stage.Stage):
         wanted = self._guided or self._neighbors
         due = schedule.pass_epoch(epoch, self._refresh_every) if wanted else None
         return None if due == self._made else due
+
+    def _warn_of_older_maps(self) -> None:
+        """Warn, once, where the maps of something else guide the first epochs."""
+        first, self._first = self._first, False
+        cache = None if self._lookup is None else self._lookup.cache
+        if not first or cache is None or self._made is not None or not self._guided:
+            return
+        found = cache.coverage().found
+        if found and self._refresh_every and rank_and_world()[0] == 0:
+            warnings.warn(
+                f"saliency cache {cache.path!r} has maps of {found:,} samples that this run did "
+                f"not make; they guide its erasing until its first pass at epoch "
+                f"{self._refresh_every}: delete it for maps of this run alone, or pass "
+                "refresh_every=0 where it was built to be used as it is",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _check_own_loader(self) -> None:
+        """Raise ValueError where the stage cannot read the images of a pass by itself."""
+        check(
+            self._run.grey_levels,
+            "loader_for must be given where the stage gets images that are normalised already (its "
+            f"mean is {self._run.mean}), because it must normalise them alike: see whole_loader",
+        )
+        first = self.index.files[0]
+        check(
+            os.path.isfile(os.path.join(self.index.root, first)),
+            f"loader_for must be given where the images are no files of the index ({first!r} is "
+            "none): partial(whole_loader, images, ...) serves images in memory",
+        )
 
     def _side(self, size: int | None) -> int:
         """The side of the whole images of a pass, in pixels."""

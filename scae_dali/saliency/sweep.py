@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 
 from scae_dali.checks import check
 from scae_dali.saliency.cam import SaliencyMethod
-from scae_dali.stage.loader import Batch
+from scae_dali.stage.loader import Batch, ids_of
 
 __all__ = ["make_maps", "rank_and_world"]
 
@@ -64,10 +64,10 @@ def make_maps(
         for batch in _asked(loader_for(part), part):
             with autocast():
                 # Labels come from the host: reading them from the device would wait for it.
-                maps = cam(batch.images, own[batch.ids])
+                maps = cam(batch.images, own[ids_of(batch)])
             levels = (maps * 255).round()
             outside = ~((levels >= 0) & (levels <= 255)).all()  # true of NaN as well
-            every = _gather(batch.ids, levels.to(torch.uint8), world)
+            every = _gather(ids_of(batch), levels.to(torch.uint8), world)
             before, queued = queued, _to_host(*every, outside)
             if before is not None:
                 hand_on(before)
@@ -83,7 +83,7 @@ def _asked(batches: Iterable[Batch], ids: Sequence[int]) -> Iterator[Batch]:
     wanted, whole = torch.tensor(ids), torch.tensor([0.0, 0.0, 1.0, 1.0])
     done = 0
     for batch in batches:
-        given = batch.ids.long()
+        given = ids_of(batch).long()
         asked = wanted[done : done + len(given)]
         same = min(len(given), len(asked))
         differs = (given[:same] != asked[:same]).nonzero()

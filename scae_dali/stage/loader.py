@@ -1,9 +1,9 @@
 """Turns the outputs of a DALI pipeline into torch batches, with a state that can be saved."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,14 +24,15 @@ _COLUMNS = columns_of(COMMON)
 _TARGETS = {"label", "partner", "mu"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Batch:
     """A batch: what the network and the loss need on the pipeline's device, the rest on the CPU.
 
     images: float [B, 3, H, W], channels-last in memory where the pipeline gives NHWC.
     labels, partners: int64 [B], classes of the sample and of the one mixed into it.
     mu: float32 [B], the weight of `labels`.
-    On the CPU: ids: int64 [B], places in the index. status: int64 [B], a methods.base.Status each.
+    On the CPU: ids: int64 [B], places in the index; None where the pipeline does not give them.
+    status: int64 [B], a methods.base.Status each.
     boxes: float32 [B, 4], (y, x, h, w) in pixels before the flip, of no area where none.
     windows: float32 [B, 4], (y, x, h, w) of the crop in shares of the full frame. flips: bool [B].
     """
@@ -40,11 +41,33 @@ class Batch:
     labels: torch.Tensor
     partners: torch.Tensor
     mu: torch.Tensor
-    ids: torch.Tensor
+    ids: torch.Tensor | None
     status: torch.Tensor
     boxes: torch.Tensor
     windows: torch.Tensor
     flips: torch.Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The batch with images, labels, partners and mu on this device, as Tensor.to moves them.
+
+        The rest stays on the CPU.
+        """
+        move = partial(torch.Tensor.to, device=device, non_blocking=non_blocking)
+        moved = {name: move(getattr(self, name)) for name in _ON_DEVICE}
+        return replace(self, **moved)
+
+
+_ON_DEVICE = ("images", "labels", "partners", "mu")
+
+
+def ids_of(batch: Batch) -> torch.Tensor:
+    """The ids of a batch, int64 [B]. Raises ValueError where its pipeline does not give them."""
+    if batch.ids is None:
+        raise ValueError(
+            "batches must have ids here, got some without: return the ids from the pipeline too, "
+            'and name them "id" in the outputs of the Loader'
+        )
+    return batch.ids
 
 
 class ImageError(RuntimeError):
@@ -55,13 +78,14 @@ class Loader:
     """Iterates over a pipeline whose reader is named "Reader" and pads its shards, or over one that
     is fed in an `order`.
 
-    outputs: the pipeline's, by name: `images`, and either `plan` (PlanNodes.row) or `id`, which may
-    come with `label`, `partner` and `mu` (Targets).
+    outputs: the pipeline's, by name: `images`, and either `plan` (PlanNodes.row) or any of `id`,
+    `label`, `partner` and `mu` (Targets), at least one of the first two.
     drop_last: give only the batches that are full on every shard, so that all ranks take as many
     steps; without it the last batch may be smaller, and an empty one is left out. Samples that pad
     a shard never appear. position: batches of the epoch that a restored pipeline has given already;
     where that is all of them, the first `for` loop gives nothing.
     remedy: takes what an ImageError says of the files, and adds what to do about them.
+    epoch: that of the next batch, counted from 0, or from what `load_state_dict` has loaded.
 
     A `for` loop gives an epoch, or what is left of it. The epoch is over once its last batch is
     given, whether or not anybody asks for another. Raises ImageError where DALI cannot read or
@@ -79,14 +103,15 @@ class Loader:
         order: Order | None = None,
         remedy: Callable[[str], str] = str,
     ) -> None:
-        if not {"images"} < {*outputs} <= {"images", "plan", "id", *_TARGETS} or (
-            ("plan" in outputs) == ("id" in outputs)
-        ):
+        names = {*outputs}
+        by_name = names <= {"images", "id", *_TARGETS} and names & {"id", "label"}
+        if "images" not in names or not (names == {"images", "plan"} or by_name):
             raise ValueError(
-                "outputs must be images and either plan, or id with label, partner and mu or "
-                f"without, got {', '.join(outputs)}"
+                "outputs must be images and either plan, or id or label or both, which partner "
+                f"and mu may follow, got {', '.join(outputs)}"
             )
         self._index, self._pipeline, self._remedy = index, pipeline, remedy
+        self._run(pipeline.build)
         self._labels = torch.from_numpy(index.labels.copy())
         self._once: EachOnce | None = None
         if order is None:
@@ -94,7 +119,7 @@ class Loader:
             shards, epoch_size = meta["number_of_shards"], meta["epoch_size"]
             # DALI's own DROP goes by the smallest shard and then leaves batches of the larger ones
             # to the next epoch; PARTIAL keeps all shards in step.
-            length: dict[str, Any] = {
+            self._length: dict[str, Any] = {
                 "reader_name": "Reader",
                 "last_batch_policy": LastBatchPolicy.PARTIAL,
             }
@@ -103,39 +128,49 @@ class Loader:
                 self._once = EachOnce(index)
         else:
             shards, epoch_size = order.num_shards, order.epoch_size
-            length = {"size": order.batches * order.batch_size}
+            self._length = {"size": order.batches * order.batch_size}
             self._valid = order.shard_size
-        self._batch_size = pipeline.max_batch_size
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Please set `reader_name`")  # there is no reader
-            self._dali = self._run(
-                lambda: DALIGenericIterator([pipeline], list(outputs), auto_reset=True, **length)
-            )
+        self._outputs, self._batch_size = list(outputs), pipeline.max_batch_size
+        self._dali: DALIGenericIterator | None = None  # until `start`
         self._batches = batches_per_epoch(epoch_size, self._batch_size, shards, drop_last=drop_last)
         if self._batches == 0:
             raise ValueError(
                 f"batch_size must be at most the {epoch_size // shards} images of a shard, got "
                 f"{self._batch_size}"
             )
-
         self._position = position  # of the next batch, within the epoch
         self._nothing_left = position >= self._batches
-        # A state of the epoch's end, as it was once saved, may have batches left to drop.
-        if self._nothing_left and self._dali._counter > self._batch_size:
-            self._finish_epoch()
+        self.epoch = 0
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
         return self._batches
 
+    def start(self) -> None:
+        """Prepare the first batch now, and not when it is asked for. Raises what a `for` loop would
+        raise at this batch. Does nothing where it is prepared."""
+        if self._dali is not None:
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Please set `reader_name`")  # there is no reader
+            self._dali = self._run(
+                lambda: DALIGenericIterator(
+                    [self._pipeline], self._outputs, auto_reset=True, **self._length
+                )
+            )
+        # A state of the epoch's end, as it was once saved, may have batches left to drop.
+        if self._nothing_left and self._dali._counter > self._batch_size:
+            self._finish_epoch()
+
     def __iter__(self) -> Iterator[Batch]:
+        self.start()
         if self._nothing_left:
             self._nothing_left, self._position = False, 0
             return
         last = False
         while not last:
             try:
-                (out,) = self._run(self._dali.__next__)
+                (out,) = self._next()
             except StopIteration:
                 self._position = 0
                 return
@@ -147,6 +182,7 @@ class Loader:
             batch = self._batch(out) if len(out["images"]) else None
             if last:  # before it is given: whoever counts batches asks for no more
                 self._once = None
+                self.epoch += 1
                 self._finish_epoch()
             if batch is not None:
                 yield batch
@@ -156,14 +192,47 @@ class Loader:
         pipeline that is defined alike. After the last batch of an epoch it is the state at the
         beginning of the next one.
         """
+        self.start()
+        assert self._dali is not None
         return self._dali.checkpoints()[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a loader that is made alike needs to go on after the last batch given: the state of
+        the pipeline (bytes), the epoch of the next batch and its place in it. After the last batch
+        of an epoch, this is the beginning of the next one.
+        """
+        return {"pipeline": self.state(), "epoch": self.epoch, "position": self._position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`. The next `for` loop gives what is left of the epoch.
+
+        Raises RuntimeError where batches are prepared already, and ValueError for another state.
+        """
+        if self._dali is not None:
+            raise RuntimeError(
+                "load_state_dict must come before the first batch, got a loader that has prepared "
+                "some; make a pipeline and a loader anew"
+            )
+        if not {"pipeline", "epoch", "position"} <= {*state}:
+            raise ValueError(
+                "state must be what state_dict of a Loader gives, with pipeline, epoch and "
+                f"position, got {', '.join(map(str, state)) or 'nothing'}"
+            )
+        self._pipeline._checkpoint = state["pipeline"]
+        self._pipeline._restore_state_from_checkpoint()
+        self.epoch, self._position = state["epoch"], state["position"]
+        self._once = None  # it looks at whole epochs alone
 
     def _finish_epoch(self) -> None:
         """Drop what is left of the epoch; DALI's iterator then begins the next one by itself."""
         with suppress(StopIteration):
             while True:
-                self._run(self._dali.__next__)
+                self._next()
         self._position = 0
+
+    def _next(self) -> list[dict[str, torch.Tensor]]:
+        assert self._dali is not None
+        return self._run(self._dali.__next__)
 
     def _batch(self, out: dict[str, torch.Tensor]) -> Batch:
         images = out["images"]
@@ -174,10 +243,14 @@ class Loader:
             plan = out["plan"]
         else:
             plan = torch.zeros(n, COMMON_WIDTH, dtype=torch.float64)
-            ids = out["id"].reshape(n, 1).long().cpu()
-            self._check_ids(ids[:, 0])
-            plan[:, _COLUMNS["id"]] = ids.double()
-            plan[:, _COLUMNS["label"]] = plan[:, _COLUMNS["partner"]] = self._labels[ids].double()
+            if "id" in out:
+                ids = out["id"].reshape(n, 1).long().cpu()
+                self._check_ids(ids[:, 0])
+                plan[:, _COLUMNS["id"]] = ids.double()
+                labels = self._labels[ids]
+            else:
+                labels = out["label"].reshape(n, 1)
+            plan[:, _COLUMNS["label"]] = plan[:, _COLUMNS["partner"]] = labels.double()
             plan[:, _COLUMNS["mu"]] = 1.0
             plan[:, _COLUMNS["window"]] = torch.tensor([0.0, 0.0, 1.0, 1.0])
             for name in _TARGETS & out.keys():
@@ -189,7 +262,7 @@ class Loader:
             labels=move(part["label"][:, 0].long()),
             partners=move(part["partner"][:, 0].long()),
             mu=move(part["mu"][:, 0].float()),
-            ids=part["id"][:, 0].long(),
+            ids=part["id"][:, 0].long() if {"plan", "id"} & out.keys() else None,
             status=part["status"][:, 0].long(),
             boxes=part["box"].float(),
             windows=part["window"].float(),

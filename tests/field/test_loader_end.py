@@ -105,6 +105,7 @@ def test_a_state_of_the_epochs_end_that_was_saved_before_its_rest_was_dropped(in
     reference = own(index, drop_last=True)
     epochs = [ids_of(reference) for _ in range(2)]
     loader = own(index, drop_last=True)
+    loader.start()
     for _ in range(len(loader)):
         next(loader._dali)
     again = own(index, drop_last=True, state=loader.state(), position=len(loader))

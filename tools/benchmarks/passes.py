@@ -70,7 +70,7 @@ class Passes:
                     yield batch
                     if not begun:
                         live.synchronize()
-                        begun.append((time.perf_counter(), len(batch.ids)))
+                        begun.append((time.perf_counter(), len(batch.images)))
 
             report = refresh_cache(
                 self._net,

@@ -91,7 +91,7 @@ class Counter:
         """The images of the batches."""
         for batch in batches:
             self.mixed += int((batch.status & int(Status.MIXED) > 0).sum())
-            self.samples += len(batch.ids)
+            self.samples += len(batch.images)
             yield batch.images
 
     @property

@@ -24,7 +24,7 @@ from pipelines.loaders import Loaders
 from scae_dali.cache import SaliencyCache
 from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD
 from scae_dali.data.index import ImageIndex
-from scae_dali.stage.loader import Batch, Loader
+from scae_dali.stage.loader import Batch, Loader, ids_of
 from scae_dali.stage.stage import Stage
 from tools.common.live import acting
 
@@ -179,7 +179,7 @@ def compare(reference: list[Batch], ours: list[Batch]) -> str:
         grey += difference.mean((1, 2, 3)).tolist()
     where = int(np.argmax(grey))
     found = f"mean |difference| {np.mean(grey):.2f} grey levels, at most {grey[where]:.2f}"
-    which = torch.cat([batch.ids for batch in reference])[where]
+    which = torch.cat([ids_of(batch) for batch in reference])[where]
     assert max(grey) <= GREY_LEVELS, f"{found} in image {which}; allowed are {GREY_LEVELS}"
     return f"{len(grey)} images, {found}"
 

@@ -17,7 +17,7 @@ import torch
 
 from scae_dali.methods import BUILT_IN
 from scae_dali.saliency.gradcam import GradCAM
-from scae_dali.stage.loader import Batch
+from scae_dali.stage.loader import Batch, ids_of
 from tools.gpu.checks import (
     BATCH,
     SEED,
@@ -164,9 +164,9 @@ def every_image(setup: Setup, decode: str) -> str:
     batches = train_loader(setup, setup.device_id, "none", decode)
     images = 0
     for batch in itertools.chain(batches, batches, batches):
-        step(f"{images} images; next are {batch.ids.tolist()}")
-        assert batch.images.isfinite().all(), f"not finite: ids {batch.ids.tolist()}"
-        images += len(batch.ids)
+        step(f"{images} images; next are {ids_of(batch).tolist()}")
+        assert batch.images.isfinite().all(), f"not finite: ids {ids_of(batch).tolist()}"
+        images += len(batch.images)
     return f"{images} images"
 
 

@@ -1,12 +1,18 @@
 """Stages that make their saliency passes by themselves, from no cache at all."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from cams import Net
 from nvidia.dali import fn, pipeline_def
+from pairs import in_two
 
+from scae_dali.data.index import ImageIndex
+from scae_dali.data.pixels import ArrayImages
 from scae_dali.saliency.stage import SCAE, Stage
+from scae_dali.saliency.whole import whole_loader
 from scae_dali.stage.loader import Loader
 
 SIZE = (32, 32)
@@ -88,3 +94,64 @@ def test_what_a_pass_lacks_is_named(index, tmp_path):
     plain = Stage(index, "random_erasing", epochs=6, batch_size=10, seed=3)
     with pytest.raises(ValueError, match="cache must be given to a stage that makes saliency"):
         plain.refresh(network(index), 2, size=32, layer="body")
+
+
+IMPORTS = """
+import numpy as np, torch
+from torch import distributed
+from test_refreshing_stage import make, network
+from scae_dali.data.index import ImageIndex
+"""
+BOTH = """
+distributed.init_process_group("gloo")
+index = ImageIndex({root!r})
+model = network(index)
+wrapped = torch.nn.parallel.DistributedDataParallel(model)
+one = make(index, {path!r}, num_shards=2)
+assert one.refresh(wrapped, 1, size=32, layer="body") is None
+report = one.refresh(wrapped, 2, size=32, layer="body")
+maps, found = one._lookup.maps(np.arange(50))
+print(report.images, found.all(), maps.astype(int).sum(), one.state_dict()["pass"])
+distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_make_the_pass_together(index, tmp_path):
+    one = make(index, tmp_path / "alone.lmdb")
+    one.refresh(network(index), 2, size=32, layer="body")
+    wanted = one._lookup.maps(np.arange(50))[0].astype(int).sum()
+    said = in_two(IMPORTS, BOTH.format(root=index.root, path=str(tmp_path / "maps.lmdb")))
+    assert said.splitlines() == [f"50 True {wanted} 2"] * 2
+
+
+def test_images_that_are_normalised_before_the_stage_need_a_loader_for_the_pass(index, tmp_path):
+    one = make(index, tmp_path / "maps.lmdb", mean=(0, 0, 0), std=(1, 1, 1))
+    with pytest.raises(ValueError, match="loader_for must be given where the stage gets images"):
+        one.refresh(network(index), 2, size=32, layer="body")
+    assert not (tmp_path / "maps.lmdb").exists()
+
+
+def test_images_that_are_no_files_need_a_loader_too(index, tmp_path):
+    named = ImageIndex.from_arrays([f"{i} in memory" for i in range(50)], index.labels)
+    one = make(named, tmp_path / "maps.lmdb")
+    with pytest.raises(ValueError, match=r"are no files of the index \('0 in memory' is none\)"):
+        one.refresh(network(index), 2, size=32, layer="body")
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), np.uint8)
+    whole = partial(whole_loader, ArrayImages(named, pixels), size=32, batch_size=10)
+    assert one.refresh(network(index), 2, loader_for=whole, size=32, layer="body").images == 50
+
+
+def test_maps_of_another_run_are_told(index, tmp_path):
+    path, model = tmp_path / "maps.lmdb", network(index)
+    one = make(index, path)
+    one.refresh(model, 2, size=32, layer="body")
+    assert one._lookup.cache.meta.settings["mean"] == list(one._run.mean)
+    state = one.state_dict()
+    one._lookup.cache.close()
+    another = make(index, path)
+    with pytest.warns(RuntimeWarning, match=r"has maps of 50 samples that this run did not make"):
+        assert another.refresh(model, 0) is None
+    assert another.refresh(model, 1) is None  # once is enough
+    resumed = make(index, path)
+    resumed.load_state_dict(state)
+    assert resumed.refresh(model, 3) is None
