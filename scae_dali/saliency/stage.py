@@ -19,9 +19,7 @@ from torch import nn
 from scae_dali.cache import SaliencyCache
 from scae_dali.checks import check
 from scae_dali.data.index import ImageIndex
-from scae_dali.methods.base import DataNode
 from scae_dali.plan import schedule
-from scae_dali.plan.crop import CropConfig
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.harvest import Harvest
 from scae_dali.saliency.refresh import PassReport, refresh_cache
@@ -38,27 +36,11 @@ class Stage(stage.Stage):
 
     _made: int | None = None  # the epoch of the pass that was made last, by this process or before
     _first = True  # until the first call of `refresh`
-    _size: tuple[int, int] | None = None  # of the images, in pixels
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """The names of what a call gives besides the images, for `Loader`."""
         return stage.Targets._fields
-
-    def __call__(
-        self,
-        images: DataNode,
-        ids: DataNode,
-        window: tuple[DataNode, DataNode, DataNode] | None = None,
-        size: tuple[int, int] | None = None,
-        partner_crop: CropConfig = CropConfig(),  # noqa: B008 - frozen
-        *,
-        epoch: DataNode | int | None = None,
-    ) -> tuple[DataNode, stage.Targets]:
-        self._size = size
-        return super().__call__(images, ids, window, size, partner_crop, epoch=epoch)
-
-    __call__.__doc__ = stage.Stage.__call__.__doc__
 
     def refresh(
         self,
@@ -193,8 +175,8 @@ class Stage(stage.Stage):
 
     def _side(self, size: int | None) -> int:
         """The side of the whole images of a pass, in pixels."""
-        if size is None and self._size is not None:
-            size = max(self._size)
+        if size is None and self.size is not None:
+            size = max(self.size)
         if size is None:
             raise ValueError(
                 "size must be the side of the images in a saliency pass, in pixels, got None; pass "

@@ -107,6 +107,7 @@ class FedPlan(PlanNodes):
         check_memory(stage, order, images, size=size, crop=crop, batch_size=batch_size)
         self._stage, self._order = stage, order
         self._pixels, self._size, self._crop = images.pixels, size, crop
+        stage.size = size
         self._full_px = np.array(self._pixels.shape[1:3])
         self._crops_here = _crops_here(images, size, crop)
         self._many = batches_at_once(self._pixels, order.batch_size)

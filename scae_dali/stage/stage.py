@@ -210,6 +210,7 @@ class Stage:
         self.epoch_size = len(index) if epoch_size is None else epoch_size
         self.batches_per_epoch = batches_per_epoch(self.epoch_size, batch_size, num_shards)
         self.seconds = 0.0  # spent in the Python operator, in DALI's thread
+        self.size: tuple[int, int] | None = None  # (h, w) of the images, once a pipeline tells it
         self._by_torch = backend == "torch"
         self._run = Run(
             seed=seed,
@@ -322,6 +323,8 @@ class Stage:
         be class labels.
         """
         pipeline = Pipeline.current()
+        self.size = size if isinstance(size, tuple) else told or self.size
+        epoch = int(epoch) if isinstance(epoch, np.integer) else epoch
         if epoch is not None:
             self._check_epoch(epoch)
         elif pipeline is not None and pipeline.max_batch_size != self.batch_size:
