@@ -73,7 +73,9 @@ class Erasing(base.Method):
 def erase_boxes(images: DataNode, plan: Any, run: Run, config: ErasingConfig) -> DataNode:
     """Eq. 1: fill the plan's `box`. images: HWC with 3 channels, CPU or GPU. A box of no area
     leaves an image as it is."""
-    if config.fill not in ("color", "noise") and plan.fill_boxes(images, _value(plan, run, config)):
+    if config.fill not in ("color", "noise") and plan.fill_boxes(
+        images, fill_value(plan, run, config)
+    ):
         return images
     anchor = plan.part("box", types.FLOAT, slice(0, 2))
     shape = plan.part("box", types.FLOAT, slice(2, 4))
@@ -89,7 +91,7 @@ def erase_rectangles(
         # fn.erase fills with one value a channel: here it cuts a mask.
         keep = fn.erase(images * 0 + 1, fill_value=0, **where)
         return fill_where(images, keep, plan, run, config)
-    return fn.erase(images, fill_value=_value(plan, run, config), **where)
+    return fn.erase(images, fill_value=fill_value(plan, run, config), **where)
 
 
 def fill_where(
@@ -101,14 +103,14 @@ def fill_where(
         std, mean = (types.Constant(v, device=images.device) for v in (run.std, run.mean))
         value = value * std + mean
     elif config.fill == "color":
-        value = _value(plan, run, config)
+        value = fill_value(plan, run, config)
         value = value if images.device == "cpu" else value.gpu()
     else:
-        value = types.Constant(_value(plan, run, config), device=images.device)
+        value = types.Constant(fill_value(plan, run, config), device=images.device)
     return fn.cast_like(images * keep + value * (1 - keep), images)
 
 
-def _value(plan: Any, run: Run, config: ErasingConfig) -> Any:
+def fill_value(plan: Any, run: Run, config: ErasingConfig) -> Any:
     """What to fill with, one value a channel, for every fill but noise."""
     if config.fill == "color":
         return plan.part("color", types.FLOAT)

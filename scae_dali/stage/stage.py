@@ -24,6 +24,7 @@ from scae_dali.plan import schedule
 from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import batches_per_epoch
 from scae_dali.stage import partner, wiring
+from scae_dali.stage.dynamic import Dynamic
 from scae_dali.stage.lookup import Lookup
 from scae_dali.stage.operator import Operator
 from scae_dali.stage.table import Planner
@@ -209,6 +210,7 @@ class Stage:
         self.num_shards = num_shards
         self.epoch_size = len(index) if epoch_size is None else epoch_size
         self.batches_per_epoch = batches_per_epoch(self.epoch_size, batch_size, num_shards)
+        self._dynamic: Dynamic | None = None  # until it is called
         self.seconds = 0.0  # spent in the Python operator, in DALI's thread
         self.size: tuple[int, int] | None = None  # (h, w) of the images, once a pipeline tells it
         self._by_torch = backend == "torch"
@@ -229,8 +231,8 @@ class Stage:
             if isinstance(one, base.Config)
         ]
         self._neighbors = max(asked, default=0)
-        self._method = compose.make(configs, self._run)
-        self.mixes = self._method.mixes
+        self.method = compose.make(configs, self._run)
+        self.mixes = self.method.mixes
         if self._lookup is not None:
             for config in compose.guided(configs):
                 check_neighbors(config.neighbors_for(index.class_counts), index.num_classes)
@@ -238,8 +240,8 @@ class Stage:
                 opened = self._lookup.cache
                 if opened is not None and opened is not cache:  # whoever opens it looks at it
                     _look_at(opened, len(index), config.refresh_every)
-        self.moves_pixels = self._method.moves_pixels
-        self.conditional = self.mixes or self._method.conditional
+        self.moves_pixels = self.method.moves_pixels
+        self.conditional = self.mixes or self.method.conditional
 
     def __call__(
         self,
@@ -278,7 +280,7 @@ class Stage:
             size=size,
             run=self._run,
             guided=self._lookup is not None,
-            fills=self.mixes or "erase" in self._method.kinds,
+            fills=self.mixes or "erase" in self.method.kinds,
         )
         plan = self.plan(
             ids,
@@ -365,6 +367,30 @@ class Stage:
         row, single = call(*inputs, function=function, num_outputs=2, batch_processing=True)
         return PlanNodes(row, single, operator.planner)
 
+    def dynamic(
+        self,
+        images: Any,
+        ids: Any,
+        epoch: int,
+        window: tuple[Any, Any, Any] | None = None,
+    ) -> tuple[Any, Targets]:
+        """Augment a batch in DALI's dynamic mode (nvidia.dali.experimental.dynamic).
+
+        images: Batch, HWC, after crop and resize, before flip and normalisation, CPU or GPU.
+        ids, window: as the stage is called with, each a Batch, or an array or a list with a value a
+        sample. epoch: from 0 on. Batches may have any size and order.
+        Returns (images, Targets) of Batches; those of the targets are on the CPU.
+
+        Raises ValueError where the method does more than fill one rectangle of each image, for
+        images that are not HWC, and for a negative epoch. Warns (RuntimeWarning) of a batch that
+        has a sample twice.
+        """
+        self._check_epoch(epoch)
+        if self._dynamic is None:
+            self._dynamic = Dynamic(self)
+        filled, targets = self._dynamic(images, ids, int(epoch), window)
+        return filled, Targets(*targets)
+
     def _check_epoch(self, epoch: DataNode | int) -> None:
         """Raise ValueError for an epoch that cannot be one, or that the stage would count too."""
         if self.start_epoch:
@@ -396,7 +422,7 @@ class Stage:
         """
         return Planner(
             self.index,
-            self._method,
+            self.method,
             self._run,
             batch_size=self.batch_size,
             batches_per_epoch=self.batches_per_epoch,
@@ -445,7 +471,7 @@ class Stage:
                 "the labels would be mixed alone: call the stage itself, which does both, or "
                 f"partner.mix before apply, or {NO_PARTNERS}"
             )
-        return self._method.apply(images, plan)
+        return self.method.apply(images, plan)
 
     @do_not_convert
     def _iteration(self) -> DataNode:

@@ -1,0 +1,104 @@
+"""A stage in DALI's dynamic mode, where operators run as they are called, without a pipeline."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from nvidia.dali import types
+
+from scae_dali.methods import erasing
+from scae_dali.methods.rectangle import Rectangle
+from scae_dali.stage.table import Planner
+
+if TYPE_CHECKING:
+    from scae_dali.stage.stage import Stage
+
+Values = Any  # what holds a value a sample: ndd.Batch, array or tensor [B, ...], list of arrays
+
+
+class Dynamic:
+    """Fills rectangles of batches of dynamic mode; see `Stage.dynamic`.
+
+    Raises ValueError for a method that does anything else to images, or where samples are mixed.
+    """
+
+    def __init__(self, stage: "Stage") -> None:
+        method = stage.method
+        if stage.mixes or type(method).apply is not Rectangle.apply:
+            raise ValueError(
+                "method must fill one rectangle in dynamic mode, as scae without mixing, "
+                f"random_erasing and cutout do, got {type(method).__module__}: use a pipeline, or "
+                "pass mix_prob=0 where samples of rare classes are mixed"
+            )
+        if method.config.fill == "noise":
+            raise ValueError(
+                'fill must not be "noise" in dynamic mode, which draws none here: choose "color", '
+                "or use a pipeline"
+            )
+        self._stage, self._method, self._planner = stage, method, stage.planner()
+        self._told = False
+
+    def __call__(
+        self, images: Any, ids: Values, epoch: int, window: Sequence[Values] | None
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """The images with filled rectangles, and label, partner and μ."""
+        import nvidia.dali.experimental.dynamic as ndd
+
+        if images.layout != "HWC":
+            raise ValueError(
+                f"images must be HWC, got {images.layout or 'no layout'}; call the stage before "
+                "the normalisation or the transposition"
+            )
+        frames = () if window is None else tuple(_arrays(one) for one in window)
+        operator = self._stage.operator(self._planner, epoch=epoch, frames=len(frames), size=None)
+        sizes = [np.array(shape) for shape in images.shape]
+        wanted = _arrays(ids)
+        rows = self._planner(*operator.arguments([wanted, *frames, sizes]))
+        self._warn_of_repeats(rows)
+        plan = _Table(rows, self._planner)
+        method = self._method
+        filled = ndd.erase(
+            images,
+            anchor=plan.part("box", types.FLOAT, slice(0, 2)),
+            shape=plan.part("box", types.FLOAT, slice(2, 4)),
+            fill_value=erasing.fill_value(plan, method.run, method.config),
+            axis_names="HW",
+        )
+        targets = (
+            plan.part("label", types.INT64),
+            plan.part("partner", types.INT64),
+            plan.part("mu", types.FLOAT),
+        )
+        return filled, targets
+
+    def _warn_of_repeats(self, rows: np.ndarray) -> None:
+        """Warn, once, of a batch that has a sample twice: its ids may be class labels."""
+        ids = rows[:, self._planner.columns["id"]]
+        if not self._told and len(np.unique(ids)) < len(ids):
+            self._told = True
+            warnings.warn(
+                "ids have a sample more than once in a batch; if they are class labels, erasing is "
+                "guided by the wrong maps: let the reader read index.files without labels",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+class _Table:
+    """The plan of a batch, with its columns by name, as batches on the CPU."""
+
+    def __init__(self, rows: np.ndarray, planner: Planner) -> None:
+        self._rows, self._planner = rows, planner
+
+    def part(self, name: str, dtype: types.DALIDataType, within: slice = slice(None)) -> Any:
+        import nvidia.dali.experimental.dynamic as ndd
+
+        columns = self._rows[:, self._planner.columns[name]][:, within]
+        return ndd.as_batch(columns.astype(types.to_numpy_type(dtype)))
+
+
+def _arrays(values: Values) -> list[np.ndarray]:
+    """A value a sample, as arrays of at least one dimension."""
+    each: Iterable[Any] = values.cpu().tensors if hasattr(values, "tensors") else values
+    return [np.atleast_1d(np.asarray(one)) for one in each]
