@@ -1,18 +1,17 @@
 """A stage in DALI's dynamic mode, where operators run as they are called, without a pipeline."""
 
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from nvidia.dali import types
 
 from scae_dali.methods import erasing
+from scae_dali.methods.base import Method
 from scae_dali.methods.rectangle import Rectangle
+from scae_dali.stage.operator import Operator
 from scae_dali.stage.table import Planner
-
-if TYPE_CHECKING:
-    from scae_dali.stage.stage import Stage
 
 Values = Any  # what holds a value a sample: ndd.Batch, array or tensor [B, ...], list of arrays
 
@@ -20,12 +19,14 @@ Values = Any  # what holds a value a sample: ndd.Batch, array or tensor [B, ...]
 class Dynamic:
     """Fills rectangles of batches of dynamic mode; see `Stage.dynamic`.
 
+    method: of the stage. planner: its planner. operator: makes the operator of how it is fed, which
+    takes the arguments of the plan out of the batch.
+
     Raises ValueError for a method that does anything else to images, or where samples are mixed.
     """
 
-    def __init__(self, stage: "Stage") -> None:
-        method = stage.method
-        if stage.mixes or type(method).apply is not Rectangle.apply:
+    def __init__(self, method: Method, planner: Planner, operator: Callable[..., Operator]) -> None:
+        if method.mixes or type(method).apply is not Rectangle.apply:
             raise ValueError(
                 "method must fill one rectangle in dynamic mode, as scae without mixing, "
                 f"random_erasing and cutout do, got {type(method).__module__}: use a pipeline, or "
@@ -36,7 +37,7 @@ class Dynamic:
                 'fill must not be "noise" in dynamic mode, which draws none here: choose "color", '
                 "or use a pipeline"
             )
-        self._stage, self._method, self._planner = stage, method, stage.planner()
+        self._method, self._planner, self._operator = method, planner, operator
         self._told = False
 
     def __call__(
@@ -51,7 +52,7 @@ class Dynamic:
                 "the normalisation or the transposition"
             )
         frames = () if window is None else tuple(_arrays(one) for one in window)
-        operator = self._stage.operator(self._planner, epoch=epoch, frames=len(frames), size=None)
+        operator = self._operator(self._planner, epoch=epoch, frames=len(frames), size=None)
         sizes = [np.array(shape) for shape in images.shape]
         wanted = _arrays(ids)
         rows = self._planner(*operator.arguments([wanted, *frames, sizes]))

@@ -231,8 +231,8 @@ class Stage:
             if isinstance(one, base.Config)
         ]
         self._neighbors = max(asked, default=0)
-        self.method = compose.make(configs, self._run)
-        self.mixes = self.method.mixes
+        self._method = compose.make(configs, self._run)
+        self.mixes = self._method.mixes
         if self._lookup is not None:
             for config in compose.guided(configs):
                 check_neighbors(config.neighbors_for(index.class_counts), index.num_classes)
@@ -240,8 +240,8 @@ class Stage:
                 opened = self._lookup.cache
                 if opened is not None and opened is not cache:  # whoever opens it looks at it
                     _look_at(opened, len(index), config.refresh_every)
-        self.moves_pixels = self.method.moves_pixels
-        self.conditional = self.mixes or self.method.conditional
+        self.moves_pixels = self._method.moves_pixels
+        self.conditional = self.mixes or self._method.conditional
 
     def __call__(
         self,
@@ -280,7 +280,7 @@ class Stage:
             size=size,
             run=self._run,
             guided=self._lookup is not None,
-            fills=self.mixes or "erase" in self.method.kinds,
+            fills=self.mixes or "erase" in self._method.kinds,
         )
         plan = self.plan(
             ids,
@@ -387,7 +387,7 @@ class Stage:
         """
         self._check_epoch(epoch)
         if self._dynamic is None:
-            self._dynamic = Dynamic(self)
+            self._dynamic = Dynamic(self._method, self.planner(), self.operator)
         filled, targets = self._dynamic(images, ids, int(epoch), window)
         return filled, Targets(*targets)
 
@@ -422,7 +422,7 @@ class Stage:
         """
         return Planner(
             self.index,
-            self.method,
+            self._method,
             self._run,
             batch_size=self.batch_size,
             batches_per_epoch=self.batches_per_epoch,
@@ -471,7 +471,7 @@ class Stage:
                 "the labels would be mixed alone: call the stage itself, which does both, or "
                 f"partner.mix before apply, or {NO_PARTNERS}"
             )
-        return self.method.apply(images, plan)
+        return self._method.apply(images, plan)
 
     @do_not_convert
     def _iteration(self) -> DataNode:

@@ -163,5 +163,5 @@ def test_targets_that_a_pipeline_gives_itself(index):
 
 @pytest.mark.parametrize("outputs", [["images"], ["id"], ["images", "plan", "id"], ["images", "x"]])
 def test_outputs_that_a_loader_does_not_know(index, outputs):
-    with pytest.raises(ValueError, match="outputs must be images and either plan, or id with"):
+    with pytest.raises(ValueError, match="outputs must be images and either plan, or id or label"):
         Loader(None, outputs, index, drop_last=False)
