@@ -120,11 +120,12 @@ class Environment:
                     return handle.copy(path, compact=True)
             except lmdb.MapResizedError:
                 self._resize(0)
-            except lmdb.Error as error:
-                if (code := _code(error, _DISK_ERRORS)) is None:
-                    raise
+            except lmdb.Error as error:  # a disk that fills up may be an invalid argument too
+                size = os.path.getsize(os.path.join(self.path, DATA_FILE))
                 raise OSError(
-                    code, f"{os.strerror(code)}: the copy was not made; make room for it", path
+                    _code(error, _DISK_ERRORS) or errno.EIO,
+                    f"the copy was not made ({error}); make room for about {size:,} bytes",
+                    path,
                 ) from error
 
     def claim(self) -> Claim:

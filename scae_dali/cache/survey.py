@@ -42,7 +42,7 @@ def focus(maps: Maps) -> NDArray[np.float64]:
     1 − H / log(h·w), with H the entropy of a map that is divided by its sum: 1 where all lies in
     one cell, 0 where all cells are equal. NaN for a map of zeros.
     """
-    cells = maps.reshape(len(maps), -1).astype(np.float64)
+    cells = maps.reshape(len(maps), math.prod(maps.shape[1:])).astype(np.float64)
     with np.errstate(invalid="ignore"):
         share = cells / cells.sum(1, keepdims=True)
     entropy = -(share * np.log(np.maximum(share, 1e-300))).sum(1)

@@ -28,11 +28,12 @@ from tqdm import tqdm
 
 from scae_dali.cache import SaliencyCache
 from scae_dali.cache.format import EPOCHS, check_neighbors, settings_of
+from scae_dali.cache.imports import IMPORTED
 from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD
 from scae_dali.commands.options import (
     add_batch_size,
-    add_data,
     add_device,
+    add_images,
     add_precision,
     count,
     parser_of,
@@ -63,36 +64,7 @@ from scae_dali.training.ranks import Ranks, lost_another, nodes_that_see, togeth
 
 def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__, prog=prog)
-    add_data(
-        parser,
-        type=str,
-        required=True,
-        help="folder of the data set: the training images are in DIR/train/<class>/, or CIFAR's "
-        "files in DIR",
-    )
-    parser.add_argument(
-        "--format",
-        choices=["folder", "cifar10", "cifar100"],
-        default="folder",
-        help="what --data holds: folders of images, or the files of CIFAR as torchvision "
-        "downloads them; default: %(default)s",
-    )
-    parser.add_argument(
-        "--imbalance",
-        type=float,
-        help="take the long-tailed subset of CIFAR's files, as --data.imbalance of train.py does; "
-        "for folders give --list",
-    )
-    parser.add_argument(
-        "--list",
-        help="text file of the images, instead of folders; each line is a path relative to "
-        "--data, a space and the number of the class",
-    )
-    parser.add_argument(
-        "--exclude",
-        default=(),
-        help="text file of images to leave out, one path a line; scae-dali check-images writes one",
-    )
+    add_images(parser, required=True)
     parser.add_argument(
         "--model", required=True, help="name of the network, as --model of train.py takes it"
     )
@@ -223,6 +195,11 @@ def open_images(arguments: argparse.Namespace) -> ImageIndex | ArrayImages:
     return ImageIndex(train_folder(arguments.data), exclude=arguments.exclude)
 
 
+def index_of(images: ImageIndex | ArrayImages) -> ImageIndex:
+    """The list of images that are opened."""
+    return images.index if isinstance(images, ArrayImages) else images
+
+
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings that the maps depend on, besides the network. --channels-last and the device are
     left out: they only change the order of rounding."""
@@ -260,9 +237,10 @@ def open_cache(arguments: argparse.Namespace, index: ImageIndex, cam: CAM) -> Sa
     if meta.under_way is not None:
         cache.claim()  # raises its own error if the process that makes them is alive
     if "method" in differing:
+        same = "" if made["method"] == IMPORTED else "pass the --method that it was built with, or "
         raise ValueError(
             f"saliency cache {path!r} has maps by {made['method']!r}, not {arguments.method!r}; "
-            "pass the --method that it was built with, or build a new cache at another --out"
+            f"{same}build a new cache at another --out"
         )
     made = made | known
     told = "; ".join(
@@ -296,7 +274,7 @@ def prepare(arguments: argparse.Namespace, ranks: Ranks, writes: bool) -> Work:
     """Open the images, the network and, in a process that writes, the cache. Raises ValueError and
     OSError."""
     images = open_images(arguments)
-    index = images.index if isinstance(images, ArrayImages) else images
+    index = index_of(images)
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
     model = load_model(arguments.model, arguments.weights, index.num_classes, ranks.first)
     model.to(ranks.device, memory_format=layout)  # type: ignore[call-overload]
