@@ -16,13 +16,13 @@ from scae_dali.cache.environment import environment_at, new_directory
 from scae_dali.cache.format import (
     CHUNK,
     FORMAT_VERSION,
-    KEY_BYTES,
     META,
     NEIGHBORS,
     PROVENANCE,
     CacheError,
     CacheMeta,
     digest_of_samples,
+    expected_bytes,
     put_ascending,
     record_type,
     settings_of,
@@ -104,8 +104,9 @@ def merge_caches(
         differs = ids[found[ids] & ~same]
         if differs.size and not keep_first:
             raise CacheError(
-                f"{differs.size} samples have another map in {cache.path!r} than in a cache before "
-                f"it (the first: sample {differs.min()}); leave one of them out, or keep the first"
+                f"saliency cache {cache.path!r} has other maps than a cache before it; samples: "
+                f"{differs.size} (the first: {differs.min()}). Leave one of them out, or keep the "
+                "map of the first cache (keep_first=True; scae-dali merge-caches: --keep-first)"
             )
         conflicting[differs] = True
         new = ~found[ids]
@@ -125,21 +126,21 @@ def merge_caches(
     with new_directory(os.fspath(path)) as hidden:
         env = environment_at(os.path.realpath(hidden))
         pending = keys.ascending(found)
-        for start in range(0, len(pending), CHUNK):
-            ids = pending[start : start + CHUNK]
-            values = split(records[ids].tobytes(), records.itemsize)
-            env.update(
-                partial(put_ascending, keys=keys.bytes_of(ids), values=values),
-                needs=records.itemsize * len(pending),
-            )
 
         def finish(txn: lmdb.Transaction) -> None:
             txn.put(META, to_json(meta))
             if agree:
                 txn.put(NEIGHBORS, tables[0].astype("<u2").tobytes())
 
-        env.update(finish, needs=KEY_BYTES)
-        env.close()
+        try:
+            for start in range(0, len(pending), CHUNK):
+                ids = pending[start : start + CHUNK]
+                values = split(records[ids].tobytes(), records.itemsize)
+                put = partial(put_ascending, keys=keys.bytes_of(ids), values=values)
+                env.update(put, needs=expected_bytes(len(pending), records.itemsize))
+            env.update(finish, needs=0)
+        finally:
+            env.close()
     return Merged(samples, int(found.sum()), np.flatnonzero(conflicting), agree)
 
 

@@ -96,14 +96,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     )
     if len(done.missing):
         print(
-            f"{len(done.missing)} images got no map here (the first: "
+            f"{len(done.missing)} of {len(index)} images got no map here (the first: "
             f"{index.files[done.missing[0]]})",
             file=sys.stderr,
         )
     if done.unused:
         print(
-            f"{len(done.unused)} maps are of no image and were left out (the first: "
-            f"{done.unused[0]})",
+            f"left out: {len(done.unused)}, maps of no image (the first: {done.unused[0]})",
             file=sys.stderr,
         )
     if done.highest <= 1:

@@ -71,8 +71,8 @@ def merge(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {done.found} maps of {done.samples} images")
     if len(done.conflicts):
         print(
-            f"{len(done.conflicts)} images had different maps, of which the first was kept (the "
-            f"first of them: image {done.conflicts[0]})",
+            f"images of which the caches had different maps, and the first was kept: "
+            f"{len(done.conflicts)} (the first: image {done.conflicts[0]})",
             file=sys.stderr,
         )
     if not done.neighbors:
