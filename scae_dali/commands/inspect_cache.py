@@ -113,8 +113,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         if arguments.picture is not None:
             draw(arguments)
     except (ValueError, OSError, ImportError) as error:
-        needed = isinstance(error, ImportError) and error.name == "matplotlib"
-        told = "--picture needs matplotlib; pip install 'scae-dali[train]'" if needed else error
+        told = str(error)
+        if isinstance(error, ImportError) and (error.name or "").startswith("matplotlib"):
+            told = "--picture needs matplotlib; pip install 'scae-dali[train]'"
         print(f"error: {told}", file=sys.stderr)
         return 1
     return 0

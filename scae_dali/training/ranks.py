@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,8 @@ def nodes_that_see(folder: Path, ranks: Ranks) -> list[int]:
         seen = {node for node, name in zip(nodes, names, strict=True) if (folder / name).exists()}
         ranks.gather(None)  # no rank removes its file before all have looked
     finally:
-        mine.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, nor may the folder be
+            mine.unlink()
     return sorted(seen)
 
 
