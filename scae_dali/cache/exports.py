@@ -29,10 +29,15 @@ def export_maps(
     path: the .npy file, u8 [N, h, w] with 255 = 1.0, in the order of the index. Beside it the
     `names_file` has a line for each sample: its name, and behind that MISSING where it has no map;
     its row of the array is zeros then. index: that the cache was opened with. Raises ValueError
-    where one of the files exists, for another ending, and for names that hold a tab or a line end.
+    where one of the files exists, for another ending or index, and for names that hold a tab or a
+    line end.
     """
     path = os.fspath(path)
     names = names_file(path)
+    check(
+        cache.meta.fingerprint == index.fingerprint,
+        f"index must be that of the saliency cache {cache.path!r}, got one of another data set",
+    )
     check(path.endswith(".npy"), f"path must end in .npy, got {path!r}")
     for file in (path, names):
         check(not os.path.lexists(file), f"{file!r} exists; choose another name, or remove it")

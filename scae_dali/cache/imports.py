@@ -13,10 +13,11 @@ from scae_dali.cache.cache import SaliencyCache
 from scae_dali.cache.environment import DATA_FILE
 from scae_dali.cache.format import CHUNK, CacheError, Maps, checked_grid
 from scae_dali.cache.resample import SCALES, levels
-from scae_dali.cache.sources import Path, source_of
+from scae_dali.cache.sources import source_of
 from scae_dali.cache.writer import ChunkWriter
 from scae_dali.checks import check, check_choice
 from scae_dali.data.index import ImageIndex
+from scae_dali.data.scan import Path
 
 __all__ = ["IMPORTED", "Imported", "import_maps"]
 

@@ -87,14 +87,17 @@ def merge_caches(
     samples, fingerprint = first.samples, first.fingerprint
     if index is not None:
         samples, fingerprint = len(index), index.fingerprint
+    whole = fingerprint, samples
     records = np.zeros(samples, record_type(first.grid))
     found = np.zeros(samples, np.bool_)
     conflicting = np.zeros(samples, np.bool_)
     for cache, shard in zip_longest(caches, shards or ()):
-        if shard is None and (cache.meta.fingerprint, cache.meta.samples) != (fingerprint, samples):
+        of = whole if shard is None else (shard.fingerprint, len(shard))
+        if (cache.meta.fingerprint, cache.meta.samples) != of:
+            which = "the merged one" if shard is None else "its shard"
             raise CacheError(
-                f"saliency cache {cache.path!r} is of another data set than the merged one; give "
-                "the index of all samples, and as shards that of each cache"
+                f"saliency cache {cache.path!r} is of another data set than {which}; give the "
+                "index of all samples, and as shards that of each cache, in their order"
             )
         ids, theirs = cache.records()
         if shard is not None:
@@ -148,13 +151,15 @@ def _made_by(caches: Sequence[CacheReader], metas: Sequence[CacheMeta]) -> dict[
     """The fields that tell how the maps of all were made; raises CacheError where they differ."""
     passes = [{"settings": None} | (meta.under_way or meta.last_pass) for meta in metas]
     first, path = passes[0], caches[0].path
+    settings: dict[str, Any] = {}
     for cache, meta, its in zip(caches, metas, passes, strict=True):
         if its["epoch"] is None:
             raise CacheError(f"saliency cache {cache.path!r} has no maps; leave it out")
         named = {name: (its[name], first[name]) for name in ("weights", *PROVENANCE)}
         named |= {name: (getattr(meta, name), getattr(metas[0], name)) for name in _SHAPE}
-        known, of_first = settings_of(its), settings_of(first)
-        named |= {name: (known[name], of_first[name]) for name in known if name in of_first}
+        known = settings_of(its)
+        named |= {name: (known[name], settings[name]) for name in known if name in settings}
+        settings |= known
         told = [
             f"{name.replace('_', ' ')} {one or 'unknown'}, not {other or 'unknown'}"
             for name, (one, other) in named.items()
@@ -165,7 +170,8 @@ def _made_by(caches: Sequence[CacheReader], metas: Sequence[CacheMeta]) -> dict[
                 f"saliency cache {cache.path!r} is of another kind than {path!r}: "
                 f"{'; '.join(told)}. Leave it out, or build it as the other one was built"
             )
-    return {name: first[name] for name in ("weights", *PROVENANCE, "settings")}
+    made_by = {name: first[name] for name in ("weights", *PROVENANCE)}
+    return made_by | {"settings": settings or None}
 
 
 def _pass(
@@ -176,12 +182,13 @@ def _pass(
 ) -> dict[str, Any]:
     """The fields of the meta record that tell the pass which made the maps."""
     epoch = max((meta.under_way or meta.last_pass)["epoch"] for meta in metas)
-    if not found.all() and made_by["method"] != IMPORTED:
+    of_it = found & (stamps == epoch)
+    lacking = not found.all() or any(meta.under_way is not None for meta in metas)
+    if lacking and not of_it.all() and made_by["method"] != IMPORTED:
         under_way = {"epoch": epoch, "part": None, "which": None} | made_by
         if under_way["settings"] is None:
             del under_way["settings"]
         return made_by | {"weights": "", "settings": None, "under_way": under_way}
-    of_it = found & (stamps == epoch)
     part: dict[str, Any] = {}
     if not of_it.all():
         part = {"part": int(of_it.sum()), "which": digest_of_samples(of_it)}

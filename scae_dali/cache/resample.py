@@ -35,8 +35,8 @@ def levels(maps: NDArray[Any], grid: tuple[int, int], scale: str = "none") -> Ma
     if maps.dtype.kind == "f":
         _check_range(maps, scale)
         values = maps.astype(np.float64)
-    elif maps.dtype in _FULL:
-        values = maps / _FULL[maps.dtype]
+    elif (kind := maps.dtype.newbyteorder("=")) in _FULL:
+        values = maps / _FULL[kind]
     else:
         raise ValueError(f"a map must be float, bool, uint8 or uint16, got {maps.dtype}; cast it")
     values = resized(values, grid)

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from scae_dali.cache.exports import MISSING
 from scae_dali.checks import check
 from scae_dali.data.index import EXTENSIONS, ImageIndex
+from scae_dali.data.scan import Path
 
-__all__ = ["MapSource", "Path", "source_of"]
+__all__ = ["MapSource", "source_of"]
 
 _ENDS = (".npy", ".png")
 _AT_ONCE = 1 << 21  # cells of an array, some 16 MB where they are float64
 
-Path = str | os.PathLike[str]
 # Places in the index int64 [B], their maps [B, h, w], and what each is called in a message.
 _Block = tuple[NDArray[np.int64], NDArray[Any], Callable[[int], str]]
 

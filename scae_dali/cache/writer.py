@@ -1,7 +1,7 @@
 """A whole pass over a data set as one context: begun, written in chunks, ended, or resumed.
 
 Maps are committed many at a time, in a thread, so that whoever makes them does not wait for the
-disk. A process that is killed loses at most two chunks, and of slow work that of a minute.
+disk. A process that is killed loses at most two chunks, or what it has made within a minute.
 """
 
 from __future__ import annotations

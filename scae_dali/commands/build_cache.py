@@ -305,10 +305,9 @@ def build(arguments: argparse.Namespace) -> None:
     works: list[Work] = []
     together(ranks, lambda: works.append(prepare(arguments, ranks, writes)))
     (work,) = works
-    batch_size, commit_every = arguments.batch_size, 4096
+    batch_size = arguments.batch_size
     if arguments.method == "scorecam":
-        # Layers have 64 channels or more, so that few images fill a chunk; and a kill loses little.
-        batch_size, commit_every = max(1, batch_size // 64), 16
+        batch_size = max(1, batch_size // 64)  # layers have 64 channels or more
 
     def loader_for(ids):
         bar.reset(total=len(ids) * ranks.world)
@@ -343,9 +342,8 @@ def build(arguments: argparse.Namespace) -> None:
             neighbors=work.neighbors,
             autocast=partial(autocast, arguments.amp, device),
             progress=bar.update,
-            commit_every=commit_every,
         )
-    if ranks.first and work.cache is not None:  # as it is in the first process
+    if ranks.first and work.cache is not None:  # the first one always writes
         tell(arguments.out, work.cache, report, work.cam.layer)
     ranks.close()
 

@@ -81,7 +81,10 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
         help="how many classes the picture shows, the most frequent ones; default: %(default)s",
     )
     add_images(parser, required=False)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.data is not None and arguments.picture is None:
+        parser.error("--data is for the picture; give --picture FILE.png too")
+    return arguments
 
 
 def draw(arguments: argparse.Namespace) -> None:

@@ -79,6 +79,24 @@ def test_parts_that_have_lists_of_their_own(make, index, tmp_path):
     assert (meta.fingerprint, meta.epoch, meta.part) == (index.fingerprint, 0, None)
 
 
+def test_shards_in_another_order_are_noticed(make, index, tmp_path):
+    shards = [index.subset([0, 2, 4]), index.subset([1, 3, 5])]
+    caches = [make(f"{k}", range(3), of=one) for k, one in enumerate(shards)]
+    with pytest.raises(
+        CacheError, match="0' is of another data set than its shard; give the index"
+    ):
+        merge_caches(tmp_path / "all", caches, index=index, shards=shards[::-1])
+
+
+def test_a_pass_that_replaces_older_maps_goes_on(make, index, tmp_path):
+    one = make("one", range(12), epoch=3)
+    one.begin_pass(4, **MADE)
+    one.write([5, 6], maps_of([5, 6], 1), epoch=4)
+    merge_caches(tmp_path / "all", [one], index=index)
+    with SaliencyCache(tmp_path / "all", index=index) as cache:
+        assert set(cache.begin_pass(4, **MADE)) == {*range(12)} - {5, 6}
+
+
 def test_a_list_may_name_its_images_from_another_folder(make, index, tmp_path):
     inner = ImageIndex.from_arrays(NAMES, index.labels, "data/train")
     shard = ImageIndex.from_arrays(["train/a/4.jpg"], [0], "data")
@@ -114,8 +132,16 @@ def test_different_maps_of_one_sample(make, index, tmp_path):
 
 
 def test_maps_keep_their_ages(make, index, tmp_path):
-    one, two = make("one", range(6), epoch=3), make("two", range(6, 12), epoch=8)
-    merge_caches(tmp_path / "all", [one, two], index=index)
+    one, two = make("one", range(12), epoch=3), make("two", range(12), epoch=3)
+    two.begin_pass(8, **MADE, ids=range(6, 12))
+    two.write(range(6, 12), maps_of(range(6, 12)), epoch=8)
+    two.end_pass(8)
+    one.begin_pass(8, **MADE, ids=[0])  # withdraws nothing
+    one.write([0], maps_of([0]), epoch=8)
+    one.end_pass(8)
+    merge_caches(tmp_path / "some", [one], index=index)
+    assert merged(tmp_path / "some", index)[3].part == 1
+    merge_caches(tmp_path / "all", [two, one], index=index)
     _, found, stamps, meta = merged(tmp_path / "all", index)
     assert (found.all(), stamps) == (True, [3] * 6 + [8] * 6)
     assert (meta.epoch, meta.part, meta.under_way) == (8, 6, None)

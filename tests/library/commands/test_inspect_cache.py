@@ -86,6 +86,8 @@ def test_what_a_picture_needs(cache, folder, tmp_path, monkeypatch):
     assert "error: " in said
     said = run("inspect_cache", cache.path, "--picture", tmp_path / "maps.doc", status=1)
     assert "error: Format 'doc' is not supported" in said
+    said = run("inspect_cache", cache.path, "--data", folder, status=2)
+    assert "--data is for the picture; give --picture FILE.png too" in said
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "matplotlib.figure")
     monkeypatch.delitem(sys.modules, "scae_dali.commands.cache_picture")

@@ -51,6 +51,8 @@ def test_nothing_is_overwritten(cache, index, tmp_path):
         with pytest.raises(ValueError, match=rf"{name}' exists; choose another name"):
             export_maps(cache, index, tmp_path / "maps.npy")
         (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=r"index must be that of the saliency cache '.*maps.lmdb'"):
+        export_maps(cache, index.subset([2, 1, 0]), tmp_path / "maps.npy")
     with pytest.raises(ValueError, match=r"path must end in .npy, got '.*maps.bin'"):
         export_maps(cache, index, tmp_path / "maps.bin")
 
