@@ -5,7 +5,6 @@ Passes over the images make them, or the forward passes of training do (`harvest
 
 from __future__ import annotations
 
-import secrets
 import sys
 from dataclasses import replace
 from functools import partial
@@ -28,7 +27,7 @@ from scae_dali.saliency.harvest import Harvest
 from scae_dali.saliency.layers import unwrap
 from scae_dali.saliency.refresh import PassReport, refresh_cache, weights_digest
 from scae_dali.training.precision import autocast
-from scae_dali.training.ranks import Ranks, together
+from scae_dali.training.ranks import Ranks, nodes_that_see, together
 
 
 class Maps:
@@ -257,27 +256,7 @@ def path_of_node(path: Path, ranks: Ranks, *, chosen: bool) -> Path:
     number behind the name. chosen: whether the user has named the path; then this raises ValueError
     instead.
     """
-    nodes = ranks.gather(ranks.node)
-    if len(set(nodes)) == 1:
-        return path
-    folder = Path(path).resolve().parent
-    names = [
-        f".node-{node}-{name}"
-        for node, name in zip(nodes, ranks.gather(secrets.token_hex(8)), strict=True)
-    ]
-    mine = folder / names[ranks.rank]
-
-    def leave() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        mine.touch()
-
-    try:
-        together(ranks, leave)
-        seen = [node for node, name in zip(nodes, names, strict=True) if (folder / name).exists()]
-        ranks.gather(None)  # no rank removes its file before all have looked
-    finally:
-        mine.unlink(missing_ok=True)
-    own = min(seen) == ranks.node
+    own = min(nodes_that_see(Path(path).resolve().parent, ranks)) == ranks.node
     check(
         all(ranks.gather(own)) or not chosen,
         f"saliency.cache must be on a disk of the node's own where it is refreshed, got {path!s}, "

@@ -23,7 +23,7 @@ PAGES = [page for folder in FOLDERS if (page := ROOT / folder / "README.md").is_
 PAGES.append(ROOT / "tools" / "package" / "index_page.md")
 SCRIPT = re.compile(
     r"(?:python|torchrun(?: --[\w-]+ \d+)*) (train\.py|tools/\w+\.py)(?= |$)"
-    r"|scae-dali ([\w-]+)(?= )"
+    r"|(?:torchrun(?: --[\w-]+ \d+)* --no-python )?scae-dali ([\w-]+)(?= )"
 )
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import secrets
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ __all__ = [
     "Environment",
     "environment_at",
     "make_directory",
+    "new_directory",
     "require_data_file",
 ]
 
@@ -108,6 +111,22 @@ class Environment:
                         "the pass again, it resumes",
                         self.path,
                     ) from error
+
+    def copy(self, path: str) -> None:
+        """Writes the newest snapshot into an empty directory, without the pages that are free."""
+        while True:
+            try:
+                with self._shared() as handle:
+                    return handle.copy(path, compact=True)
+            except lmdb.MapResizedError:
+                self._resize(0)
+            except lmdb.Error as error:  # a disk that fills up may be an invalid argument too
+                size = os.path.getsize(os.path.join(self.path, DATA_FILE))
+                raise OSError(
+                    _code(error, _DISK_ERRORS) or errno.EIO,
+                    f"the copy was not made ({error}); make room for about {size:,} bytes",
+                    path,
+                ) from error
 
     def claim(self) -> Claim:
         """Makes this process the one that writes, until `close` or its end, unless another is.
@@ -290,6 +309,37 @@ def make_directory(path: str, *, exist_ok: bool) -> None:
                 f"{path!r} is no saliency cache: it holds {foreign[0]!r}; choose another path"
             )
     os.makedirs(path, exist_ok=True)
+
+
+@contextmanager
+def new_directory(path: str) -> Iterator[str]:
+    """A directory for a cache that appears at `path` when all is well with it, at the end.
+
+    Yields where it is until then. If the context fails it is removed. Raises CacheError where
+    something is at `path`.
+    """
+    path = os.path.abspath(path)
+    if os.path.lexists(path):
+        raise CacheError(f"something is at {path!r} already; choose another path, or remove it")
+    parent, name = os.path.split(path)
+    hidden = os.path.join(parent, f".{name}-{secrets.token_hex(4)}")
+    os.makedirs(hidden)
+    try:
+        yield hidden
+        _sync(os.path.join(hidden, DATA_FILE))
+        os.rename(hidden, path)  # fails where something has come to `path` meanwhile
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+    _sync(parent)
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def require_data_file(path: str) -> None:

@@ -19,6 +19,7 @@ from scae_dali.cache.environment import (
     DATA_FILE,
     Environment,
     environment_at,
+    new_directory,
     require_data_file,
 )
 from scae_dali.cache.format import (
@@ -201,6 +202,46 @@ class CacheReader:
 
         return self._view(copy)
 
+    def visit(self, look: Callable[[NDArray[np.int64] | None, NDArray[Any]], object]) -> None:
+        """Calls look(ids, records) for all maps of one moment, some at a time, in key order.
+
+        ids: i64[n]; None where the cache names samples by path and was opened without an index.
+        records: [n] of the fields stamp, u16, and map, u8[h,w].
+        """
+
+        def scan(txn: lmdb.Transaction) -> None:
+            if self._keys.known:
+                for ids, records in self._scan(txn):
+                    look(ids, records)
+            else:
+                for _, records, _ in rows(txn, self._kind):
+                    look(None, records)
+
+        self._view(scan)
+
+    def records(self) -> tuple[NDArray[np.int64], NDArray[Any]]:
+        """What `visit` shows, at once: ids i64[n] and records [n], in key order."""
+        self._keys.require()
+        ids, records = [np.empty(0, np.int64)], [np.empty(0, self._kind)]
+
+        def keep(some: NDArray[np.int64] | None, theirs: NDArray[Any]) -> None:
+            assert some is not None
+            ids.append(some)
+            records.append(theirs)
+
+        self.visit(keep)
+        return np.concatenate(ids), np.concatenate(records)
+
+    def copy(self, path: str | os.PathLike[str]) -> None:
+        """Copies the cache, as it is at one moment, to a new folder.
+
+        Any process may write to it meanwhile. The copy has no free pages, so it may be smaller. It
+        is there as a whole or not at all. Raises CacheError where something is at `path`, OSError
+        where the disk is full.
+        """
+        with new_directory(os.fspath(path)) as hidden:
+            self._environment().copy(hidden)
+
     def resident(self) -> ResidentCache:
         """The same cache with all maps in memory, N·h·w bytes."""
         resident = ResidentCache(self)
@@ -227,13 +268,15 @@ class CacheReader:
     def coverage(self) -> Coverage:
         """How many samples have a map, and how many of those maps say nothing: they are flat."""
 
-        def count(txn: lmdb.Transaction) -> Coverage:
-            known = self._keys.known
-            blocks = self._scan(txn) if known else ((k, r) for k, r, _ in rows(txn, self._kind))
-            each = [(len(ids), int(flat(records["map"]).sum())) for ids, records in blocks]
-            return Coverage(sum(found for found, _ in each), sum(same for _, same in each))
+        found = same = 0
 
-        return self._view(count)
+        def count(_: NDArray[np.int64] | None, records: NDArray[Any]) -> None:
+            nonlocal found, same
+            found += len(records)
+            same += int(flat(records["map"]).sum())
+
+        self.visit(count)
+        return Coverage(found, same)
 
     def stalest(self, count: int, *, epoch: int) -> NDArray[np.int64]:
         """The samples for a pass of `epoch` that makes `count` maps -> i64[count], in key order.

@@ -1,11 +1,12 @@
 """A whole pass over a data set as one context: begun, written in chunks, ended, or resumed.
 
 Maps are committed many at a time, in a thread, so that whoever makes them does not wait for the
-disk. A process that is killed loses at most two chunks.
+disk. A process that is killed loses at most two chunks, or what it has made within a minute.
 """
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -18,9 +19,11 @@ from scae_dali.cache.format import CHUNK, CacheError, Maps
 
 __all__ = ["ChunkWriter"]
 
+COMMIT_S = 30.0  # a commit is due after so many seconds, however few maps are held
+
 
 class ChunkWriter:
-    """One pass as a context: begins it, commits every `commit_every` maps, ends it.
+    """One pass as a context: begins it, commits every `commit_every` maps or COMMIT_S, ends it.
 
         with ChunkWriter(cache, epoch, weights=digest) as writer:
             for ids, maps in saliency_of(writer.pending):
@@ -42,6 +45,7 @@ class ChunkWriter:
         self._ids: list[NDArray[np.int64]] = []
         self._maps: list[Maps] = []
         self._held = 0
+        self._committed = time.monotonic()
         self._thread = ThreadPoolExecutor(1, "commit")
         self._commit: tuple[NDArray[np.int64], Maps, Future[None]] | None = None
         self.pending = np.empty(0, np.int64)
@@ -62,7 +66,7 @@ class ChunkWriter:
         """Takes what `SaliencyCache.write` takes: checked at once, committed in chunks."""
         ids, maps = self._cache.checked(ids, maps)
         self._hold(ids, maps.copy())
-        if self._held >= self._every:
+        if self._held >= self._every or time.monotonic() - self._committed >= COMMIT_S:
             self._settle()
             self._submit()
 
@@ -93,6 +97,7 @@ class ChunkWriter:
     def _submit(self) -> None:
         ids, maps = np.concatenate(self._ids), np.concatenate(self._maps)
         self._ids, self._maps, self._held = [], [], 0
+        self._committed = time.monotonic()
         commit = self._thread.submit(self._cache.write, ids, maps, epoch=self.epoch)
         self._commit = ids, maps, commit
 

@@ -3,16 +3,24 @@
     scae-dali build-cache --data /data/imagenet --model resnet50 \\
         --weights resnet50.pt --out imagenet.lmdb
 
-Started again, it goes on where it stopped. It never replaces a cache of another network, of other
-weights or settings, and one process writes to a cache at a time. `--method scorecam` takes as many
-forward passes an image as the layer has channels.
+Under torchrun each process makes its share of the maps, on the GPU of its own number, and one
+process of each node writes. LMDB cannot be written from two machines: of nodes that see the same
+folder the first one writes for all.
+
+    torchrun --nproc-per-node 8 --no-python scae-dali build-cache --data …
+
+Started again, it goes on where it stopped, with any number of processes. It never replaces a cache
+of another network, of other weights or settings, and one process writes to a cache at a time.
+`--method scorecam` takes as many forward passes an image as the layer has channels.
 """
 
 import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +28,12 @@ from tqdm import tqdm
 
 from scae_dali.cache import SaliencyCache
 from scae_dali.cache.format import EPOCHS, check_neighbors, settings_of
+from scae_dali.cache.imports import IMPORTED
 from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD
 from scae_dali.commands.options import (
     add_batch_size,
-    add_data,
     add_device,
+    add_images,
     add_precision,
     count,
     parser_of,
@@ -37,47 +46,25 @@ from scae_dali.data.pixels import ArrayImages
 from scae_dali.saliency.cam import CAM
 from scae_dali.saliency.layers import classifier_of
 from scae_dali.saliency.package import PREFIX
-from scae_dali.saliency.refresh import METHODS, factory_of, flat_note, refresh_cache
+from scae_dali.saliency.refresh import (
+    METHODS,
+    PassReport,
+    factory_of,
+    flat_note,
+    refresh_cache,
+)
 from scae_dali.saliency.scorecam import ScoreCAM
 from scae_dali.saliency.weights import weights_digest
 from scae_dali.saliency.whole import whole_loader
 from scae_dali.stage.loader import ImageError
 from scae_dali.training.networks import make_network
 from scae_dali.training.precision import autocast
+from scae_dali.training.ranks import Ranks, lost_another, nodes_that_see, together
 
 
 def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__, prog=prog)
-    add_data(
-        parser,
-        type=str,
-        required=True,
-        help="folder of the data set: the training images are in DIR/train/<class>/, or CIFAR's "
-        "files in DIR",
-    )
-    parser.add_argument(
-        "--format",
-        choices=["folder", "cifar10", "cifar100"],
-        default="folder",
-        help="what --data holds: folders of images, or the files of CIFAR as torchvision "
-        "downloads them; default: %(default)s",
-    )
-    parser.add_argument(
-        "--imbalance",
-        type=float,
-        help="take the long-tailed subset of CIFAR's files, as --data.imbalance of train.py does; "
-        "for folders give --list",
-    )
-    parser.add_argument(
-        "--list",
-        help="text file of the images, instead of folders; each line is a path relative to "
-        "--data, a space and the number of the class",
-    )
-    parser.add_argument(
-        "--exclude",
-        default=(),
-        help="text file of images to leave out, one path a line; scae-dali check-images writes one",
-    )
+    add_images(parser, required=True)
     parser.add_argument(
         "--model", required=True, help="name of the network, as --model of train.py takes it"
     )
@@ -133,11 +120,19 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
         default=1,
         help="how many of the most similar classes are stored for each class; default: %(default)s",
     )
-    add_batch_size(parser, 64, "images in a batch")
+    add_batch_size(parser, 64, "images in a batch of one process")
     parser.add_argument(
-        "--threads", type=count, default=4, help="CPU threads of DALI; default: %(default)s"
+        "--threads",
+        type=count,
+        default=4,
+        help="CPU threads of DALI in one process; default: %(default)s",
     )
-    add_device(parser, "auto")
+    add_device(
+        parser,
+        "auto",
+        help="cpu, auto, or the number of a GPU; under torchrun each process takes the GPU of its "
+        "own number",
+    )
     add_precision(parser)
     parser.add_argument(
         "--epoch",
@@ -155,12 +150,16 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
     return arguments
 
 
-def load_model(name: str, weights: str | None, classes: int) -> torch.nn.Module:
-    """The network in eval mode. Raises ValueError where weights and network do not fit."""
+def load_model(name: str, weights: str | None, classes: int, told: bool = True) -> torch.nn.Module:
+    """The network in eval mode. told: whether to say so where it is random. Raises ValueError where
+    weights and network do not fit."""
     torch.manual_seed(0)
     model = make_network(name, classes)
     if weights is None:
-        print("no --weights: the network is random, and so is what it looks at", file=sys.stderr)
+        if told:
+            print(
+                "no --weights: the network is random, and so is what it looks at", file=sys.stderr
+            )
         return model.eval()
     state = torch.load(weights, map_location="cpu", weights_only=True)
     try:
@@ -194,6 +193,11 @@ def open_images(arguments: argparse.Namespace) -> ImageIndex | ArrayImages:
     if arguments.list:
         return ImageIndex.from_list(arguments.list, root=arguments.data, exclude=arguments.exclude)
     return ImageIndex(train_folder(arguments.data), exclude=arguments.exclude)
+
+
+def index_of(images: ImageIndex | ArrayImages) -> ImageIndex:
+    """The list of images that are opened."""
+    return images.index if isinstance(images, ArrayImages) else images
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -233,9 +237,10 @@ def open_cache(arguments: argparse.Namespace, index: ImageIndex, cam: CAM) -> Sa
     if meta.under_way is not None:
         cache.claim()  # raises its own error if the process that makes them is alive
     if "method" in differing:
+        same = "" if made["method"] == IMPORTED else "pass the --method that it was built with, or "
         raise ValueError(
             f"saliency cache {path!r} has maps by {made['method']!r}, not {arguments.method!r}; "
-            "pass the --method that it was built with, or build a new cache at another --out"
+            f"{same}build a new cache at another --out"
         )
     made = made | known
     told = "; ".join(
@@ -251,36 +256,63 @@ def open_cache(arguments: argparse.Namespace, index: ImageIndex, cam: CAM) -> Sa
     )
 
 
-def build(arguments: argparse.Namespace) -> None:
-    """Make the maps by one pass, with a progress bar, and print its rate."""
+@dataclass(frozen=True)
+class Work:
+    """What the pass of a process needs. cache: None in a process that writes none. cam: an object
+    of `method`, whose layer and network it tells."""
+
+    images: ImageIndex | ArrayImages
+    index: ImageIndex
+    model: torch.nn.Module
+    method: Callable[..., Any]
+    cam: Any
+    cache: SaliencyCache | None
+    neighbors: int
+
+
+def prepare(arguments: argparse.Namespace, ranks: Ranks, writes: bool) -> Work:
+    """Open the images, the network and, in a process that writes, the cache. Raises ValueError and
+    OSError."""
     images = open_images(arguments)
-    index = images.index if isinstance(images, ArrayImages) else images
-    number = arguments.device_id
-    device = torch.device("cpu") if number is None else torch.device("cuda", number)
-    torch.backends.cudnn.benchmark = True  # images are of one size
+    index = index_of(images)
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
-    model = load_model(arguments.model, arguments.weights, index.num_classes)
-    model.to(device, memory_format=layout)  # type: ignore[call-overload]
+    model = load_model(arguments.model, arguments.weights, index.num_classes, ranks.first)
+    model.to(ranks.device, memory_format=layout)  # type: ignore[call-overload]
     neighbors = arguments.neighbors
     try:
         classifier_of(model, index.num_classes)
     except ValueError as error:
-        print(f"the cache gets no neighbouring classes: {error}", file=sys.stderr)
+        if ranks.first:
+            print(f"the cache gets no neighbouring classes: {error}", file=sys.stderr)
         neighbors = 0
     check_neighbors(neighbors, index.num_classes)
     method: Callable[..., Any] = factory_of(arguments.method)
-    batch_size, commit_every = arguments.batch_size, 4096
     if arguments.method == "scorecam":
-        method = partial(ScoreCAM, chunk=batch_size)
-        # Layers have 64 channels or more, so that few images fill a chunk; and a kill loses little.
-        batch_size, commit_every = max(1, batch_size // 64), 16
+        method = partial(ScoreCAM, chunk=arguments.batch_size)
     cam = method(model, arguments.layer)
-    cache = open_cache(arguments, index, cam)
+    cache = open_cache(arguments, index, cam) if writes else None
+    return Work(images, index, model, method, cam, cache, neighbors)
+
+
+def build(arguments: argparse.Namespace) -> None:
+    """Make the maps by one pass, with a progress bar, and print its rate. All processes call it."""
+    number = arguments.device_id
+    ranks = Ranks("cpu" if number is None else "cuda", number or 0)
+    device = ranks.device
+    torch.backends.cudnn.benchmark = True  # images are of one size
+    first_node = min(nodes_that_see(Path(arguments.out).resolve().parent, ranks))
+    writes = ranks.local == 0 and ranks.node == first_node
+    works: list[Work] = []
+    together(ranks, lambda: works.append(prepare(arguments, ranks, writes)))
+    (work,) = works
+    batch_size = arguments.batch_size
+    if arguments.method == "scorecam":
+        batch_size = max(1, batch_size // 64)  # layers have 64 channels or more
 
     def loader_for(ids):
-        bar.reset(total=len(ids))
+        bar.reset(total=len(ids) * ranks.world)
         return whole_loader(
-            images,
+            work.images,
             ids,
             size=arguments.size,
             mean=tuple(arguments.mean),
@@ -288,40 +320,47 @@ def build(arguments: argparse.Namespace) -> None:
             dtype="fp16" if arguments.amp == "fp16" else "fp32",
             layout="NHWC" if arguments.channels_last else "NCHW",
             batch_size=batch_size,
-            device_id=number,
+            device_id=device.index,
             threads=arguments.threads,
             remedy=of_training,
         )
 
-    with warnings.catch_warnings(), tqdm(unit="img", desc="saliency") as bar:
+    bar = tqdm(unit="img", desc="saliency", disable=not ranks.first)
+    with warnings.catch_warnings(), bar:
         warnings.filterwarnings("ignore", ".* saliency maps of layer .* are flat")  # told below
         report = refresh_cache(
-            model,
-            cache,
-            index,
+            work.model,
+            work.cache,
+            work.index,
             loader_for,
             epoch=arguments.epoch,
-            method=method,
+            method=work.method,
             layer=arguments.layer,
             name=arguments.model,
             input_size=arguments.size,
             settings=settings(arguments),
-            neighbors=neighbors,
+            neighbors=work.neighbors,
             autocast=partial(autocast, arguments.amp, device),
             progress=bar.update,
-            commit_every=commit_every,
         )
+    if ranks.first and work.cache is not None:  # the first one always writes
+        tell(arguments.out, work.cache, report, work.cam.layer)
+    ranks.close()
+
+
+def tell(out: str, cache: SaliencyCache, report: PassReport, layer: str) -> None:
+    """Print what a pass has made of the cache."""
     found, flat = cache.coverage()
     if report.images == 0:
-        print(f"{arguments.out} is complete already: {found} maps, {flat} of them flat")
+        print(f"{out} is complete already: {found} maps, {flat} of them flat")
     else:
         rate = report.images / report.seconds
         print(
-            f"{arguments.out}: {report.images} maps of {len(index)} in {report.seconds:.1f} s, "
+            f"{out}: {report.images} maps of {cache.meta.samples} in {report.seconds:.1f} s, "
             f"{rate:.{0 if rate >= 10 else 2}f} img/s, {cache.size_bytes / 1e6:.1f} MB; "
             f"{flat} of {found} maps are flat"
         )
-    if (note := flat_note(flat, found, cam.layer)) is not None:
+    if (note := flat_note(flat, found, layer)) is not None:
         print(f"warning: {note}", file=sys.stderr)
 
 
@@ -331,3 +370,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         build(arguments)
     except (ValueError, OSError, ImageError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if not lost_another(error):
+            raise
+        sys.exit("error: another process has ended before its time; its own message says why")

@@ -1,15 +1,26 @@
-"""Show what a saliency cache holds: how its maps were made, how many there are, and their age."""
+"""Show what a saliency cache holds: how its maps were made, how many there are, and their age.
+
+    scae-dali inspect-cache imagenet.lmdb
+    scae-dali inspect-cache imagenet.lmdb --data /data/imagenet --picture maps.png
+
+The picture has the mean map of the most frequent classes, and the maps that are most and least
+focused beside their images. All maps are read once, and memory does not grow with their number.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
-from scae_dali.cache.cache import CacheError, SaliencyCache
-from scae_dali.commands.options import parser_of
+from scae_dali.cache.cache import SaliencyCache
+from scae_dali.checks import check_dali
+from scae_dali.commands.options import add_cache, add_images, count, parser_of
+from scae_dali.data.index import ImageIndex
 
 
 def summary(cache: SaliencyCache) -> dict[str, Any]:
@@ -57,16 +68,57 @@ def text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__, prog=prog)
-    parser.add_argument("cache", metavar="CACHE", help="folder of the cache, such as imagenet.lmdb")
+    add_cache(parser)
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
-    args = parser.parse_args(argv)
+    parser.add_argument("--picture", metavar="FILE.png", help="draw a picture of the maps")
+    parser.add_argument(
+        "--classes",
+        type=count,
+        default=23,
+        metavar="N",
+        help="how many classes the picture shows, the most frequent ones; default: %(default)s",
+    )
+    add_images(parser, required=False)
+    arguments = parser.parse_args(argv)
+    if arguments.data is not None and arguments.picture is None:
+        parser.error("--data is for the picture; give --picture FILE.png too")
+    return arguments
+
+
+def draw(arguments: argparse.Namespace) -> None:
+    """Write the picture, with images and classes where --data tells them."""
+    from scae_dali.commands.cache_picture import Look, image_file, save_picture
+
+    index: ImageIndex | None = None
+    look: Look | None = None
+    if arguments.data is not None:
+        check_dali()
+        from scae_dali.commands.build_cache import index_of, open_images
+
+        images = open_images(arguments)
+        index = index_of(images)
+        if isinstance(images, ImageIndex):
+            look = partial(image_file, images)
+        else:
+            look = images.pixels.__getitem__
+    with SaliencyCache(arguments.cache, index=index) as cache:
+        save_picture(arguments.picture, cache, index, look, classes=arguments.classes)
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    arguments = parse(argv, prog)
     try:
-        with SaliencyCache(args.cache) as cache:
+        with SaliencyCache(arguments.cache) as cache:
             facts = summary(cache)
-    except CacheError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(json.dumps(facts, indent=2) if arguments.json else text(facts))
+        if arguments.picture is not None:
+            draw(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        told = str(error)
+        if isinstance(error, ImportError) and (error.name or "").startswith("matplotlib"):
+            told = "--picture needs matplotlib; pip install 'scae-dali[train]'"
+        print(f"error: {told}", file=sys.stderr)
         return 1
-    print(json.dumps(facts, indent=2) if args.json else text(facts))
     return 0

@@ -14,6 +14,10 @@ from scae_dali.checks import check_dali
 COMMANDS = {
     "build-cache": "build a saliency cache from a trained network",
     "inspect-cache": "show what a saliency cache holds",
+    "import-maps": "put maps of your own into a saliency cache",
+    "export-maps": "write the maps of a saliency cache to one .npy file",
+    "merge-caches": "join saliency caches of parts of a data set",
+    "copy-cache": "copy a saliency cache, also while it is written",
     "check-images": "find the broken images of a data set",
     "show-erasing": "draw images with their saliency maps and what is erased",
 }
@@ -34,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int | str | None:
     parser.add_argument("options", metavar="…", nargs=argparse.REMAINDER, help="its options")
     given = parser.parse_args(argv)
     try:
-        if given.command != "inspect-cache":  # which reads no images
+        if given.command not in ("inspect-cache", "copy-cache"):  # which read no images
             check_dali()
         module = importlib.import_module(f"scae_dali.commands.{given.command.replace('-', '_')}")
     except ImportError as error:

@@ -15,12 +15,15 @@ from typing import Any
 
 __all__ = [
     "add_batch_size",
+    "add_cache",
     "add_data",
     "add_device",
+    "add_images",
     "add_precision",
     "count",
     "device",
     "existing_folder",
+    "grid",
     "parser_of",
     "train_folder",
     "training_images",
@@ -58,6 +61,46 @@ def add_data(
         type=type or training_images,
         required=required,
         help=help,
+    )
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """CACHE, the folder of a cache that is there."""
+    parser.add_argument("cache", metavar="CACHE", help="folder of the cache, such as imagenet.lmdb")
+
+
+def add_images(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """--data, --format, --imbalance, --list and --exclude: the training images of a cache, which
+    `build_cache.open_images` opens. required: whether --data must be given."""
+    add_data(
+        parser,
+        type=str,
+        required=required,
+        help="folder of the data set: the training images are in DIR/train/<class>/, or CIFAR's "
+        "files in DIR",
+    )
+    parser.add_argument(
+        "--format",
+        choices=["folder", "cifar10", "cifar100"],
+        default="folder",
+        help="what --data holds: folders of images, or the files of CIFAR as torchvision "
+        "downloads them; default: %(default)s",
+    )
+    parser.add_argument(
+        "--imbalance",
+        type=float,
+        help="take the long-tailed subset of CIFAR's files, as --data.imbalance of train.py does; "
+        "for folders give --list",
+    )
+    parser.add_argument(
+        "--list",
+        help="text file of the images, instead of folders; each line is a path relative to "
+        "--data, a space and the number of the class",
+    )
+    parser.add_argument(
+        "--exclude",
+        default=(),
+        help="text file of images to leave out, one path a line; scae-dali check-images writes one",
     )
 
 
@@ -117,6 +160,17 @@ def count(text: str) -> int:
     if number < 1:
         raise ArgumentTypeError(f"must be a whole number, at least 1, got {text}")
     return number
+
+
+def grid(text: str) -> tuple[int, int]:
+    """7,5 -> (7, 5), height and width."""
+    try:
+        height, width = map(int, text.split(","))
+    except ValueError:
+        height = width = 0
+    if min(height, width) < 1:
+        raise ArgumentTypeError(f"must be height,width in cells, such as 7,7, got {text!r}")
+    return height, width
 
 
 def device(text: str) -> int | None:

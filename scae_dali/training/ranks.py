@@ -2,10 +2,13 @@
 
 import os
 import re
+import secrets
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,12 +35,14 @@ class Ranks:
     rank: its number among all; world: how many there are. local: its number on this node, whose
     process 0 writes the node's cache. node: the number of this node.
 
-    device: see pick_device. Joins the process group that the environment of torchrun names: by NCCL
-    where tensors are on GPUs, by gloo where they are on the CPU. Under torchrun the process ends
-    when torchrun does: a killed torchrun would leave its processes behind, and they would train on.
+    device: see pick_device. number: of the GPU of a process that is alone; among several, each
+    takes the GPU of its number on the node. Joins the process group that the environment of
+    torchrun names: by NCCL where tensors are on GPUs, by gloo where they are on the CPU. Under
+    torchrun the process ends when torchrun does: a killed torchrun would leave its processes
+    behind, and they would train on.
     """
 
-    def __init__(self, device: str = "auto") -> None:
+    def __init__(self, device: str = "auto", number: int = 0) -> None:
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.local = int(os.environ.get("LOCAL_RANK", 0))
@@ -45,7 +50,7 @@ class Ranks:
         self.node = int(os.environ.get("GROUP_RANK", self.rank // a_node))
         if "TORCHELASTIC_RUN_ID" in os.environ:
             end_with_parent()
-        self.device = pick_device(device, self.local)
+        self.device = pick_device(device, self.local if self.world > 1 else number)
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
@@ -103,10 +108,49 @@ def together(ranks: Ranks, step: Callable[[], object] | None) -> None:
     except (ValueError, OSError) as error:
         failed = error
     said = [text for text in ranks.gather(None if failed is None else str(failed)) if text]
-    if isinstance(failed, ValueError):
-        raise failed
-    if said:
-        raise ValueError(said[0] if failed is None else str(failed)) from failed
+    try:
+        if isinstance(failed, ValueError):
+            raise failed
+        if said:
+            raise ValueError(said[0] if failed is None else str(failed)) from failed
+    finally:
+        failed = None  # it would keep itself, and what its frames hold, such as an open cache
+
+
+def nodes_that_see(folder: Path, ranks: Ranks) -> list[int]:
+    """The nodes that see this node's folder under the same path, this one too, ascending.
+
+    Every rank calls it. The folder is made. Raises ValueError in all of them where a node cannot
+    write to it.
+    """
+    nodes = ranks.gather(ranks.node)
+    if len(set(nodes)) == 1:
+        return [ranks.node]
+    names = [
+        f".node-{node}-{name}"
+        for node, name in zip(nodes, ranks.gather(secrets.token_hex(8)), strict=True)
+    ]
+    mine = folder / names[ranks.rank]
+
+    def leave() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        mine.touch()
+
+    try:
+        together(ranks, leave)
+        seen = {node for node, name in zip(nodes, names, strict=True) if (folder / name).exists()}
+        ranks.gather(None)  # no rank removes its file before all have looked
+    finally:
+        with suppress(OSError):  # it is not there, nor may the folder be
+            mine.unlink()
+    return sorted(seen)
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error of a collective call says that another rank has ended, or never came."""
+    return isinstance(error, distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )
 
 
 def end_with_parent() -> None:
@@ -126,8 +170,8 @@ def end_with_parent() -> None:
             time.sleep(_POLL_S)
         try:
             print(
-                f"error: process {number}, which started this one, is gone: it ends too; train.py "
-                "--resume goes on from the last checkpoint",
+                f"error: process {number}, which started this one, is gone: it ends too; run the "
+                "command again to go on (train.py with --resume)",
                 file=sys.stderr,
                 flush=True,
             )

@@ -48,6 +48,14 @@ def test_a_cache_is_inspected_without_dali(cache):
     assert f"{cache.meta.samples} of {cache.meta.samples} (100.00%)" in without_dali(code)
 
 
+def test_a_cache_is_drawn_and_copied_without_dali(cache, tmp_path):
+    drawn = ["inspect-cache", cache.path, "--picture", str(tmp_path / "maps.png")]
+    copied = ["copy-cache", cache.path, "--out", str(tmp_path / "copy.lmdb")]
+    code = f"from scae_dali.commands.main import main\nmain({drawn})\nmain({copied})"
+    assert "copy.lmdb: 50 maps" in without_dali(code)
+    assert (tmp_path / "maps.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("version", "works"), [("2.2.0", True), ("2.10.0.dev1", True), ("2.1.9", False)]
 )

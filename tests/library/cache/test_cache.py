@@ -810,6 +810,96 @@ def test_several_processes_create_one_cache(path):
     assert [(done.returncode, done.stderr) for done in results] == [(0, "")] * 3
 
 
+def test_a_copy_is_the_cache_of_that_moment(cache, tmp_path):
+    fill(cache, 3)
+    cache.write_neighbors(np.array([[1], [0], [1]], np.uint16))
+    ids = cache.begin_pass(4)[:25]
+    cache.write(ids, maps_of(ids, 4), epoch=4)
+    cache.copy(tmp_path / "copy.lmdb")
+    with SaliencyCache(tmp_path / "copy.lmdb", index=FakeIndex()) as copy:
+        assert copy.meta == cache.meta
+        np.testing.assert_array_equal(copy.stamps(), cache.stamps())
+        np.testing.assert_array_equal(copy.read(range(100))[0], cache.read(range(100))[0])
+        np.testing.assert_array_equal(copy.read_neighbors(), cache.read_neighbors())
+        fill(copy, 4)  # the pass goes on there
+    assert cache.census()[0] == {3: 75, 4: 25}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "copy.lmdb").stat().st_mode & 0o777 == 0o777 & ~umask
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy.lmdb", "maps.lmdb"]
+
+
+def test_a_copy_replaces_nothing(cache, tmp_path):
+    for name in ("file", "folder"):
+        (tmp_path / name).touch() if name == "file" else (tmp_path / name).mkdir()
+        with pytest.raises(
+            CacheError, match=rf"something is at '.*{name}' already; choose another"
+        ):
+            cache.copy(tmp_path / name)
+    with pytest.raises(CacheError, match="something is at"):
+        cache.copy(cache.path)
+
+
+def test_a_copy_has_no_free_pages(path, tmp_path):
+    with SaliencyCache.create(path, FakeIndex(20_000), grid=GRID) as cache:
+        for epoch in range(3):
+            fill(cache, epoch)
+        cache.copy(tmp_path / "copy")
+        assert os.path.getsize(tmp_path / "copy" / "data.mdb") < 0.98 * cache.size_bytes
+
+
+def test_a_cache_is_copied_while_another_process_writes_to_it(path, tmp_path):
+    """Every commit of that process rewrites all maps, and grows the file now and then."""
+    SaliencyCache.create(path, FakeIndex(3000), grid=GRID).close()
+    writer = threading.Thread(
+        target=in_process,
+        args=(
+            """
+            cache = SaliencyCache(path, index=FakeIndex(3000))
+            ids = np.arange(3000)
+            for epoch in range(1, 60):
+                cache.begin_pass(epoch)
+                cache.write(ids, maps_of(ids, epoch), epoch=epoch)
+                cache.end_pass(epoch)
+            """,
+            path,
+        ),
+    )
+    with SaliencyCache(path, index=FakeIndex(3000)) as cache:
+        writer.start()
+        seen = set()
+        while writer.is_alive():
+            place = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"
+            cache.copy(place)
+            with SaliencyCache(place, index=FakeIndex(3000)) as copy:
+                ages = copy.census()[0]
+                assert len(ages) <= 1  # of one moment
+                for epoch in ages:
+                    seen.add(epoch)
+                    np.testing.assert_array_equal(
+                        copy.read(range(3000))[0], maps_of(range(3000), epoch)
+                    )
+        writer.join()
+    assert len(seen) > 1
+
+
+def test_a_copy_that_does_not_fit_leaves_nothing(path):
+    done = in_process(
+        """
+        import resource
+        cache = fill(SaliencyCache.create(path, FakeIndex(20_000), grid=GRID), 1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, resource.RLIM_INFINITY))
+        try:
+            cache.copy(path + ".copy")
+        except OSError as error:
+            print(error, os.listdir(os.path.dirname(path)))
+        """,
+        path,
+    )
+    assert "the copy was not made (mdb_env_copy" in done.stdout
+    assert done.stdout.endswith("['maps.lmdb']\n")
+
+
 def test_inspection(cache):
     fill(cache, 3)
     ids = cache.begin_pass(4)[:25]

@@ -57,6 +57,17 @@ def test_maps_are_taken_while_the_chunk_before_is_committed():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("commit")]
 
 
+def test_slow_work_is_committed_before_a_chunk_is_full(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    store = Store()
+    with ChunkWriter(store, 0, commit_every=8) as writer:
+        for k in range(10):
+            write(writer, k)
+            now += 12  # seconds: the third map since a commit finds 30 gone
+    assert store.chunks == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
+
+
 def test_one_commit_at_a_time():
     at_once, most = 0, 0
 

@@ -1,12 +1,15 @@
-"""The offline cache: of folders as of images in memory, with the neighbouring classes."""
+"""The offline cache: of folders as of images in memory, with the neighbouring classes; by one
+process and by two."""
 
 import numpy as np
 import pytest
 import torch
 from conftest import weights_of, write_pngs
+from pairs import in_two
 from PIL import Image
 
 from scae_dali.cache import SaliencyCache
+from scae_dali.commands import build_cache
 from scae_dali.data.index import ImageIndex
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.saliency.gradcam import GradCAM
@@ -115,3 +118,119 @@ def test_maps_of_a_network_of_timm(build, tmp_path):
 def test_a_tail_of_folders_is_made_as_a_list(build, tmp_path):
     with pytest.raises(SystemExit, match=r"--imbalance is of CIFAR's own files, got 10.0 with"):
         build(data=tmp_path, model="resnet18", out=tmp_path / "maps.lmdb", imbalance=10)
+
+
+CHEAP = ["--device=cpu", "--size=32", "--batch-size=4", "--threads=1", "--model=cifar_resnet20"]
+# Runs the command several times, and says how each ended, on a line that is written at once.
+BUILDS = """
+torch.set_num_threads(1)
+rank = int(os.environ["RANK"])
+def say(text):
+    os.write(1, f"{{rank}} {{text}}\\n".encode())
+{before}
+for argv in {argvs}:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            build_cache.main([one.replace("RANK", str(rank)) for one in argv])
+            ended = "done"
+        except SystemExit as stop:
+            ended = str(stop.code)
+    say(f"{{ended}} {{printed.getvalue()}}".replace("\\n", " "))
+"""
+IMPORTS = "import contextlib, io, os, sys, torch\nfrom scae_dali.commands import build_cache"
+
+
+def built_by_two(*argvs: list[str], before: str = "") -> tuple[list[str], list[str]]:
+    """What each of two processes says that run the command with each of these options in turn, of
+    which RANK is the number of the process. before: code."""
+    lines = in_two(IMPORTS, BUILDS.format(argvs=argvs, before=before)).splitlines()
+    first, second = ([line[2:] for line in lines if line[0] == rank] for rank in "01")
+    return first, second
+
+
+def same_caches(one, other, index=None):
+    with SaliencyCache(one, index=index) as cache, SaliencyCache(other, index=index) as wanted:
+        (ids, records), (all_ids, all_records) = cache.records(), wanted.records()
+        np.testing.assert_array_equal(ids, all_ids)
+        np.testing.assert_array_equal(records, all_records)
+        np.testing.assert_array_equal(cache.read_neighbors(), wanted.read_neighbors())
+        assert cache.meta == wanted.meta
+        assert cache.meta.under_way is None
+
+
+def test_two_processes_make_what_one_makes(cifar):
+    """Of folders, of a list by the names of its files, and of images in memory."""
+    write_pngs(cifar / "data", {"a": 12, "b": 7}, (32, 32))
+    index = ImageIndex(cifar / "data")
+    files = zip(index.files, index.labels, strict=True)
+    (cifar / "list.txt").write_text("".join(f"{name} {label}\n" for name, label in files))
+    ways = {
+        "folder": [f"--data={cifar / 'data'}"],
+        "list": [f"--data={cifar / 'data'}", f"--list={cifar / 'list.txt'}", "--naming=path"],
+        "cifar": [f"--data={cifar}", "--format=cifar10", "--imbalance=2"],
+    }
+    for name, way in ways.items():
+        build_cache.main([*CHEAP, *way, f"--out={cifar / name}-one.lmdb"])
+    unchecked = "from torchvision.datasets import cifar\ncifar.check_integrity = lambda *_: True"
+    by_two = [[*CHEAP, *way, f"--out={cifar / name}-two.lmdb"] for name, way in ways.items()]
+    first, second = built_by_two(*by_two, by_two[0], before=unchecked)
+    assert second == ["done "] * 4  # the first process speaks for both
+    assert "folder-two.lmdb: 19 maps of 19 in" in first[0]
+    assert "folder-two.lmdb is complete already: 19 maps" in first[3]
+    for name in ways:
+        same = None if name == "cifar" else index
+        same_caches(f"{cifar / name}-two.lmdb", f"{cifar / name}-one.lmdb", same)
+
+
+def test_a_process_that_fails_ends_both_and_another_number_goes_on(tmp_path, capsys):
+    write_pngs(tmp_path / "data", {"a": 16, "b": 8}, (32, 32))
+    index = ImageIndex(tmp_path / "data")
+    argv = [*CHEAP, f"--data={tmp_path / 'data'}"]
+    build_cache.main([*argv, f"--out={tmp_path / 'one.lmdb'}"])
+    broken = tmp_path / "data" / index.files[19]  # the second process makes the odd ones
+    sound = broken.read_bytes()
+    broken.write_bytes(sound[:200])
+    two = [*argv, f"--out={tmp_path / 'two.lmdb'}"]
+    often = "from scae_dali.cache import writer\nwriter.COMMIT_S = 0"
+    first, second = built_by_two(two, before=often)
+    assert first == ["error: another process has ended before its time; its own message says why "]
+    assert second[0].startswith("error: ")
+    assert index.files[19] in second[0]
+    with SaliencyCache(tmp_path / "two.lmdb", index=index) as cache:
+        known = cache.read(range(24))[1]
+        assert cache.meta.under_way["epoch"] == 0
+    assert known[:8].all()
+    assert not known[19]
+    broken.write_bytes(sound)
+    capsys.readouterr()
+    build_cache.main(two)  # alone
+    assert f"two.lmdb: {24 - known.sum()} maps of 24 in" in capsys.readouterr().out
+    same_caches(tmp_path / "two.lmdb", tmp_path / "one.lmdb", index)
+
+
+def test_nodes_that_see_one_folder_have_one_cache_and_others_one_each(tmp_path):
+    """And what one of them lacks is told by both."""
+    write_pngs(tmp_path / "data", {"a": 6, "b": 5}, (32, 32))
+    weights_of("cifar_resnet20", 2, tmp_path / "w0.pt")
+    argv = [*CHEAP, f"--data={tmp_path / 'data'}"]
+    build_cache.main([*argv, f"--out={tmp_path / 'one.lmdb'}"])
+    nodes = """
+os.environ |= dict(GROUP_RANK=str(rank), LOCAL_RANK="0")
+create = build_cache.SaliencyCache.create
+def told(path, *given, **named):
+    say(f"writes {path}")
+    return create(path, *given, **named)
+build_cache.SaliencyCache.create = told
+"""
+    shared = tmp_path / "shared.lmdb"
+    options = [f"--out={shared}"], [f"--out={tmp_path}/nodeRANK/maps.lmdb"]
+    lacking = [f"--out={tmp_path}/none.lmdb", f"--weights={tmp_path}/wRANK.pt"]
+    by_two = ([*argv, *more] for more in (*options, lacking))
+    first, second = built_by_two(*by_two, before=nodes)
+    assert first[:1] + second[:1] == [f"writes {shared}", "done "]
+    same_caches(shared, tmp_path / "one.lmdb")
+    for node, lines in enumerate((first[2:], second[1:])):
+        assert lines[0] == f"writes {tmp_path}/node{node}/maps.lmdb"
+        assert lines[1].startswith("done ")
+        assert "w1.pt" in lines[-1]
+        same_caches(tmp_path / f"node{node}" / "maps.lmdb", tmp_path / "one.lmdb")

@@ -69,7 +69,7 @@ def check(pipeline, index, scae, batches=10):
 def test_every_block_is_run_here():
     """No name comes twice, and none without a test below."""
     tested = {"loop", "webdataset", "tfrecord", "memory", "ranks", "save", "resume", "refresh_tar"}
-    tested |= {"harvest", "compose", "switch", "my_method", "iterator"}
+    tested |= {"harvest", "compose", "switch", "my_method", "iterator", "caches"}
     assert sorted(name for name, _ in FOUND) == sorted(tested)
     for page in PAGES:
         assert page.read_text().count("```") == 2 * page.read_text().count("```python ")
@@ -205,6 +205,21 @@ def test_composition(index, cache):
     ids = np.arange(len(index))
     rows = planner(ids, 0 * ids, np.full((len(ids), 2), 224))
     assert (rows[:, planner.columns["box"]].prod(axis=1) > 0).any()
+
+
+def test_maps_of_ones_own(index, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    maps = np.random.default_rng(0).random((len(index) - 1, 9, 12))
+    for name, one in zip(index.files[1:], maps, strict=True):
+        file = Path("masks", name).with_suffix(".npy")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, one)
+    names = run("caches", {}, index=index)
+    assert names["missing"].tolist() == names["done"].missing.tolist() == [0]
+    exported = np.load("exported.npy")
+    assert not exported[0].any()
+    with scae_dali.SaliencyCache("all.lmdb", index=index) as merged:
+        np.testing.assert_array_equal(merged.snapshot().maps, exported)
 
 
 def test_a_switch(index):

@@ -1,12 +1,14 @@
 """Processes of one run: what they gather, add up and share."""
 
+import ast
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from pairs import in_two
 
-from scae_dali.training.ranks import Ranks, pick_device
+from scae_dali.training.ranks import Ranks, lost_another, pick_device, together
 
 ROOT = Path(__file__).parents[3]
 IMPORTS = "import torch\nfrom scae_dali.training.ranks import Ranks"
@@ -57,3 +59,63 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("auto", 3) == pick_device("cuda", 3) == torch.device("cuda", 3)
     assert pick_device("cpu") == torch.device("cpu")
+
+
+SEEN = """
+import os
+os.environ |= dict(GROUP_RANK=os.environ["RANK"], LOCAL_RANK="0")
+ranks = Ranks("cpu")
+shared, own = Path({folder!r}), Path({folder!r}) / f"node{{ranks.node}}"
+seen = ranks.gather((nodes_that_see(shared, ranks), nodes_that_see(own, ranks)))
+try:
+    nodes_that_see(Path({folder!r}) / "file" if ranks.node else own, ranks)
+except ValueError as error:
+    seen = ranks.gather(str(error)[-40:]), seen
+if ranks.first:
+    print(seen)
+    print(os.listdir(shared), os.listdir(own))
+ranks.close()
+"""
+
+
+def test_nodes_find_out_which_see_the_same_folder(tmp_path):
+    (tmp_path / "file").touch()
+    imports = "from pathlib import Path\nfrom scae_dali.training.ranks import Ranks, nodes_that_see"
+    said = in_two(imports, SEEN.format(folder=str(tmp_path)))
+    errors, seen = ast.literal_eval(said.splitlines()[0])
+    assert seen == [([0, 1], [0]), ([0, 1], [1])]
+    assert len(errors) == 2  # in both, though it is the second that cannot write
+    assert all("file" in error for error in errors)
+    assert ".node" not in said
+
+
+LOST = """
+ranks = Ranks("cpu")
+if not ranks.first:
+    sys.stdout.flush()
+    os._exit(0)
+try:
+    ranks.gather("x")
+except RuntimeError as error:
+    print(lost_another(error))
+"""
+
+
+def test_a_rank_is_told_when_another_has_ended():
+    imports = "import os, sys\nfrom scae_dali.training.ranks import Ranks, lost_another"
+    assert in_two(imports, LOST).strip() == "True"
+    assert not lost_another(RuntimeError("CUDA out of memory"))
+    assert lost_another(torch.distributed.DistBackendError("NCCL error"))
+
+
+def test_an_error_of_a_step_holds_nothing_of_its_frames():
+    """Such as an open cache, which would keep others from writing."""
+    held = []
+
+    def fail():
+        held.append(weakref.ref(mine := Ranks("cpu")))
+        raise ValueError(f"no, {mine.rank}")
+
+    with pytest.raises(ValueError, match="no, 0"):
+        together(Ranks("cpu"), fail)
+    assert held[0]() is None

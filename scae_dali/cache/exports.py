@@ -1,0 +1,54 @@
+"""The maps of a cache as one .npy file, for any other program."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scae_dali.cache.reader import CacheReader
+from scae_dali.checks import check
+from scae_dali.data.index import ImageIndex
+
+__all__ = ["MISSING", "export_maps", "names_file"]
+
+MISSING = "\tmissing"  # behind the name of a sample without a map
+
+
+def names_file(path: str | os.PathLike[str]) -> str:
+    """The file of names beside a .npy file: the same name with .txt."""
+    return os.path.splitext(os.fspath(path))[0] + ".txt"
+
+
+def export_maps(
+    cache: CacheReader, index: ImageIndex, path: str | os.PathLike[str]
+) -> NDArray[np.int64]:
+    """Writes the maps, as they are at one moment -> the samples without one, int64 [m].
+
+    path: the .npy file, u8 [N, h, w] with 255 = 1.0, in the order of the index. Beside it the
+    `names_file` has a line for each sample: its name, and behind that MISSING where it has no map;
+    its row of the array is zeros then. index: that the cache was opened with. Raises ValueError
+    where one of the files exists, for another ending or index, and for names that hold a tab or a
+    line end.
+    """
+    path = os.fspath(path)
+    names = names_file(path)
+    check(
+        cache.meta.fingerprint == index.fingerprint,
+        f"index must be that of the saliency cache {cache.path!r}, got one of another data set",
+    )
+    check(path.endswith(".npy"), f"path must end in .npy, got {path!r}")
+    for file in (path, names):
+        check(not os.path.lexists(file), f"{file!r} exists; choose another name, or remove it")
+    strange = next((name for name in index.files if {"\t", "\n", "\r"} & {*name}), None)
+    check(strange is None, f"names must hold no tab and no line end, got {strange!r}; rename it")
+    snapshot = cache.snapshot()
+    with open(f"{path}.partial", "wb") as array:
+        np.save(array, snapshot.maps)
+    with open(f"{names}.partial", "wb") as text:
+        for name, has in zip(index.files, snapshot.found.tolist(), strict=True):
+            text.write(f"{name}{'' if has else MISSING}\n".encode())
+    for file in (names, path):
+        os.replace(f"{file}.partial", file)
+    return np.flatnonzero(~snapshot.found)
