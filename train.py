@@ -11,6 +11,7 @@ Killed at any time, a run goes on with --resume from its last checkpoint, within
 import dataclasses
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from scae_dali.stage.loader import Batch, ImageError
 from scae_dali.training import checkpoint, lock, second_stage
 from scae_dali.training.divergence import check_finite, sound
 from scae_dali.training.log import closing, save_picture, summary
+from scae_dali.training.notice import Ended, Notice, outlive_readers
 from scae_dali.training.precision import autocast
 from scae_dali.training.ranks import Ranks
 
@@ -54,6 +56,7 @@ class Run(State):
         self.loader = self.build_loader()
         seconds = time.perf_counter() - start
         self.meter.add_pass(images=report.images, agreement=report.agreement, seconds=seconds)
+        self.save()  # a run that is killed before the next checkpoint would lose these figures
 
     def train_epoch(self) -> None:
         """Train what is left of the epoch, with checkpoints in between and at its end."""
@@ -64,7 +67,7 @@ class Run(State):
         recent = RecentSteps(self)
         bar = tqdm(total=steps, initial=self.step, desc=f"epoch {self.epoch}", unit="step",
                    leave=False, disable=not self.ranks.first)  # fmt: skip
-        with bar:
+        with bar, self.notice.saving():
             batches = iter(self.loader)
             while (batch := self.next_batch(batches)) is not None:
                 if self.step == 0 and self.ranks.first:
@@ -76,13 +79,18 @@ class Run(State):
                 self.meter.add_batch(batch.status)
                 self.step += 1
                 bar.update()
-                if every and self.step % every == 0 and self.step < steps:
+                if self.step == steps or self.step % batches_of_step:
+                    continue
+                ends = self.notice.due(self.step // batches_of_step)
+                if ends or (every and self.step % every == 0):
                     recent.settle()
                     self.save()
                     recent.restart_clock()
+                if ends:
+                    self.notice.end()
             recent.settle()
-        self.epoch, self.step = self.epoch + 1, 0
-        self.save()
+            self.epoch, self.step = self.epoch + 1, 0
+            self.save()
 
     def set_train_mode(self) -> None:
         if self.config.second_stage.classifier:
@@ -193,7 +201,13 @@ class RecentSteps:
         self.begin()
 
 
-def begin(config: Config, ranks: Ranks, resume: bool, check_folder: Callable[[], None]) -> Run:
+def begin(
+    config: Config,
+    ranks: Ranks,
+    resume: bool,
+    check_folder: Callable[[], None],
+    notice: Notice,
+) -> Run:
     """A run that is ready to train, from its checkpoint on. All checks come before anything of an
     older run in `out` is changed. check_folder: see lock.hold."""
     out = Path(config.out)
@@ -210,7 +224,7 @@ def begin(config: Config, ranks: Ranks, resume: bool, check_folder: Callable[[],
     state = checkpoint.load_run(out / "checkpoint.pt") if found[0] else None
     identity = resuming.identity(config, data)
     notes = resuming.check_same(ranks, out, identity, state, data.val)
-    run = Run(config, ranks, data, identity, check_folder)
+    run = Run(config, ranks, data, identity, check_folder, notice)
     if state is None:
         run.loader = run.build_loader()  # before anything is written, since it may raise
     else:
@@ -228,8 +242,8 @@ def train(config: Config, resume: bool) -> None:
     torch.backends.cudnn.benchmark = True  # images are of one size
     resuming.agree(ranks, resuming.without_weights(resuming.flat(config)) | {"resume": resume})
     out = Path(config.out)
-    with lock.hold(out, ranks) as check_folder:
-        run = begin(config, ranks, resume, check_folder)
+    with Notice(ranks) as notice, lock.hold(out, ranks) as check_folder:
+        run = begin(config, ranks, resume, check_folder, notice)
         while run.epoch < config.epochs:
             run.saliency_pass()
             run.train_epoch()
@@ -277,7 +291,12 @@ def main() -> None:
             train(config, settings.resume)
     except (ValueError, ImageError, OSError) as error:
         sys.exit(f"error: {error}")
+    except Ended as ended:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped by {ended}; the same command with --resume goes on", file=sys.stderr)
+        sys.exit(128 + ended.number)
 
 
 if __name__ == "__main__":
+    outlive_readers()
     main()

@@ -23,6 +23,7 @@ from scae_dali.training.log import Log, known_rows
 from scae_dali.training.losses import Loss
 from scae_dali.training.meter import Meter
 from scae_dali.training.networks import make_network
+from scae_dali.training.notice import Notice
 from scae_dali.training.optim import EMA
 from scae_dali.training.ranks import Ranks
 from scae_dali.training.second_stage import prepare
@@ -34,7 +35,7 @@ class State:
 
     identity: the settings, images and weights that the run is of, see resume.identity.
     check_folder: raises where the folder is no longer this run's, see lock.hold; the first rank
-    calls it before it writes.
+    calls it before it writes. notice: tells when the run is asked to end.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class State:
         data: Data,
         identity: dict[str, Any],
         check_folder: Callable[[], None],
+        notice: Notice,
     ) -> None:
         self.config, self.ranks, self.device = config, ranks, ranks.device
-        self.check_folder = check_folder
+        self.check_folder, self.notice = check_folder, notice
         self.out, self.identity = Path(config.out), identity
         self.val_files = resume.file_keys(data.val)
         self.index = data.train

@@ -56,7 +56,7 @@ def words(line: str, folder: str) -> list[str]:
     """The options of a command, with `folder` as its data; `…` stands for what is left out."""
     options = shlex.split(line[SCRIPT.match(line).end() :], comments=True)
     data = re.compile(r"DIR|demo/data|data/\w+|/data/\w+")
-    return [data.sub(folder, word) for word in options if word != "…"]
+    return [data.sub(folder, word) for word in options if word not in ("…", "&")]
 
 
 def parse_train(options: list[str]) -> None:

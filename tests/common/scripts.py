@@ -18,7 +18,7 @@ TWO_PROCESSES = (
 )
 
 
-# Kills itself with SIGKILL at the n-th call of a method.
+# Sends itself a signal at the n-th call of a method.
 KILLER = """
 import os, signal, sys
 import {module} as module
@@ -27,8 +27,8 @@ original = getattr(owner, name)
 def counting(*arguments, **keywords):
     global calls
     calls -= 1
-    if calls < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if calls == -1:
+        os.kill(os.getpid(), signal.{signal})
     return original(*arguments, **keywords)
 setattr(owner, name, counting)
 import train

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -59,12 +61,18 @@ def test_killed_in_an_epoch_and_in_a_pass_a_run_goes_on_as_if_nothing_happened(
 ):
     out = tmp_path / "killed"
     argv = [*arguments(data, out), "--resume"]
-    epoch = KILLER.format(module="train", owner="module.Run", name="train_step", calls=9)
+    epoch = KILLER.format(
+        signal="SIGKILL", module="train", owner="module.Run", name="train_step", calls=9
+    )
     assert run_there(["-c", epoch], *argv).returncode == -signal.SIGKILL
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert (state["epoch"], state["step"]) == (1, 2)
     passing = KILLER.format(
-        module="scae_dali.saliency.refresh", owner="module.SaliencyCache", name="write", calls=2
+        signal="SIGKILL",
+        module="scae_dali.saliency.refresh",
+        owner="module.SaliencyCache",
+        name="write",
+        calls=2,
     )
     small = "module.refresh_cache.__kwdefaults__['commit_every'] = 16"
     killed = run_there(
@@ -87,6 +95,81 @@ def test_killed_in_an_epoch_and_in_a_pass_a_run_goes_on_as_if_nothing_happened(
         with SaliencyCache(folder / "saliency.lmdb", index=index) as cache:
             maps.append(cache.read(np.arange(50))[0])
     np.testing.assert_array_equal(maps[0], maps[1])
+
+
+def without(lines, name):
+    """Rows without a field."""
+    return [{key: value for key, value in line.items() if key != name} for line in lines]
+
+
+def test_asked_to_end_a_run_saves_at_the_next_step_and_goes_on(data, whole, tmp_path, monkeypatch):
+    out = tmp_path / "ended"
+    argv = [*arguments(data, out), "--resume"]
+    code = KILLER.format(
+        signal="SIGUSR1", module="train", owner="module.Run", name="train_step", calls=8
+    )
+    done = run_there(["-c", code], *argv)
+    assert done.returncode == 128 + signal.SIGUSR1
+    assert "stopped by SIGUSR1; the same command with --resume goes on" in done.stderr
+    assert "Traceback" not in done.stderr
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 3)  # six steps an epoch; after the ninth
+    run_here(monkeypatch, *argv)
+    # The losses were summed up to another step.
+    losses = [[row["train_loss"] for row in rows(path)] for path in (out, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert without(rows(out), "train_loss") == without(rows(whole), "train_loss")
+    check_same_weights(out, whole)
+
+
+def test_asked_to_end_in_a_pass_it_ends_at_once(data, whole, tmp_path, monkeypatch):
+    out = tmp_path / "ended"
+    argv = [*arguments(data, out), "--resume"]
+    code = KILLER.format(
+        signal="SIGTERM",
+        module="scae_dali.saliency.refresh",
+        owner="module.SaliencyCache",
+        name="write",
+        calls=0,
+    )
+    done = run_there(["-c", code], *argv)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; the same command with --resume goes on" in done.stderr
+    assert "Traceback" not in done.stderr
+    run_here(monkeypatch, *argv)
+    resumed = rows(out)
+    assert without(resumed, "saliency_images") == without(rows(whole), "saliency_images")
+    check_same_weights(out, whole)
+
+
+def test_killed_after_a_pass_a_run_knows_what_it_took(data, whole, tmp_path, monkeypatch):
+    out = tmp_path / "killed"
+    argv = [*arguments(data, out), "--resume"]
+    code = KILLER.format(
+        signal="SIGKILL", module="train", owner="module.Run", name="train_step", calls=12
+    )
+    assert run_there(["-c", code], *argv).returncode == -signal.SIGKILL
+    run_here(monkeypatch, *argv)
+    assert rows(out) == rows(whole)
+    row = json.loads((out / "metrics.jsonl").read_text().splitlines()[2])
+    assert row["saliency_images"] == 50
+    assert row["seconds"]["saliency"] > 0
+
+
+def test_a_run_outlives_those_who_read_its_output(data, tmp_path):
+    out = tmp_path / "run"
+    argv = arguments(data, out, epochs=3)
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *argv],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as child:  # fmt: skip
+        assert child.stdout.readline().startswith("epoch   0")
+        child.stdout.close()
+        said = child.stderr.read()
+    assert child.returncode == 0, said
+    assert "note: nobody reads stdout any more; the run goes on" in said
+    assert "Traceback" not in said
+    assert len(rows(out)) == 3
 
 
 def test_a_finished_run_has_nothing_left_to_do(data, whole, monkeypatch):

@@ -77,7 +77,9 @@ def test_killed_within_an_epoch_a_run_goes_on_as_if_nothing_happened(
         run_here(monkeypatch, *long_tailed(data, reference, sampling=sampling))
     argv = [*long_tailed(data, out, sampling=sampling), "--resume"]
     steps = {"shuffle": 7, "class_balanced": 15}[sampling]
-    code = KILLER.format(module="train", owner="module.Run", name="train_step", calls=steps + 3)
+    code = KILLER.format(
+        signal="SIGKILL", module="train", owner="module.Run", name="train_step", calls=steps + 3
+    )
     killed = run_there(["-c", code], *argv)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     state = torch.load(out / "checkpoint.pt", weights_only=True)
