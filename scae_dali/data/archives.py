@@ -163,8 +163,8 @@ def open_archives(
     first = _first_label(given, names) if first_label is None else first_label
     if (low := given.min()) < first:
         raise DatasetError(
-            f"sample {names[int(given.argmin())]!r} has the label {low}, and classes are numbered from "
-            f"{first} on; first_label= is the number of class 0 (train.py: --data.first_label)"
+            f"sample {names[int(given.argmin())]!r} has the label {low}, and classes are numbered "
+            f"from {first} on; first_label= is the number of class 0 (train.py: --data.first_label)"
         )
     archives = Archives(paths, np.array(stamps, np.int64), np.concatenate(where), first)
     return names, given - first, archives
