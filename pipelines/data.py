@@ -7,14 +7,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from pipelines.classes import check_list_and_folders, check_lists
 from scae_dali.checks import check, check_choice
 from scae_dali.data.broken import of_validation
 from scae_dali.data.index import DatasetError, ImageIndex
 from scae_dali.data.longtail import choose, imbalanced
-from scae_dali.data.patterns import expand
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.data.tfrecord import IMAGE, LABEL
 from scae_dali.training.ranks import Ranks, together
@@ -272,21 +270,18 @@ class DataConfig:
         self, split: str, first_label: int | None, exclude: str | tuple[()] = ()
     ) -> ImageIndex:
         pattern = getattr(self, split)
+        settings: dict[str, Any] = {
+            "first_label": first_label,
+            "exclude": exclude,
+            "cache": self.index_cache,
+        }
         try:
-            archives = len(expand(pattern, self.root))
-        except DatasetError as error:
-            raise DatasetError(f"data.{split}={pattern!r}: {error}") from None
-        with tqdm(desc=f"index of {split}", total=archives, unit="archive", delay=5) as bar:
-            settings: dict[str, Any] = {
-                "first_label": first_label,
-                "exclude": exclude,
-                "cache": self.index_cache,
-                "progress": bar.update,
-            }
             if self.format == "webdataset":
                 return ImageIndex.from_webdataset(pattern, self.root, **settings)
             settings |= {"image": self.image_field, "label": self.label_field}
             return ImageIndex.from_tfrecord(pattern, self.root, **settings)
+        except DatasetError as error:
+            raise DatasetError(f"data.{split}={pattern!r}: {error}") from error
 
     def _folder(self, split: str, name: str, exclude: str | tuple[()] = ()) -> ImageIndex:
         folder = os.path.join(self.root, name)

@@ -22,11 +22,14 @@ from scae_dali.cache import SaliencyCache
 from scae_dali.cache.format import EPOCHS, check_neighbors, settings_of
 from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD
 from scae_dali.commands.options import (
+    ARCHIVES,
+    add_archives,
     add_batch_size,
     add_data,
     add_device,
     add_precision,
     count,
+    open_archives,
     parser_of,
     train_folder,
 )
@@ -52,16 +55,17 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
         parser,
         type=str,
         required=True,
-        help="folder of the data set: the training images are in DIR/train/<class>/, or CIFAR's "
-        "files in DIR",
+        help="folder of the data set: the training images are in DIR/train/<class>/, or the "
+        "archives or CIFAR's files in DIR",
     )
     parser.add_argument(
         "--format",
-        choices=["folder", "cifar10", "cifar100"],
+        choices=["folder", *ARCHIVES, "cifar10", "cifar100"],
         default="folder",
-        help="what --data holds: folders of images, or the files of CIFAR as torchvision "
-        "downloads them; default: %(default)s",
+        help="what --data holds: folders of images, tars (webdataset), TFRecord files, or the "
+        "files of CIFAR as torchvision downloads them; default: %(default)s",
     )
+    add_archives(parser)
     parser.add_argument(
         "--imbalance",
         type=float,
@@ -174,8 +178,8 @@ def load_model(name: str, weights: str | None, classes: int) -> torch.nn.Module:
 
 
 def open_images(arguments: argparse.Namespace) -> ImageIndex | ArrayImages:
-    """The training images: files, or CIFAR's in memory."""
-    if arguments.format != "folder":
+    """The training images: files, archives, or CIFAR's in memory."""
+    if arguments.format.startswith("cifar"):
         if arguments.list or arguments.exclude:
             raise ValueError(
                 f"--list and --exclude are of --format folder, got --format {arguments.format}"
@@ -188,9 +192,15 @@ def open_images(arguments: argparse.Namespace) -> ImageIndex | ArrayImages:
         return images
     if arguments.imbalance is not None:
         raise ValueError(
-            f"--imbalance is of CIFAR's own files, got {arguments.imbalance} with --format folder; "
-            "tools/make_longtail.py writes a --list of any folder"
+            f"--imbalance is of CIFAR's own files, got {arguments.imbalance} with --format "
+            f"{arguments.format}; tools/make_longtail.py writes a --list of any folder"
         )
+    if arguments.format in ARCHIVES:
+        if arguments.list:
+            raise ValueError(
+                f"--list is of --format folder, got --format {arguments.format}; leave it out"
+            )
+        return open_archives(arguments, arguments.exclude)
     if arguments.list:
         return ImageIndex.from_list(arguments.list, root=arguments.data, exclude=arguments.exclude)
     return ImageIndex(train_folder(arguments.data), exclude=arguments.exclude)

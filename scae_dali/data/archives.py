@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from scae_dali.data.scan import RACY_NS, UNREADABLE, DatasetError, Int64, Path, pack, store, unpack
 
@@ -28,6 +29,7 @@ UInt8 = npt.NDArray[np.uint8]
 
 CACHE_VERSION = 1
 _THREADS = 16  # archives are scanned side by side: storage may be far away
+_PATIENCE_S = 5.0  # without a progress bar
 
 
 class Found(NamedTuple):
@@ -49,65 +51,72 @@ Scanner = Callable[[str], Found]
 class Archives:
     """The encoded images of samples in archives, by the samples' places in the index.
 
-    paths: str [A], of the archives. stamps: int64 [A, 2], their sizes and mtimes (ns). where: int64
-    [N, 3], the number of a sample's archive, and offset and number of its bytes. first_label: the
-    number that the archives give to class 0.
-
-    Files are opened at the first read. Threads may read at once.
+    files: the archives. where: int64 [N, 3], the number of a sample's archive, and offset and
+    number of its bytes. first_label: the number that the archives give to class 0.
     """
 
-    def __init__(self, paths: Sequence[str], stamps: Int64, where: Int64, first_label: int) -> None:
-        self.paths, self.first_label = tuple(paths), first_label
-        self._stamps, self._where = stamps, where
-        self._open: dict[int, int] = {}  # number of an archive -> its file descriptor
-        self._most_open = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
-        self._lock = threading.Lock()
-
-    def __reduce__(self):
-        return Archives, (self.paths, self._stamps, self._where, self.first_label)
-
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
+    def __init__(self, files: _Files, where: Int64, first_label: int) -> None:
+        self._files, self._where, self.first_label = files, where, first_label
 
     def subset(self, ids: npt.NDArray[np.integer | np.bool_]) -> Archives:
         """Those of the samples at `ids` (int [M], or a mask), in that order."""
-        return Archives(self.paths, self._stamps, self._where[ids], self.first_label)
+        return Archives(self._files, self._where[ids], self.first_label)
 
     def read(self, ids: Sequence[int]) -> list[UInt8]:
-        """The encoded images of these samples, uint8 [bytes] each. Raises DatasetError where an
-        archive has changed since it was indexed."""
-        return [self._read(*self._where[i].tolist()) for i in ids]
+        """The encoded images of these samples, uint8 [bytes] each. Threads may read at once.
 
-    def _read(self, number: int, offset: int, size: int) -> UInt8:
-        descriptor, stays = self._descriptor(number)
+        Raises DatasetError where an archive has changed since it was indexed.
+        """
+        return [self._files.read(*self._where[i].tolist()) for i in ids]
+
+
+class _Files:
+    """Archives, which are opened at the first read. stamps: int64 [A, 2], size and mtime (ns)."""
+
+    def __init__(self, paths: Sequence[str], stamps: Int64) -> None:
+        self._paths, self._stamps = tuple(paths), stamps
+        self._open: dict[int, int] = {}  # number of an archive -> its descriptor
+        # A process may have few files, and there may be two sets of archives: train and val.
+        self._most_open = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self._lock = threading.Lock()
+
+    def __reduce__(self):
+        return _Files, (self._paths, self._stamps)
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        for descriptor in self._open.values():
+            close(descriptor)
+
+    def read(self, number: int, offset: int, size: int) -> UInt8:
+        """Bytes of an archive, uint8 [size]."""
+        descriptor = self._open.get(number)
+        kept = descriptor is not None
+        if descriptor is None:
+            descriptor, kept = self._opened(number)
         try:
             data = os.pread(descriptor, size, offset)
         finally:
-            if not stays:
+            if not kept:
                 os.close(descriptor)
         if len(data) != size:
             raise self._changed(number)
         return np.frombuffer(data, np.uint8)
 
-    def _descriptor(self, number: int) -> tuple[int, bool]:
-        """The open file of an archive, and whether it stays open: a process may have few files."""
-        descriptor = self._open.get(number)
-        if descriptor is not None:
-            return descriptor, True
-        descriptor = os.open(self.paths[number], os.O_RDONLY | os.O_CLOEXEC)
+    def _opened(self, number: int) -> tuple[int, bool]:
+        """The descriptor of an archive, and whether it is kept open."""
+        descriptor = os.open(self._paths[number], os.O_RDONLY | os.O_CLOEXEC)
         if _stamp(os.fstat(descriptor)) != self._stamps[number].tolist():
             os.close(descriptor)
             raise self._changed(number)
         with self._lock:
-            if number in self._open or len(self._open) >= self._most_open:
-                return descriptor, False
-            self._open[number] = descriptor
-        return descriptor, True
+            keep = number not in self._open and len(self._open) < self._most_open
+            if keep:
+                self._open[number] = descriptor
+        return descriptor, keep
 
     def _changed(self, number: int) -> DatasetError:
         return DatasetError(
-            f"the archive {self.paths[number]!r} has changed since it was indexed; start again, "
+            f"the archive {self._paths[number]!r} has changed since it was indexed; start again, "
             "with archives that nobody writes to"
         )
 
@@ -120,7 +129,6 @@ def open_archives(
     joint: str,
     first_label: int | None,
     cache: Path | None,
-    progress: Callable[[int], object],
 ) -> tuple[list[str], Int64, Archives]:
     """The samples of all archives: their names, their labels, counted from 0, and where they lie.
 
@@ -128,7 +136,7 @@ def open_archives(
     name between the archive, relative to root, and what `scan` calls the sample. first_label: None:
     1 where labels run from 1, otherwise 0. cache: the folder in which scans are kept; None: beside
     each archive, in a hidden file, and where nothing can be written there, a warning says so.
-    progress: called with the number of archives done since its last call. Raises DatasetError.
+    Raises DatasetError.
     """
     if cache is not None:
         try:
@@ -142,13 +150,15 @@ def open_archives(
     pool = ThreadPoolExecutor(_THREADS)
     try:
         look = partial(_look, scan=scan, kind=kind, cache=cache, unkept=unkept)
-        for number, (found, stamp) in enumerate(pool.map(look, paths)):
+        looked = tqdm(
+            pool.map(look, paths), desc="index", total=len(paths), unit="archive", delay=_PATIENCE_S
+        )
+        for number, (found, stamp) in enumerate(looked):
             inside = f"{paths[number].removeprefix(above)}{joint}"
             names += [inside + name for name in found.names]
             labels.append(found.labels)
             where.append(np.insert(found.where, 0, number, axis=1))
             stamps.append(stamp)
-            progress(1)
     finally:
         pool.shutdown(cancel_futures=True)
     if unkept:
@@ -166,8 +176,8 @@ def open_archives(
             f"sample {names[int(given.argmin())]!r} has the label {low}, and classes are numbered "
             f"from {first} on; first_label= is the number of class 0 (train.py: --data.first_label)"
         )
-    archives = Archives(paths, np.array(stamps, np.int64), np.concatenate(where), first)
-    return names, given - first, archives
+    files = _Files(paths, np.array(stamps, np.int64))
+    return names, given - first, Archives(files, np.concatenate(where), first)
 
 
 def _first_label(labels: Int64, names: Sequence[str]) -> int:

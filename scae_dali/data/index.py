@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
@@ -153,7 +153,6 @@ class ImageIndex:
         classes: Sequence[str] | None = None,
         exclude: Path | Sequence[str] = (),
         cache: Path | None = None,
-        progress: Callable[[int], object] = lambda archives: None,
     ) -> ImageIndex:
         """Index the images in tars, in the order of the tars and of their members.
 
@@ -163,12 +162,12 @@ class ImageIndex:
         paths: patterns of the tars, relative to root, such as `train-{0000..1023}.tar`; see
         patterns.expand. first_label: the number that the archives give to class 0. None: 1 where
         labels run from 1, otherwise 0. cache: the folder in which what is found in a tar is kept,
-        so that it is not read again as long as it is the same; None: beside the tar. progress:
-        called with the number of tars done since its last call. Without `num_classes` and
-        `classes`, K is the highest label + 1. Raises DatasetError with the tar and the member.
+        so that it is not read again as long as it is the same; None: beside the tar. Without
+        `num_classes` and `classes`, K is the highest label + 1. A progress bar shows where it takes
+        long. Raises DatasetError with the tar and the member.
         """
         found = open_archives(
-            expand(paths, root), root, scan_tar, "webdataset", "/", first_label, cache, progress
+            expand(paths, root), root, scan_tar, "webdataset", "/", first_label, cache
         )
         names, labels, archives = found
         kept = (num_classes, classes)
@@ -187,7 +186,6 @@ class ImageIndex:
         classes: Sequence[str] | None = None,
         exclude: Path | Sequence[str] = (),
         cache: Path | None = None,
-        progress: Callable[[int], object] = lambda archives: None,
     ) -> ImageIndex:
         """Index the images in TFRecord files, in the order of the files and of their records.
 
@@ -197,9 +195,7 @@ class ImageIndex:
         """
         scan = partial(scan_tfrecord, image=image, label=label)
         kind = f"tfrecord {image} {label}"
-        found = open_archives(
-            expand(paths, root), root, scan, kind, " ", first_label, cache, progress
-        )
+        found = open_archives(expand(paths, root), root, scan, kind, " ", first_label, cache)
         names, labels, archives = found
         kept = (num_classes, classes)
         return cls._of(os.fspath(root), names, labels, kept, exclude, archives)
