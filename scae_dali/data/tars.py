@@ -98,7 +98,8 @@ def _members(path: str, file: BinaryIO) -> Iterator[_Member]:
         raise _damaged(path, f"is no tar, or damaged at byte {at} ({error})") from error
     end = os.pread(file.fileno(), _BLOCK, at)  # tarfile takes any damaged header for the end
     if end.strip(b"\0"):
-        raise _damaged(path, f"has a damaged header at byte {at}")
+        what = "has a damaged header" if len(end) == _BLOCK else "is cut off"
+        raise _damaged(path, f"{what} at byte {at}")
     if not end:
         warnings.warn(
             f"the archive {path!r} has no end mark, so it may be cut off: compare it with its "
