@@ -207,9 +207,7 @@ def test_an_archive_that_changes_under_way_is_told(packed, change):
     else:
         made.read([40])
         os.truncate(path, 1000)
-    with pytest.raises(
-        DatasetError, match=r"train-0002.tar' has changed since it was indexed; sta"
-    ):
+    with pytest.raises(DatasetError, match=r"train-0002.tar' has changed since it was ind"):
         made.read([49])
 
 
@@ -237,7 +235,7 @@ def test_labels_are_counted_from_0_or_from_1(tmp_path, labels, first_label, want
         (
             [3, 2],
             None,
-            r"run from 0 or from 1, got 2 … 3 \(the first is that of 's.tar/1.jpg'\); fi",
+            r"run from 0 or from 1, got 2 … 3 \(the first is that of 's.tar/1.jpg'\)",
         ),
         ([1, -1], None, r"must run from 0 or from 1, got -1 … 1"),
         ([1, 0], 1, r"'s.tar/1.jpg' has the label 0, and classes are numbered from 1 on; first_la"),

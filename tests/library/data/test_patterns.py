@@ -54,8 +54,8 @@ def test_paths_are_relative_to_the_root_if_there_is_one(root, monkeypatch):
     [
         (
             "a-{8..11}.tar",
-            r"archive '.*/a-11.tar' \(of the pattern 'a-\{8..11\}.tar'\) does not exist; give names "
-            r"that do, relative to root=",
+            r"'.*/a-11.tar' \(of the pattern 'a-\{8..11\}.tar'\) does not exist; give names that "
+            r"do, relative to root=",
         ),
         ("c-*.tar", r"no file matches '.*/c-\*.tar'; give the archives' names"),
         ("d", "the archive '.*/d' is a folder; give names"),

@@ -87,7 +87,7 @@ def test_files_that_are_cut_off_or_no_records_are_told(tmp_path):
             scan_tfrecord(write(tmp_path, whole[:kept]))
     with pytest.raises(DatasetError, match="is cut off within the record at byte 0, or is no TFR"):
         scan_tfrecord(write(tmp_path, JPEG * 100))
-    with pytest.raises(DatasetError, match="is compressed by gzip, .*; decompress it"):
+    with pytest.raises(DatasetError, match=r"is compressed by gzip, .*; decompress it"):
         scan_tfrecord(write(tmp_path, gzip.compress(whole)))
 
 
