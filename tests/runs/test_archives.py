@@ -85,14 +85,29 @@ def test_a_run_does_not_go_on_with_other_archives(packed, tmp_path):
         start(*argv, "--resume", "--data.train=train-*.tar")
 
 
-def test_an_image_that_does_not_decode_is_told_with_the_command_that_finds_it(packed, tmp_path):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda png: png[:-20],
+            "train-0000.tar/a/0.png' is cut off .*\n.*`scae-dali check-images`",
+        ),
+        (
+            lambda png: png.replace(b"IDAT", b"IDAT" + b"\xff" * 24),
+            r"A file in '.*tars' cannot be read or decoded; .*\n.*check-images --decode",
+        ),
+    ],
+)
+def test_an_image_that_does_not_decode_is_told_with_the_command_that_finds_it(
+    packed, tmp_path, spoil, message
+):
     root = tmp_path / "tars"
     shutil.copytree(packed / "webdataset", root)
     index = ImageIndex.from_webdataset("train-0000.tar", root)
     image = index.read([0])[0].tobytes()
-    write_tar(root / "train-0000.tar", [("a/0.png", image[:-20]), ("a/0.cls", b"0")])
+    write_tar(root / "train-0000.tar", [("a/0.png", spoil(image)), ("a/0.cls", b"0")])
     argv = arguments(root, tmp_path / "run", **settings("webdataset"))
-    with pytest.raises(SystemExit, match=r"train-0000.tar/a/0.png' is cut off .*\n.*check-images"):
+    with pytest.raises(SystemExit, match=message):
         start(*argv)
 
 
