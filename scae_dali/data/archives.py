@@ -176,7 +176,7 @@ def open_archives(
             f"sample {names[int(given.argmin())]!r} has the label {low}, and classes are numbered "
             f"from {first} on; first_label= is the number of class 0 (train.py: --data.first_label)"
         )
-    files = _Files(paths, np.array(stamps, np.int64))
+    files = _Files([os.path.abspath(path) for path in paths], np.array(stamps, np.int64))
     return names, given - first, Archives(files, np.concatenate(where), first)
 
 

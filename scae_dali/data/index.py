@@ -1,7 +1,7 @@
 """The index of a data set: its samples in order, each with a path, a class and a record key.
 
-A sample's id is its place in the index. The index reads folders, lists and what archives say of
-their members, never pixels.
+A sample's id is its place in the index. The index reads folders, lists, and in archives where each
+image lies; it never reads pixels.
 """
 
 from __future__ import annotations
@@ -166,12 +166,11 @@ class ImageIndex:
         `num_classes` and `classes`, K is the highest label + 1. A progress bar shows where it takes
         long. Raises DatasetError with the tar and the member.
         """
-        found = open_archives(
+        names, labels, archives = open_archives(
             expand(paths, root), root, scan_tar, "webdataset", "/", first_label, cache
         )
-        names, labels, archives = found
-        kept = (num_classes, classes)
-        return cls._of(os.fspath(root), names, labels, kept, exclude, archives)
+        of_classes = (num_classes, classes)
+        return cls._of(os.fspath(root), names, labels, of_classes, exclude, archives)
 
     @classmethod
     def from_tfrecord(
@@ -195,10 +194,11 @@ class ImageIndex:
         """
         scan = partial(scan_tfrecord, image=image, label=label)
         kind = f"tfrecord {image} {label}"
-        found = open_archives(expand(paths, root), root, scan, kind, " ", first_label, cache)
-        names, labels, archives = found
-        kept = (num_classes, classes)
-        return cls._of(os.fspath(root), names, labels, kept, exclude, archives)
+        names, labels, archives = open_archives(
+            expand(paths, root), root, scan, kind, " ", first_label, cache
+        )
+        of_classes = (num_classes, classes)
+        return cls._of(os.fspath(root), names, labels, of_classes, exclude, archives)
 
     @classmethod
     def _of(

@@ -71,7 +71,7 @@ def _records(path: str, data: mmap.mmap) -> Iterator[tuple[int, Span]]:
         if end + _FOOT > len(data):
             raise DatasetError(
                 f"the archive {path!r} is cut off within the record at byte {at}, or is no "
-                "TFRecord file; copy it again"
+                "TFRecord file; copy it again, or give a pattern that leaves it out"
             )
         yield at, (begin, end)
         at = end + _FOOT

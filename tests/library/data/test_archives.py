@@ -99,6 +99,14 @@ def test_subsets_copies_and_exclusions_keep_the_bytes(packed, index):
     assert (other.read([0])[0] == index.read([1])[0]).all()
 
 
+def test_relative_paths_stay_those_of_the_start(packed, index, monkeypatch):
+    monkeypatch.chdir(packed)
+    made = ImageIndex.from_webdataset("train-*.tar", "tars")
+    assert made.files[0] == "train-0000.tar/a/00.jpg"
+    monkeypatch.chdir("/")
+    assert (made.read([7])[0] == index.read([7])[0]).all()
+
+
 def test_an_archive_is_looked_at_once(packed, scans):
     first = tars(packed)
     assert sorted(scans) == ["train-0000", "train-0001", "train-0002"]
