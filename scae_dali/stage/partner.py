@@ -69,12 +69,14 @@ def decode_crop(
 
 
 @do_not_convert
-def readable(index: ImageIndex) -> bool:
-    """Whether the images of the index can be read; a list may name members of archives."""
+def missing(index: ImageIndex) -> str | None:
+    """An image of the index that cannot be read, as members of archives in a list; None where the
+    images are there."""
     if index.archives is not None:
-        return True
+        return None
     rarest = int(index.class_counts[index.labels].argmin())  # some class of the tail, if any is
-    return os.path.isfile(os.path.join(index.root, index.files[rarest]))
+    path = os.path.join(index.root, index.files[rarest])
+    return None if os.path.isfile(path) else path
 
 
 def _given(others, row):

@@ -394,13 +394,14 @@ class Stage:
         """Whether partners are of the batch, because the index's images cannot be read. Warns of
         it, once."""
         if self._in_batch is None:
-            self._in_batch = self.mixes and not partner.readable(self.index)
+            missing = partner.missing(self.index) if self.mixes else None
+            self._in_batch = missing is not None
             if self._in_batch:
                 warnings.warn(
-                    f"the images of the index cannot be read ({self.index.files[0]!r} in root="
-                    f"{self.index.root!r} is no file): second images are taken from the same "
-                    "batch; make the index of archives by ImageIndex.from_webdataset or "
-                    f"from_tfrecord, and of files with their root, or {NO_PARTNERS}",
+                    f"the images of the index cannot be read ({missing!r} is no file): second "
+                    "images are taken from the same batch; make the index of archives by "
+                    "ImageIndex.from_webdataset or from_tfrecord, and that of files with their "
+                    f"root, or {NO_PARTNERS}",
                     RuntimeWarning,
                     stacklevel=2,
                 )
