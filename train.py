@@ -1,4 +1,4 @@
-"""Train a network on image folders, lists or CIFAR, with SCAE or another method.
+"""Train a network on image folders, lists, archives or CIFAR, with SCAE or another method.
 
     python train.py --config pipelines/imagenet_resnet50.yaml --data.root /data/imagenet --out run
     torchrun --nproc-per-node 8 train.py --config … --data.root … --out …
@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from pipelines import resume as resuming
+from pipelines.data import open_data
 from pipelines.recipe import Config
 from pipelines.state import State
 from pipelines.validation import evaluate, validate
@@ -212,7 +213,7 @@ def begin(
     older run in `out` is changed. check_folder: see lock.hold."""
     out = Path(config.out)
     ranks.by_first(lambda: resuming.check_files(out) if resume else resuming.check_new(out))
-    data = config.data.open(config.threads)
+    data = open_data(config.data, config.threads, ranks)
     if data.val_pixels is None:
         ranks.by_first(lambda: look(data.val, LOOK_S))
     found = ranks.gather((out / "checkpoint.pt").exists())

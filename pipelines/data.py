@@ -1,9 +1,9 @@
-"""The data of a run, by its settings: folders, lists or CIFAR, long-tailed or not, on disk or in
-memory."""
+"""The data of a run, by its settings: folders, lists, archives or CIFAR, long-tailed or not, on
+disk or in memory."""
 
 import os
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +14,19 @@ from scae_dali.data.broken import of_validation
 from scae_dali.data.index import DatasetError, ImageIndex
 from scae_dali.data.longtail import choose, imbalanced
 from scae_dali.data.pixels import ArrayImages
+from scae_dali.data.tfrecord import IMAGE, LABEL
+from scae_dali.training.ranks import Ranks, together
 
 Ids = npt.NDArray[np.int64]
-OF_FILES = {"train_dir", "val_dir", "train_list", "val_list", "exclude", "val_exclude"}
-OF_FILES |= {"index_cache"}
+Format = Literal["folder", "cifar10", "cifar100", "webdataset", "tfrecord"]
+ARCHIVES = ("webdataset", "tfrecord")
+# Settings that not all formats have: what they are for, and which formats have them.
+_OF: dict[str, tuple[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("train_dir", "val_dir", "train_list", "val_list"), ("files", ("folder",))),
+    **dict.fromkeys(("exclude", "val_exclude", "index_cache"), ("files", ("folder", *ARCHIVES))),
+    **dict.fromkeys(("train", "val", "first_label"), ("archives", ARCHIVES)),
+    **dict.fromkeys(("image_field", "label_field"), ("TFRecords", ("tfrecord",))),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +49,10 @@ class DataConfig:
 
     Args:
         root: Folder of the data set. It holds train/ and val/, or the files that the lists name, or
-            CIFAR's files as torchvision downloads them.
-        format: `folder` reads image files, from folders or lists. `cifar10` and `cifar100` read
-            CIFAR's own files into memory.
+            the archives, or CIFAR's files as torchvision downloads them.
+        format: `folder` reads image files, from folders or lists. `webdataset` reads tars of images
+            and labels, `tfrecord` TFRecord files. `cifar10` and `cifar100` read CIFAR's own files
+            into memory.
         train_dir: Folder of the training images in root, with one folder for each class.
         val_dir: Folder of the validation images in root; in other data sets often called test.
         train_list: Text file of the training images, instead of train_dir. Each line is a path
@@ -51,8 +61,16 @@ class DataConfig:
         exclude: Text file of training images to leave out, one path relative to train_dir, or as in
             train_list, on each line. `scae-dali check-images` writes one.
         val_exclude: The same for the validation images, or for those that `holdout` sets aside.
+        train: Archives of the training images in root, such as train-{0000..1023}.tar or
+            train-*.tar.
+        val: The same for the validation images.
+        first_label: Number that the archives give to the first class. null takes 1 if their labels
+            run from 1, as in ImageNet's TFRecords, and 0 if they run from 0.
+        image_field: Feature of a TFRecord that holds the encoded image.
+        label_field: Feature of a TFRecord that holds the number of the class.
         index_cache: Folder in which the lists of files are kept, so that the next run need not scan
-            the folders.
+            the folders. null scans them. What archives hold is kept there too; null keeps it beside
+            each of them.
         in_memory: Decode all images once and keep them in memory. They must all have one size.
             CIFAR's own files always are in memory.
         imbalance: Train on a long-tailed subset, whose largest class has this many times the images
@@ -64,13 +82,18 @@ class DataConfig:
     """
 
     root: str
-    format: Literal["folder", "cifar10", "cifar100"] = "folder"
+    format: Format = "folder"
     train_dir: str = "train"
     val_dir: str = "val"
     train_list: str | None = None
     val_list: str | None = None
     exclude: str | None = None
     val_exclude: str | None = None
+    train: str | None = None
+    val: str | None = None
+    first_label: int | None = None
+    image_field: str = IMAGE
+    label_field: str = LABEL
     index_cache: str | None = None
     in_memory: bool = False
     imbalance: float | None = None
@@ -78,13 +101,21 @@ class DataConfig:
     holdout: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("data.format", self.format, ("folder", "cifar10", "cifar100"))
+        check_choice("data.format", self.format, get_args(Format))
         for field in fields(self):
             value = getattr(self, field.name)
+            what, formats = _OF.get(field.name, ("", get_args(Format)))
             check(
-                self.format == "folder" or field.name not in OF_FILES or value == field.default,
-                f"data.{field.name} is for image files, got {value!r} with data.format="
-                f"{self.format}, whose own files leave nothing to choose; leave it out",
+                self.format in formats or value == field.default,
+                f"data.{field.name} is for {what}, got {value!r} with data.format={self.format}; "
+                f"leave it out, or give another data.format: {' or '.join(formats)}",
+            )
+        for split in ("train", "val")[: 1 if self.holdout else 2]:
+            check(
+                self.format not in ARCHIVES or bool(getattr(self, split)),
+                f"data.{split} must name archives with data.format={self.format}, got "
+                f"{getattr(self, split)!r}; give a pattern relative to data.root, such as "
+                f"'{split}-{{0000..0127}}.tar'",
             )
         for split, folder in (("train", self.train_dir), ("val", self.val_dir)):
             listed = getattr(self, f"{split}_list")
@@ -111,12 +142,21 @@ class DataConfig:
             f"data.holdout={self.holdout} validates on training images, so leave out data.val_dir "
             f"and data.val_list, got {self.val_dir!r} and {self.val_list!r}",
         )
+        check(
+            not self.holdout or self.val is None,
+            f"data.holdout={self.holdout} validates on training images, so leave out data.val, got "
+            f"{self.val!r}",
+        )
+        check(
+            self.first_label is None or self.first_label >= 0,
+            f"data.first_label must be at least 0, got {self.first_label}; 0 and 1 are usual",
+        )
 
     def open(self, threads: int = 4) -> Data:
         """Index the images, or read them. threads: of the decoder, for in_memory. Raises
         DatasetError for folders, lists or files that cannot be used, ValueError for an imbalance or
         a holdout that leaves a class empty."""
-        if self.format != "folder":
+        if self.format in ("cifar10", "cifar100"):
             whole = ArrayImages.from_cifar(self.root, self.format, train=True)
             kept, held = self._split(whole.index)
             train = whole if kept is None else whole.subset(kept)
@@ -140,12 +180,17 @@ class DataConfig:
             raise DatasetError(of_validation(str(error))) from error
         return Data(first, second, pixels, val_pixels)
 
+    def index_archives(self) -> None:
+        """Index the archives, if there are any, so that the next process need not."""
+        if self.format in ARCHIVES:
+            first = self._train_files()
+            if not self.holdout:
+                self._val_files(first)
+
     @staticmethod
     def _without(index: ImageIndex, exclude: str) -> ImageIndex:
         try:
-            return ImageIndex.from_arrays(
-                index.files, index.labels, index.root, classes=index.classes, exclude=exclude
-            )
+            return index.without(exclude)
         except DatasetError as error:
             raise DatasetError(f"data.val_exclude={exclude!r}, of validation: {error}") from error
 
@@ -169,12 +214,16 @@ class DataConfig:
         return kept, held
 
     def _train_files(self) -> ImageIndex:
+        if self.format in ARCHIVES:
+            return self._archives("train", self.first_label, self.exclude or ())
         if self.train_list is None:
             return self._folder("train", self.train_dir, self.exclude or ())
         return ImageIndex.from_list(self.train_list, self.root, exclude=self.exclude or ())
 
     def _val_files(self, first: ImageIndex) -> ImageIndex:
         """first: all files of training, whose classes they must have."""
+        if first.archives is not None:
+            return self._val_archives(first, first.archives.first_label)
         if self.val_list is not None:
             second = ImageIndex.from_list(self.val_list, self.root)
             if second.num_classes > first.num_classes:
@@ -188,9 +237,7 @@ class DataConfig:
                 check_list_and_folders(self.val_list, second, first)
             else:
                 check_lists(self.train_list, first, self.val_list, second)
-            return ImageIndex.from_arrays(
-                second.files, second.labels, second.root, classes=first.classes
-            )
+            return second.relabelled(second.labels, first.classes)
         second = self._folder("val", self.val_dir)
         if self.train_list is not None and first.num_classes != second.num_classes:
             raise DatasetError(
@@ -208,6 +255,34 @@ class DataConfig:
             )
         return second
 
+    def _val_archives(self, first: ImageIndex, first_label: int) -> ImageIndex:
+        second = self._archives("val", first_label)
+        if second.num_classes > first.num_classes:
+            i = int(second.labels.argmax())
+            raise DatasetError(
+                f"data.val={self.val!r} gives {second.files[i]!r} the label "
+                f"{first_label + second.labels[i]}, but training has the classes {first_label} … "
+                f"{first_label + first.num_classes - 1}; give archives of the same classes"
+            )
+        return second.relabelled(second.labels, first.classes)
+
+    def _archives(
+        self, split: str, first_label: int | None, exclude: str | tuple[()] = ()
+    ) -> ImageIndex:
+        pattern = getattr(self, split)
+        settings: dict[str, Any] = {
+            "first_label": first_label,
+            "exclude": exclude,
+            "cache": self.index_cache,
+        }
+        try:
+            if self.format == "webdataset":
+                return ImageIndex.from_webdataset(pattern, self.root, **settings)
+            settings |= {"image": self.image_field, "label": self.label_field}
+            return ImageIndex.from_tfrecord(pattern, self.root, **settings)
+        except DatasetError as error:
+            raise DatasetError(f"data.{split}={pattern!r}: {error}") from error
+
     def _folder(self, split: str, name: str, exclude: str | tuple[()] = ()) -> ImageIndex:
         folder = os.path.join(self.root, name)
         if os.path.isdir(self.root) and not os.path.isdir(folder):
@@ -222,3 +297,10 @@ class DataConfig:
             os.makedirs(self.index_cache, exist_ok=True)
             cache = os.path.join(self.index_cache, f"{split}.npz")
         return ImageIndex(folder, exclude=exclude, cache=cache)
+
+
+def open_data(config: DataConfig, threads: int, ranks: Ranks) -> Data:
+    """The data, in every rank. One rank of each node indexes archives, the others read what it has
+    kept."""
+    together(ranks, config.index_archives if ranks.local == 0 else None)
+    return config.open(threads)

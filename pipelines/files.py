@@ -1,4 +1,4 @@
-"""Training from files: random resized crop, the method's augmentation, flip, normalisation.
+"""Training from files or archives: random crop, the method's augmentation, flip, normalisation.
 
 A sample's augmentation depends on (seed, epoch, id) alone, the order of an epoch on (seed, epoch).
 """
@@ -30,7 +30,7 @@ def train_pipeline(
     checkpoint: bytes | None = None,
 ) -> Pipeline:
     """A pipeline that yields OUTPUTS for every sample of stage.index, shuffled each epoch, or for
-    those of `order`.
+    those of `order`, which archives need.
 
     images: float [3, S, S] or [S, S, 3]. plan: float64 [K], a row of scae_dali.stage.table.
     checkpoint: the state that a pipeline of the same arguments gave.

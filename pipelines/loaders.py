@@ -1,4 +1,4 @@
-"""The batches of a run: which pipeline serves which data, from files or from memory."""
+"""The batches of a run: which pipeline serves which data, from files, archives or memory."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -47,7 +47,8 @@ class Loaders:
         index = self._data.train
         images = _images(index, self._data.train_pixels)
         order = None
-        if isinstance(images, ArrayImages) or self._sampling != "shuffle":
+        shuffled_by_dali = index.archives is None and self._sampling == "shuffle"
+        if isinstance(images, ArrayImages) or not shuffled_by_dali:
             order = Order(
                 index.labels,
                 batch_size=execution.batch_size,

@@ -30,6 +30,7 @@ from scae_dali.training.ranks import Ranks
 # Where files lie and what computes. The images and weights in the files are compared separately.
 _WHERE = {"data.root", "data.index_cache", "threads", "hw_decoder_load"}
 _FILES = {"data.train_list", "data.val_list", "data.exclude", "second_stage.weights"}
+_FILES |= {"data.train", "data.val"}
 _FREE = _WHERE | {"out", "checkpoint_every", "compile", "device", "data.val_exclude"}
 _FREE |= {"saliency.batch_size", "saliency.cache"}
 _CONTENTS = ("data", "val", "weights")  # fingerprints of the images, and of what it starts from

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pipelines.config import ExecConfig
+from pipelines.data import open_data
 from pipelines.loaders import Loaders
 from pipelines.recipe import Config
 from scae_dali.stage.loader import Loader
@@ -44,7 +45,7 @@ def evaluate(config: Config, ranks: Ranks) -> dict[str, Any]:
     """
     if config.weights is None:
         raise ValueError("--evaluate needs weights, got none: give --weights FILE, a state_dict")
-    data = config.data.open(config.threads)
+    data = open_data(config.data, config.threads, ranks)
     net = make_network(config.model, data.train.num_classes)
     load_weights(net, config.weights)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format

@@ -31,11 +31,13 @@ from scae_dali.cache.format import EPOCHS, check_neighbors, settings_of
 from scae_dali.cache.imports import IMPORTED
 from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD
 from scae_dali.commands.options import (
+    ARCHIVES,
     add_batch_size,
     add_device,
     add_images,
     add_precision,
     count,
+    open_archives,
     parser_of,
     train_folder,
 )
@@ -173,8 +175,8 @@ def load_model(name: str, weights: str | None, classes: int, told: bool = True) 
 
 
 def open_images(arguments: argparse.Namespace) -> ImageIndex | ArrayImages:
-    """The training images: files, or CIFAR's in memory."""
-    if arguments.format != "folder":
+    """The training images: files, archives, or CIFAR's in memory."""
+    if arguments.format.startswith("cifar"):
         if arguments.list or arguments.exclude:
             raise ValueError(
                 f"--list and --exclude are of --format folder, got --format {arguments.format}"
@@ -187,9 +189,15 @@ def open_images(arguments: argparse.Namespace) -> ImageIndex | ArrayImages:
         return images
     if arguments.imbalance is not None:
         raise ValueError(
-            f"--imbalance is of CIFAR's own files, got {arguments.imbalance} with --format folder; "
-            "tools/make_longtail.py writes a --list of any folder"
+            f"--imbalance is of CIFAR's own files, got {arguments.imbalance} with --format "
+            f"{arguments.format}; tools/make_longtail.py writes a --list of any folder"
         )
+    if arguments.format in ARCHIVES:
+        if arguments.list:
+            raise ValueError(
+                f"--list is of --format folder, got --format {arguments.format}; leave it out"
+            )
+        return open_archives(arguments, arguments.exclude)
     if arguments.list:
         return ImageIndex.from_list(arguments.list, root=arguments.data, exclude=arguments.exclude)
     return ImageIndex(train_folder(arguments.data), exclude=arguments.exclude)
@@ -273,6 +281,8 @@ class Work:
 def prepare(arguments: argparse.Namespace, ranks: Ranks, writes: bool) -> Work:
     """Open the images, the network and, in a process that writes, the cache. Raises ValueError and
     OSError."""
+    if arguments.format in ARCHIVES:  # one process of each node writes down what they hold
+        together(ranks, partial(open_images, arguments) if ranks.local == 0 else None)
     images = open_images(arguments)
     index = index_of(images)
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format

@@ -2,6 +2,7 @@
 
     scae-dali check-images --data /data/imagenet --out broken.txt
     scae-dali check-images --data /data/imagenet --split val --out broken-val.txt
+    scae-dali check-images --data /data/tars --format webdataset --archives 'train-*.tar'
     python train.py --data.root /data/imagenet --data.exclude broken.txt \\
         --data.val_exclude broken-val.txt …
 
@@ -18,12 +19,22 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 from nvidia.dali import fn, pipeline_def
 from tqdm import tqdm
 
-from scae_dali.commands.options import add_data, count, parser_of, train_folder
+from scae_dali.commands.options import (
+    ARCHIVES,
+    add_archives,
+    add_data,
+    count,
+    open_archives,
+    parser_of,
+    train_folder,
+)
 from scae_dali.data.broken import concerns_images, confirmed, faults
 from scae_dali.data.index import DatasetError, ImageIndex
+from scae_dali.stage.feed import read_batches
 from scae_dali.stage.images import decode, read
 
 BATCH = 32
@@ -37,9 +48,15 @@ def decoded(index: ImageIndex, ids: Sequence[int], threads: int) -> int:
     """
     batch_size = min(BATCH, len(ids))
 
+    def batch(n: int) -> np.ndarray:
+        return np.take(ids, range(n * batch_size, (n + 1) * batch_size), mode="wrap")
+
     @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None)
     def define():
-        encoded, _ = read(index, ids)
+        if index.archives is None:
+            encoded, _ = read(index, ids)
+        else:
+            encoded = read_batches(index, batch)
         return fn.peek_image_shape(encoded), decode(encoded).shape()
 
     done = 0
@@ -110,6 +127,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "to --data, a space and the number of the class",
     )
     parser.add_argument(
+        "--format",
+        choices=["folder", *ARCHIVES],
+        default="folder",
+        help="what --data holds: folders of images, tars (webdataset) or TFRecord files; default: "
+        "%(default)s",
+    )
+    add_archives(parser)
+    parser.add_argument(
         "--out", metavar="FILE", help="write the paths of broken images to FILE, one a line"
     )
     parser.add_argument(
@@ -122,7 +147,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
-        if arguments.list:
+        if arguments.format in ARCHIVES:
+            if arguments.list or arguments.split:
+                raise ValueError(
+                    f"--list and --split are of --format folder, got --format {arguments.format}; "
+                    "--archives names what is checked"
+                )
+            index = open_archives(arguments)
+        elif arguments.list:
             index = ImageIndex.from_list(arguments.list, root=arguments.data)
         else:
             index = ImageIndex(folder(arguments.data, arguments.split), allow_empty=True)

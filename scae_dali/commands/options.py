@@ -13,7 +13,12 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from typing import Any
 
+from scae_dali.data.index import ImageIndex
+from scae_dali.data.tfrecord import IMAGE, LABEL
+
 __all__ = [
+    "ARCHIVES",
+    "add_archives",
     "add_batch_size",
     "add_cache",
     "add_data",
@@ -24,6 +29,7 @@ __all__ = [
     "device",
     "existing_folder",
     "grid",
+    "open_archives",
     "parser_of",
     "train_folder",
     "training_images",
@@ -69,23 +75,58 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cache", metavar="CACHE", help="folder of the cache, such as imagenet.lmdb")
 
 
+ARCHIVES = ("webdataset", "tfrecord")
+
+
+def add_archives(parser: argparse.ArgumentParser) -> None:
+    """The options of `open_archives`, for a parser that has --data and --format."""
+    of_tfrecord = "feature of a TFRecord that holds"
+    parser.add_argument(
+        "--archives",
+        metavar="PATTERN",
+        help="archives in --data, such as 'train-{0000..1023}.tar' or 'train-*', for --format "
+        "webdataset and tfrecord",
+    )
+    parser.add_argument(
+        "--first-label",
+        type=int,
+        help="number that the archives give to the first class; default: 1 if their labels run "
+        "from 1, otherwise 0",
+    )
+    parser.add_argument(
+        "--image-field", default=IMAGE, help=f"{of_tfrecord} the image; default: %(default)s"
+    )
+    parser.add_argument(
+        "--label-field",
+        default=LABEL,
+        help=f"{of_tfrecord} the number of the class; default: %(default)s",
+    )
+    parser.add_argument(
+        "--index-cache",
+        metavar="DIR",
+        help="folder in which it is kept what the archives hold; default: beside each of them",
+    )
+
+
 def add_images(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """--data, --format, --imbalance, --list and --exclude: the training images of a cache, which
-    `build_cache.open_images` opens. required: whether --data must be given."""
+    """--data, --format, the options of `add_archives`, --imbalance, --list and --exclude: the
+    training images of a cache, which `build_cache.open_images` opens. required: whether --data must
+    be given."""
     add_data(
         parser,
         type=str,
         required=required,
-        help="folder of the data set: the training images are in DIR/train/<class>/, or CIFAR's "
-        "files in DIR",
+        help="folder of the data set: the training images are in DIR/train/<class>/, or the "
+        "archives or CIFAR's files in DIR",
     )
     parser.add_argument(
         "--format",
-        choices=["folder", "cifar10", "cifar100"],
+        choices=["folder", *ARCHIVES, "cifar10", "cifar100"],
         default="folder",
-        help="what --data holds: folders of images, or the files of CIFAR as torchvision "
-        "downloads them; default: %(default)s",
+        help="what --data holds: folders of images, tars (webdataset), TFRecord files, or the "
+        "files of CIFAR as torchvision downloads them; default: %(default)s",
     )
+    add_archives(parser)
     parser.add_argument(
         "--imbalance",
         type=float,
@@ -102,6 +143,24 @@ def add_images(parser: argparse.ArgumentParser, *, required: bool) -> None:
         default=(),
         help="text file of images to leave out, one path a line; scae-dali check-images writes one",
     )
+
+
+def open_archives(arguments: argparse.Namespace, exclude: Any = ()) -> ImageIndex:
+    """The images in the archives that the options name."""
+    if not arguments.archives:
+        raise ValueError(
+            f"--archives must name the archives with --format {arguments.format}, got none; give a "
+            "pattern relative to --data, such as 'train-{0000..1023}.tar'"
+        )
+    settings: dict[str, Any] = {
+        "first_label": arguments.first_label,
+        "exclude": exclude,
+        "cache": arguments.index_cache,
+    }
+    if arguments.format == "webdataset":
+        return ImageIndex.from_webdataset(arguments.archives, arguments.data, **settings)
+    settings |= {"image": arguments.image_field, "label": arguments.label_field}
+    return ImageIndex.from_tfrecord(arguments.archives, arguments.data, **settings)
 
 
 def add_batch_size(

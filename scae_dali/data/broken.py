@@ -5,6 +5,7 @@ mends some of them: `decodes` tries it with one file. `explain` turns an error o
 the user. Its remedy is for training files; `of_validation` turns it into that for validation files.
 """
 
+import io
 import itertools
 import os
 import re
@@ -15,6 +16,7 @@ from typing import BinaryIO
 
 from nvidia.dali import fn, pipeline_def
 
+from scae_dali.data.archives import UInt8
 from scae_dali.data.index import ImageIndex
 
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
@@ -53,18 +55,21 @@ def fault(path: str) -> str | None:
     """What is wrong with an image file, or None where nothing was found."""
     try:
         with open(path, "rb") as file:
-            head = file.read(16)
-            size = os.fstat(file.fileno()).st_size
-            if not size:
-                return "is empty"
-            if not head.startswith(_SIGNATURES):
-                return f"is no image (it begins with {head[:4]!r})"
-            if head.startswith(_JPEG):
-                return _jpeg_fault(file, size)
-            file.seek(max(0, size - _TAIL))
-            tail = file.read()
+            return _fault(file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
+
+
+def _fault(file: BinaryIO, size: int) -> str | None:
+    head = file.read(16)
+    if not size:
+        return "is empty"
+    if not head.startswith(_SIGNATURES):
+        return f"is no image (it begins with {head[:4]!r})"
+    if head.startswith(_JPEG):
+        return _jpeg_fault(file, size)
+    file.seek(max(0, size - _TAIL))
+    tail = file.read()
     if head.startswith(_PNG) and b"IEND" not in tail:
         return "is cut off (a PNG without an end chunk)"
     if head.startswith(b"RIFF") and int.from_bytes(head[4:8], "little") + 8 > size:
@@ -109,15 +114,15 @@ def faults(
     seconds: float = float("inf"),
     progress: Callable[[int], object] = lambda files: None,
 ) -> Iterator[tuple[str, str]]:
-    """(relative path, what is wrong) of every broken file, in order; stops after `seconds`.
+    """(name, what is wrong) of every broken image, in order; stops after `seconds`.
 
     progress: called with the number of files looked at since its last call.
     """
     end = time.monotonic() + seconds
 
     def look(first: int) -> list[tuple[str, str | None]]:
-        names = index.files[first : first + _SHARE]
-        return [(name, fault(os.path.join(index.root, name))) for name in names]
+        ids = range(first, min(first + _SHARE, len(index)))
+        return [(index.files[i], _fault_of(index, i)) for i in ids]
 
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(index), _BLOCK):
@@ -127,6 +132,13 @@ def faults(
             progress(stop - start)
             if time.monotonic() > end:
                 return
+
+
+def _fault_of(index: ImageIndex, i: int) -> str | None:
+    if index.archives is None:
+        return fault(os.path.join(index.root, index.files[i]))
+    encoded = index.read([i])[0]
+    return _fault(io.BytesIO(encoded.tobytes()), len(encoded))
 
 
 def concerns_images(message: str) -> bool:
@@ -148,8 +160,8 @@ def explain(message: str, index: ImageIndex) -> str:
         for name in dict.fromkeys(named)
         if name in known
     ]
-    if not broken and os.path.exists(os.path.join(index.root, index.files[0])):
-        broken = list(faults(index, seconds=_SECONDS))  # members of an archive are no files
+    if not broken and _is_there(index):
+        broken = list(faults(index, seconds=_SECONDS))
     if broken:
         what = [f"{os.path.join(index.root, name)!r} {wrong}" for name, wrong in broken[:3]]
         more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
@@ -169,6 +181,11 @@ def explain(message: str, index: ImageIndex) -> str:
     return "\n".join(lines)
 
 
+def _is_there(index: ImageIndex) -> bool:
+    """Whether the images can be read; a list may name members of archives, which are no files."""
+    return index.archives is not None or os.path.exists(os.path.join(index.root, index.files[0]))
+
+
 def of_validation(explained: str) -> str:
     """A text of `explain`, with train.py's option that leaves out validation files."""
     return explained.replace(_OPTION, _OPTION.replace("exclude", "val_exclude"))
@@ -182,16 +199,16 @@ def of_training(explained: str) -> str:
     )
 
 
-def decodes(path: str) -> bool:
-    """Whether DALI decodes an image file on the CPU, mended or as it is."""
+def decodes(encoded: UInt8) -> bool:
+    """Whether DALI decodes an encoded image, uint8 [bytes], on the CPU, mended or as it is."""
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None)
     def define():
-        encoded, _ = fn.readers.file(files=[os.path.abspath(path)])
-        return fn.peek_image_shape(encoded), fn.decoders.image(encoded).shape()
+        image = fn.external_source(source=[[encoded]])
+        return fn.peek_image_shape(image), fn.decoders.image(image).shape()
 
-    if not os.path.isfile(path) or not os.path.getsize(path):
-        return False  # the reader would pass over it
+    if not len(encoded):
+        return False
     try:
         define().run()
     except RuntimeError as error:
@@ -203,7 +220,14 @@ def decodes(path: str) -> bool:
 
 def confirmed(index: ImageIndex, suspects: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     """Those of `faults` that the decoder cannot mend."""
-    return (pair for pair in suspects if not decodes(os.path.join(index.root, pair[0])))
+    return ((name, wrong) for name, wrong in suspects if not _is_sound(index, name))
+
+
+def _is_sound(index: ImageIndex, name: str) -> bool:
+    try:
+        return decodes(index.read([index.files.index(name)])[0])
+    except OSError:
+        return False
 
 
 def look(index: ImageIndex, seconds: float) -> None:

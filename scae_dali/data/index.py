@@ -1,6 +1,7 @@
 """The index of a data set: its samples in order, each with a path, a class and a record key.
 
-A sample's id is its place in the index. The index reads folders and lists, never pixels.
+A sample's id is its place in the index. The index reads folders, lists, and in archives where each
+image lies; it never reads pixels.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
+from scae_dali.data.archives import Archives, UInt8, open_archives
 from scae_dali.data.names import Names
+from scae_dali.data.patterns import expand
 from scae_dali.data.scan import EXTENSIONS, DatasetError, Int64, Path, scan_cached, scan_folders
+from scae_dali.data.tars import scan_tar
+from scae_dali.data.tfrecord import IMAGE, LABEL, scan_tfrecord
 
 __all__ = ["EXTENSIONS", "DatasetError", "ImageIndex", "path_key"]
 
@@ -32,12 +37,17 @@ def path_key(name: str) -> int:
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
 class ImageIndex:
-    """An immutable list of samples: `root/files[i]` is sample i, of class `classes[labels[i]]`."""
+    """An immutable list of samples: `root/files[i]` is sample i, of class `classes[labels[i]]`.
+
+    With `archives`, `files` are names of samples in them: archive.tar/member, or of a TFRecord
+    `archive at index OFFSET`.
+    """
 
     root: str  # the folder that `files` are relative to; "" where there is none
     files: tuple[str, ...]  # [N], posix paths
     labels: Int64  # [N], read-only
     classes: tuple[str, ...]  # [K]
+    archives: Archives | None  # where the encoded images lie that are no files
 
     def __init__(
         self,
@@ -130,13 +140,84 @@ class ImageIndex:
                 f"labels must be integers of shape ({len(files)},), one a file, "
                 f"got {array.dtype} of shape {array.shape}"
             )
-        names, limit = _class_names(num_classes, classes)
-        if (wrong := np.flatnonzero((array < 0) | (array >= limit))).size:
-            raise _label_error(f"sample {wrong[0]}", int(array[wrong[0]]), limit)
+        return cls._of(os.fspath(root), files, array, (num_classes, classes), exclude)
+
+    @classmethod
+    def from_webdataset(
+        cls,
+        paths: str | Sequence[str],
+        root: Path = "",
+        *,
+        first_label: int | None = None,
+        num_classes: int | None = None,
+        classes: Sequence[str] | None = None,
+        exclude: Path | Sequence[str] = (),
+        cache: Path | None = None,
+    ) -> ImageIndex:
+        """Index the images in tars, in the order of the tars and of their members.
+
+        Neighbouring members with one stem are a sample: d/0001.jpg is an image, and d/0001.cls
+        holds the number of its class as text.
+
+        paths: patterns of the tars, relative to root, such as `train-{0000..1023}.tar`; see
+        patterns.expand. first_label: the number that the archives give to class 0. None: 1 where
+        labels run from 1, otherwise 0. cache: the folder in which what is found in a tar is kept,
+        so that it is not read again as long as it is the same; None: beside the tar. Without
+        `num_classes` and `classes`, K is the highest label + 1. A progress bar shows where it takes
+        long. Raises DatasetError with the tar and the member.
+        """
+        names, labels, archives = open_archives(
+            expand(paths, root), root, scan_tar, "webdataset", "/", first_label, cache
+        )
+        of_classes = (num_classes, classes)
+        return cls._of(os.fspath(root), names, labels, of_classes, exclude, archives)
+
+    @classmethod
+    def from_tfrecord(
+        cls,
+        paths: str | Sequence[str],
+        root: Path = "",
+        *,
+        image: str = IMAGE,
+        label: str = LABEL,
+        first_label: int | None = None,
+        num_classes: int | None = None,
+        classes: Sequence[str] | None = None,
+        exclude: Path | Sequence[str] = (),
+        cache: Path | None = None,
+    ) -> ImageIndex:
+        """Index the images in TFRecord files, in the order of the files and of their records.
+
+        image, label: the features of a record that hold the encoded image and the number of its
+        class. The defaults are those of ImageNet's TFRecords, which count classes from 1. The other
+        arguments are those of `from_webdataset`. Raises DatasetError with the file and the record.
+        """
+        scan = partial(scan_tfrecord, image=image, label=label)
+        kind = f"tfrecord {image} {label}"
+        names, labels, archives = open_archives(
+            expand(paths, root), root, scan, kind, " ", first_label, cache
+        )
+        of_classes = (num_classes, classes)
+        return cls._of(os.fspath(root), names, labels, of_classes, exclude, archives)
+
+    @classmethod
+    def _of(
+        cls,
+        root: str,
+        files: Sequence[str],
+        labels: npt.NDArray[np.integer],
+        of_classes: tuple[int | None, Sequence[str] | None],
+        exclude: Path | Sequence[str] = (),
+        archives: Archives | None = None,
+    ) -> ImageIndex:
+        """of_classes: `num_classes` and `classes`, as `from_arrays` takes them."""
+        names, limit = _class_names(*of_classes)
+        if (wrong := np.flatnonzero((labels < 0) | (labels >= limit))).size:
+            raise _label_error(f"sample {wrong[0]}", int(labels[wrong[0]]), limit)
         if names is None:
-            names = tuple(map(str, range(int(array.max(initial=-1)) + 1)))
+            names = tuple(map(str, range(int(labels.max(initial=-1)) + 1)))
         index = cls.__new__(cls)
-        index._fill(os.fspath(root), files, array.astype(np.int64), names, exclude)
+        index._fill(root, files, labels.astype(np.int64), names, exclude, archives)
         return index
 
     def _fill(
@@ -146,6 +227,7 @@ class ImageIndex:
         labels: Int64,
         classes: tuple[str, ...],
         exclude: Path | Sequence[str],
+        archives: Archives | None = None,
     ) -> None:
         if isinstance(exclude, str | os.PathLike):
             exclude = [line for _, line in _lines(exclude)]
@@ -159,6 +241,7 @@ class ImageIndex:
                 )
             files = [name for name, kept in zip(files, keep, strict=True) if kept]
             labels = labels[keep]
+            archives = None if archives is None else archives.subset(keep)
         if not len(files):
             raise DatasetError(f"root={root!r}: no samples; is everything excluded?")
         for i, name in enumerate(files):
@@ -172,7 +255,9 @@ class ImageIndex:
                 ) from None
         labels.setflags(write=False)
         # The dataclass is frozen; this is its constructor.
-        self.__dict__.update(root=root, files=tuple(files), labels=labels, classes=classes)
+        self.__dict__.update(
+            root=root, files=tuple(files), labels=labels, classes=classes, archives=archives
+        )
 
     def __len__(self) -> int:
         return len(self.files)
@@ -230,6 +315,13 @@ class ImageIndex:
         keys.setflags(write=False)
         return keys, ascending, order
 
+    def read(self, ids: Sequence[int]) -> list[UInt8]:
+        """The samples' encoded images, uint8 [bytes] each. Raises OSError where a file cannot be
+        read, DatasetError where an archive has changed since."""
+        if self.archives is not None:
+            return self.archives.read(ids)
+        return [np.fromfile(os.path.join(self.root, self.files[i]), np.uint8) for i in ids]
+
     def encoded_paths(self, ids: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
         """The samples' files, root included, as UTF-8 bytes: what DALI's fn.io.file.read takes."""
         paths = (os.path.join(self.root, self.files[i]) for i in ids)
@@ -270,7 +362,18 @@ class ImageIndex:
                 f"ids must lie in 0 … {len(self) - 1}, got {chosen.min()} … {chosen.max()}"
             )
         files = [self.files[i] for i in chosen.tolist()]
-        return self.from_arrays(files, self.labels[chosen], self.root, classes=self.classes)
+        archives = None if self.archives is None else self.archives.subset(chosen)
+        of_classes = (None, self.classes)
+        return self._of(self.root, files, self.labels[chosen], of_classes, archives=archives)
+
+    def without(self, exclude: Path | Sequence[str]) -> ImageIndex:
+        """All samples but these, given as to the constructor."""
+        of_classes = (None, self.classes)
+        return self._of(self.root, self.files, self.labels, of_classes, exclude, self.archives)
+
+    def relabelled(self, labels: npt.NDArray[np.int64], classes: Sequence[str]) -> ImageIndex:
+        """The same samples in other classes. labels: int64 [N]."""
+        return self._of(self.root, self.files, labels, (None, classes), archives=self.archives)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

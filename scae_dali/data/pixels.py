@@ -122,8 +122,15 @@ def _decode(index: ImageIndex, threads: int) -> UInt8:
 
     @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None)
     def define():
-        encoded, _ = fn.readers.file(files=list(index.files), file_root=index.root or ".")
+        if index.archives is None:
+            encoded, _ = fn.readers.file(files=list(index.files), file_root=index.root or ".")
+        else:
+            encoded = fn.external_source(source=batch, batch=True, batch_info=True)
         return fn.decoders.image(encoded, device="cpu")
+
+    def batch(info):
+        ids = np.arange(info.iteration * batch_size, (info.iteration + 1) * batch_size)
+        return index.read((ids % len(index)).tolist())
 
     pipeline = define()
     pixels = np.empty((0, 0, 0, 3), dtype=np.uint8)

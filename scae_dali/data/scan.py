@@ -17,12 +17,26 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["EXTENSIONS", "DatasetError", "Int64", "Path", "scan_cached", "scan_folders"]
+__all__ = [
+    "EXTENSIONS",
+    "RACY_NS",
+    "UNREADABLE",
+    "DatasetError",
+    "Int64",
+    "Path",
+    "pack",
+    "scan_cached",
+    "scan_folders",
+    "store",
+    "unpack",
+]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 MAX_DEPTH = 16  # links may form a loop
 CACHE_VERSION = 1
 RACY_NS = 2_000_000_000  # the coarsest mtime step of common file systems
+# What np.load raises for a damaged file.
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 Path = str | os.PathLike[str]
 Int64 = npt.NDArray[np.int64]
@@ -96,7 +110,7 @@ def scan_cached(root: str, cache: Path) -> Scan:
             return stored
     except (FileNotFoundError, NotADirectoryError):  # no cache yet, or a folder has gone
         pass
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         warnings.warn(
             f"the index cache {cache!r} is unreadable ({error}); root is scanned again and the "
             f"cache rewritten",
@@ -120,43 +134,48 @@ def _load(root: str, here: bytes, cache: str) -> Scan | None:
     with open(cache, "rb") as file, np.load(file, allow_pickle=False) as stored:
         if stored["version"] != CACHE_VERSION or stored["root"].tobytes() != here:
             return None
-        folders = _unpack(stored["folders"])
+        folders = unpack(stored["folders"])
         now = [os.stat(os.path.join(root, folder)).st_mtime_ns for folder in folders]
         if not np.array_equal(stored["mtimes_ns"], now):
             return None
         counts = stored["counts"]
-        files = _unpack(stored["files"]) if counts.any() else []
+        files = unpack(stored["files"]) if counts.any() else []
         if len(files) != counts.sum():
             raise ValueError("files and counts disagree")
-        return files, counts, tuple(_unpack(stored["classes"]))
+        return files, counts, tuple(unpack(stored["classes"]))
 
 
 def _save(cache: str, here: bytes, scan: Scan, folders: list[str], mtimes_ns: list[int]) -> None:
     files, counts, classes = scan
-    temporary = f"{cache}.{uuid.uuid4().hex}.tmp"
+    store(
+        cache,
+        version=CACHE_VERSION,
+        root=np.frombuffer(here, np.uint8),
+        folders=pack(folders),
+        mtimes_ns=np.array(mtimes_ns, dtype=np.int64),
+        classes=pack(classes),
+        counts=counts,
+        files=pack(files),
+    )
+
+
+def store(path: str, **arrays: npt.ArrayLike) -> None:
+    """Write an .npz file, wholly or not at all."""
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
         with open(temporary, "xb") as out:
-            np.savez(
-                out,
-                version=CACHE_VERSION,
-                root=np.frombuffer(here, np.uint8),
-                folders=_pack(folders),
-                mtimes_ns=np.array(mtimes_ns, dtype=np.int64),
-                classes=_pack(classes),
-                counts=counts,
-                files=_pack(files),
-            )
+            np.savez(out, **arrays)  # type: ignore[arg-type]
             out.flush()
             os.fsync(out.fileno())
-        os.replace(temporary, cache)
+        os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
 
 
-def _pack(names: Sequence[str]) -> npt.NDArray[np.uint8]:
+def pack(names: Sequence[str]) -> npt.NDArray[np.uint8]:
     return np.frombuffer(os.fsencode("\0".join(names)), np.uint8)  # no path holds a NUL
 
 
-def _unpack(packed: npt.NDArray[np.uint8]) -> list[str]:
+def unpack(packed: npt.NDArray[np.uint8]) -> list[str]:
     return os.fsdecode(packed.tobytes()).split("\0")

@@ -36,7 +36,7 @@ class Status(IntFlag):
     FLAT_MAP = 4  # erased, or pasted into, without guidance: the map is constant
     NO_FIT = 8  # not erased: no rectangle fitted into the crop
     MIXED = 16  # with a partner that the pipeline fetches
-    MIXED_IN_BATCH = 32
+    MIXED_IN_BATCH = 32  # with a partner of the same batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +189,15 @@ class Method(ABC):
         change, with their new values.
         """
         return {}
+
+    def partner_weights(self, labels: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """How likely each image of a batch is the partner of each that is mixed, where partners
+        must be of the batch because no others can be fetched: float64 [n, B], up to a factor. The
+        default is: all are equally likely.
+
+        labels: int64 [n], of the mixed images. others: int64 [B], of all images of the batch.
+        """
+        return np.ones((len(labels), len(others)))
 
     @abstractmethod
     def apply(self, images: DataNode, plan: Any) -> DataNode:

@@ -158,6 +158,13 @@ class ClassAdaptive(Erasing):
         partner[rows] = self.partners.draw(v, chosen.ids, chosen.labels, self._neighbors())
         return rows, {"mu": mu, "partner_id": partner}
 
+    def partner_weights(self, labels: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Equal for images of the own class and of a neighbouring one, 0 for others."""
+        near, classes = self._neighbors(), labels[:, None]
+        if near is not None:
+            classes = np.concatenate([classes, near.astype(np.int64)[labels]], axis=1)
+        return (classes[:, :, None] == others).any(axis=1).astype(np.float64)
+
     def _neighbors(self) -> np.ndarray | None:
         """int [K, m] of the nearest classes, or None before they are known."""
         known = self.run.neighbors() if self.config.neighbors and self.run.neighbors else None

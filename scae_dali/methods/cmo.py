@@ -110,6 +110,11 @@ class Method(base.Method):
         status = plan["status"].astype(np.int64) | missing
         return {"status": status, **paste.around("paste", plan["share"], centre, size_px)}
 
+    def partner_weights(self, labels: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Of each image as in the whole data set, so that on average classes come as often."""
+        weights = np.asarray(self.run.class_counts)[others] ** -self.config.weight_power
+        return np.tile(weights, (len(labels), 1))
+
     def apply(self, images: DataNode, plan: Any) -> DataNode:
         return plan.paste_partners("paste", images)
 

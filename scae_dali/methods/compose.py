@@ -211,8 +211,15 @@ class Composition(Method):
     def settle(
         self, plan: dict[str, np.ndarray], window: np.ndarray, flip: np.ndarray
     ) -> dict[str, np.ndarray]:
-        (mixing,) = (method for method in self.methods if method.mixes)
-        return mixing.settle(plan, window, flip)
+        return self._mixing.settle(plan, window, flip)
+
+    def partner_weights(self, labels: np.ndarray, others: np.ndarray) -> np.ndarray:
+        return self._mixing.partner_weights(labels, others)
+
+    @property
+    def _mixing(self) -> Method:
+        """The method that mixes in partners which the pipeline fetches."""
+        return next(method for method in self.methods if method.mixes)
 
     def apply(self, images: DataNode, plan: Any) -> DataNode:
         if self.twins:

@@ -16,6 +16,24 @@ def mix_weight(u: np.ndarray, alpha: float) -> np.ndarray:
     return betaincinv(alpha, alpha, u)
 
 
+def draw_in_batch(u: np.ndarray, weights: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Partners from the batch: positions in it, int64 [n].
+
+    u: float64 [n] in (0, 1). weights: float64 [n, B], how likely each image of the batch is the
+    partner of each that is mixed, up to a factor. own: int64 [n], the positions of those, which
+    never get themselves if the batch has another image. If no other one has a weight, all have the
+    same.
+    """
+    weights = weights.copy()
+    weights[np.arange(len(own)), own] = 0
+    none = ~weights.any(axis=1)
+    weights[none] = 1
+    if weights.shape[1] > 1:
+        weights[np.arange(len(own)), own] = 0
+    end = np.cumsum(weights, axis=1)
+    return (end <= u[:, None] * end[:, -1:]).sum(axis=1).clip(max=weights.shape[1] - 1)
+
+
 class Partners:
     """Draws the partners of samples.
 

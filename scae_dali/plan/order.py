@@ -66,7 +66,7 @@ class Order:
         self._labels, self._seed, self._sampling = labels, seed, sampling
         self._samples_per_turn = samples_per_turn
         self._mine = slice(first, last)
-        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._epochs: dict[int, np.ndarray] = {}  # the last one, and the one that is read ahead
 
     def keys(self, first: int, batches: int = 1) -> np.ndarray:
         """The samples of batches `first` … `first + batches - 1`, counted from the run's start.
@@ -75,10 +75,12 @@ class Order:
         the sample came before within its epoch. The batches must be of one epoch.
         """
         epoch, step = divmod(first, self.batches)
-        if self._epoch[0] != epoch:
+        if epoch not in self._epochs:
             keys = self._draw(epoch + self.start_epoch)[self._mine]
-            self._epoch = epoch, np.resize(keys, self.batches * self.batch_size)
-        return self._epoch[1][step * self.batch_size : (step + batches) * self.batch_size]
+            while len(self._epochs) > 1:
+                del self._epochs[next(iter(self._epochs))]
+            self._epochs[epoch] = np.resize(keys, self.batches * self.batch_size)
+        return self._epochs[epoch][step * self.batch_size : (step + batches) * self.batch_size]
 
     def _draw(self, epoch: int) -> np.ndarray:
         n = len(self._labels)

@@ -15,7 +15,7 @@ from scae_dali.data.index import ImageIndex
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods.base import DataNode, Triple
 from scae_dali.plan.order import Order
-from scae_dali.stage.feed import feed
+from scae_dali.stage.feed import feed, read_batches
 from scae_dali.stage.images import (
     HW_DECODER_LOAD,
     DTypeName,
@@ -52,7 +52,7 @@ def whole_pipeline(
     [3, S, S] or [S, S, 3], and id, int [1], the place in the index.
 
     Args:
-        images: files, or images in memory.
+        images: files or archives, or images in memory.
         ids: which samples; None: all.
         size: S, the side in pixels.
         resize: the shorter side in pixels before the central crop of S x S. None: the image is
@@ -96,9 +96,9 @@ def whole_pipeline(
         prefetch_queue_depth=prefetch,
     )
     def define():
-        if isinstance(images, ArrayImages):
-            order = _in_turn(images, ids, batch_size, shard, num_shards)
-            whole, sample_ids = _fed(images, chosen, order)
+        if isinstance(images, ArrayImages) or images.archives is not None:
+            order = _in_turn(index, ids, batch_size, shard, num_shards)
+            whole, sample_ids = _fed(images, chosen, order, hw_decoder_load)
         else:
             encoded, sample_ids = read(images, ids, shard=shard, num_shards=num_shards)
             whole = decode(encoded, hw_decoder_load)
@@ -124,8 +124,10 @@ def whole_loader(
     smaller. settings: further arguments of `whole_pipeline`. remedy: see Loader."""
     part: dict[str, Any] = {"batch_size": batch_size, "shard": shard, "num_shards": num_shards}
     pipeline = whole_pipeline(images, ids, **part, **settings)
-    order = _in_turn(images, ids, **part) if isinstance(images, ArrayImages) else None
-    return Loader(pipeline, OUTPUTS, _index(images), drop_last=False, order=order, remedy=remedy)
+    index, order = _index(images), None
+    if isinstance(images, ArrayImages) or images.archives is not None:
+        order = _in_turn(index, ids, **part)
+    return Loader(pipeline, OUTPUTS, index, drop_last=False, order=order, remedy=remedy)
 
 
 def _index(images: ImageIndex | ArrayImages) -> ImageIndex:
@@ -147,11 +149,11 @@ def _chosen(index: ImageIndex, ids: Sequence[int] | None) -> np.ndarray:
 
 
 def _in_turn(
-    images: ArrayImages, ids: Sequence[int] | None, batch_size: int, shard: int, num_shards: int
+    index: ImageIndex, ids: Sequence[int] | None, batch_size: int, shard: int, num_shards: int
 ) -> Order:
     """The order of the samples `ids`; an id in it is a position in `ids`."""
     return Order(
-        images.index.labels[_chosen(images.index, ids)],
+        index.labels[_chosen(index, ids)],
         batch_size=batch_size,
         seed=0,  # nothing is drawn
         sampling="in_turn",
@@ -160,11 +162,16 @@ def _in_turn(
     )
 
 
-def _fed(images: ArrayImages, chosen: np.ndarray, order: Order) -> tuple[DataNode, DataNode]:
-    """Images uint8 [H, W, 3] and their ids, int64 [1]."""
+def _fed(
+    images: ImageIndex | ArrayImages, chosen: np.ndarray, order: Order, hw_decoder_load: float
+) -> tuple[DataNode, DataNode]:
+    """Images uint8 [H, W, 3], from memory or from archives, and their ids, int64 [1]."""
 
-    def batch(info):
-        return chosen[order.keys(info.iteration)]
+    def batch(n: int) -> np.ndarray:
+        return chosen[order.keys(n)]
 
-    whole = feed(lambda info: images.pixels[batch(info)], layout="HWC")
-    return on_device(whole), feed(lambda info: batch(info)[:, None])
+    ids = feed(lambda info: batch(info.iteration)[:, None])
+    if isinstance(images, ImageIndex):
+        return decode(read_batches(images, batch), hw_decoder_load), ids
+    pixels = images.pixels
+    return on_device(feed(lambda info: pixels[batch(info.iteration)], layout="HWC")), ids

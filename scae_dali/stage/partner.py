@@ -1,9 +1,10 @@
 """The partner of a sample, the second image of a mix, inside a DALI graph.
 
-Its file is read, decoded and cropped behind a DALI conditional, for the samples that are mixed and
-no others, so the pipeline must be defined with `enable_conditionals=True`. The plan says which
-sample is the partner, and with what weight it is mixed in. It is blended with the sample's crop
-before the method acts, or the method pastes a box of it.
+It is read, decoded and cropped behind a DALI conditional, for the samples that are mixed and no
+others, so the pipeline must be defined with `enable_conditionals=True`. The plan says which sample
+is the partner, and with what weight it is mixed in. It is blended with the sample's crop before the
+method acts, or the method pastes a box of it. Where the images of the index cannot be read, the
+partner is another image of the batch.
 """
 
 from __future__ import annotations
@@ -36,15 +37,18 @@ def mix(images: DataNode, plan: Any, crop: CropConfig, fetch: Fetch) -> DataNode
     Where the method pastes, all images are left as they are, and its `apply` fetches the partners.
 
     images: HWC, before the flip. plan: PlanNodes, whose `partners_mixed` is set. crop: how the
-    partners are cropped. Raises ValueError in a pipeline without conditionals, and where the
-    index's files are not on the disk.
+    partners are cropped. Raises ValueError in a pipeline without conditionals.
     """
-    _check(plan.planner.index)
+    require_conditionals("samples are mixed", NO_PARTNERS)
     plan.partners_mixed = True
+    partners = partial(_fetched, plan, crop, fetch)
+    if plan.planner.in_batch:
+        others = fn.permute_batch(images, indices=plan.scalar("source", types.INT32))
+        partners = partial(_given, others, plan.row)
     if plan.planner.pastes:
-        plan.partners = partial(_fetched, plan, crop, fetch)
+        plan.partners = partners
     elif plan.mixed:
-        images = _blend(images, plan, crop, fetch)
+        images = _blend(images, plan, partners)
     return images
 
 
@@ -65,28 +69,33 @@ def decode_crop(
 
 
 @do_not_convert
-def _check(index: ImageIndex) -> None:
-    require_conditionals("samples are mixed", NO_PARTNERS)
+def missing(index: ImageIndex) -> str | None:
+    """An image of the index that cannot be read, as members of archives in a list; None where the
+    images are there."""
+    if index.archives is not None:
+        return None
     rarest = int(index.class_counts[index.labels].argmin())  # some class of the tail, if any is
     path = os.path.join(index.root, index.files[rarest])
-    if not os.path.isfile(path):
-        raise ValueError(
-            f"the files of the index must be on the disk where samples are mixed, and {path!r} is "
-            f"not: index the files themselves, or {NO_PARTNERS}"
-        )
+    return None if os.path.isfile(path) else path
 
 
-def _blend(images, plan, crop, fetch):
-    other, _ = _fetched(plan, crop, fetch)
+def _given(others, row):
+    return others, row
+
+
+def _blend(images, plan, partners):
+    other, _ = partners()
     mu = plan.scalar("mu", types.FLOAT)
     return fn.cast_like(images * mu + other * (1.0 - mu), images)
 
 
 def _fetched(plan, crop, fetch):
     """The partners' crops, flipped where drawn so, and the settled rows of the plan."""
-    encoded = fn.io.file.read(
-        fn.python_function(plan.row, function=partial(_paths, plan.planner), batch_processing=True)
+    encoded = fn.python_function(
+        plan.row, function=partial(_encoded, plan.planner), batch_processing=True
     )
+    if plan.planner.index.archives is None:
+        encoded = fn.io.file.read(encoded)
     row, start, shape, flip = fn.python_function(
         plan.row,
         fn.peek_image_shape(encoded),
@@ -97,10 +106,11 @@ def _fetched(plan, crop, fetch):
     return fn.flip(fetch(encoded, start, shape), horizontal=flip), row
 
 
-def _paths(planner: Planner, rows: list[np.ndarray]) -> list[np.ndarray]:
-    """The partners' files."""
-    column = planner.columns["partner_id"].start
-    return planner.index.encoded_paths([int(row[column]) for row in rows])
+def _encoded(planner: Planner, rows: list[np.ndarray]) -> list[np.ndarray]:
+    """The partners' encoded images, or the paths of their files."""
+    column, index = planner.columns["partner_id"].start, planner.index
+    ids = [int(row[column]) for row in rows]
+    return index.encoded_paths(ids) if index.archives is None else index.read(ids)
 
 
 def _settle(planner: Planner, crop: CropConfig, rows, shapes) -> tuple[list, list, list, list]:

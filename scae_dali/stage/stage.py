@@ -84,8 +84,9 @@ class PlanNodes:
 
     @property
     def mixed(self) -> DataNode:
-        """Whether a sample is mixed with a partner that the pipeline fetches, as a scalar."""
-        return (self.scalar("status", types.INT32) & int(Status.MIXED)) > 0
+        """Whether a sample is mixed with a partner, as a scalar."""
+        mixed = int(Status.MIXED | Status.MIXED_IN_BATCH)
+        return (self.scalar("status", types.INT32) & mixed) > 0
 
     def paste_partners(self, name: str, images: DataNode) -> DataNode:
         """Paste boxes of the partners into images. The rows are settled from then on. name: of the
@@ -213,6 +214,7 @@ class Stage:
         self._dynamic: Dynamic | None = None  # until it is called
         self.seconds = 0.0  # spent in the Python operator, in DALI's thread
         self.size: tuple[int, int] | None = None  # (h, w) of the images, once a pipeline tells it
+        self._in_batch: bool | None = None  # whether partners are of the batch; None: not known yet
         self._by_torch = backend == "torch"
         self._run = Run(
             seed=seed,
@@ -260,8 +262,10 @@ class Stage:
         window: the crop in pixels of the upright image, (start, size, shapes): its (y, x), its
         (h, w), and the shape of the upright image; all on the CPU. None: the whole image is seen.
         size: (h, w) of the images in pixels. None asks the images, so the plan waits for them.
-        partner_crop: how partners, which are files of the index, are cropped. Only CMO, and SCAE
+        partner_crop: how partners, which are images of the index, are cropped. Only CMO, and SCAE
         with tail classes, fetch any. Then `enable_conditionals=True` must be set in the pipeline.
+        If the index's images cannot be read, partners are taken from the batch, as they are there,
+        and a warning says so.
         epoch: int [1] a sample, on the CPU, or one number, from 0 on, where you count the epochs
         yourself. Then batches and epochs may have any size and order, and the stage adds no source
         of its own to the pipeline. None: the stage counts batches.
@@ -353,7 +357,7 @@ class Stage:
         elif not isinstance(epoch, int):
             counters = (epoch,)
         operator = self.operator(
-            self.planner(random_crop, keyed=keyed),
+            self.planner(random_crop, keyed=keyed, in_batch=self._partners_of_batch()),
             epoch="counted" if epoch is None else epoch if isinstance(epoch, int) else "given",
             frames=len(frames),
             size=size if isinstance(size, tuple) else None,
@@ -414,11 +418,35 @@ class Stage:
             )
         self._lookup.attach(cache)
 
-    def planner(self, random_crop: CropConfig | None = None, *, keyed: bool = False) -> Planner:
+    @do_not_convert
+    def _partners_of_batch(self) -> bool:
+        """Whether partners are of the batch, because the index's images cannot be read. Warns of
+        it, once."""
+        if self._in_batch is None:
+            missing = partner.missing(self.index) if self.mixes else None
+            self._in_batch = missing is not None
+            if self._in_batch:
+                warnings.warn(
+                    f"the images of the index cannot be read ({missing!r} is no file): second "
+                    "images are taken from the same batch; make the index of archives by "
+                    "ImageIndex.from_webdataset or from_tfrecord, and that of files with their "
+                    f"root, or {NO_PARTNERS}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return self._in_batch
+
+    def planner(
+        self,
+        random_crop: CropConfig | None = None,
+        *,
+        keyed: bool = False,
+        in_batch: bool = False,
+    ) -> Planner:
         """The function that makes the plan, to be called outside any pipeline.
 
         random_crop: how it draws crop and flip; None: the window is given to it. keyed: ids are
-        keys, see `Order.keys`.
+        keys, see `Order.keys`. in_batch: see Planner.
         """
         return Planner(
             self.index,
@@ -430,6 +458,7 @@ class Stage:
             random_crop=random_crop,
             keyed=keyed,
             look=None if self._lookup is None else self._expect_cache,
+            in_batch=in_batch,
         )
 
     def _expect_cache(self, epoch: int) -> None:

@@ -10,9 +10,10 @@ from itertools import accumulate
 import numpy as np
 
 from scae_dali.data.index import ImageIndex
-from scae_dali.methods.base import Method, Run, Samples
+from scae_dali.methods.base import Method, Run, Samples, Status
 from scae_dali.plan import crop
 from scae_dali.plan.crop import CropConfig
+from scae_dali.plan.mixing import draw_in_batch
 from scae_dali.plan.order import ID
 from scae_dali.plan.random import Stream, uniforms
 
@@ -27,6 +28,8 @@ COMMON_WIDTH = sum(COMMON.values())
 CROP = {"start": 2, "shape": 2}
 # Then, where the method mixes, what the random numbers for the partner's crop hang on.
 PARTNER_KEY = {"key": 1, "epoch": 1}
+# Or, where partners are taken from the batch, the partner's position in it.
+IN_BATCH = {"source": 1}
 # Last come the method's own fields.
 
 
@@ -46,7 +49,8 @@ class Planner:
     batches_per_epoch. The method gets iteration + start_epoch · batches_per_epoch.
     random_crop: how the planner draws crop and flip; None: the window is given. keyed: ids are
     keys, see `Order.keys`, for epochs in which a sample may come twice. look: called with the last
-    epoch of every batch, before it is planned.
+    epoch of every batch, before it is planned. in_batch: the partners of mixed samples are others
+    of their batch, instead of those of the whole index that the method plans.
     """
 
     def __init__(
@@ -61,14 +65,16 @@ class Planner:
         random_crop: CropConfig | None = None,
         keyed: bool = False,
         look: Callable[[int], None] | None = None,
+        in_batch: bool = False,
     ) -> None:
         self.index = index
         self.keyed = keyed
         self.random_crop = random_crop
         self.mixes, self.pastes = method.mixes, method.pastes
+        self.in_batch = in_batch and self.mixes
         cropped = {} if random_crop is None else CROP
-        keyed_partner = PARTNER_KEY if self.mixes else {}
-        self.columns = columns_of(COMMON | cropped | keyed_partner | dict(method.fields))
+        partner = IN_BATCH if self.in_batch else PARTNER_KEY if self.mixes else {}
+        self.columns = columns_of(COMMON | cropped | partner | dict(method.fields))
         self._width = max(part.stop for part in self.columns.values())
         self._method, self._run, self._start_epoch = method, run, start_epoch
         self.batch_size, self.batches_per_epoch = batch_size, batches_per_epoch
@@ -116,26 +122,28 @@ class Planner:
             cut, flip = self._crop(Stream.CROP, keys, epoch, window, self.random_crop)
             extra = {"start": cut[:, :2], "shape": cut[:, 2:]}
             window = np.concatenate([cut, window], axis=1)
-        if self.mixes:
+        if self.mixes and not self.in_batch:
             extra |= {"key": keys, "epoch": epoch}
         if window is None:
             share = np.tile([0.0, 0.0, 1.0, 1.0], (b, 1))
         else:
             share = window[:, :4] / np.tile(window[:, 4:], 2)
         position = np.arange(b)
-        plan = self._method.plan(
-            Samples(
-                ids=ids,
-                keys=keys,
-                labels=labels,
-                epoch=epoch,
-                window=share,
-                size_px=size_px,
-                iteration=iteration,
-                place=position % batch_size,
-                flip=flip,
-            )
+        samples = Samples(
+            ids=ids,
+            keys=keys,
+            labels=labels,
+            epoch=epoch,
+            window=share,
+            size_px=size_px,
+            iteration=iteration,
+            place=position % batch_size,
+            flip=flip,
         )
+        plan = self._method.plan(samples)
+        if self.in_batch:
+            plan = self._with_partners_of_batch(plan, samples)
+            extra |= {"source": plan["source"]}
         partner = labels
         if "partner_id" in plan:
             partner = self._label(plan["partner_id"], ids)
@@ -157,6 +165,32 @@ class Planner:
         for name, value in (extra | {name: plan[name] for name in self._method.fields}).items():
             table[:, self.columns[name]] = value.reshape(b, -1)
         return table
+
+    def _with_partners_of_batch(
+        self, plan: dict[str, np.ndarray], samples: Samples
+    ) -> dict[str, np.ndarray]:
+        """A plan with partners of the same batch, and their positions in it as `source`.
+
+        They are as they lie in the batch, so that nothing more need be known to settle the plan.
+        """
+        plan = {name: np.array(value) for name, value in plan.items()}
+        plan["source"] = samples.place.copy()
+        mixed = np.flatnonzero(plan["status"] & int(Status.MIXED))
+        u = samples.draw(self._run, Stream.PARTNER, 2)[:, 1]
+        rows = np.arange(len(samples.ids))
+        begins = rows - samples.place
+        for begin in np.unique(begins[mixed]):
+            batch, mine = rows[begins == begin], mixed[begins[mixed] == begin]
+            weights = self._method.partner_weights(samples.labels[mine], samples.labels[batch])
+            plan["source"][mine] = draw_in_batch(u[mine], weights, samples.place[mine])
+        partner = (begins + plan["source"])[mixed]
+        plan["partner_id"][mixed] = samples.ids[partner]
+        some = {name: value[mixed].astype(np.float64) for name, value in plan.items()}
+        settled = self._method.settle(some, samples.window[partner], np.zeros(len(mixed), np.bool_))
+        for name, value in settled.items():
+            plan[name][mixed] = value
+        plan["status"][mixed] += int(Status.MIXED_IN_BATCH) - int(Status.MIXED)
+        return plan
 
     def settle(
         self, rows: np.ndarray, full_px: np.ndarray, config: CropConfig

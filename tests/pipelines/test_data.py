@@ -187,14 +187,39 @@ def test_an_imbalance_that_empties_a_class_is_refused(root):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"format": "cifar"}, "data.format must be one of folder, cifar10, cifar100; got 'cifar'"),
+        (
+            {"format": "cifar"},
+            "data.format must be one of folder, cifar10, cifar100, webdataset, tfrecord; got 'cif",
+        ),
         (
             {"format": "cifar100", "train_list": "lt.txt"},
-            r"data.train_list is for image files, got 'lt.txt' with data.format=cifar100, .*leave",
+            r"data.train_list is for files, got 'lt.txt' with data.format=cifar100; leave it out, "
+            "or give another data.format: folder",
         ),
-        ({"format": "cifar10", "val_dir": "test"}, "data.val_dir is for image files, got 'test'"),
-        ({"format": "cifar10", "exclude": "x"}, "data.exclude is for image files, got 'x'"),
-        ({"format": "cifar10", "index_cache": "x"}, "data.index_cache is for image files"),
+        ({"format": "cifar10", "val_dir": "test"}, "data.val_dir is for files, got 'test'"),
+        ({"format": "cifar10", "exclude": "x"}, "data.exclude is for files, got 'x'"),
+        ({"format": "cifar10", "index_cache": "x"}, "data.index_cache is for files"),
+        (
+            {"train": "a.tar"},
+            "data.train is for archives, got 'a.tar' with data.format=folder; leave it out, or "
+            "give another data.format: webdataset or tfrecord",
+        ),
+        ({"format": "webdataset", "train": "a", "val": "b", "val_dir": "x"}, "data.val_dir is for"),
+        ({"format": "webdataset", "image_field": "jpg"}, "data.image_field is for TFRecords"),
+        (
+            {"format": "tfrecord", "val": "v"},
+            "data.train must name archives with data.format=tfrecord, got None; give a pattern "
+            "relative to data.root, such as 'train-{0000..0127}.tar'",
+        ),
+        ({"format": "webdataset", "train": "t.tar"}, "data.val must name archives"),
+        (
+            {"format": "webdataset", "train": "a", "val": "b", "holdout": 1},
+            "data.holdout=1 validates on training images, so leave out data.val, got 'b'",
+        ),
+        (
+            {"format": "tfrecord", "train": "a", "val": "b", "first_label": -1},
+            "data.first_label must be at least 0, got -1; 0 and 1 are usual",
+        ),
         (
             {"train_list": "lt.txt", "train_dir": "images"},
             "train_list and data.train_dir exclude each other, got 'lt.txt' and 'images'; the list",

@@ -1,13 +1,16 @@
-"""Which pipeline serves which data: files and arrays give the same batches, in the same order."""
+"""Which pipeline serves which data: files, archives and arrays give the same batches, in the same
+order."""
 
 import numpy as np
 import pytest
 import torch
+from packs import pack_tars, pack_tfrecords
 
 from pipelines import files, memory
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data
 from pipelines.loaders import Loaders
+from scae_dali.data.index import ImageIndex
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import Status
 from scae_dali.plan.crop import CropConfig
@@ -19,13 +22,20 @@ EPOCHS = 3
 
 
 @pytest.fixture(scope="module")
-def sources(tailed):
-    """The same data as files and as arrays; validation is on every third sample."""
-    val = tailed.subset(np.arange(0, 63, 3))
+def sources(tailed, tmp_path_factory):
+    """The same data as files, arrays and archives; validation is on every third sample."""
+    third = np.arange(0, 63, 3)
+    val = tailed.subset(third)
     pixels = ArrayImages.from_index(tailed, threads=1).pixels
+    folder = tmp_path_factory.mktemp("packed")
+    tars = ImageIndex.from_webdataset(pack_tars(tailed, folder), folder)
+    pattern = pack_tfrecords(tailed, folder / "records")
+    records = ImageIndex.from_tfrecord(pattern, folder / "records")
     return {
         "files": Data(tailed, val),
         "memory": Data(tailed, val, pixels, pixels[::3]),
+        "tars": Data(tars, tars.subset(third)),
+        "records": Data(records, records.subset(third)),
     }
 
 
@@ -66,13 +76,21 @@ def check_same(mine, other):
         assert (differ < 1.01 / 57).all()
 
 
-def test_class_balanced_files_and_arrays_are_the_same_batch_by_batch(sources, tailed_cache):
-    files, memory = (
-        training(sources[name], tailed_cache, "class_balanced") for name in ("files", "memory")
+@pytest.mark.parametrize("name", ["memory", "tars", "records"])
+def test_class_balanced_files_and_others_are_the_same_batch_by_batch(sources, tailed_cache, name):
+    """Also the pixels of partners, which are read from wherever the first ones are."""
+    files, others = (
+        training(sources[one], tailed_cache, "class_balanced") for one in ("files", name)
     )
-    assert len(files) == len(memory) == 5 * 40 // 10
+    assert len(files) == len(others) == 5 * 40 // 10
     for _ in range(EPOCHS):
-        check_same(files, memory)
+        mine, yours = list(files), list(others)
+        check_same(mine, yours)
+        status = torch.cat([batch.status for batch in mine])
+        assert (status == Status.MIXED).sum() > 10
+        if name != "memory":
+            same = [(a.images == b.images).all() for a, b in zip(mine, yours, strict=True)]
+            assert all(same)
 
 
 @pytest.mark.parametrize("name", ["files", "memory"])
@@ -123,7 +141,7 @@ def test_an_epoch_of_the_datasets_length_shows_several_of_a_class_in_a_row(
     check_same(again, epochs[2])
 
 
-@pytest.mark.parametrize("name", ["files", "memory"])
+@pytest.mark.parametrize("name", ["files", "memory", "tars"])
 @pytest.mark.parametrize(
     ("sampling", "batch_size", "position"),
     [
@@ -156,7 +174,7 @@ def test_an_epoch_goes_on_where_it_was_left(
         check_same(loader, reference[2])
 
 
-@pytest.mark.parametrize("name", ["files", "memory"])
+@pytest.mark.parametrize("name", ["files", "memory", "tars"])
 @pytest.mark.parametrize("sampling", ["shuffle", "class_balanced"])
 def test_all_ranks_take_as_many_full_steps_over_different_samples(
     sources, tailed_cache, name, sampling
@@ -178,30 +196,29 @@ def test_all_ranks_take_as_many_full_steps_over_different_samples(
             assert torch.bincount(labels).min() >= 36  # of 40, before batches are filled
 
 
-def test_a_shuffle_of_arrays_holds_every_sample_and_that_of_files_is_dalis_own(
-    sources, tailed_cache
-):
+def test_a_shuffle_holds_every_sample_and_that_of_files_is_dalis_own(sources, tailed_cache):
     orders = {}
     for name, data in sources.items():
         loader = training(data, tailed_cache, "shuffle", batch_size=9)
         orders[name] = [torch.cat([batch.ids for batch in loader]).tolist() for _ in range(2)]
         assert all(sorted(ids) == list(range(63)) for ids in orders[name])
         assert orders[name][0] != orders[name][1]
-    assert orders["files"] != orders["memory"]
+    assert orders["files"] != orders["memory"] == orders["tars"] == orders["records"]
 
 
-def test_validation_and_saliency_pass_are_the_same_of_files_and_arrays(sources):
+@pytest.mark.parametrize("name", ["memory", "tars", "records"])
+def test_validation_and_saliency_pass_are_the_same_of_files_and_others(sources, name):
     image = ImageConfig(size=20, val_resize=22)
     run = ExecConfig(batch_size=8, threads=1)
-    files, memory = (
-        Loaders(data, image, sampling="class_balanced", seed=0) for data in sources.values()
+    files, others = (
+        Loaders(sources[one], image, sampling="class_balanced", seed=0) for one in ("files", name)
     )
     for _ in range(2):
-        batches = list(memory.val(run))
+        batches = list(others.val(run))
         check_same(files.val(run), batches)
         assert torch.cat([batch.ids for batch in batches]).tolist() == list(range(21))
     ids = [5, 61, 5, 0, 40, 41, 42, 43, 60]
-    batches = list(memory.saliency(image, run, ids))
+    batches = list(others.saliency(image, run, ids))
     check_same(files.saliency(image, run, ids), batches)
     assert torch.cat([batch.ids for batch in batches]).tolist() == ids
 

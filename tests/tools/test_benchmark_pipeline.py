@@ -30,6 +30,20 @@ def impatient(monkeypatch):
     monkeypatch.setattr(live.settle, "__defaults__", (0.01, 0.1))
 
 
+def test_rows_of_tars_stand_beside_those_of_files(tmp_path, images):
+    out = tmp_path / "bench.json"
+    size = ["--size", 32, "--batch-size", 4, "--repeat", 2, "--threads", 1, "--tars", 2]
+    common = ["--methods", "none,scae", "--peers", "none", "--rounds", 1, "--json", out]
+    run("benchmark", "pipeline", "--data", images, *common, *size)
+    result = json.loads(out.read_text())
+    rows = {row["name"]: row["img_per_s"] for row in result["rows"]}
+    assert set(rows) == {"none", "scae", "none (again)", "none, tars", "scae, tars"}
+    for method in ("none", "scae"):
+        wanted = rows[f"{method}, tars"] / rows[method]
+        assert result["tars_versus_files"][method] == pytest.approx(wanted, abs=6e-4)
+    run("benchmark", "pipeline", "--source", "memory", "--tars", 2, status=2)
+
+
 def test_rows_of_methods_and_of_all_peers(tmp_path, images):
     out = tmp_path / "bench.json"
     size = ["--size", 32, "--batch-size", 4, "--repeat", 2, "--threads", 1]

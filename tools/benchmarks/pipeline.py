@@ -5,6 +5,8 @@
         --threads 1,2 --batch-size 64,256 --dtype fp32,fp16 --decode roi,full --json sweep.json
     python tools/benchmark.py pipeline --data imagenet --methods none --peers none \
         --mixed-share 0.01,0.09 --json tools/results/mixing_cpu.json
+    python tools/benchmark.py pipeline --data imagenet --methods none,scae --peers none --tars 4 \
+        --json tools/results/tars_cpu.json
     python tools/benchmark.py pipeline --source memory --methods none,random_erasing,scae \
         --batch-size 128 --json tools/results/arrays_cpu.json
 
@@ -33,6 +35,9 @@ largest, with a cache of random maps; all classes have one size, so that nothing
 classes, whose samples SCAE mixes with probability 0.5; the others are one class. So about a share S
 of all is mixed. Rows: `mixed S`; `unmixed S`, the same data with mix_prob=0, which is the
 `baseline` of both ratios. Goals: 0.95 at 1%, 0.85 at 9%.
+
+--tars N packs the files into N tars, and adds the rows `METHOD, tars`, which read these.
+`tars_versus_files` are their rates over those of the same methods on the files.
 
 --source memory takes images from memory, as small as CIFAR's, shifted by up to 4 pixels instead of
 cropped. The row `scae, long tail` has them in classes as large as those of CIFAR-100-LT, so that
@@ -64,7 +69,7 @@ from scae_dali.data.index import ImageIndex
 from scae_dali.methods import BUILT_IN, compose
 from scae_dali.stage.images import resolve_decode
 from tools.benchmarks import peers
-from tools.benchmarks.pipeline_rows import Rows
+from tools.benchmarks.pipeline_rows import IN_TARS, Rows
 from tools.common import bench
 from tools.common.about import about, write_json
 from tools.common.live import medians, settle
@@ -122,6 +127,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=[],
         metavar="S,...",
         help="measure SCAE also with this share of the images mixed, above 0 and at most 0.25",
+    )
+    parser.add_argument(
+        "--tars",
+        type=count,
+        metavar="N",
+        help="measure the methods also on the images packed into N tars; for --source files",
     )
     parser.add_argument(
         "--grid",
@@ -192,6 +203,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--methods: no method {', '.join(unknown)}; there are {', '.join(BUILT_IN)}")
     if not all(0 < share <= 0.25 for share in args.mixed_share):
         parser.error("--mixed-share must be shares of the samples, above 0 and at most 0.25")
+    if args.tars and args.source != "files":
+        parser.error("--tars packs files, got --source memory")
     if "timm" in args.peers and not peers.has_timm():
         print("timm is not installed, so its rows are left out; pip install timm")
         args.peers.remove("timm")
@@ -207,6 +220,17 @@ def versus(samples: Mapping[str, Sequence[float]], peer: str) -> dict[str, float
             out[name] = round(
                 statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3
             )
+    return out
+
+
+def tars_versus_files(samples: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median over rounds of the rate of each row of tars over that of its method on files."""
+    out = {}
+    for name, rates in samples.items():
+        method = name.removesuffix(IN_TARS)
+        if method != name:
+            ratios = [a / b for a, b in zip(rates, samples[method], strict=True)]
+            out[method] = round(statistics.median(ratios), 3)
     return out
 
 
@@ -232,6 +256,8 @@ def measure(
         rows.add_methods(args.methods, args.backends)
         if args.source == "memory" and "scae" in args.methods:
             rows.add_long_tail()
+        if args.tars:
+            rows.add_tars(args.methods, folder, args.tars)
         for share in args.mixed_share:
             rows.add_mixed(share)
         for peer in args.peers:
@@ -251,6 +277,7 @@ def measure(
         "batches_per_round": batches,
     }
     table = [{**row, "settings": settings} for row in ratios(samples, rows.baselines)]
+    found["tars_versus_files"] = tars_versus_files(samples)
     return table, found | {f"versus_{peer}": versus(samples, peer) for peer in PEERS}
 
 

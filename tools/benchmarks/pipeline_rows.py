@@ -20,10 +20,12 @@ from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage
 from tools.benchmarks import native, peers
 from tools.common.live import GUIDED, Counter, Row, acting, endless
-from tools.common.made_up import long_tailed, with_profile
+from tools.common.made_up import long_tailed, packed, with_profile
 from tools.common.source import Source
 
-__all__ = ["Rows"]
+__all__ = ["IN_TARS", "Rows"]
+
+IN_TARS = ", tars"  # the end of the names of rows that read tars
 
 CIFAR_LT = profile(500, 100, 100)  # images of each class of CIFAR-100-LT
 
@@ -84,6 +86,12 @@ class Rows:
                 baseline=f"unmixed {label}",
                 mix_prob=mix_prob,
             )
+
+    def add_tars(self, methods: Sequence[str], folder: str, tars: int) -> None:
+        """The methods on the same images in tars."""
+        source = self._source.relabelled(packed(self._source.index, folder, tars))
+        for method in methods:
+            self._ours(f"{method}{IN_TARS}", method, source=source)
 
     def add_native(self, methods: Sequence[str]) -> None:
         """DALI's own counterparts, and parts of our pipeline alone."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
+import tarfile
+
 import numpy as np
 
 from scae_dali.cache import SaliencyCache
@@ -13,6 +17,7 @@ __all__ = [
     "epoch_index",
     "evened",
     "long_tailed",
+    "packed",
     "random_cache",
     "random_images",
     "smooth_maps",
@@ -61,6 +66,23 @@ def with_profile(index: ImageIndex, counts: np.ndarray) -> ImageIndex:
     ends = np.cumsum(counts) / counts.sum() * n
     labels = np.searchsorted(ends, place, side="right").clip(max=len(counts) - 1)
     return ImageIndex.from_arrays(index.files, labels, index.root, num_classes=len(counts))
+
+
+def packed(index: ImageIndex, folder: str, archives: int) -> ImageIndex:
+    """The same samples, from their files packed into so many tars."""
+    files = list(dict.fromkeys(index.files))  # an index may have a file several times
+    for k in range(archives):
+        with tarfile.open(os.path.join(folder, f"{k:04d}.tar"), "w") as archive:
+            for i in range(len(files) * k // archives, len(files) * (k + 1) // archives):
+                suffix = os.path.splitext(files[i])[1]
+                archive.add(os.path.join(index.root, files[i]), f"{i:08d}{suffix}")
+                label = tarfile.TarInfo(f"{i:08d}.cls")
+                label.size = 1
+                archive.addfile(label, io.BytesIO(b"0"))
+    tars = ImageIndex.from_webdataset("*.tar", folder)
+    place = {name: i for i, name in enumerate(files)}
+    ids = np.array([place[name] for name in index.files])
+    return tars.subset(ids).relabelled(index.labels, index.classes)
 
 
 def random_images(n: int, size: int, classes: int = 100) -> ArrayImages:

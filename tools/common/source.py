@@ -13,6 +13,7 @@ from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.plan.crop import CropConfig
+from scae_dali.plan.order import Order
 from scae_dali.stage.loader import Loader
 from scae_dali.stage.stage import Stage
 from tools.common.live import memory_loader, planned_ahead
@@ -24,7 +25,8 @@ __all__ = ["Source", "add_source", "check_source", "open_source"]
 
 @dataclass(frozen=True)
 class Source:
-    """The training images. pixels: uint8 [N, H, W, 3], in the order of the index; None: files."""
+    """The training images. pixels: uint8 [N, H, W, 3], in the order of the index; None: files, or
+    archives."""
 
     index: ImageIndex
     pixels: np.ndarray | None = None
@@ -46,8 +48,16 @@ class Source:
         """Whole batches of the training pipeline."""
         if self.pixels is not None:
             return memory_loader(stage, self.pixels, image, execution)
-        pipeline = files.train_pipeline(stage, image, execution, seed=SEED)
-        return Loader(pipeline, files.OUTPUTS, stage.index, drop_last=True)
+        order = None
+        if stage.index.archives is not None:
+            order = Order(
+                stage.index.labels,
+                batch_size=execution.batch_size,
+                seed=SEED,
+                start_epoch=stage.start_epoch,
+            )
+        pipeline = files.train_pipeline(stage, image, execution, seed=SEED, order=order)
+        return Loader(pipeline, files.OUTPUTS, stage.index, drop_last=True, order=order)
 
     def ahead(self, execution: ExecConfig) -> int:
         """Batches that may be finished before anybody asks for them."""

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import weights_of, write_pngs
+from packs import pack_tars, pack_tfrecords
 from pairs import in_two
 from PIL import Image
 
@@ -234,3 +235,48 @@ build_cache.SaliencyCache.create = told
         assert lines[1].startswith("done ")
         assert "w1.pt" in lines[-1]
         same_caches(tmp_path / f"node{node}" / "maps.lmdb", tmp_path / "one.lmdb")
+
+
+def test_archives_give_the_maps_of_their_files(build, tailed, tmp_path):
+    """Under the names that DALI's readers give."""
+    weights_of("cifar_resnet20", 5, tmp_path / "w.pt")
+    options = {"model": "cifar_resnet20", "weights": tmp_path / "w.pt", "threads": 1}
+    (tmp_path / "list.txt").write_text(
+        "".join(f"{f} {k}\n" for f, k in zip(tailed.files, tailed.labels, strict=True))
+    )
+    build(data=tailed.root, list=tmp_path / "list.txt", out=tmp_path / "files", **options)
+    with SaliencyCache(tmp_path / "files", index=tailed) as cache:
+        wanted, found = cache.read(np.arange(63))
+    assert found.all()
+    for format, pack, make in (
+        ("webdataset", pack_tars, ImageIndex.from_webdataset),
+        ("tfrecord", pack_tfrecords, ImageIndex.from_tfrecord),
+    ):
+        pattern = pack(tailed, tmp_path / format)
+        build(data=tmp_path / format, format=format, archives=pattern, naming="path",
+              out=tmp_path / f"{format}.lmdb", **options)  # fmt: skip
+        index = make(pattern, tmp_path / format)
+        with SaliencyCache(tmp_path / f"{format}.lmdb", index=index) as cache:
+            np.testing.assert_array_equal(cache.read(np.arange(63))[0], wanted)
+            given = index.files if format == "tfrecord" else ["train-0000.tar:512:a/00.png"]
+            np.testing.assert_array_equal(index.ids_of(given), np.arange(len(given)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "webdataset"}, "--archives must name the archives with --format webdataset, g"),
+        (
+            {"format": "tfrecord", "archives": "t", "list": "l.txt"},
+            "--list is of --format folder, got --format tfrecord; leave it out",
+        ),
+        (
+            {"format": "tfrecord", "archives": "t", "imbalance": 10},
+            "--imbalance is of CIFAR's own files, got 10.0 with --format tfrecord",
+        ),
+        ({"format": "webdataset", "archives": "t-{0..1}.tar"}, "the archive '.*/t-0.tar' .* does"),
+    ],
+)
+def test_archives_that_are_not_named_are_refused(build, tmp_path, options, message):
+    with pytest.raises(SystemExit, match=message):
+        build(data=tmp_path, model="cifar_resnet20", out=tmp_path / "maps.lmdb", **options)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TOOLS, write_images
+from packs import pack_tars
 
 from scae_dali.commands import check_images
 from scae_dali.data.index import ImageIndex
@@ -117,3 +118,23 @@ def test_from_the_command_line(data):
     assert done.returncode == 1, done.stderr
     assert done.stdout.endswith("\n1 of 80 images are broken\n")
     assert "bytes: 100%" in done.stderr
+
+
+def test_images_in_tars(run, data, tmp_path):
+    """Those that are cut off are seen by their bytes, the others by decoding."""
+    index = ImageIndex(data)
+    pattern = pack_tars(index, tmp_path / "tars", archives=2)
+    options = ("--data", tmp_path / "tars", "--format", "webdataset")
+    status, lines = run(*options, "--archives", pattern, "--decode", "--out", tmp_path / "bad.txt")
+    assert lines[:-1] == [
+        "train-0001.tar/b/09.jpg is cut off (a JPEG without an end marker)",
+        "train-0001.tar/a/69.jpg does not decode",
+        "train-0001.tar/b/00.jpg does not decode",
+    ]
+    assert status == 1
+    tars = ImageIndex.from_webdataset(pattern, tmp_path / "tars", exclude=tmp_path / "bad.txt")
+    assert tars.class_counts.tolist() == [69, 8]
+    status, lines = run(*options)
+    assert (status, lines[0][:40]) == (2, "error: --archives must name the archives")
+    status, lines = run(*options, "--archives", pattern, "--split", "val")
+    assert (status, lines[0][:46]) == (2, "error: --list and --split are of --format fold")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from scae_dali.plan.mixing import Partners, mix_weight
+from scae_dali.plan.mixing import Partners, draw_in_batch, mix_weight
 from scae_dali.plan.random import Stream, uniforms
 
 # Six samples of class 0, four of 1, one of 2, none of 3, three of 4; not sorted by class.
@@ -96,3 +96,31 @@ def test_a_partner_depends_on_nothing_but_its_row():
     for rows in (np.random.default_rng(0).permutation(ids), *ids[:, None], ids[:0]):
         part = partners.draw(u[rows], ids[rows], LABELS[rows], table)
         np.testing.assert_array_equal(part, whole[rows])
+
+
+def shares_in_batch(weights, own, side=120):
+    """Share of every position among the partners of `own`, over even numbers."""
+    u = (np.arange(side) + 0.5) / side
+    partner = draw_in_batch(u, np.tile(weights, (side, 1)), np.full(side, own))
+    return np.bincount(partner, minlength=len(weights)) / side
+
+
+@pytest.mark.parametrize(
+    ("weights", "own", "wanted"),
+    [
+        ([1, 1, 1, 1], 2, [1 / 3, 1 / 3, 0, 1 / 3]),
+        ([3, 9, 0, 1], 1, [3 / 4, 0, 0, 1 / 4]),
+        ([0, 0, 1, 0], 2, [1 / 3, 1 / 3, 0, 1 / 3]),  # none but itself
+        ([0, 0, 0], 0, [0, 1 / 2, 1 / 2]),
+        ([0.0, 0.1, 0.2], 0, [0, 1 / 3, 2 / 3]),
+        ([1], 0, [1]),
+        ([0], 0, [1]),
+    ],
+)
+def test_partners_in_a_batch_come_by_their_weights_and_never_itself(weights, own, wanted):
+    assert shares_in_batch(weights, own).tolist() == pytest.approx(wanted)
+
+
+def test_the_outermost_numbers_give_partners_in_a_batch():
+    u, weights = np.array([2.0**-33, 1 - 2.0**-33]), np.array([[0, 1, 1, 0]] * 2)
+    assert draw_in_batch(u, weights, np.array([3, 3])).tolist() == [1, 2]

@@ -226,3 +226,13 @@ def test_batches_per_epoch_are_those_that_the_shards_give(samples):
             full = min(size // batch_size for size in sizes)
             assert batches_per_epoch(samples, batch_size, shards) == padded
             assert batches_per_epoch(samples, batch_size, shards, drop_last=True) == full
+
+
+def test_an_epoch_is_drawn_once_even_if_the_next_one_is_read_ahead(monkeypatch):
+    order = Order(np.zeros(10, int), batch_size=4, seed=1)
+    drawn, draw = [], order._draw
+    monkeypatch.setattr(order, "_draw", lambda epoch: drawn.append(epoch) or draw(epoch))
+    for n in range(9):
+        order.keys(n)
+        order.keys(n + 2)
+    assert drawn == [0, 1, 2, 3]

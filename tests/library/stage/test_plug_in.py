@@ -6,8 +6,8 @@ import inspect
 import os
 import re
 import sys
-import tarfile
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, fill_cache
 from nvidia.dali import fn, pipeline_def
+from packs import pack_tars, pack_tfrecords
 from PIL import Image
 from torch import nn
 
@@ -68,7 +69,7 @@ def check(pipeline, index, scae, batches=10):
 
 def test_every_block_is_run_here():
     """No name comes twice, and none without a test below."""
-    tested = {"loop", "webdataset", "tfrecord", "memory", "ranks", "save", "resume", "refresh_tar"}
+    tested = {"loop", "webdataset", "tfrecord", "memory", "ranks", "save", "resume", "refresh_zip"}
     tested |= {"harvest", "compose", "switch", "my_method", "iterator", "caches"}
     assert sorted(name for name, _ in FOUND) == sorted(tested)
     for page in PAGES:
@@ -245,69 +246,6 @@ def test_a_method_of_ones_own(greys, monkeypatch):
     assert (middle[~erased, 0] == grey[ids][~erased]).all()
 
 
-@pytest.fixture(scope="module")
-def tar(folder, index, tmp_path_factory):
-    """The images in a tar as webdataset has them, and the list of their names and labels."""
-    here = tmp_path_factory.mktemp("tar")
-    with tarfile.open(here / "train.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, label in zip(index.files, index.labels, strict=True):
-            archive.add(folder / name, name)
-            (here / "cls").write_text(str(label))
-            archive.add(here / "cls", str(Path(name).with_suffix(".cls")))
-    lines = [f"{n} {k}\n" for n, k in zip(index.files, index.labels, strict=True)]
-    (here / "samples.txt").write_text("".join(lines))
-    return here
-
-
-def test_webdataset_by_path_keys(tar):
-    index = ImageIndex.from_list(tar / "samples.txt")
-    cache = fill_cache(tar / "maps.lmdb", index, naming="path")
-    changes = {
-        "samples.txt": str(tar / "samples.txt"),
-        "train.tar": str(tar / "train.tar"),
-        "maps.lmdb": cache.path,
-    }
-    names = run("webdataset", changes, MEAN=MEAN, STD=STD)
-    check(names["train"](), index, names["scae"])
-    names["model"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
-    exec(code_of("iterator", {}), names)
-    assert names["loss"].isfinite()
-
-
-def varint(value):
-    out = b""
-    while True:
-        value, low = value >> 7, value & 127
-        out += bytes([low | (128 if value else 0)])
-        if not value:
-            return out
-
-
-def field(number, payload):
-    """A length-delimited field of a protocol buffer."""
-    return bytes([number << 3 | 2]) + varint(len(payload)) + payload
-
-
-def test_tfrecord_by_path_keys(folder, tmp_path):
-    """tf.train.Example records written by hand: {"image": bytes}; DALI does not check the CRCs."""
-    files = ImageIndex(folder)
-    offsets = []
-    with open(tmp_path / "train.tfrecord", "wb") as out:
-        for name in files.files:
-            image = (folder / name).read_bytes()
-            feature = field(1, b"image") + field(2, field(1, field(1, image)))
-            example = field(1, field(1, feature))
-            offsets.append((out.tell(), 16 + len(example)))
-            out.write(len(example).to_bytes(8, "little") + bytes(4) + example + bytes(4))
-    (tmp_path / "train.tfrecord.idx").write_text("".join(f"{o} {n}\n" for o, n in offsets))
-    record = str(tmp_path / "train.tfrecord")
-    index = ImageIndex.from_arrays([f"{record} at index {o}" for o, _ in offsets], files.labels)
-    cache = fill_cache(tmp_path / "maps.lmdb", index, naming="path")
-    changes = {"train.tfrecord": record, "maps.lmdb": cache.path}
-    names = run("tfrecord", changes, labels=files.labels, MEAN=MEAN, STD=STD)
-    check(names["train"](), index, names["scae"])
-
-
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -318,18 +256,66 @@ class Net(nn.Module):
         return self.head(self.features(images).mean((2, 3)))
 
 
+def test_webdataset_by_path_keys(index, tmp_path):
+    """Two tars; and a pass over them that the stage makes by itself."""
+    pack_tars(index, tmp_path, archives=2)
+    packed = ImageIndex.from_webdataset("train-*.tar", tmp_path)
+    cache = fill_cache(tmp_path / "maps.lmdb", packed, naming="path")
+    names = ImageIndex.from_webdataset(str(tmp_path / "train-*.tar"))
+    assert names.fingerprint != packed.fingerprint  # without a root the names are whole paths
+    changes = {
+        'glob("train-*.tar")': f'glob("{tmp_path}/train-*.tar")',
+        "(tars) ": f'("train-*.tar", "{tmp_path}")',
+        "maps.lmdb": cache.path,
+    }
+    names = run("webdataset", changes, MEAN=MEAN, STD=STD)
+    check(names["train"](), packed, names["scae"])
+    names["model"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+    exec(code_of("iterator", {}), names)
+    assert names["loss"].isfinite()
+    own = {"cache": tmp_path / "own.lmdb", "epochs": 100, "batch_size": 10, "seed": 7}
+    report = scae_dali.SCAE(packed, **own).refresh(Net(), 10, size=64, layer="features")
+    assert report.images == 50
+
+
+def test_tfrecord_by_path_keys(index, tmp_path):
+    pack_tfrecords(index, tmp_path, archives=1)
+    record = str(tmp_path / "train-00000-of-00001")
+    packed = ImageIndex.from_tfrecord(record)
+    offsets = [int(name.rpartition(" ")[2]) for name in packed.files]
+    ends = [*offsets[1:], os.path.getsize(record)]
+    lines = [f"{at} {end - at}\n" for at, end in zip(offsets, ends, strict=True)]
+    Path(f"{record}.idx").write_text("".join(lines))
+    cache = fill_cache(tmp_path / "maps.lmdb", packed, naming="path")
+    changes = {"train.tfrecord": record, "maps.lmdb": cache.path}
+    names = run("tfrecord", changes, MEAN=MEAN, STD=STD)
+    check(names["train"](), packed, names["scae"])
+
+
+@pytest.fixture(scope="module")
+def packed_zip(folder, index, tmp_path_factory):
+    """The images in a zip file, and the list of their names and labels."""
+    here = tmp_path_factory.mktemp("zip")
+    with zipfile.ZipFile(here / "train.zip", "w") as archive:
+        for name in index.files:
+            archive.write(folder / name, name)
+    lines = [f"{n} {k}\n" for n, k in zip(index.files, index.labels, strict=True)]
+    (here / "samples.txt").write_text("".join(lines))
+    return here
+
+
 @pytest.mark.parametrize("share", [1.0, 0.25])
-def test_a_pass_sees_the_samples_that_it_wants_and_no_others(tar, tmp_path, share):
+def test_a_pass_sees_the_samples_that_it_wants_and_no_others(packed_zip, tmp_path, share):
     torch.manual_seed(0)
     changes = {
         "maps.lmdb": str(tmp_path / "maps.lmdb"),
         "epoch=0": f'epoch=0, layer="features", share={share}',
-        "samples.txt": str(tar / "samples.txt"),
-        "train.tar": str(tar / "train.tar"),
+        "samples.txt": str(packed_zip / "samples.txt"),
+        "train.zip": str(packed_zip / "train.zip"),
     }
     net, seen = Net(), []
     net.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    names = run("refresh_tar", changes, model=net, MEAN=MEAN, STD=STD)
+    names = run("refresh_zip", changes, model=net, MEAN=MEAN, STD=STD)
     names["archive"].close()
     cache = names["cache"]
     assert cache.meta.epoch == 0
@@ -451,12 +437,68 @@ def test_without_conditionals_the_error_says_what_to_do(greys):
     assert (given(own_pipeline(greys, conditionals=False, mix_prob=0.0), 2)[-1] == 1).all()
 
 
-def test_names_that_are_no_files_are_refused_where_they_would_be_mixed(greys):
-    """As those in archives are: when the graph is built, not in the midst of an epoch."""
+@pytest.fixture(scope="module")
+def unreadable(greys):
+    """The index of `greys` by names that are no files, as those in some archive are."""
     files = greys[0]
-    names = ImageIndex.from_arrays([f"archive/{name}" for name in files.files], files.labels)
-    rarest = re.escape(repr(os.path.join("archive", files.files[24])))
-    message = f"on the disk where samples are mixed, and {rarest} is not: .*the method's mix_prob=0"
-    with pytest.raises(ValueError, match=message):
-        own_pipeline(greys, index=names)
-    assert (given(own_pipeline(greys, index=names, mix_prob=0.0), 2)[-1] == 1).all()
+    names = [f"archive/{name}" for name in files.files]
+    return ImageIndex.from_arrays(names, files.labels, classes=files.classes)
+
+
+@pytest.mark.parametrize("size", [(32, 32), None])
+def test_where_images_cannot_be_read_partners_are_of_the_batch(greys, unreadable, size):
+    """Grey, label and weight of each mix, batch by batch; of the own class if the batch has it."""
+    with pytest.warns(RuntimeWarning, match=r"cannot be read \('archive/b/24.png' is no file\)"):
+        pipeline = own_pipeline(greys, index=unreadable, size=size, mix_prob=1.0, neighbors=0)
+    grey, labels, alone, together = greys[2], greys[0].labels, 0, 0
+    for images, ids, label, partner, mu in (given(pipeline, 1) for _ in range(24)):
+        assert (label == labels[ids]).all()
+        mixed = label == 1
+        assert (mu[~mixed] == 1).all()
+        assert (partner[~mixed] == label[~mixed]).all()
+        for row in np.flatnonzero(mixed):
+            (value,) = set(images[row].ravel().tolist())
+            others = [i for k, i in enumerate(ids) if k != row]
+            mine = [i for i in others if labels[i] == 1]
+            weight = mu[row]
+            mixes = {i: weight * grey[ids[row]] + (1 - weight) * grey[i] for i in mine or others}
+            of = {labels[i] for i, mix in mixes.items() if abs(mix - value) < 0.51}
+            assert partner[row] in of
+            alone, together = alone + (not mine), together + bool(mine)
+    assert alone > 3
+    assert together > 10
+
+
+def test_one_warning_is_enough_and_none_where_nothing_is_mixed(greys, unreadable):
+    settings = {"epochs": 4, "batch_size": 10, "seed": 7, "tail": 0.5}
+    scae = scae_dali.SCAE(unreadable, None, **settings)
+    with pytest.warns(RuntimeWarning, match="second images are taken from the same batch"):
+        own_pipeline(greys, stage=scae)
+    own_pipeline(greys, stage=scae)  # warnings are errors
+    assert (given(own_pipeline(greys, index=unreadable, mix_prob=0.0), 2)[-1] == 1).all()
+
+
+def test_cmo_pastes_boxes_of_images_of_the_batch(greys, unreadable):
+    """What is pasted has the grey, the label and the share that the targets tell; the rare class
+    is pasted more often than it is in the batch."""
+    stage = scae_dali.Stage(
+        unreadable, "cmo", epochs=9, batch_size=10, seed=7, start_epoch=0, prob=1.0,
+        per="sample", skip_first=0, skip_last=0,
+    )  # fmt: skip
+    with pytest.warns(RuntimeWarning, match="taken from the same batch"):
+        pipeline = own_pipeline(greys, stage=stage)
+    grey, labels, pasted = greys[2], greys[0].labels, []
+    for images, ids, label, partner, mu in (given(pipeline, 1) for _ in range(24)):
+        assert (label == labels[ids]).all()
+        for image, i, other, weight in zip(images, ids, partner, mu, strict=True):
+            values, counts = np.unique(image, return_counts=True)
+            share = dict(zip(values.tolist(), counts / image.size, strict=True))
+            assert share.pop(int(grey[i]), 0) == pytest.approx(weight, abs=1e-6)
+            if share:
+                (value,) = share
+                j = grey.tolist().index(value)
+                assert j in ids
+                assert labels[j] == other
+                pasted.append(other)
+    assert len(pasted) > 150
+    assert 0.3 < np.mean(pasted) < 0.6  # of the images, 0.17 are of the rare class
