@@ -168,9 +168,10 @@ class Stage(stage.Stage):
         )
         first = self.index.files[0]
         check(
-            os.path.isfile(os.path.join(self.index.root, first)),
+            self.index.archives is not None or os.path.isfile(os.path.join(self.index.root, first)),
             f"loader_for must be given where the images are no files of the index ({first!r} is "
-            "none): partial(whole_loader, images, ...) serves images in memory",
+            "none): partial(whole_loader, images, ...) serves images in memory; an index by "
+            "from_webdataset or from_tfrecord reads its own archives",
         )
 
     def _side(self, size: int | None) -> int:
