@@ -72,7 +72,7 @@ with Notice(ranks) as one, one.saving():
     try:
         one.end()
     except BaseException as ended:
-        print(step, ended)
+        sys.stdout.write(f"{step} {ended}\n")
 ranks.close()
 """
 
