@@ -131,10 +131,8 @@ def test_one_iterator_reads_two_shards(index, cache, alone):
         shards, ["images", "id", *("label", "partner", "mu")], reader_name="Reader",
         last_batch_policy=LastBatchPolicy.PARTIAL, auto_reset=True,
     )  # fmt: skip
-    wanted = [
-        dict(zip(alone[1][k : k + 50, 0], alone[0][k : k + 50], strict=True)) for k in (0, 50)
-    ]
-    for epoch in range(2):
+    for epoch in (slice(0, 50), slice(50, 100)):
+        wanted = dict(zip(alone[1][epoch, 0], alone[0][epoch], strict=True))
         found = {}
         for batches in loader:
             for batch in batches:
@@ -225,9 +223,9 @@ def test_executors_that_run_a_stage(index, cache, alone, options):
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"exec_dynamic": False}, {"prefetch_queue_depth": 3}], ids=str
+    "options", [{}, {"exec_dynamic": False}, {"prefetch_queue_depth": 3}], ids=str
 )
-def test_the_executor_that_hangs_is_refused(index, cache, more):
+def test_the_executor_that_hangs_is_refused(index, cache, options):
     message = (
         "exec_async must be True where a stage is in the pipeline, got False: DALI would hang at "
         "the first batch, as with any Python operator; leave exec_async out, or pass "

@@ -1,5 +1,6 @@
 """The examples, run as they stand on small drawn data."""
 
+import re
 import runpy
 import sys
 from collections import Counter
@@ -11,6 +12,7 @@ import timm
 import torch
 from conftest import ROOT
 from PIL import Image
+from test_imports import imported
 
 import scae_dali
 from scae_dali.stage.table import Planner
@@ -75,6 +77,15 @@ def steps(monkeypatch):
 
     monkeypatch.setattr(scae_dali, "mixed_cross_entropy", counted(uncounted))
     return seen
+
+
+def test_examples_use_the_public_names_alone():
+    sources = [path.read_text() for path in (ROOT / "pipelines" / "examples").glob("*.py")]
+    assert len(sources) == 7
+    for source in sources:
+        assert [name for name in imported(source) if name.startswith("scae")] == ["scae_dali"]
+        used = {*re.findall(r"\bscae_dali\.(\w+)", source)}
+        assert used <= {*scae_dali.__all__}
 
 
 def check_maps(path, index):
