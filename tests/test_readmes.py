@@ -5,8 +5,11 @@ import argparse
 import dataclasses
 import importlib
 import re
+import runpy
 import shlex
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,12 +21,15 @@ import train
 from pipelines.recipe import Config
 from scae_dali.methods import BUILT_IN
 
-FOLDERS = (".", "scae_dali", "pipelines", "tools", "tools/results", "tests/field")
+FOLDERS = (".", "scae_dali", "pipelines", "pipelines/examples", "tools", "tools/results")
+FOLDERS += ("tests/field",)
 PAGES = [page for folder in FOLDERS if (page := ROOT / folder / "README.md").is_file()]
 PAGES.append(ROOT / "tools" / "package" / "index_page.md")
+EXAMPLES = sorted((ROOT / "pipelines" / "examples").glob("*.py"))  # their docstrings have commands
 SCRIPT = re.compile(
-    r"(?:python|torchrun(?: --[\w-]+ \d+)*) (train\.py|tools/\w+\.py)(?= |$)"
-    r"|(?:torchrun(?: --[\w-]+ \d+)* --no-python )?scae-dali ([\w-]+)(?= )"
+    r"(?:python|torchrun(?: --[\w-]+ \S+)*) "
+    r"(train\.py|(?:tools|pipelines/examples)/\w+\.py)(?= |$)"
+    r"|(?:torchrun(?: --[\w-]+ \S+)* --no-python )?scae-dali ([\w-]+)(?= )"
 )
 
 
@@ -36,7 +42,9 @@ def commands(page: Path) -> list[str]:
     return [line for line in (*joined, *spans) if SCRIPT.match(line)]
 
 
-FOUND = [(str(page.relative_to(ROOT)), line) for page in PAGES for line in commands(page)]
+FOUND = [
+    (str(page.relative_to(ROOT)), line) for page in (*PAGES, *EXAMPLES) for line in commands(page)
+]
 
 
 class Parsed(Exception):  # noqa: N818 - no error
@@ -82,6 +90,13 @@ def parse_tool(
     if hasattr(module, "parse"):
         module.parse(options)
         return
+    parse_main(module.main, name, options, monkeypatch)
+
+
+def parse_main(
+    main: Callable[[], object], name: str, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options of a program that is run until its parser is through."""
     original = argparse.ArgumentParser.parse_args
 
     def parse_args(self, *arguments):
@@ -91,13 +106,16 @@ def parse_tool(
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     monkeypatch.setattr(sys, "argv", [name, *options])
     with pytest.raises(Parsed):
-        module.main()
+        main()
 
 
 def check(line: str, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (script, command), options = SCRIPT.match(line).groups(), words(line, folder)
     if script == "train.py":
         parse_train([one for one in options if one != "--help"])
+    elif script is not None and script.startswith("pipelines/"):
+        main = partial(runpy.run_path, str(ROOT / script), run_name="__main__")
+        parse_main(main, script, options, monkeypatch)
     elif command is not None:
         parse_tool(command.replace("-", "_"), options, monkeypatch, "scae_dali.commands")
     else:
@@ -119,6 +137,7 @@ def test_a_command_is_understood(page, line, folder, monkeypatch):
         "python train.py --config pipelines/demo.yaml --epochs many",
         "python tools/compare_runs.py run --no-such",
         "python tools/pointing_game.py --data DIR",
+        "python pipelines/examples/proxy.py --data DIR --out run",
         "scae-dali inspect-cache maps.lmdb --no-such",
     ],
 )

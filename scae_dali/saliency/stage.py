@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import distributed, nn
 
 from scae_dali.cache import SaliencyCache
 from scae_dali.checks import check
@@ -71,7 +72,7 @@ class Stage(stage.Stage):
         Raises ValueError where the stage has no cache, or the size is not known, or where files
         cannot be normalised like the images of the stage.
         """
-        due = self._due(epoch)
+        due = _needed_by_any(self._due(epoch), next(model.parameters()).device)
         if due is None:
             self._warn_of_older_maps()
             return None
@@ -184,6 +185,16 @@ class Stage(stage.Stage):
                 "it here, or (h, w) of the training images where you call the stage"
             )
         return size
+
+
+def _needed_by_any(due: int | None, device: torch.device) -> int | None:
+    """The pass that this process or another one needs. After a resume, a node may be another one,
+    which has no cache, and all processes make a pass together."""
+    if rank_and_world()[1] == 1:
+        return due
+    every = torch.tensor(due or 0, device=device)  # no pass is due before epoch 0
+    distributed.all_reduce(every, distributed.ReduceOp.MAX)
+    return int(every) or None
 
 
 class SCAE(Stage):

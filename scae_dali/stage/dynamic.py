@@ -74,8 +74,11 @@ class Dynamic:
         return filled, targets
 
     def _warn_of_repeats(self, rows: np.ndarray) -> None:
-        """Warn, once, of a batch that has a sample twice: its ids may be class labels."""
-        ids = rows[:, self._planner.columns["id"]]
+        """Warn, once, of a batch that has a sample twice: its ids may be class labels. A reader
+        may fill up its last batch with copies of the last sample."""
+        ids = rows[:, self._planner.columns["id"].start]
+        others = np.flatnonzero(ids != ids[-1])
+        ids = ids[: others[-1] + 2] if len(others) else ids[:1]
         if not self._told and len(np.unique(ids)) < len(ids):
             self._told = True
             warnings.warn(

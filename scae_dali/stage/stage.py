@@ -329,6 +329,8 @@ class Stage:
         be class labels.
         """
         pipeline = Pipeline.current()
+        if pipeline is not None:
+            wiring.check_executor(pipeline)
         self.size = size if isinstance(size, tuple) else told or self.size
         epoch = int(epoch) if isinstance(epoch, np.integer) else epoch
         if epoch is not None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from nvidia.dali import Pipeline
 from nvidia.dali.pipeline import do_not_convert
 
 from scae_dali.data.index import ImageIndex
@@ -22,6 +23,7 @@ from scae_dali.stage.history import History, history
 
 __all__ = [
     "EachOnce",
+    "check_executor",
     "check_frames",
     "check_ids",
     "check_images",
@@ -33,6 +35,22 @@ __all__ = [
 
 _READ = "fn.readers.file(files=list(index.files), file_root=index.root, …), without labels="
 _BY_NAME = 'ids=fn.get_property(jpegs, key="source_info")'
+
+
+def check_executor(pipeline: Pipeline) -> None:
+    """Raise ValueError for a pipeline whose Python operators never return.
+
+    DALI 2.4 waits for ever at the first batch where it prepares batches ahead without a thread of
+    its own.
+    """
+    if pipeline.exec_async or pipeline.exec_dynamic or not pipeline.exec_pipelined:
+        return
+    if pipeline.prefetch_queue_depth != 1:
+        raise ValueError(
+            "exec_async must be True where a stage is in the pipeline, got False: DALI would hang "
+            "at the first batch, as with any Python operator; leave exec_async out, or pass "
+            "exec_pipelined=False or prefetch_queue_depth=1 too"
+        )
 
 
 @do_not_convert

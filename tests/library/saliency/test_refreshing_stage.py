@@ -97,7 +97,7 @@ def test_what_a_pass_lacks_is_named(index, tmp_path):
 
 
 IMPORTS = """
-import numpy as np, torch
+import sys, numpy as np, torch
 from torch import distributed
 from test_refreshing_stage import make, network
 from scae_dali.data.index import ImageIndex
@@ -123,6 +123,35 @@ def test_two_processes_make_the_pass_together(index, tmp_path):
     wanted = one._lookup.maps(np.arange(50))[0].astype(int).sum()
     said = in_two(IMPORTS, BOTH.format(root=index.root, path=str(tmp_path / "maps.lmdb")))
     assert said.splitlines() == [f"50 True {wanted} 2"] * 2
+
+
+RESUMED = """
+import os
+distributed.init_process_group("gloo")
+index, model = ImageIndex({root!r}), network(ImageIndex({root!r}))
+node = os.environ["RANK"]
+os.environ["LOCAL_RANK"] = "0"  # two nodes
+one = make(index, {path!r} + node, num_shards=2)
+one.refresh(model, 2, size=32, layer="body")
+state = one.state_dict()
+with torch.no_grad():
+    model.head.weight.add_(0.1)  # it has trained since
+resumed = make(index, {path!r} + (node if node == "0" else "anew"), num_shards=2)
+resumed.load_state_dict(state)
+assert resumed.refresh(model, 3, size=32, layer="body").images == 50
+assert resumed.refresh(model, 3, size=32, layer="body") is None
+maps, found = resumed._lookup.maps(np.arange(50))
+print(found.all(), maps.astype(int).sum())
+distributed.destroy_process_group()
+"""
+
+
+def test_where_one_node_has_lost_its_cache_all_processes_make_the_pass(index, tmp_path):
+    """The others would wait for ever for those that go on without."""
+    said = in_two(IMPORTS, RESUMED.format(root=index.root, path=str(tmp_path / "maps.lmdb")))
+    first, second = said.splitlines()
+    assert first == second
+    assert first.startswith("True ")
 
 
 def test_images_that_are_normalised_before_the_stage_need_a_loader_for_the_pass(index, tmp_path):

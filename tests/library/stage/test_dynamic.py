@@ -104,8 +104,21 @@ def test_what_dynamic_mode_cannot_do_is_refused(index, cache, tailed):
 
 
 def test_class_labels_given_as_ids_are_told(index, cache):
-    batch = ndd.as_batch(np.zeros((2, 32, 32, 3), np.uint8), layout="HWC")
+    batch = ndd.as_batch(np.zeros((4, 32, 32, 3), np.uint8), layout="HWC")
     one = make(index, cache)
     with pytest.warns(RuntimeWarning, match="ids have a sample more than once in a batch; if they"):
-        one.dynamic(batch, [1, 1], 0)
-    one.dynamic(batch, [1, 1], 0)  # once is enough
+        one.dynamic(batch, [1, 0, 1, 2], 0)
+    one.dynamic(batch, [1, 0, 1, 2], 0)  # once is enough
+
+
+def test_a_batch_that_a_reader_fills_up_is_not_told(index, cache):
+    one = make(index, cache)
+    reader = ndd.readers.File(
+        files=list(index.files), file_root=index.root, shuffle_after_epoch=True, pad_last_batch=True
+    )
+    seen = []
+    for jpegs, ids in reader.next_epoch(batch_size=16):
+        one.dynamic(ndd.resize(ndd.decoders.image(jpegs), size=SIZE), ids, 0)
+        seen += [int(np.asarray(one)[0]) for one in ids.tensors]
+    assert sorted(seen[:50]) == [*range(50)]
+    assert set(seen[50:]) == {seen[49]}

@@ -23,7 +23,7 @@ import scae_dali
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods import BUILT_IN, load
 
-PAGES = [ROOT / "README.md", ROOT / "scae_dali" / "README.md"]
+PAGES = [ROOT / folder / "README.md" for folder in (".", "scae_dali", "pipelines/examples")]
 FOUND = [
     block
     for page in PAGES
@@ -70,7 +70,7 @@ def check(pipeline, index, scae, batches=10):
 def test_every_block_is_run_here():
     """No name comes twice, and none without a test below."""
     tested = {"loop", "webdataset", "tfrecord", "memory", "ranks", "save", "resume", "refresh_zip"}
-    tested |= {"harvest", "compose", "switch", "my_method", "iterator", "caches"}
+    tested |= {"harvest", "compose", "switch", "my_method", "iterator", "caches", "resnet50"}
     assert sorted(name for name, _ in FOUND) == sorted(tested)
     for page in PAGES:
         assert page.read_text().count("```") == 2 * page.read_text().count("```python ")
@@ -102,7 +102,9 @@ def test_every_setting_is_on_the_page():
     assert settings - named <= {"settings", "model", "torch_device", "remedy"}
 
 
-@pytest.mark.parametrize(("name", "most"), [("loop", 10), ("webdataset", 8), ("tfrecord", 10)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("loop", 10), ("webdataset", 8), ("tfrecord", 10), ("resnet50", 15)]
+)
 def test_few_lines_are_added(name, most):
     lines = BLOCKS[name].splitlines()
     assert 1 <= sum(line.endswith("#+") for line in lines) <= most
@@ -164,6 +166,45 @@ def test_harvest(loop, index):
         del scae.refresh
     assert [(report.images, report.harvested) for report in reports] == [(25, 0), (25, 25)]
     assert names["batch"].windows.shape == (10, 4)
+
+
+@pytest.mark.parametrize("added", [True, False], ids=["after", "before"])
+def test_resnet50_before_and_after(folder, index, tmp_path, monkeypatch, added):
+    """Both train. With SCAE images are erased, and have the labels that they had before."""
+    code = BLOCKS["resnet50"]
+    if not added:
+        code = re.sub(r".*#\+\n", "", code).replace("#- ", "")
+        assert "scae" not in code
+    monkeypatch.setitem(BLOCKS, "resnet50", code)
+    seen = []
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features, self.head = nn.Conv2d(3, 3, 16, 16), nn.Linear(3, 3)
+
+        def forward(self, images):
+            if images.shape[2:] == (64, 64) and self.training:
+                seen.append(images.detach())
+            return self.head(self.features(images).mean((2, 3)))
+
+    model = Model()
+    names = {"rank": 0, "world": 1, "local": None, "model": model}
+    names["optimiser"] = torch.optim.SGD(model.parameters(), lr=0.01)
+    changes = {"/data/imagenet/train": str(folder), "range(90)": "range(2)", ".gpu()": ""}
+    if added:
+        changes |= {"maps.lmdb": str(tmp_path / "maps.lmdb"), "seed=7": "seed=7, refresh_every=1"}
+        changes["(model, epoch)"] = '(model, epoch, layer="features")'
+    names = run("resnet50", changes, **names)
+    images = torch.cat(seen)
+    assert len(images) == 2 * len(index)
+    erased = (images[:, :, ::4, ::4].abs() < 0.0085).all(1).flatten(1).any(1).sum().item()
+    assert (0 < erased < len(images)) if added else erased < 5
+    labels = np.concatenate([batch["label"][:, 0].numpy() for (batch,) in names["loader"]])
+    assert sorted(labels) == sorted(index.labels)
+    if added:
+        with scae_dali.SaliencyCache(tmp_path / "maps.lmdb", index=index) as cache:
+            assert cache.coverage().found == len(index)
 
 
 def test_one_process_of_several(index, tmp_path, monkeypatch):
