@@ -112,7 +112,7 @@ assert one.refresh(wrapped, 1, size=32, layer="body") is None
 report = one.refresh(wrapped, 2, size=32, layer="body")
 maps, found = one._lookup.maps(np.arange(50))
 made = one.state_dict()["pass"]
-sys.stdout.write(f"{{report.images}} {{found.all()}} {{maps.astype(int).sum()}} {{made}}\n")
+sys.stdout.write(f"{{report.images}} {{found.all()}} {{maps.astype(int).sum()}} {{made}}\\n")
 distributed.destroy_process_group()
 """
 
