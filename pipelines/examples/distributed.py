@@ -8,7 +8,7 @@ On two nodes, type the next command on both. HOST is the name of one of them.
         pipelines/examples/distributed.py --data /data/imagenet --out run
 
 All nodes must see the folder `--out`. If one process gets the signal SIGUSR1, all of them save a
-checkpoint after their step, and end. Started again, the same command goes on from there.
+checkpoint after their step, and end. The same command, with as many processes, goes on from there.
 distributed.sbatch does all of this under SLURM.
 """
 

@@ -44,7 +44,7 @@ for epoch in range(args.epochs):
         images = ndd.decoders.image_slice(jpegs, start, size, axis_names="HW", device=decoder)
         images = ndd.resize(images, size=(SIDE, SIDE))
         images, targets = scae.dynamic(images, ids, epoch, window=(start, size, shapes))
-        flip = ndd.random.coin_flip(batch_size=images.batch_size, rng=random)
+        flip = ndd.random.coin_flip(batch_size=images.batch_size, rng=random, device="cpu")
         images = ndd.crop_mirror_normalize(images, mirror=flip, mean=MEAN, std=STD)
         left = len(index) - number * BATCH  # the reader fills up the last batch with copies
         labels = targets.label.torch()[:left, 0].to(device)

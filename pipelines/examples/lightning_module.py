@@ -64,7 +64,7 @@ class Classifier(lightning.LightningModule):
 
     def validation_step(self, batch, step):
         right = (self.model(batch.images).argmax(1) == batch.labels).float()
-        self.log("accuracy", right.mean(), batch_size=len(right))
+        self.log("accuracy", right.mean(), prog_bar=True, batch_size=len(right))
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
