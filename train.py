@@ -299,5 +299,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    outlive_readers()
+    outlive_readers("the run goes on, and its figures are in metrics.jsonl")
     main()

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.classes import check_list_and_folders, check_lists
-from scae_dali.checks import check, check_choice
+from scae_dali.checks import check, check_choice, expand_home
 from scae_dali.data.broken import of_validation
 from scae_dali.data.index import DatasetError, ImageIndex
 from scae_dali.data.longtail import choose, imbalanced
@@ -101,6 +101,7 @@ class DataConfig:
     holdout: int = 0
 
     def __post_init__(self) -> None:
+        expand_home(self, "root", "train_list", "val_list", "exclude", "val_exclude", "index_cache")
         check_choice("data.format", self.format, get_args(Format))
         for field in fields(self):
             value = getattr(self, field.name)
@@ -251,7 +252,8 @@ class DataConfig:
             odd = sorted(set(first.classes) ^ set(second.classes))[:3]
             raise DatasetError(
                 f"{first.root!r} and {second.root!r} must have the same class folders; they differ "
-                f"in {', '.join(odd)}: complete the one that lacks them"
+                f"in {', '.join(odd)}: complete the one that lacks them; an empty folder stands "
+                "for a class without validation images"
             )
         return second
 
@@ -296,7 +298,7 @@ class DataConfig:
         if self.index_cache is not None:
             os.makedirs(self.index_cache, exist_ok=True)
             cache = os.path.join(self.index_cache, f"{split}.npz")
-        return ImageIndex(folder, exclude=exclude, cache=cache)
+        return ImageIndex(folder, exclude=exclude, cache=cache, allow_empty=split == "val")
 
 
 def open_data(config: DataConfig, threads: int, ranks: Ranks) -> Data:

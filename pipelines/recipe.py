@@ -10,7 +10,7 @@ import numpy as np
 from pipelines.config import ExecConfig, ImageConfig
 from pipelines.data import Data, DataConfig
 from scae_dali.cache import SaliencyCache
-from scae_dali.checks import check, check_choice, check_seed
+from scae_dali.checks import check, check_choice, check_seed, expand_home
 from scae_dali.methods import BUILT_IN, base, compose, load, make_config, switch
 from scae_dali.methods.loading import as_config
 from scae_dali.plan.order import EpochLength, epoch_size
@@ -49,6 +49,7 @@ class SaliencyConfig:
     size: int | None = None
 
     def __post_init__(self) -> None:
+        expand_home(self, "cache")
         check_choice("saliency.source", self.source, ("pass", "harvest", "both"))
         check(
             0 < self.share <= 1,
@@ -178,6 +179,7 @@ class Config:
     checkpoint_every: int = 1000
 
     def __post_init__(self) -> None:
+        expand_home(self, "out", "weights")
         check(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}")
         check(
             self.accumulate >= 1,

@@ -1,6 +1,7 @@
 """What settings are checked by, and the constants of images that several folders share."""
 
 import importlib
+import os
 
 # ImageNet's mean and standard deviation of R, G and B, in grey levels [0, 255].
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -13,6 +14,15 @@ def check(ok: bool, message: str) -> None:
     """Raise ValueError(message) unless ok."""
     if not ok:
         raise ValueError(message)
+
+
+def expand_home(config: object, *names: str) -> None:
+    """Replace a leading ~ in these fields of a frozen config, which hold paths or None, by the home
+    folder: a shell does so only at the beginning of a word, and YAML never."""
+    for name in names:
+        path = getattr(config, name)
+        if path is not None:
+            object.__setattr__(config, name, os.path.expanduser(path))
 
 
 def check_dali() -> None:

@@ -160,8 +160,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             index = ImageIndex(folder(arguments.data, arguments.split), allow_empty=True)
         broken = check(index, deep=arguments.decode, threads=arguments.threads)
         if arguments.out:
+            broken_lines = [name for name in broken if len(name.splitlines()) > 1]
             with open(arguments.out, "w", encoding="utf-8") as file:
-                file.writelines(f"{name}\n" for name in broken)
+                file.writelines(f"{name}\n" for name in broken if name not in broken_lines)
+            if broken_lines:
+                raise ValueError(
+                    f"{len(broken_lines)} broken images have names of several lines, which a list "
+                    f"cannot hold: rename or remove {broken_lines[0]!r} and its like; all others "
+                    f"are in {arguments.out!r}"
+                )
     except (DatasetError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -36,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int | str | None:
     parser.add_argument("--version", action="version", version=f"scae-dali {version('scae-dali')}")
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
     parser.add_argument("options", metavar="…", nargs=argparse.REMAINDER, help="its options")
+    if argv is None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal may know no Unicode
+                stream.reconfigure(errors="backslashreplace")
     given = parser.parse_args(argv)
     try:
         if given.command not in ("inspect-cache", "copy-cache"):  # which read no images
@@ -45,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int | str | None:
         if error.name == "matplotlib":
             return "error: show-erasing needs matplotlib; pip install 'scae-dali[train]'"
         return f"error: {error}"
-    return module.main(given.options, prog=f"scae-dali {given.command}")
+    try:
+        return module.main(given.options, prog=f"scae-dali {given.command}")
+    except BrokenPipeError:  # as after `scae-dali … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":

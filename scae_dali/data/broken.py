@@ -9,6 +9,7 @@ import io
 import itertools
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +30,9 @@ _SIGNATURES = (
     b"MM\x00*",
     b"II+\x00",  # BigTIFF
     b"MM\x00+",
-    b"P3",
-    b"P6",
+    *(b"P%d" % kind for kind in range(1, 7)),  # PNM
+    b"\x00\x00\x00\x0cjP  ",  # JPEG 2000
+    b"\xffO\xffQ",
 )
 _TAIL = 4096  # cameras and tools may append to an image
 _SOS, _BARE = 0xDA, {0x01, *range(0xD0, 0xD9)}  # scan data begins; markers without a length
@@ -54,8 +56,11 @@ _NOISE = re.compile(r"\s*(Critical error in pipeline|C\+\+ context|Current pipel
 def fault(path: str) -> str | None:
     """What is wrong with an image file, or None where nothing was found."""
     try:
-        with open(path, "rb") as file:
-            return _fault(file, os.fstat(file.fileno()).st_size)
+        with open(path, "rb", opener=_at_once) as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                return "is no file"
+            return _fault(file, about.st_size)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 
@@ -75,6 +80,11 @@ def _fault(file: BinaryIO, size: int) -> str | None:
     if head.startswith(b"RIFF") and int.from_bytes(head[4:8], "little") + 8 > size:
         return "is cut off (a WebP shorter than it says)"
     return None
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Opens what may be a pipe, without waiting for somebody who writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _jpeg_fault(file: BinaryIO, size: int) -> str | None:
@@ -168,6 +178,8 @@ def explain(message: str, index: ImageIndex) -> str:
         lines = ["; ".join(what) + more + "."]
     else:
         lines = [f"A file in {index.root!r} cannot be read or decoded; a quick look found none."]
+    if _all_missing(index):
+        lines = [_none_is_there(index)]
     them = "them" if len(broken) > 1 else "it"
     deep = "" if any(wrong != _UNDECODABLE for _, wrong in broken) else " --decode"
     lines.append(
@@ -184,6 +196,22 @@ def explain(message: str, index: ImageIndex) -> str:
 def _is_there(index: ImageIndex) -> bool:
     """Whether the images can be read; a list may name members of archives, which are no files."""
     return index.archives is not None or os.path.exists(os.path.join(index.root, index.files[0]))
+
+
+def _all_missing(index: ImageIndex) -> bool:
+    """Whether none of some files, spread over the index, is there."""
+    if index.archives is not None:
+        return False
+    step = len(index.files) // 16 + 1
+    return not any(os.path.exists(os.path.join(index.root, f)) for f in index.files[::step])
+
+
+def _none_is_there(index: ImageIndex) -> str:
+    path = os.path.join(index.root, index.files[0])
+    return (
+        f"None of the files is there, such as {path!r}: give the folder that the paths of the list "
+        f"are relative to, instead of {index.root!r}."
+    )
 
 
 def of_validation(explained: str) -> str:
@@ -236,6 +264,8 @@ def look(index: ImageIndex, seconds: float) -> None:
     broken = list(itertools.islice(suspects, _NAMED_AT_ONCE + 1))
     if not broken:
         return
+    if _all_missing(index):
+        raise ValueError(f"validation: {_none_is_there(index)}")
     lines = [
         f"{os.path.join(index.root, name)!r} {wrong}" for name, wrong in broken[:_NAMED_AT_ONCE]
     ]

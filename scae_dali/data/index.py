@@ -20,13 +20,20 @@ import numpy.typing as npt
 from scae_dali.data.archives import Archives, UInt8, open_archives
 from scae_dali.data.names import Names
 from scae_dali.data.patterns import expand
-from scae_dali.data.scan import EXTENSIONS, DatasetError, Int64, Path, scan_cached, scan_folders
+from scae_dali.data.scan import (
+    EXTENSIONS,
+    SPLIT_NAMES,
+    DatasetError,
+    Int64,
+    Path,
+    scan_cached,
+    scan_folders,
+)
 from scae_dali.data.tars import scan_tar
 from scae_dali.data.tfrecord import IMAGE, LABEL, scan_tfrecord
 
 __all__ = ["EXTENSIONS", "DatasetError", "ImageIndex", "path_key"]
 
-SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 MAX_GUESSED_CLASSES = 1 << 16  # a stray number in a list must not make a billion classes
 
 
@@ -77,8 +84,8 @@ class ImageIndex:
         empty = [classes[k] for k in np.flatnonzero(counts == 0)]
         if empty and not allow_empty:
             raise DatasetError(
-                f"root={root!r} has class folders without images: {_some(empty)}; remove them, or "
-                f"pass allow_empty=True to keep their labels"
+                f"root={root!r} has class folders without images: {_some(empty)}; remove them. "
+                "(In Python, ImageIndex(..., allow_empty=True) keeps their labels.)"
             )
         self._fill(root, files, labels, classes, exclude)
 
@@ -247,6 +254,11 @@ class ImageIndex:
         for i, name in enumerate(files):
             if type(name) is not str or not name:
                 raise DatasetError(f"sample {i}: a path must be a non-empty str, got {name!r}")
+            if "\0" in name:
+                raise DatasetError(
+                    f"sample {i}: the name {name!r} has a NUL character, which no file has; mend "
+                    "the list"
+                )
             try:
                 name.encode()
             except UnicodeEncodeError:

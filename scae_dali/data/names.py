@@ -52,6 +52,9 @@ class Names:
             if (left := np.flatnonzero(found < 0)).size:  # not listed behind their archive
                 alone = [_member(m) if (m := members[k]) else short[k] for k in left.tolist()]
                 found[left] = self._find(alone)
+                if (dotted := left[found[left] < 0]).size:  # listed as `tar tf` prints them
+                    where = dict(zip(left.tolist(), alone, strict=True))
+                    found[dotted] = self._find([f"./{where[k]}" for k in dotted.tolist()])
             ids[unknown] = found
             inside = [(i, m) for i, m in zip(found.tolist(), members, strict=True) if m and i >= 0]
             if inside:

@@ -12,6 +12,7 @@ import uuid
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy.typing as npt
 __all__ = [
     "EXTENSIONS",
     "RACY_NS",
+    "SPLIT_NAMES",
     "UNREADABLE",
     "DatasetError",
     "Int64",
@@ -31,9 +33,14 @@ __all__ = [
     "unpack",
 ]
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+# What DALI decodes: all that torchvision lists among them.
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"),
+)
+SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 MAX_DEPTH = 16  # links may form a loop
-CACHE_VERSION = 1
+CACHE_VERSION = 2  # 1 knew fewer extensions
 RACY_NS = 2_000_000_000  # the coarsest mtime step of common file systems
 # What np.load raises for a damaged file.
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
@@ -55,6 +62,7 @@ def scan_folders(root: str) -> tuple[Scan, list[str], list[int]]:
         what = "is a file" if os.path.exists(root) else "does not exist"
         raise DatasetError(f"root={root!r} {what}; give the folder that holds one folder per class")
     folders, mtimes_ns = [], []
+    others: Counter[str] = Counter()  # extensions of files that are no images
 
     def visit(folder: str) -> tuple[list[str], list[str]]:
         path = os.path.join(root, folder)
@@ -71,7 +79,14 @@ def scan_folders(root: str) -> tuple[Scan, list[str], list[int]]:
                 if entry.is_dir():
                     subfolders.append(name)
                 elif entry.name.lower().endswith(EXTENSIONS):
+                    if not entry.is_file() and os.path.exists(entry.path):  # no broken link
+                        raise DatasetError(
+                            f"{entry.path!r} is named as an image, and is no file (reading it "
+                            "could wait forever): remove or rename it"
+                        )
                     images.append(name)
+                else:
+                    others[os.path.splitext(name)[1] or "no extension"] += 1
         return images, subfolders
 
     def gather(folder: str) -> list[str]:
@@ -90,6 +105,13 @@ def scan_folders(root: str) -> tuple[Scan, list[str], list[int]]:
     classes.sort()
     images = [sorted(gather(name)) for name in classes]
     counts = np.array([len(names) for names in images], dtype=np.int64)
+    if not counts.any() and not SPLIT_NAMES.issuperset(classes):
+        found = ", ".join(f"{count} of {name}" for name, count in others.most_common(5))
+        raise DatasetError(
+            f"root={root!r} has {len(classes)} folders and no images in them; other files there: "
+            f"{found or 'none'}. Images are files of {', '.join(EXTENSIONS)}: convert others, or "
+            "give the folder that holds one folder per class"
+        )
     files = [name for names in images for name in names]
     return (files, counts, tuple(classes)), folders, mtimes_ns
 

@@ -115,7 +115,14 @@ class Loader:
         self._labels = torch.from_numpy(index.labels.copy())
         self._once: EachOnce | None = None
         if order is None:
-            meta = pipeline.reader_meta("Reader")
+            meta = pipeline.reader_meta().get("Reader")
+            if meta is None:
+                found = ", ".join(pipeline.reader_meta()) or "none"
+                raise ValueError(
+                    'the pipeline must have a reader named "Reader", got readers named '
+                    f'{found}; pass name="Reader" to it, or an order to the Loader of a pipeline '
+                    "without readers"
+                )
             shards, epoch_size = meta["number_of_shards"], meta["epoch_size"]
             # DALI's own DROP goes by the smallest shard and then leaves batches of the larger ones
             # to the next epoch; PARTIAL keeps all shards in step.

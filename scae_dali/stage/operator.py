@@ -88,6 +88,11 @@ class Operator:
         if self._reader is not None:
             self._check_reader()
         if ids[0].dtype == np.uint8:  # names, as source_info gives them
+            if ids[0].shape in ((), (1,)):
+                raise TypeError(
+                    "ids must be int32 or int64, or names, got one number of type uint8 a sample; "
+                    "cast it to INT64"
+                )
             positions = self._names.ids([bytes(name).decode() for name in ids])
         else:
             positions = self._positions(ids, number)

@@ -6,6 +6,7 @@ SIGHUP, and Ctrl-C is SIGINT. A run saves a checkpoint then, and ends.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -92,17 +93,22 @@ class Notice:
             raise Ended(number)
 
 
-def outlive_readers() -> None:
-    """Let the process go on when nobody reads its output any more, as after `train.py | head`."""
-    sys.stdout = _Outliving(sys.stdout, "stdout")
-    sys.stderr = _Outliving(sys.stderr, "stderr")
+def outlive_readers(note: str = "") -> None:
+    """Let the process go on when nobody reads its output any more, as after `train.py | head`.
+
+    note: what is then said on stderr. Characters that the terminal does not know are escaped.
+    """
+    sys.stdout = _Outliving(sys.stdout, note)
+    sys.stderr = _Outliving(sys.stderr)
 
 
 class _Outliving:
     """A stream whose reader may end."""
 
-    def __init__(self, stream: TextIO, name: str) -> None:
-        self._stream, self._name = stream, name
+    def __init__(self, stream: TextIO, note: str = "") -> None:
+        self._stream, self._note = stream, note
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -125,9 +131,5 @@ class _Outliving:
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, self._stream.fileno())
         os.close(nothing)
-        if self._name == "stdout":
-            print(
-                "note: nobody reads stdout any more; the run goes on, and its figures are in "
-                "metrics.jsonl",
-                file=sys.stderr,
-            )
+        if self._note:
+            print(f"note: nobody reads stdout any more; {self._note}", file=sys.stderr)

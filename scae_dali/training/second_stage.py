@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # all of them, SyncBatchNorm too
 
-from scae_dali.checks import check, check_choice
+from scae_dali.checks import check, check_choice, expand_home
 from scae_dali.saliency.layers import classifier_of
 from scae_dali.training import checkpoint
 from scae_dali.training.weights import fit, unscaled
@@ -39,6 +39,7 @@ class SecondStageConfig:
     train_norms: bool = False
 
     def __post_init__(self) -> None:
+        expand_home(self, "weights")
         if self.classifier is None:
             check(
                 (self.weights, self.classifier_lr, self.train_norms) == (None, 1.0, False),

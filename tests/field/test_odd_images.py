@@ -1,0 +1,107 @@
+"""Images of unusual formats, names that are no images, and lists that lead nowhere.
+
+PGM files were left out of a data set without a word, since torchvision lists them and we did not:
+https://github.com/pytorch/vision/blob/main/torchvision/datasets/folder.py. The others were found by
+trying.
+"""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from pipelines.data import DataConfig
+from scae_dali.commands import check_images
+from scae_dali.data.broken import fault, look
+from scae_dali.data.index import DatasetError, ImageIndex
+from scae_dali.data.scan import EXTENSIONS
+from scae_dali.saliency.whole import whole_loader
+
+
+def test_all_that_torchvision_lists_and_dali_decodes_is_listed_and_sound(tmp_path, capsys):
+    assert {*IMG_EXTENSIONS} <= {*EXTENSIONS}
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    grey = Image.fromarray(np.arange(0, 192, 8, dtype=np.uint8).reshape(4, 6))
+    ways = {"jpe": "JPEG", "jfif": "JPEG", "pnm": "PPM", "j2k": "JPEG2000"}
+    for extension in EXTENSIONS:
+        name = extension.removeprefix(".")
+        one = grey.convert("1") if name == "pbm" else grey.convert("L" if name == "pgm" else "RGB")
+        one.save(tmp_path / "train" / "a" / f"{name}.{name}", format=ways.get(name))
+    index = ImageIndex(tmp_path / "train")
+    assert sorted(index.files) == sorted(f"a/{e[1:]}{e}" for e in EXTENSIONS)
+    batches = whole_loader(index, size=4, batch_size=len(index), mean=(0, 0, 0), std=(1, 1, 1))
+    (batch,) = batches
+    for name, image in zip(index.files, batch.images, strict=True):
+        assert 60 < image.mean() < (150 if name.endswith("pbm") else 120), name
+        assert image.isfinite().all()
+    assert check_images.main(["--data", str(tmp_path), "--decode"]) == 0
+    assert f"0 of {len(EXTENSIONS)} images are broken" in capsys.readouterr().out
+
+
+def test_no_images_names_what_was_found(tmp_path):
+    for name in ("a/1.gif", "a/2.gif", "b/readme"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    with pytest.raises(DatasetError, match=r"other files there: 2 of \.gif, 1 of no extension\. I"):
+        ImageIndex(tmp_path)
+
+
+def test_a_pipe_with_the_name_of_an_image_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "1.png")
+    assert fault(str(tmp_path / "1.png")) == "is no file"
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    os.mkfifo(tmp_path / "data" / "a" / "1.jpeg")
+    with pytest.raises(DatasetError, match=r"a/1\.jpeg' is named as an image, and is no file"):
+        ImageIndex(tmp_path / "data")
+
+
+def test_a_broken_link_is_still_told(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.jpg").symlink_to(tmp_path / "gone.jpg")
+    index = ImageIndex(tmp_path)
+    with pytest.raises(ValueError, match=r"None of the files is there, such as .*a/1\.jpg"):
+        look(index, 5.0)
+
+
+def test_a_name_with_a_nul_is_refused(tmp_path):
+    (tmp_path / "list.txt").write_text("a/1.jpg 0\na/2\0.jpg 1\n")
+    with pytest.raises(DatasetError, match=r"sample 1: the name .* has a NUL character"):
+        ImageIndex.from_list(tmp_path / "list.txt")
+
+
+def test_names_that_a_list_cannot_hold_are_told(tmp_path, capsys):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "1.jpg").write_bytes(b"no image")
+    (tmp_path / "train" / "a" / "2\n3.jpg").write_bytes(b"no image")
+    out = tmp_path / "broken.txt"
+    assert check_images.main(["--data", str(tmp_path), "--out", str(out)]) == 2
+    assert "1 broken images have names of several lines" in capsys.readouterr().err
+    assert out.read_text() == "a/1.jpg\n"
+
+
+def test_a_list_of_another_root_is_told_as_such(folder, tmp_path):
+    index = ImageIndex(folder)
+    elsewhere = ImageIndex.from_arrays(index.files, index.labels, tmp_path)
+    with pytest.raises(ValueError, match=r"validation: None of the files is there, .* instead of"):
+        look(elsewhere, 5.0)
+    with pytest.raises(RuntimeError, match=r"None of the files is there, such as"):
+        list(whole_loader(elsewhere, size=4, batch_size=2))
+
+
+def test_an_empty_val_folder_stands_for_a_class_without_images(folder, tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "train").symlink_to(folder)
+    names = sorted(path.name for path in folder.iterdir())
+    for name in names[:-1]:
+        (root / "val").mkdir(exist_ok=True)
+        (root / "val" / name).symlink_to(folder / name)
+    with pytest.raises(DatasetError, match=r"an empty folder stands for a class without valida"):
+        DataConfig(root=str(root)).open()
+    (root / "val" / names[-1]).mkdir()
+    data = DataConfig(root=str(root)).open()
+    assert data.val.classes == data.train.classes
+    assert data.val.class_counts[-1] == 0
