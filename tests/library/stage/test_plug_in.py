@@ -130,7 +130,8 @@ def test_the_loop_trains_and_makes_maps(loop, index):
     check(loop["train"](), index, loop["scae"])
 
 
-def test_a_checkpoint_goes_on_within_the_epoch(loop, index):
+def test_a_checkpoint_goes_on_within_the_epoch(loop, index, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = {**loop, "loader": loader_of(loop, index)}
     batches = iter(names["loader"])
     begun = [next(batches).labels.tolist() for _ in range(2)]
@@ -256,7 +257,7 @@ def test_maps_of_ones_own(index, tmp_path, monkeypatch):
         file = Path("masks", name).with_suffix(".npy")
         file.parent.mkdir(parents=True, exist_ok=True)
         np.save(file, one)
-    names = run("caches", {}, index=index)
+    names = run("caches", {}, index=index, scae_dali=scae_dali)
     assert names["missing"].tolist() == names["done"].missing.tolist() == [0]
     exported = np.load("exported.npy")
     assert not exported[0].any()
@@ -304,11 +305,7 @@ def test_webdataset_by_path_keys(index, tmp_path):
     cache = fill_cache(tmp_path / "maps.lmdb", packed, naming="path")
     names = ImageIndex.from_webdataset(str(tmp_path / "train-*.tar"))
     assert names.fingerprint != packed.fingerprint  # without a root the names are whole paths
-    changes = {
-        'glob("train-*.tar")': f'glob("{tmp_path}/train-*.tar")',
-        "(tars) ": f'("train-*.tar", "{tmp_path}")',
-        "maps.lmdb": cache.path,
-    }
+    changes = {"/data/wds": str(tmp_path), "maps.lmdb": cache.path}
     names = run("webdataset", changes, MEAN=MEAN, STD=STD)
     check(names["train"](), packed, names["scae"])
     names["model"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
