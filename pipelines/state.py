@@ -22,7 +22,7 @@ from scae_dali.training import checkpoint
 from scae_dali.training.log import Log, known_rows
 from scae_dali.training.losses import Loss
 from scae_dali.training.meter import Meter
-from scae_dali.training.networks import make_network
+from scae_dali.training.networks import check_fits, make_network
 from scae_dali.training.notice import Notice
 from scae_dali.training.optim import EMA
 from scae_dali.training.ranks import Ranks
@@ -61,15 +61,20 @@ class State:
             samples_per_turn=config.samples_per_turn,
         )
         torch.manual_seed(derive(config.seed, "model"))
-        self.net = make_network(config.model, self.index.num_classes)
+        classes = self.index.num_classes
+        self.net = make_network(config.model, classes, config.image.size)
         if config.weights is not None:
             load_weights(self.net, config.weights)
         trained = [{"params": list(self.net.parameters()), "lr_factor": 1.0}]
         if config.second_stage.classifier:
-            classes = self.index.num_classes
             trained = prepare(self.net, config.second_stage, classes, seed=config.seed)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.net.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        sizes = {config.image.size}
+        if config.guided_config() is not None:
+            sizes.add(config.saliency_image().size)
+        for size in sizes:
+            check_fits(self.net, config.model, size, classes, self.device)
         self.ema = None
         if config.optim.ema:
             self.ema = EMA(self.net, config.optim.ema)

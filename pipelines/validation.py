@@ -14,7 +14,7 @@ from pipelines.loaders import Loaders
 from pipelines.recipe import Config
 from scae_dali.stage.loader import Loader
 from scae_dali.training.evaluation import Evaluation
-from scae_dali.training.networks import make_network
+from scae_dali.training.networks import check_fits, make_network
 from scae_dali.training.precision import autocast
 from scae_dali.training.ranks import Ranks
 from scae_dali.training.weights import load_weights
@@ -46,10 +46,11 @@ def evaluate(config: Config, ranks: Ranks) -> dict[str, Any]:
     if config.weights is None:
         raise ValueError("--evaluate needs weights, got none: give --weights FILE, a state_dict")
     data = open_data(config.data, config.threads, ranks)
-    net = make_network(config.model, data.train.num_classes)
+    net = make_network(config.model, data.train.num_classes, config.image.size)
     load_weights(net, config.weights)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     net.to(ranks.device, memory_format=layout)  # type: ignore[call-overload]
+    check_fits(net, config.model, config.image.size, data.train.num_classes, ranks.device)
     execution = ExecConfig(
         batch_size=config.batch_size,
         device_id=ranks.device.index,

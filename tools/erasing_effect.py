@@ -32,9 +32,9 @@ from scae_dali.data.index import ImageIndex
 from scae_dali.methods.keep_augment import importance
 from scae_dali.stage.loader import ids_of
 from scae_dali.stage.stage import Stage
-from scae_dali.training import checkpoint
 from scae_dali.training.networks import make_network
 from scae_dali.training.precision import autocast
+from scae_dali.training.weights import load_weights
 from tools.common.about import about, write_json
 from tools.common.options import add_data, parser_of
 from tools.paper.jobs import resolve
@@ -83,8 +83,8 @@ def open_run(args: argparse.Namespace) -> tuple[Config, torch.nn.Module, Data, S
     config = resolve(args.run.name, [f"--config={settings}", *moved])
     data = config.data.open(config.threads)
     cache = SaliencyCache(config.saliency.cache or args.run / "saliency.lmdb", index=data.train)
-    net = make_network(config.model, data.train.num_classes)
-    net.load_state_dict(checkpoint.load(args.run / "weights.pt"))
+    net = make_network(config.model, data.train.num_classes, config.image.size)
+    load_weights(net, str(args.run / "weights.pt"))
     return config, net.eval(), data, cache
 
 

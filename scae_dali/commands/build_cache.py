@@ -59,9 +59,10 @@ from scae_dali.saliency.scorecam import ScoreCAM
 from scae_dali.saliency.weights import weights_digest
 from scae_dali.saliency.whole import whole_loader
 from scae_dali.stage.loader import ImageError
-from scae_dali.training.networks import make_network
+from scae_dali.training.networks import check_fits, make_network
 from scae_dali.training.precision import autocast
 from scae_dali.training.ranks import Ranks, lost_another, nodes_that_see, together
+from scae_dali.training.weights import load_weights
 
 
 def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
@@ -152,25 +153,20 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
     return arguments
 
 
-def load_model(name: str, weights: str | None, classes: int, told: bool = True) -> torch.nn.Module:
-    """The network in eval mode. told: whether to say so where it is random. Raises ValueError where
-    weights and network do not fit."""
+def load_model(
+    name: str, weights: str | None, classes: int, size: int, told: bool = True
+) -> torch.nn.Module:
+    """The network for images of this size, in eval mode. told: whether to say where it is random.
+    Raises ValueError where weights and network do not fit."""
     torch.manual_seed(0)
-    model = make_network(name, classes)
+    model = make_network(name, classes, size)
     if weights is None:
         if told:
             print(
                 "no --weights: the network is random, and so is what it looks at", file=sys.stderr
             )
         return model.eval()
-    state = torch.load(weights, map_location="cpu", weights_only=True)
-    try:
-        model.load_state_dict(state.get("net", state))
-    except RuntimeError as error:
-        detail = str(error).splitlines()[1].strip()
-        raise ValueError(
-            f"weights {weights!r} are not those of {name} with {classes} classes: {detail}"
-        ) from error
+    load_weights(model, weights)
     return model.eval()
 
 
@@ -286,7 +282,9 @@ def prepare(arguments: argparse.Namespace, ranks: Ranks, writes: bool) -> Work:
     images = open_images(arguments)
     index = index_of(images)
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
-    model = load_model(arguments.model, arguments.weights, index.num_classes, ranks.first)
+    model = load_model(
+        arguments.model, arguments.weights, index.num_classes, arguments.size, ranks.first
+    )
     model.to(ranks.device, memory_format=layout)  # type: ignore[call-overload]
     neighbors = arguments.neighbors
     try:
@@ -296,6 +294,7 @@ def prepare(arguments: argparse.Namespace, ranks: Ranks, writes: bool) -> Work:
             print(f"the cache gets no neighbouring classes: {error}", file=sys.stderr)
         neighbors = 0
     check_neighbors(neighbors, index.num_classes)
+    check_fits(model, arguments.model, arguments.size, index.num_classes, ranks.device)
     method: Callable[..., Any] = factory_of(arguments.method)
     if arguments.method == "scorecam":
         method = partial(ScoreCAM, chunk=arguments.batch_size)

@@ -7,7 +7,8 @@ operators. This module has the base classes of both, and the classes of their ar
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntFlag
 from typing import Any, Literal
@@ -214,6 +215,26 @@ class Method(ABC):
     def moves_pixels(self) -> bool:
         """Whether a pixel may end elsewhere than the plan's window and flip say."""
         return "policy" in self.kinds
+
+
+@contextmanager
+def branches_explained() -> Iterator[None]:
+    """Within it, DALI's error for a branch in a pipeline that may branch says why it could not.
+
+    DALI rewrites the branches from the source of the function that defines the pipeline. Code of
+    `python -c`, of stdin and of `exec` has none.
+    """
+    try:
+        yield
+    except TypeError as error:
+        allowed = getattr(Pipeline.current(), "_conditionals_enabled", False)
+        if not (allowed and "conditional context" in str(error)):
+            raise
+        raise ValueError(
+            "the function that defines the pipeline must have its source in a file or a notebook "
+            "where the stage branches, got one of python -c, stdin or exec (or one that is marked "
+            "do_not_convert), which DALI cannot rewrite: put it into a file"
+        ) from error
 
 
 @do_not_convert

@@ -301,7 +301,8 @@ class Stage:
                     f"{NO_PARTNERS}"
                 )
             fetch = partial(partner.decode_crop, images=images, size=size)
-            images = partner.mix(images, plan, partner_crop, fetch)
+            with base.branches_explained():
+                images = partner.mix(images, plan, partner_crop, fetch)
         return self.apply(images, plan), plan.targets
 
     def plan(
@@ -502,7 +503,8 @@ class Stage:
                 "the labels would be mixed alone: call the stage itself, which does both, or "
                 f"partner.mix before apply, or {NO_PARTNERS}"
             )
-        return self._method.apply(images, plan)
+        with base.branches_explained():
+            return self._method.apply(images, plan)
 
     @do_not_convert
     def _iteration(self) -> DataNode:

@@ -8,12 +8,15 @@ long-tailed data, and the ResNet-18 of ImageNet with a stem for 32 px.
 import difflib
 import importlib
 import inspect
+from typing import Any
 
+import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu
 
 from scae_dali.checks import check
+from scae_dali.saliency.isolation import isolated
 
 MODELS = (
     "cifar_resnet20",
@@ -24,14 +27,15 @@ MODELS = (
 )
 
 
-def make_network(name: str, num_classes: int) -> nn.Module:
+def make_network(name: str, num_classes: int, image_size: int | None = None) -> nn.Module:
     """A classification network with random weights: float [B,3,H,W] -> logits [B,num_classes].
 
     name: one of `MODELS`, for images of 32 px, a classification network of torchvision, `timm:NAME`
     for one of timm, or `package.module:function` for the user's own function, which is called with
     num_classes=… and returns the network. Networks of torchvision with auxiliary classifiers are
-    made without them, so that the logits are the only output. Raises ValueError for another name,
-    and for num_classes < 1.
+    made without them, so that the logits are the only output. image_size: side of the images in
+    pixels, which vision transformers of torchvision are made for; None: 224. Raises ValueError for
+    another name, for num_classes < 1, and for an image_size that the patches do not divide.
     """
     check(num_classes >= 1, f"num_classes must be at least 1, got {num_classes}")
     package, colon, inner = name.partition(":")
@@ -51,10 +55,43 @@ def make_network(name: str, num_classes: int) -> nn.Module:
         f"{name!r}; did you mean {' or '.join(close) or 'resnet50'}? timm:NAME is a network of "
         "timm, and package.module:function one of your own",
     )
-    more = {}
+    more: dict[str, Any] = {}
+    if name.startswith("vit_") and image_size is not None:
+        more = {"image_size": image_size}
     if name in ("googlenet", "inception_v3"):
         more = {"aux_logits": False, "init_weights": True}
-    return torchvision.models.get_model(name, num_classes=num_classes, **more)
+    try:
+        return torchvision.models.get_model(name, num_classes=num_classes, **more)
+    except AssertionError as error:  # torch._assert
+        raise ValueError(
+            f"model {name!r} cannot be made for images of {image_size} px ({error}); give a "
+            "multiple of 32 as image.size (scae-dali: --size), or 224"
+        ) from error
+
+
+def check_fits(
+    net: nn.Module, name: str, size: int, num_classes: int, device: torch.device
+) -> None:
+    """Raise ValueError where the network does not turn images of size x size pixels into logits.
+
+    The network, which is on the device, is left as it is.
+    """
+    advice = "give another size (224 fits most), or another model"
+    with isolated(net, device.type):
+        try:
+            logits = net(torch.zeros(2, 3, size, size, device=device))
+        except Exception as error:  # whatever its layers raise
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"model {name!r} does not take images of {size} x {size} px "
+                f"({type(error).__name__}: {reason}); {advice}"
+            ) from error
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    check(
+        shape == (2, num_classes),
+        f"model {name!r} must give logits [B, {num_classes}] for images [B, 3, {size}, {size}], "
+        f"got {shape} for a batch of 2; {advice}",
+    )
 
 
 def _of_timm(name: str, num_classes: int) -> nn.Module:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +15,11 @@ __all__ = ["fit", "load_weights", "unscaled"]
 
 
 def load_weights(net: nn.Module, path: str) -> None:
-    """Load a state_dict into `net`, in place: a file of torch.save, which may be the checkpoint of
-    a run. A second stage's scale is multiplied into its linear layer.
+    """Load a state_dict into `net`, in place: a file of torch.save.
 
+    The state_dict may stand in a checkpoint, under one of the names that trainers give it, and its
+    names may have the prefix of a wrapper, such as `module.`. A second stage's scale is multiplied
+    into its linear layer. Nothing but tensors, numbers, texts and their containers is read.
     Raises ValueError where there is no such file or no state_dict in it, and where it does not fit.
     """
     check(
@@ -29,11 +33,12 @@ def load_weights(net: nn.Module, path: str) -> None:
     except Exception as error:  # torch raises half a dozen types
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(
-            f"{where} cannot be read ({type(error).__name__}: {reason}); write them by "
-            "torch.save(model.state_dict(), FILE)"
+            f"{where} cannot be read ({type(error).__name__}: {reason}): it is no file of "
+            "torch.save, it is cut off, or it holds objects, which could run code. If you trust "
+            "it, write its tensors alone by torch.save(model.state_dict(), FILE)"
         ) from error
-    state = state.get("net", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    state = _unwrapped(state, net.state_dict())
+    if state is None:
         raise ValueError(
             f"{where} holds no state_dict of tensors; write one by torch.save(model.state_dict(), "
             "FILE)"
@@ -48,6 +53,44 @@ def load_weights(net: nn.Module, path: str) -> None:
         other="set model, and data of as many classes, to those that the weights are of",
         infinite="its training has diverged; name the weights of one that has not",
     )
+
+
+# Under which names trainers keep a state_dict in a checkpoint.
+_IN_CHECKPOINTS = ("net", "state_dict", "model", "model_state_dict", "model_state", "module")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
+
+
+def _unwrapped(state: Any, own: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The state_dict in what a file holds, by the names of the network; None where there is none.
+
+    own: the network's.
+    """
+    while isinstance(state, Mapping) and not _is_state(state):
+        inner = [state[name] for name in _IN_CHECKPOINTS if isinstance(state.get(name), Mapping)]
+        if not inner:
+            return None
+        state = inner[0]
+    if not isinstance(state, Mapping):
+        return None
+    found = dict(state)
+    count = found.pop("n_averaged", None)  # of torch's AveragedModel
+    if count is not None and "n_averaged" in own:
+        found["n_averaged"] = count
+    while (prefix := next((p for p in _PREFIXES if _all_begin(found, p)), None)) is not None:
+        if _all_begin(own, prefix):
+            break
+        found = {name.removeprefix(prefix): value for name, value in found.items()}
+    return found
+
+
+def _is_state(state: Mapping[Any, Any]) -> bool:
+    return bool(state) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    )
+
+
+def _all_begin(state: Mapping[str, Tensor], prefix: str) -> bool:
+    return bool(state) and all(name.startswith(prefix) for name in state)
 
 
 def fit(net: nn.Module, state: dict[str, Tensor], where: str, *, other: str, infinite: str) -> None:

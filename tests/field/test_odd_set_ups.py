@@ -72,3 +72,33 @@ def test_a_terminal_that_knows_no_unicode(command):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout
+
+
+CODE = """
+from nvidia.dali import fn, pipeline_def
+
+@pipeline_def(batch_size=4, num_threads=1, device_id=None, enable_conditionals=True)
+def define():
+    encoded, ids = fn.readers.file(
+        files=list(index.files), file_root=index.root, name="Reader", pad_last_batch=True
+    )
+    images = fn.resize(fn.decoders.image(encoded), size=(16, 16))
+    images, targets = stage(images, ids, size=(16, 16))
+    return images, *targets
+
+define()
+"""
+
+
+@pytest.mark.parametrize("method", ["rand_augment", "scae", "cmo"])
+def test_a_pipeline_without_source_is_told_why_it_cannot_branch(tailed, tailed_cache, method):
+    cache = {"cache": tailed_cache} if method == "scae" else {}
+    stage = Stage(tailed, method, epochs=9, batch_size=4, seed=1, **cache)
+    assert stage.conditional
+    with pytest.raises(ValueError, match="must have its source in a file or a notebook where"):
+        exec(CODE, {"index": tailed, "stage": stage})
+
+
+def test_a_pipeline_that_needs_no_branch_may_have_no_source(index):
+    stage = Stage(index, "cutout", epochs=2, batch_size=4, seed=1)
+    exec(CODE, {"index": index, "stage": stage})

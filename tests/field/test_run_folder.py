@@ -34,7 +34,7 @@ import pipelines.state, train
 from scae_dali.training import lock
 from tiny_run import Tiny
 
-pipelines.state.make_network = lambda name, classes: Tiny(classes)
+pipelines.state.make_network = lambda name, classes, size: Tiny(classes)
 out, argv = Path(sys.argv[1]), sys.argv[2:]
 step, pause = train.Run.train_step, 0.1
 def slow(*given):

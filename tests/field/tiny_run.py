@@ -29,7 +29,7 @@ class Tiny(nn.Module):
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setattr(pipelines.state, "make_network", lambda name, classes: Tiny(classes))
+    monkeypatch.setattr(pipelines.state, "make_network", lambda name, classes, size: Tiny(classes))
     monkeypatch.setattr(lock, "PATIENCE_S", 0.1)
 
 

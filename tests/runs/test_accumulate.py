@@ -30,7 +30,7 @@ class Plain(nn.Module):
 @pytest.fixture
 def seen(monkeypatch):
     """Every batch of a run of `Plain`, with the network's first state and the rates."""
-    monkeypatch.setattr(pipelines.state, "make_network", lambda name, classes: Plain(classes))
+    monkeypatch.setattr(pipelines.state, "make_network", lambda name, classes, size: Plain(classes))
     kept = {"batches": [], "rates": []}
     step = train.Run.train_step
 

@@ -16,7 +16,9 @@ images, tiny, whole = tiny_run.images, tiny_run.tiny, tiny_run.whole  # fixtures
 
 @pytest.fixture(autouse=True)
 def tiny_here(monkeypatch):
-    monkeypatch.setattr("pipelines.validation.make_network", lambda name, classes: Tiny(classes))
+    monkeypatch.setattr(
+        "pipelines.validation.make_network", lambda name, classes, size: Tiny(classes)
+    )
 
 
 def figures(capsys, *argv):
@@ -105,7 +107,7 @@ def test_weights_that_do_not_fit_are_refused(images, tmp_path):
 
     refused(r"weights must be the file of a state_dict, got '.*w.pt', where there is none")
     path.write_text("nonsense")
-    refused(r"w.pt' cannot be read \(.*\); write them by torch.save")
+    refused(r"w.pt' cannot be read \(.*\): it is no file of torch.save")
     torch.save([1], path)
     refused("w.pt' holds no state_dict of tensors; write one by")
     torch.save(Tiny(4).state_dict(), path)

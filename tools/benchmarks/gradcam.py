@@ -76,7 +76,7 @@ def candidates(args: argparse.Namespace) -> dict[str, Callable[[], float]]:
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True  # as train.py does
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    model = make_network(args.model, 1000).eval()
+    model = make_network(args.model, 1000, args.size).eval()
     model.to(device, memory_format=layout)  # type: ignore[call-overload]
     images = torch.randn(args.batch_size, 3, args.size, args.size)
     images = images.to(device, memory_format=layout)
