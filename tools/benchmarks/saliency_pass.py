@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(SEED)
     torch.backends.cudnn.benchmark = True  # as train.py does
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    net = load_model(args.model, args.weights, index.num_classes, args.size)
+    net = load_model(args.model, args.weights, index.num_classes, args.sizes[0])
     net.to(device, memory_format=layout)  # type: ignore[call-overload]
     amp = partial(autocast, args.amp, device)
     execution = ExecConfig(
