@@ -6,7 +6,7 @@ import sys
 
 # Forks once all is imported, since importing takes longer than all else.
 PAIR = """
-import os, socket, sys
+import io, os, socket, sys
 sys.path[:0] = sys.argv[1].split(os.pathsep)
 {imports}
 with socket.create_server(("localhost", 0)) as free:
@@ -16,8 +16,10 @@ children = []
 for rank in "01":
     if not (child := os.fork()):
         os.environ |= dict(RANK=rank, LOCAL_RANK=rank)
+        sys.stdout = io.StringIO()
         exec({code!r}, globals())
-        sys.stdout.flush()
+        sys.__stdout__.write(sys.stdout.getvalue())  # at once: lines of the two must not mix
+        sys.__stdout__.flush()
         os._exit(0)
     children.append(child)
 sys.exit(any([os.waitpid(child, 0)[1] for child in children]))

@@ -97,7 +97,7 @@ def test_what_a_pass_lacks_is_named(index, tmp_path):
 
 
 IMPORTS = """
-import sys, numpy as np, torch
+import numpy as np, torch
 from torch import distributed
 from test_refreshing_stage import make, network
 from scae_dali.data.index import ImageIndex
@@ -112,7 +112,7 @@ assert one.refresh(wrapped, 1, size=32, layer="body") is None
 report = one.refresh(wrapped, 2, size=32, layer="body")
 maps, found = one._lookup.maps(np.arange(50))
 made = one.state_dict()["pass"]
-sys.stdout.write(f"{{report.images}} {{found.all()}} {{maps.astype(int).sum()}} {{made}}\\n")
+print(report.images, found.all(), maps.astype(int).sum(), made)
 distributed.destroy_process_group()
 """
 

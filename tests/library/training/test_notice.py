@@ -57,7 +57,7 @@ def test_what_the_process_ignores_stays_ignored():
 
 
 IMPORTS = """
-import signal, sys
+import signal
 from scae_dali.training.notice import Notice
 from scae_dali.training.ranks import Ranks
 """
@@ -72,7 +72,7 @@ with Notice(ranks) as one, one.saving():
     try:
         one.end()
     except BaseException as ended:
-        sys.stdout.write(f"{step} {ended}\\n")
+        print(step, ended)
 ranks.close()
 """
 
