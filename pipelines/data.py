@@ -3,7 +3,7 @@ disk or in memory."""
 
 import os
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pipelines.classes import check_list_and_folders, check_lists
 from scae_dali.checks import check, check_choice, expand_home
 from scae_dali.data.broken import of_validation
-from scae_dali.data.index import DatasetError, ImageIndex
+from scae_dali.data.index import ARCHIVES, DatasetError, ImageIndex, of_archives
 from scae_dali.data.longtail import choose, imbalanced
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.data.tfrecord import IMAGE, LABEL
@@ -19,7 +19,6 @@ from scae_dali.training.ranks import Ranks, together
 
 Ids = npt.NDArray[np.int64]
 Format = Literal["folder", "cifar10", "cifar100", "webdataset", "tfrecord"]
-ARCHIVES = ("webdataset", "tfrecord")
 # Settings that not all formats have: what they are for, and which formats have them.
 _OF: dict[str, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys(("train_dir", "val_dir", "train_list", "val_list"), ("files", ("folder",))),
@@ -227,13 +226,7 @@ class DataConfig:
             return self._val_archives(first, first.archives.first_label)
         if self.val_list is not None:
             second = ImageIndex.from_list(self.val_list, self.root)
-            if second.num_classes > first.num_classes:
-                i = int(second.labels.argmax())
-                raise DatasetError(
-                    f"data.val_list={self.val_list!r} gives {second.files[i]!r} the label "
-                    f"{second.labels[i]}, but training has the classes 0 … "
-                    f"{first.num_classes - 1}; give lists of the same classes"
-                )
+            _check_labels(f"data.val_list={self.val_list!r}", second, first, "lists")
             if self.train_list is None:
                 check_list_and_folders(self.val_list, second, first)
             else:
@@ -259,29 +252,24 @@ class DataConfig:
 
     def _val_archives(self, first: ImageIndex, first_label: int) -> ImageIndex:
         second = self._archives("val", first_label)
-        if second.num_classes > first.num_classes:
-            i = int(second.labels.argmax())
-            raise DatasetError(
-                f"data.val={self.val!r} gives {second.files[i]!r} the label "
-                f"{first_label + second.labels[i]}, but training has the classes {first_label} … "
-                f"{first_label + first.num_classes - 1}; give archives of the same classes"
-            )
+        _check_labels(f"data.val={self.val!r}", second, first, "archives", first_label)
         return second.relabelled(second.labels, first.classes)
 
     def _archives(
         self, split: str, first_label: int | None, exclude: str | tuple[()] = ()
     ) -> ImageIndex:
         pattern = getattr(self, split)
-        settings: dict[str, Any] = {
-            "first_label": first_label,
-            "exclude": exclude,
-            "cache": self.index_cache,
-        }
         try:
-            if self.format == "webdataset":
-                return ImageIndex.from_webdataset(pattern, self.root, **settings)
-            settings |= {"image": self.image_field, "label": self.label_field}
-            return ImageIndex.from_tfrecord(pattern, self.root, **settings)
+            return of_archives(
+                self.format,
+                pattern,
+                self.root,
+                image=self.image_field,
+                label=self.label_field,
+                first_label=first_label,
+                exclude=exclude,
+                cache=self.index_cache,
+            )
         except DatasetError as error:
             raise DatasetError(f"data.{split}={pattern!r}: {error}") from error
 
@@ -299,6 +287,19 @@ class DataConfig:
             os.makedirs(self.index_cache, exist_ok=True)
             cache = os.path.join(self.index_cache, f"{split}.npz")
         return ImageIndex(folder, exclude=exclude, cache=cache, allow_empty=split == "val")
+
+
+def _check_labels(
+    setting: str, second: ImageIndex, first: ImageIndex, what: str, first_label: int = 0
+) -> None:
+    """Raise DatasetError where validation images have labels that those of training have not."""
+    if second.num_classes > first.num_classes:
+        i = int(second.labels.argmax())
+        raise DatasetError(
+            f"{setting} gives {second.files[i]!r} the label {first_label + second.labels[i]}, but "
+            f"training has the classes {first_label} … {first_label + first.num_classes - 1}; give "
+            f"{what} of the same classes"
+        )
 
 
 def open_data(config: DataConfig, threads: int, ranks: Ranks) -> Data:

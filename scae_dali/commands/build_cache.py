@@ -30,21 +30,18 @@ from scae_dali.cache import SaliencyCache
 from scae_dali.cache.format import EPOCHS, check_neighbors, settings_of
 from scae_dali.cache.imports import IMPORTED
 from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD
+from scae_dali.commands.images import open_images
 from scae_dali.commands.options import (
-    ARCHIVES,
     add_batch_size,
     add_device,
     add_images,
     add_precision,
     count,
-    open_archives,
     parser_of,
-    train_folder,
 )
 from scae_dali.data.broken import of_training
-from scae_dali.data.index import ImageIndex
-from scae_dali.data.longtail import imbalanced
-from scae_dali.data.pixels import ArrayImages
+from scae_dali.data.index import ARCHIVES, ImageIndex
+from scae_dali.data.pixels import ArrayImages, index_of
 from scae_dali.saliency.cam import CAM
 from scae_dali.saliency.layers import classifier_of
 from scae_dali.saliency.package import PREFIX
@@ -168,40 +165,6 @@ def load_model(
         return model.eval()
     load_weights(model, weights)
     return model.eval()
-
-
-def open_images(arguments: argparse.Namespace) -> ImageIndex | ArrayImages:
-    """The training images: files, archives, or CIFAR's in memory."""
-    if arguments.format.startswith("cifar"):
-        if arguments.list or arguments.exclude:
-            raise ValueError(
-                f"--list and --exclude are of --format folder, got --format {arguments.format}"
-            )
-        images = ArrayImages.from_cifar(arguments.data, arguments.format, train=True)
-        if arguments.imbalance is not None:
-            index = images.index
-            ids = imbalanced(index.labels, index.num_classes, arguments.imbalance)
-            images = images.subset(ids)
-        return images
-    if arguments.imbalance is not None:
-        raise ValueError(
-            f"--imbalance is of CIFAR's own files, got {arguments.imbalance} with --format "
-            f"{arguments.format}; tools/make_longtail.py writes a --list of any folder"
-        )
-    if arguments.format in ARCHIVES:
-        if arguments.list:
-            raise ValueError(
-                f"--list is of --format folder, got --format {arguments.format}; leave it out"
-            )
-        return open_archives(arguments, arguments.exclude)
-    if arguments.list:
-        return ImageIndex.from_list(arguments.list, root=arguments.data, exclude=arguments.exclude)
-    return ImageIndex(train_folder(arguments.data), exclude=arguments.exclude)
-
-
-def index_of(images: ImageIndex | ArrayImages) -> ImageIndex:
-    """The list of images that are opened."""
-    return images.index if isinstance(images, ArrayImages) else images
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:

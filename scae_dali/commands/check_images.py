@@ -23,17 +23,16 @@ import numpy as np
 from nvidia.dali import fn, pipeline_def
 from tqdm import tqdm
 
+from scae_dali.commands.images import open_archives
 from scae_dali.commands.options import (
-    ARCHIVES,
     add_archives,
     add_data,
     count,
-    open_archives,
     parser_of,
     train_folder,
 )
 from scae_dali.data.broken import concerns_images, confirmed, faults
-from scae_dali.data.index import DatasetError, ImageIndex
+from scae_dali.data.index import ARCHIVES, DatasetError, ImageIndex
 from scae_dali.stage.feed import read_batches
 from scae_dali.stage.images import decode, read
 

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 
 from scae_dali.cache import SaliencyCache, export_maps
 from scae_dali.cache.exports import names_file
-from scae_dali.commands.build_cache import index_of, open_images
+from scae_dali.commands.images import open_images
 from scae_dali.commands.options import add_cache, add_images, parser_of
+from scae_dali.data.pixels import index_of
 
 
 def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from scae_dali.cache import SaliencyCache, import_maps
 from scae_dali.cache.resample import SCALES
-from scae_dali.commands.build_cache import index_of, open_images
+from scae_dali.commands.images import open_images
 from scae_dali.commands.options import add_images, grid, parser_of
+from scae_dali.data.pixels import index_of
 
 
 def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:

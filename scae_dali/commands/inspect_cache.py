@@ -95,7 +95,8 @@ def draw(arguments: argparse.Namespace) -> None:
     look: Look | None = None
     if arguments.data is not None:
         check_dali()
-        from scae_dali.commands.build_cache import index_of, open_images
+        from scae_dali.commands.images import open_images
+        from scae_dali.data.pixels import index_of
 
         images = open_images(arguments)
         index = index_of(images)

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from scae_dali.cache import SaliencyCache, merge_caches
-from scae_dali.commands.build_cache import index_of, open_images
+from scae_dali.commands.images import open_images
 from scae_dali.commands.options import add_images, parser_of
 from scae_dali.data.index import ImageIndex
+from scae_dali.data.pixels import index_of
 
 
 def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:

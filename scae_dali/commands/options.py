@@ -13,11 +13,10 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from typing import Any
 
-from scae_dali.data.index import ImageIndex
+from scae_dali.data.index import ARCHIVES
 from scae_dali.data.tfrecord import IMAGE, LABEL
 
 __all__ = [
-    "ARCHIVES",
     "add_archives",
     "add_batch_size",
     "add_cache",
@@ -29,7 +28,6 @@ __all__ = [
     "device",
     "existing_folder",
     "grid",
-    "open_archives",
     "parser_of",
     "train_folder",
     "training_images",
@@ -75,11 +73,8 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cache", metavar="CACHE", help="folder of the cache, such as imagenet.lmdb")
 
 
-ARCHIVES = ("webdataset", "tfrecord")
-
-
 def add_archives(parser: argparse.ArgumentParser) -> None:
-    """The options of `open_archives`, for a parser that has --data and --format."""
+    """The options of `images.open_archives`, for a parser that has --data and --format."""
     of_tfrecord = "feature of a TFRecord that holds"
     parser.add_argument(
         "--archives",
@@ -110,7 +105,7 @@ def add_archives(parser: argparse.ArgumentParser) -> None:
 
 def add_images(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """--data, --format, the options of `add_archives`, --imbalance, --list and --exclude: the
-    training images of a cache, which `build_cache.open_images` opens. required: whether --data must
+    training images of a cache, which `images.open_images` opens. required: whether --data must
     be given."""
     add_data(
         parser,
@@ -143,24 +138,6 @@ def add_images(parser: argparse.ArgumentParser, *, required: bool) -> None:
         default=(),
         help="text file of images to leave out, one path a line; scae-dali check-images writes one",
     )
-
-
-def open_archives(arguments: argparse.Namespace, exclude: Any = ()) -> ImageIndex:
-    """The images in the archives that the options name."""
-    if not arguments.archives:
-        raise ValueError(
-            f"--archives must name the archives with --format {arguments.format}, got none; give a "
-            "pattern relative to --data, such as 'train-{0000..1023}.tar'"
-        )
-    settings: dict[str, Any] = {
-        "first_label": arguments.first_label,
-        "exclude": exclude,
-        "cache": arguments.index_cache,
-    }
-    if arguments.format == "webdataset":
-        return ImageIndex.from_webdataset(arguments.archives, arguments.data, **settings)
-    settings |= {"image": arguments.image_field, "label": arguments.label_field}
-    return ImageIndex.from_tfrecord(arguments.archives, arguments.data, **settings)
 
 
 def add_batch_size(

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +33,9 @@ from scae_dali.data.scan import (
 from scae_dali.data.tars import scan_tar
 from scae_dali.data.tfrecord import IMAGE, LABEL, scan_tfrecord
 
-__all__ = ["EXTENSIONS", "DatasetError", "ImageIndex", "path_key"]
+__all__ = ["ARCHIVES", "EXTENSIONS", "DatasetError", "ImageIndex", "of_archives", "path_key"]
 
+ARCHIVES = ("webdataset", "tfrecord")  # formats of archives that are read
 MAX_GUESSED_CLASSES = 1 << 16  # a stray number in a list must not make a billion classes
 
 
@@ -386,6 +388,22 @@ class ImageIndex:
     def relabelled(self, labels: npt.NDArray[np.int64], classes: Sequence[str]) -> ImageIndex:
         """The same samples in other classes. labels: int64 [N]."""
         return self._of(self.root, self.files, labels, (None, classes), archives=self.archives)
+
+
+def of_archives(
+    format: str,
+    paths: str | Sequence[str],
+    root: Path,
+    *,
+    image: str = IMAGE,
+    label: str = LABEL,
+    **settings: Any,
+) -> ImageIndex:
+    """The index of archives of a format of `ARCHIVES`. image, label: see from_tfrecord. settings:
+    the other arguments of from_webdataset, which both have."""
+    if format == "webdataset":
+        return ImageIndex.from_webdataset(paths, root, **settings)
+    return ImageIndex.from_tfrecord(paths, root, image=image, label=label, **settings)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

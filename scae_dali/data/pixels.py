@@ -161,3 +161,8 @@ def _allocate(shape: tuple[int, ...]) -> UInt8:
             f"{shape[0]} images of {shape[1]} x {shape[2]} pixels do not fit in memory ({error}); "
             f"read them from disk (train.py: without --data.in_memory)"
         ) from error
+
+
+def index_of(images: ImageIndex | ArrayImages) -> ImageIndex:
+    """The list of images that are files, or in memory."""
+    return images.index if isinstance(images, ArrayImages) else images

@@ -12,7 +12,7 @@ from nvidia.dali import Pipeline, fn, pipeline_def
 
 from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD, check, check_choice
 from scae_dali.data.index import ImageIndex
-from scae_dali.data.pixels import ArrayImages
+from scae_dali.data.pixels import ArrayImages, index_of
 from scae_dali.methods.base import DataNode, Triple
 from scae_dali.plan.order import Order
 from scae_dali.stage.feed import feed, read_batches
@@ -71,7 +71,7 @@ def whole_pipeline(
 
     Raises ValueError for settings out of range, IndexError for ids that are no places in the index.
     """
-    index = _index(images)
+    index = index_of(images)
     check(size >= 1, f"size must be at least 1, got {size}")
     check(
         resize is None or resize >= size,
@@ -124,14 +124,10 @@ def whole_loader(
     smaller. settings: further arguments of `whole_pipeline`. remedy: see Loader."""
     part: dict[str, Any] = {"batch_size": batch_size, "shard": shard, "num_shards": num_shards}
     pipeline = whole_pipeline(images, ids, **part, **settings)
-    index, order = _index(images), None
+    index, order = index_of(images), None
     if isinstance(images, ArrayImages) or images.archives is not None:
         order = _in_turn(index, ids, **part)
     return Loader(pipeline, OUTPUTS, index, drop_last=False, order=order, remedy=remedy)
-
-
-def _index(images: ImageIndex | ArrayImages) -> ImageIndex:
-    return images.index if isinstance(images, ArrayImages) else images
 
 
 def _chosen(index: ImageIndex, ids: Sequence[int] | None) -> np.ndarray:

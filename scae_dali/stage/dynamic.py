@@ -37,7 +37,8 @@ class Dynamic:
                 'fill must not be "noise" in dynamic mode, which draws none here: choose "color", '
                 "or use a pipeline"
             )
-        self._method, self._planner, self._operator = method, planner, operator
+        self._method, self._planner, self._make_operator = method, planner, operator
+        self._operators: dict[int, Operator] = {}  # by how many inputs describe the crop
         self._told = False
 
     def __call__(
@@ -52,10 +53,11 @@ class Dynamic:
                 "the normalisation or the transposition"
             )
         frames = () if window is None else tuple(_arrays(one) for one in window)
-        operator = self._operator(self._planner, epoch=epoch, frames=len(frames), size=None)
         sizes = [np.array(shape) for shape in images.shape]
         wanted = _arrays(ids)
-        rows = self._planner(*operator.arguments([wanted, *frames, sizes]))
+        epochs = [np.array([epoch])] * len(wanted)
+        operator = self._operator(len(frames))
+        rows = self._planner(*operator.arguments([wanted, epochs, *frames, sizes]))
         self._warn_of_repeats(rows)
         plan = _Table(rows, self._planner)
         method = self._method
@@ -72,6 +74,14 @@ class Dynamic:
             plan.part("mu", types.FLOAT),
         )
         return filled, targets
+
+    def _operator(self, frames: int) -> Operator:
+        """One for all batches: it remembers which names it has seen."""
+        if frames not in self._operators:
+            self._operators[frames] = self._make_operator(
+                self._planner, epoch="given", frames=frames, size=None
+            )
+        return self._operators[frames]
 
     def _warn_of_repeats(self, rows: np.ndarray) -> None:
         """Warn, once, of a batch that has a sample twice: its ids may be class labels. A reader
