@@ -8,13 +8,12 @@ random numbers: as easy as 1, 2, 3", SC 2011); the key is the seed and the count
 
 import functools
 import hashlib
-from collections.abc import Callable
 from enum import IntEnum
 
-import numba
 import numpy as np
 
 from scae_dali.checks import check_seed
+from scae_dali.plan.compiled import compiled
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -64,15 +63,6 @@ def uniforms(
     out = np.empty((len(ids), n))
     _fill(out, round_keys(seed), int(stream) << _BLOCK_BITS, np.atleast_1d(epoch), ids)
     return out
-
-
-def compiled(function: Callable) -> Callable:
-    """The function compiled by Numba, at its first call. The machine code is kept on disk, beside
-    the module or in the user's cache, if one of them is writable. Calls release the GIL."""
-    try:
-        return numba.njit(function, nogil=True, cache=True)
-    except RuntimeError:  # neither folder is writable
-        return numba.njit(function, nogil=True)
 
 
 @compiled

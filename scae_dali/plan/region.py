@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from scae_dali.plan.random import compiled
+from scae_dali.plan.compiled import compiled
 
 Range = tuple[float, float]
 AspectLaw = Literal["uniform", "log"]

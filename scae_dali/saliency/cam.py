@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from scae_dali.saliency.isolation import isolated
 from scae_dali.saliency.layers import find_layer, serving_layers, unwrap
 from scae_dali.saliency.layout import Layout, layout_of
-from scae_dali.saliency.probe import image_channels, probe_images
+from scae_dali.saliency.probe import own_tensor, probe_images, trial_images
 from scae_dali.saliency.reach import logits_of, require_finite
 
 __all__ = ["CAM", "ROUNDING", "SaliencyMethod", "check_inputs", "weighted_map"]
@@ -81,11 +81,16 @@ class CAM(ABC):
         Raises what a call raises, except that the network may be untrained.
         """
         height, width = (size, size) if isinstance(size, int) else size
-        parameter = next(self.model.parameters())
-        with isolated(self.model, parameter.device.type):
-            channels = image_channels(self.model, parameter.new_zeros(1, 3, height, width))
-            images = probe_images(parameter.new_empty(1, channels, height, width), batch=1)
-            output, logits = self._forward(images, (0, 0), lambda output: output)
+        with isolated(self.model, own_tensor(self.model).device.type):
+            images = trial_images(self.model, (height, width), batch=1)
+            try:
+                output, logits = self._forward(images, (0, 0), lambda output: output)
+            except RuntimeError as error:  # of a layer of the network
+                raise ValueError(
+                    f"size must be one that {type(self.model).__name__} takes, got {height} x "
+                    f"{width} pixels of {images.shape[1]} channels ({error}); give that of its "
+                    "training images"
+                ) from error
             layout = self._layout(output, images)
             if not (output.isfinite().all() and logits.isfinite().all()):
                 require_finite(self.model, infinite_buffers=False)

@@ -23,7 +23,7 @@ from scae_dali.methods import Status
 from scae_dali.saliency.isolation import isolated
 from scae_dali.saliency.layers import classifier_of, find_layer, unwrap
 from scae_dali.saliency.layout import Layout, layout_of
-from scae_dali.saliency.probe import image_channels, probe_images
+from scae_dali.saliency.probe import trial_images
 from scae_dali.saliency.reach import logits_of, require_finite, zero_weights
 from scae_dali.stage.loader import Batch, ids_of
 
@@ -205,8 +205,7 @@ class Harvest:
         classifier for the mean of the features."""
         weight = self._classifier.weight
         with isolated(model, weight.device.type):
-            channels = image_channels(model, weight.new_zeros(1, 3, size, size))
-        images = probe_images(weight.new_empty(1, channels, size, size))
+            images = trial_images(model, (size, size))
         kept: list[Any] = []
         layout: Layout | None = None
         wanted: Tensor | None = None

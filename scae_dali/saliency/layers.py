@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from scae_dali.saliency.isolation import isolated
 from scae_dali.saliency.layout import Layout, layout_of
-from scae_dali.saliency.probe import image_channels, probe_images
+from scae_dali.saliency.probe import own_tensor, trial_images
 from scae_dali.saliency.reach import serving
 
 __all__ = ["classifier_of", "default_layer", "find_layer", "serving_layers", "unwrap"]
@@ -157,15 +157,13 @@ def _resolve(model: nn.Module, pattern: str) -> str:
 
 def _suggestions(model: nn.Module) -> str:
     """A few names for an error: layers that gave maps in a trial, or else likely ones."""
-    parameter = next(model.parameters(), None)
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     channels = linear[-1].in_features if linear else 0
-    if parameter is not None and parameter.device.type != "meta":
+    device = own_tensor(model).device.type
+    if device != "meta":
         for size in _sizes(model):
-            with isolated(model, parameter.device.type):
-                colours = image_channels(model, parameter.new_zeros(1, 3, *size))
-                images = probe_images(parameter.new_empty(1, colours, *size))
-                names = serving_layers(model, images, channels)
+            with isolated(model, device):
+                names = serving_layers(model, trial_images(model, size), channels)
             if names:
                 return " or ".join(names)
     return ", ".join(_candidates(model)) or "(it has none)"

@@ -7,6 +7,7 @@ with the images, and where does it change if the image changes in one cell?
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +18,10 @@ __all__ = [
     "CHANNELS_FIRST",
     "Seen",
     "changes",
-    "image_channels",
     "moved",
+    "own_tensor",
     "probe_images",
+    "trial_images",
     "up_to",
 ]
 
@@ -62,10 +64,26 @@ def probe_images(like: Tensor, batch: int = 2) -> Tensor:
     return images.to(like.device, like.dtype)
 
 
-def image_channels(model: nn.Module, like: Tensor) -> int:
+def own_tensor(model: nn.Module) -> Tensor:
+    """A tensor of the device and the type of the images that the network takes: one of its weights,
+    or an empty one. A network need not have any, and quantized weights are no numbers."""
+    tensors = list(chain(model.parameters(), model.buffers()))
+    floating = (one for one in tensors if one.is_floating_point())
+    device = tensors[0].device if tensors else "cpu"
+    return next(floating, torch.empty(0, device=device))
+
+
+def trial_images(model: nn.Module, size: tuple[int, int], batch: int = 2) -> Tensor:
+    """`probe_images` of (H, W) pixels that the network takes. Call it in `isolated`."""
+    own = own_tensor(model)
+    channels = _image_channels(model, own.new_zeros(1, 3, *size))
+    return probe_images(own.new_empty(1, channels, *size), batch)
+
+
+def _image_channels(model: nn.Module, like: Tensor) -> int:
     """Channels of the images that the first convolution to run takes; 3 if there is none.
 
-    like: float[B,3,H,W], of the images' size. Call it in `isolated`.
+    like: float[B,3,H,W], of the images' size.
     """
     first = next((one for one in model.modules() if isinstance(one, nn.Conv2d)), None)
     if first is None or first.in_channels == 3:

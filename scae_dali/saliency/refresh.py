@@ -28,6 +28,7 @@ from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.harvest import Harvest
 from scae_dali.saliency.layers import classifier_of
 from scae_dali.saliency.package import PREFIX, PackageCAM
+from scae_dali.saliency.probe import own_tensor
 from scae_dali.saliency.scorecam import ScoreCAM
 from scae_dali.saliency.sweep import make_maps, rank_and_world
 from scae_dali.saliency.weights import nearest_classes, weights_digest
@@ -121,7 +122,7 @@ def refresh_cache(
         from_harvest = np.isin(pending, choice.harvested)
         gathered, pending = pending[from_harvest], pending[~from_harvest]
         if world > 1:
-            pending = _union(pending, index, next(model.parameters()).device)
+            pending = _union(pending, index, own_tensor(model).device)
         store = Store(writer, harvest, progress)
         make_maps(cam, loader_for, pending, index.labels, autocast, store.take_maps)
         if cache is not None:

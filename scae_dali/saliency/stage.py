@@ -23,6 +23,7 @@ from scae_dali.data.index import ImageIndex
 from scae_dali.plan import schedule
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.harvest import Harvest
+from scae_dali.saliency.probe import own_tensor
 from scae_dali.saliency.refresh import PassReport, refresh_cache
 from scae_dali.saliency.sweep import rank_and_world
 from scae_dali.saliency.whole import whole_loader
@@ -72,7 +73,7 @@ class Stage(stage.Stage):
         Raises ValueError where the stage has no cache, or the size is not known, or where files
         cannot be normalised like the images of the stage.
         """
-        due = _needed_by_any(self._due(epoch), next(model.parameters()).device)
+        due = _needed_by_any(self._due(epoch), own_tensor(model).device)
         if due is None:
             self._warn_of_older_maps()
             return None
@@ -84,7 +85,7 @@ class Stage(stage.Stage):
         if loader_for is None:
             self._check_own_loader()
             settings.setdefault("settings", {"mean": self._run.mean, "std": self._run.std})
-            device = next(model.parameters()).device
+            device = own_tensor(model).device
             loader_for = partial(
                 whole_loader,
                 self.index,

@@ -53,7 +53,9 @@ def _stable_bytes(value: Any) -> Iterator[Any]:
     Of an object of an unknown class only the name of the class counts.
     """
     if isinstance(value, Tensor):
-        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        plain = value.detach() if value.layout == torch.strided else value.detach().to_dense()
+        plain = plain.cpu().resolve_conj().resolve_neg().contiguous()
+        yield plain.flatten().view(torch.uint8).numpy()
     elif isinstance(value, np.ndarray) and value.dtype != object:
         yield f"{value.dtype.str}{value.shape}".encode()
         yield value.tobytes()

@@ -21,9 +21,9 @@ from nvidia.dali.pipeline import do_not_convert
 from scae_dali.data.pixels import ArrayImages
 from scae_dali.methods import paste
 from scae_dali.methods.base import NO_PARTNERS, DataNode, Status, Triple
+from scae_dali.plan.compiled import compiled
 from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import Order
-from scae_dali.plan.random import compiled
 from scae_dali.stage.feed import check_order, feed
 from scae_dali.stage.images import cut, on_device
 from scae_dali.stage.stage import PlanNodes, Stage

@@ -1,11 +1,10 @@
 """Philox against its published vectors, and the independence of everything that keys it."""
 
-import numba
 import numpy as np
 import pytest
 from scipy import stats
 
-from scae_dali.plan.random import Stream, compiled, derive, philox, round_keys, uniforms
+from scae_dali.plan.random import Stream, derive, philox, round_keys, uniforms
 
 # Random123, kat_vectors: counter, key -> output of philox4x32-10.
 VECTORS = [
@@ -88,17 +87,3 @@ def test_derived_seeds_differ_by_purpose_and_seed():
     seeds = {derive(seed, purpose) for seed in range(50) for purpose in ("order", "noise", "model")}
     assert len(seeds) == 150
     assert all(0 <= seed < 2**31 for seed in seeds)
-
-
-def test_compiled_where_nothing_can_be_kept(monkeypatch):
-    njit, kept = numba.njit, []
-
-    def refuse(function, nogil, cache=False):
-        kept.append(cache)
-        if cache:
-            raise RuntimeError("cannot cache function 'twice': no locator available")
-        return njit(function, nogil=nogil)
-
-    monkeypatch.setattr(numba, "njit", refuse)
-    assert compiled(lambda x: 2 * x)(21) == 42
-    assert kept == [True, False]

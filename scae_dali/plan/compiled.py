@@ -1,0 +1,69 @@
+"""Functions that Numba compiles. Their machine code is kept on disk where that is possible.
+
+Numba lets every fault of its files on disk through to whoever calls the function, which is DALI in
+the middle of a run. Here such a fault costs a compilation, and a warning names the folder.
+"""
+
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import numba
+from numba.core.caching import FunctionCache
+
+
+def compiled(function: Callable) -> Callable:
+    """The function compiled by Numba, at its first call. The machine code is kept beside the
+    module or in the user's cache, if one of them is writable. Calls release the GIL.
+
+    Warns (RuntimeWarning) where kept machine code cannot be read, or new code cannot be kept.
+    """
+    dispatcher: Any = numba.njit(function, nogil=True)
+    if hasattr(dispatcher, "enable_caching"):  # not with NUMBA_DISABLE_JIT
+        with suppress(RuntimeError):  # neither folder is writable
+            dispatcher._cache = _MachineCode(function)
+    return dispatcher
+
+
+class _MachineCode(FunctionCache):
+    """The files of one function. A fault of theirs is a warning, and never an error."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:  # Numba unpickles and links, and either can raise anything
+            self._begin_anew(error)
+            return None  # so that Numba compiles
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except Exception as error:  # damaged meanwhile, or a full disk
+            self._give_up(error)
+
+    def _begin_anew(self, fault: Exception) -> None:
+        try:
+            self.flush()
+        except OSError as error:
+            self._give_up(error)
+            return
+        _warn(self.cache_path, f"is damaged ({_reason(fault)}), so it is compiled anew")
+
+    def _give_up(self, fault: Exception) -> None:
+        self.disable()
+        _warn(
+            self.cache_path,
+            f"cannot be kept ({_reason(fault)}), so every process compiles it, which takes "
+            "seconds: make room there, delete the files *.nbi and *.nbc, or name another folder by "
+            "the environment variable NUMBA_CACHE_DIR",
+        )
+
+
+def _reason(fault: Exception) -> str:
+    return fault.strerror if isinstance(fault, OSError) and fault.strerror else repr(fault)
+
+
+def _warn(folder: str, what: str) -> None:
+    # Python shows equal texts once, so the text does not name the function.
+    warnings.warn(f"Numba's machine code in {folder} {what}", RuntimeWarning, stacklevel=2)

@@ -1,0 +1,121 @@
+"""Numba keeps machine code on disk, and what happens to files on disk happens to it.
+
+Damaged files are https://github.com/numba/numba/issues/10434 and
+https://github.com/numba/numba/issues/9348, of which a later Numba may take care itself.
+"""
+
+import errno
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numba
+import pytest
+from numba.core.caching import FunctionCache
+
+from scae_dali.plan.compiled import compiled
+
+SOURCE = """
+import sys, warnings
+from scae_dali.plan.compiled import compiled
+
+@compiled
+def inner(x):
+    return 3 * x
+
+@compiled
+def outer(x):
+    return inner(x) + 1
+
+warnings.simplefilter("always")
+print(outer(int(sys.argv[1])), sum(outer.stats.cache_hits.values()))
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Runs a program with two functions; -> what it printed, what it warned of, its cache."""
+    source, folder = tmp_path / "program.py", tmp_path / "kept"
+    source.write_text(SOURCE)
+
+    def run(x):
+        ended = subprocess.run(
+            [sys.executable, source, str(x)],
+            cwd=Path(__file__).parents[2],
+            env={"NUMBA_CACHE_DIR": str(folder), "PYTHONPATH": str(Path(__file__).parents[2])},
+            capture_output=True,
+            text=True,
+        )
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout.split(), ended.stderr, sorted(folder.rglob("*.nb?"))
+
+    return run
+
+
+DAMAGE = {
+    "empty": lambda data: b"",
+    "cut off": lambda data: data[: len(data) // 2],
+    "zeros": lambda data: bytes(len(data)),
+    "another file": lambda data: b"<html>quota exceeded</html>",
+    "its end missing": lambda data: data[:-20],
+}
+
+
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_machine_code_is_made_anew(program, damage, kind):
+    printed, warned, files = program(5)
+    assert (printed, warned) == (["16", "0"], "")
+    assert program(5)[0] == ["16", "1"]
+    for file in files:
+        if file.suffix == f".{kind}":
+            file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    printed, warned, _ = program(7)
+    assert printed == ["22", "0"]
+    assert str(files[0].parent) in warned
+    assert program(7)[:2] == (["22", "1"], "")
+
+
+@pytest.fixture
+def twice():
+    @compiled
+    def twice(x):
+        return 2 * x
+
+    return twice
+
+
+def test_a_full_disk(twice, monkeypatch):
+    def full(*anything):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("numba.core.caching.IndexDataCacheFile._save_data", full)
+    with pytest.warns(RuntimeWarning, match=r"machine code in /.* cannot be kept \(No space left"):
+        assert twice(21) == 42
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert twice(21.0) == 42.0  # and it is not tried again
+
+
+def test_damaged_machine_code_on_a_full_disk(twice, monkeypatch):
+    def full(*anything):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr("numba.core.caching.IndexDataCacheFile._load_index", lambda self: 1 / 0)
+    monkeypatch.setattr("numba.core.caching.IndexDataCacheFile._save_index", full)
+    with pytest.warns(RuntimeWarning, match=r"cannot be kept \(Disk quota.*NUMBA_CACHE_DIR"):
+        assert twice(21) == 42
+
+
+def test_no_folder_is_writable(monkeypatch):
+    def refuse(self, function):
+        raise RuntimeError("cannot cache function 'twice': no locator available")
+
+    monkeypatch.setattr(FunctionCache, "__init__", refuse)
+    assert compiled(lambda x: 2 * x)(21) == 42
+
+
+def test_without_compilation(monkeypatch):
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
+    assert compiled(lambda x: 2 * x)(21) == 42
