@@ -304,6 +304,13 @@ def _check_labels(
 
 def open_data(config: DataConfig, threads: int, ranks: Ranks) -> Data:
     """The data, in every rank. One rank of each node indexes archives, the others read what it has
-    kept."""
+    kept. Raises ValueError where there are fewer images than ranks."""
     together(ranks, config.index_archives if ranks.local == 0 else None)
-    return config.open(threads)
+    data = config.open(threads)
+    for name, index in (("training", data.train), ("validation", data.val)):
+        check(
+            len(index) >= ranks.world,
+            f"processes must be at most the {len(index)} {name} images, of which each takes a "
+            f"share, got {ranks.world}: start fewer processes",
+        )
+    return data

@@ -46,7 +46,9 @@ _OPTION = "(train.py: --data.exclude)"
 _UNDECODABLE = "does not decode"  # though its bytes look sound
 _OPERATOR = re.compile(r"operator `([^`]+)`")
 _READS = re.compile(r"readers|decoders|peek_image_shape|io\.file")
-_NO_IMAGE = re.compile(r"CUDA (runtime|driver) API error|cudaError|[Cc]an't allocate")
+_NO_IMAGE = re.compile(
+    r"CUDA (runtime|driver) API error|cudaError|[Cc]an't allocate|requested number of shards"
+)
 _NAMED = re.compile(
     r"(?:Failed to decode sample #\d+ : |File mapping failed: |Failed to open file:? )(.+)"
 )

@@ -9,15 +9,17 @@ import os
 
 import numpy as np
 import pytest
+from conftest import write_images
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from pipelines.data import DataConfig
+from pipelines.data import DataConfig, open_data
 from scae_dali.commands import check_images
 from scae_dali.data.broken import fault, look
 from scae_dali.data.index import DatasetError, ImageIndex
 from scae_dali.data.scan import EXTENSIONS
 from scae_dali.saliency.whole import whole_loader
+from scae_dali.training.ranks import Ranks
 
 
 def test_all_that_torchvision_lists_and_dali_decodes_is_listed_and_sound(tmp_path, capsys):
@@ -105,3 +107,23 @@ def test_an_empty_val_folder_stands_for_a_class_without_images(folder, tmp_path)
     data = DataConfig(root=str(root)).open()
     assert data.val.classes == data.train.classes
     assert data.val.class_counts[-1] == 0
+
+
+@pytest.mark.parametrize("fewer", ["train", "val"])
+def test_fewer_images_than_processes_are_told(tmp_path, monkeypatch, fewer):
+    for split in ("train", "val"):
+        write_images(tmp_path / split, {"a": 1, "b": 1} if split == fewer else {"a": 2, "b": 3})
+    ranks = Ranks("cpu")
+    monkeypatch.setattr(ranks, "world", 3)
+    monkeypatch.setattr(ranks, "gather", lambda value: [value])
+    kind = {"train": "training", "val": "validation"}[fewer]
+    with pytest.raises(ValueError, match=f"processes must be at most the 2 {kind} images.*got 3"):
+        open_data(DataConfig(root=str(tmp_path)), 1, ranks)
+
+
+def test_a_reader_of_fewer_images_than_shards_is_no_broken_file(index):
+    with pytest.raises(RuntimeError, match="at least equal to the requested number of shards") as e:
+        whole_loader(
+            index, batch_size=1, size=4, num_shards=51, mean=(0, 0, 0), std=(1, 1, 1)
+        ).start()
+    assert "cannot be read" not in str(e.value)
