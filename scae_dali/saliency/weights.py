@@ -14,6 +14,8 @@ from scae_dali.cache.format import check_neighbors
 
 __all__ = ["nearest_classes", "weights_digest"]
 
+_BLOCK = 1 << 24  # similarities at once, 64 MB: with 20,000 classes all would take 1.6 GB
+
 
 @torch.no_grad()
 def nearest_classes(weight: Tensor, class_counts: np.ndarray, m: int) -> np.ndarray:
@@ -23,13 +25,17 @@ def nearest_classes(weight: Tensor, class_counts: np.ndarray, m: int) -> np.ndar
     nobody's neighbour while there are others. Returns uint16 [K, min(m, K - 1)]. Raises ValueError
     for more classes than uint16 can number.
     """
-    check_neighbors(m, len(weight))
-    unit = nn.functional.normalize(weight.float().cpu(), dim=1)
-    similarity = unit @ unit.T
-    similarity[:, torch.from_numpy(class_counts == 0)] = -2.0
-    similarity.fill_diagonal_(-3.0)
-    nearest = similarity.topk(min(m, len(weight) - 1), dim=1).indices
-    return nearest.numpy().astype(np.uint16)
+    classes = len(weight)
+    check_neighbors(m, classes)
+    unit = nn.functional.normalize(weight.float(), dim=1)
+    empty = torch.from_numpy(class_counts == 0).to(unit.device)
+    nearest = []
+    for own in torch.arange(classes, device=unit.device).split(max(1, _BLOCK // classes)):
+        similarity = unit[own] @ unit.T
+        similarity[:, empty] = -2.0
+        similarity.scatter_(1, own[:, None], -3.0)
+        nearest.append(similarity.topk(min(m, classes - 1), dim=1).indices)
+    return torch.cat(nearest).cpu().numpy().astype(np.uint16)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -9,6 +9,7 @@ from passes import Net, loaders
 from torch import nn
 
 from scae_dali.cache import SaliencyCache
+from scae_dali.saliency import weights
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.refresh import METHODS, refresh_cache
 from scae_dali.saliency.scorecam import ScoreCAM
@@ -160,6 +161,19 @@ def test_the_nearest_classes_are_those_of_the_smallest_angle():
     # The cosine of nothing with anything is 0, which is between.
     assert nearest_classes(WEIGHT, counts, 4)[0].tolist()[:2] == [1, 3]
     assert nearest_classes(WEIGHT, counts, 5)[0].tolist()[-1] == 2
+
+
+@pytest.mark.parametrize("at_once", [1, 23, 46, 10**6])
+def test_neighbours_are_found_in_blocks(monkeypatch, at_once):
+    monkeypatch.setattr(weights, "_BLOCK", at_once)
+    random = np.random.default_rng(0)
+    vectors, counts = random.normal(size=(23, 7)), random.integers(0, 2, 23)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosine = np.where(counts == 0, -2, unit @ unit.T)
+    np.fill_diagonal(cosine, -3)
+    filled = np.count_nonzero(counts) - 1  # order among empty classes does not matter
+    near = nearest_classes(torch.from_numpy(vectors), counts, 22)
+    np.testing.assert_array_equal(near[:, :filled], np.argsort(-cosine, axis=1)[:, :filled])
 
 
 def test_a_class_without_samples_is_the_last_neighbour():
