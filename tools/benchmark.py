@@ -23,6 +23,7 @@ NAMES = (
     "scale",
     "plot_performance",
 )
+COMPARE = "--compare"  # takes results, and measures nothing
 
 
 def summary(name: str) -> str:
@@ -35,14 +36,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, *options = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print((__doc__ or "").partition("\n")[0] + "\n")
-        for known in NAMES:
-            print(f"{known:{max(map(len, NAMES))}}  {summary(known)}")
+        for known in (*NAMES, COMPARE):
+            print(f"{known:{max(map(len, NAMES))}}  {summary(known.removeprefix('--'))}")
         return
-    if name not in NAMES:
+    if name not in (*NAMES, COMPARE):
         print(f"error: no benchmark {name!r}; there are {', '.join(NAMES)}", file=sys.stderr)
         sys.exit(2)
     try:
-        importlib.import_module(f"tools.benchmarks.{name}").main(options)
+        module = importlib.import_module(f"tools.benchmarks.{name.removeprefix('--')}")
+        if module.main(options) and name == COMPARE:
+            sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
