@@ -32,7 +32,7 @@ def impatient(monkeypatch):
 
 def test_the_runner_lists_what_there_is():
     listed = [line.split(maxsplit=1) for line in run("benchmark").splitlines()[2:]]
-    assert tuple(name for name, _ in listed) == benchmark.NAMES
+    assert tuple(name for name, _ in listed) == (*benchmark.NAMES, "--compare")
     assert all(said.endswith(".") for _, said in listed)
     assert run("benchmark", "--help") == run("benchmark")
     said = run("benchmark", "bandwidth", status=2)
