@@ -39,9 +39,10 @@ def train_pipeline(
     if order is not None:
         check_order(order, stage, execution.batch_size)
     fetch = partial(
-        decode_crop,
+        partner.decode_crop,
         size=(image.size, image.size),
-        path="full",  # see partner.Fetch
+        crop=image.crop,
+        device="cpu" if execution.device_id is None else "gpu",
         hw_decoder_load=execution.hw_decoder_load,
     )
 

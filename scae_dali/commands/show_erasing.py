@@ -152,7 +152,8 @@ def show_pipeline(stage: Stage, ids: list[int], side: int) -> Pipeline:
         start, shape = plan.part("start", types.FLOAT), plan.part("shape", types.FLOAT)
         images = decode_crop(encoded, start, shape, size)
         if stage.mixes:
-            images = partner.mix(images, plan, crop, partial(decode_crop, size=size, path="full"))
+            fetch = partial(partner.decode_crop, size=size, crop=crop, device="cpu")
+            images = partner.mix(images, plan, crop, fetch)
         images = normalise(stage.apply(images, plan))
         window = (plan.part(name, types.INT32) for name in ("start", "shape"))
         box = plan.part("box", types.FLOAT)

@@ -21,13 +21,13 @@ from nvidia.dali.pipeline import do_not_convert
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods.base import NO_PARTNERS, DataNode, require_conditionals
 from scae_dali.plan.crop import CropConfig
-from scae_dali.stage.images import cut
+from scae_dali.stage.images import IN_PIXELS, cut
 from scae_dali.stage.table import Planner
 
 # (encoded, start int32 [2], shape int32 [2]) -> the windows of the partners, HWC, as large as the
 # images that they are mixed into. Where a batch has nothing to mix, these are batches of no samples
-# and, behind a GPU decoder, without a layout. fn.resize would fail on them, fn.slice does not:
-# so decode a partner whole and slice its window out, rather than decode the window alone.
+# and, behind a GPU decoder, without a layout. fn.resize would fail on them, fn.slice does not: so
+# decode a partner whole on a GPU and slice its window out, rather than decode the window alone.
 Fetch = Callable[[DataNode, DataNode, DataNode], DataNode]
 
 
@@ -56,16 +56,25 @@ def decode_crop(
     encoded: DataNode,
     start: DataNode,
     shape: DataNode,
-    images: DataNode,
-    size: tuple[int, int] | None,
+    *,
+    size: tuple[int, int] | DataNode,
+    crop: CropConfig,
+    device: str,
+    **on_gpu: Any,
 ) -> DataNode:
-    """A Fetch: the window (start, shape) of an image, as large as `images` and on their device.
+    """A Fetch: the window (start, shape) of an image, resized.
 
-    size: (h, w) of `images` in pixels; None asks them.
+    size: (h, w) in pixels, or a node that gives it, float32 [2]. crop: how windows are drawn.
+    device: `cpu` or `gpu`, where the image is decoded. on_gpu: arguments of DALI's decoder there.
     """
-    device = "cpu" if images.device == "cpu" else "mixed"
-    side = fn.cast(images.shape()[:2], dtype=types.FLOAT) if size is None else list(size)
-    return cut(fn.decoders.image(encoded, device=device), start, shape, side)
+    if device != "cpu":
+        images = fn.decoders.image(encoded, device="mixed", **on_gpu)
+    elif crop.kind == "pad":  # a window may reach outside
+        images = fn.decoders.image(encoded)
+    else:
+        images = fn.decoders.image_slice(encoded, start, shape, axes=(0, 1), **IN_PIXELS)
+        return fn.resize(images, size=size)
+    return cut(images, start, shape, size)
 
 
 @do_not_convert

@@ -300,7 +300,8 @@ class Stage:
                     f"[0, 255], got {self._run.mean}; call the stage before the normalisation, or "
                     f"{NO_PARTNERS}"
                 )
-            fetch = partial(partner.decode_crop, images=images, size=size)
+            side = fn.cast(images.shape()[:2], dtype=types.FLOAT) if size is None else size
+            fetch = partial(partner.decode_crop, size=side, crop=partner_crop, device=images.device)
             with base.branches_explained():
                 images = partner.mix(images, plan, partner_crop, fetch)
         return self.apply(images, plan), plan.targets

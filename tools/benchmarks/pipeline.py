@@ -126,7 +126,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         type=shares,
         default=[],
         metavar="S,...",
-        help="measure SCAE also with this share of the images mixed, above 0 and at most 0.25",
+        help="measure SCAE also with this share of the images mixed, above 0 and at most 0.4",
     )
     parser.add_argument(
         "--tars",
@@ -201,8 +201,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--methods: {error}")
     if unknown := parts - set(BUILT_IN):
         parser.error(f"--methods: no method {', '.join(unknown)}; there are {', '.join(BUILT_IN)}")
-    if not all(0 < share <= 0.25 for share in args.mixed_share):
-        parser.error("--mixed-share must be shares of the samples, above 0 and at most 0.25")
+    if not all(0 < share <= 0.4 for share in args.mixed_share):
+        parser.error("--mixed-share must be shares of the samples, above 0 and at most 0.4")
     if args.tars and args.source != "files":
         parser.error("--tars packs files, got --source memory")
     if "timm" in args.peers and not peers.has_timm():
