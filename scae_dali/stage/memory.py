@@ -24,6 +24,7 @@ from scae_dali.methods.base import NO_PARTNERS, DataNode, Status, Triple
 from scae_dali.plan.compiled import compiled
 from scae_dali.plan.crop import CropConfig
 from scae_dali.plan.order import Order
+from scae_dali.stage.blend import blend
 from scae_dali.stage.feed import check_order, feed
 from scae_dali.stage.images import cut, on_device
 from scae_dali.stage.stage import PlanNodes, Stage
@@ -205,9 +206,7 @@ class FedPlan(PlanNodes):
             return self._pixels[ids]
         images = shifted(self._pixels, ids, rows[:, self.planner.columns["start"]].astype(np.int64))
         if len(mixed) and not self.planner.pastes:
-            mu = rows[mixed, self.planner.columns["mu"], None, None].astype(np.float32)
-            both = images[mixed] * mu + partners * (1 - mu)
-            images[mixed] = np.floor(both + 0.5).astype(np.uint8)
+            blend(images, mixed, partners, rows[mixed, self.planner.columns["mu"].start])
         if self._fill is not None:
             _fill_boxes(images, rows[:, self.planner.columns["box"]].astype(np.int64), self._fill)
         if self._pasted is not None:

@@ -21,6 +21,7 @@ from nvidia.dali.pipeline import do_not_convert
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods.base import NO_PARTNERS, DataNode, require_conditionals
 from scae_dali.plan.crop import CropConfig
+from scae_dali.stage.blend import blended
 from scae_dali.stage.images import IN_PIXELS, cut
 from scae_dali.stage.table import Planner
 
@@ -95,6 +96,10 @@ def _given(others, row):
 def _blend(images, plan, partners):
     other, _ = partners()
     mu = plan.scalar("mu", types.FLOAT)
+    if images.device == "cpu":
+        return fn.python_function(
+            images, other, mu, function=blended, batch_processing=True, output_layouts="HWC"
+        )
     return fn.cast_like(images * mu + other * (1.0 - mu), images)
 
 

@@ -1,0 +1,55 @@
+"""The blend of an image and its partner on the CPU, compiled: μ·image + (1 - μ)·partner.
+
+DALI's arithmetic does the same in float32, and takes a third of a decoded image's time for it.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from scae_dali.plan.compiled import compiled
+
+_Pixels = npt.NDArray[np.uint8]
+
+
+def blend(images: _Pixels, which: np.ndarray, partners: _Pixels, mu: np.ndarray) -> None:
+    """Blend partners into some images, in place, rounded to the nearest grey level.
+
+    images: uint8 [n, ...]. which: int64 [m], positions in them. partners: uint8 [m, ...], of the
+    images' shape. mu: float [m] in [0, 1], the weights of the images.
+    """
+    for k, partner, weight in zip(which, partners, mu.astype(np.float32), strict=True):
+        _blend(images[k].ravel(), partner.ravel(), weight)
+
+
+def blended(
+    images: list[np.ndarray], partners: list[np.ndarray], mu: list[np.ndarray]
+) -> list[np.ndarray]:
+    """Images blended with their partners, as fn.python_function calls it.
+
+    images, partners: [H, W, C] each, of one shape, in the type of images with the grey levels of
+    uint8. mu: float32 [] each, the weights of the images.
+    """
+    return [
+        _one(image, partner, np.float32(weight))
+        for image, partner, weight in zip(images, partners, mu, strict=True)
+    ]
+
+
+def _one(image: np.ndarray, partner: np.ndarray, mu: np.float32) -> np.ndarray:
+    if image.dtype == partner.dtype == np.uint8:
+        out = image.copy()
+        _blend(out.ravel(), partner.ravel(), mu)
+        return out
+    both = image * mu + partner * (1 - mu)
+    if np.issubdtype(image.dtype, np.integer):
+        both = np.floor(both + 0.5)
+    return both.astype(image.dtype)
+
+
+@compiled
+def _blend(image, partner, mu):
+    """Blends flat arrays, uint8 [n] each, into the first. mu: float32."""
+    rest = np.float32(1.0) - mu
+    for j in range(len(image)):
+        value = np.float32(image[j]) * mu + np.float32(partner[j]) * rest
+        image[j] = np.uint8(value + np.float32(0.5))
