@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed, nn
 
 from scae_dali.cache import SaliencyCache
+from scae_dali.cache.format import checked_epoch
 from scae_dali.checks import check
 from scae_dali.data.index import ImageIndex
 from scae_dali.plan import schedule
@@ -25,7 +27,7 @@ from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.harvest import Harvest
 from scae_dali.saliency.probe import own_tensor
 from scae_dali.saliency.refresh import PassReport, refresh_cache
-from scae_dali.saliency.sweep import rank_and_world
+from scae_dali.saliency.sweep import asked_batches, rank_and_world
 from scae_dali.saliency.whole import whole_loader
 from scae_dali.stage import stage
 from scae_dali.stage.loader import Batch
@@ -73,7 +75,9 @@ class Stage(stage.Stage):
         Raises ValueError where the stage has no cache, or the size is not known, or where files
         cannot be normalised like the images of the stage.
         """
-        due = _needed_by_any(self._due(epoch), own_tensor(model).device)
+        own = own_tensor(model)
+        due = _needed_by_any(self._due(epoch), own.device)
+        self._trained = epoch
         if due is None:
             self._warn_of_older_maps()
             return None
@@ -85,7 +89,6 @@ class Stage(stage.Stage):
         if loader_for is None:
             self._check_own_loader()
             settings.setdefault("settings", {"mean": self._run.mean, "std": self._run.std})
-            device = own_tensor(model).device
             loader_for = partial(
                 whole_loader,
                 self.index,
@@ -93,8 +96,10 @@ class Stage(stage.Stage):
                 mean=self._run.mean,
                 std=self._run.std,
                 batch_size=batch_size or self.batch_size,
-                device_id=device.index if device.type == "cuda" else None,
+                device_id=own.device.index if own.device.type == "cuda" else None,
             )
+        else:
+            _check_size(loader_for, size)
         if writes and cache is None:
             grid = GradCAM(model, layer).grid(size)
             cache = SaliencyCache.create(lookup.path, self.index, grid=grid, exist_ok=True)
@@ -127,6 +132,12 @@ class Stage(stage.Stage):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the pass of a `state_dict`, if the cache still has its maps. If it has not,
         the pass that is due last is made anew."""
+        names = {*state} if isinstance(state, dict) else set()
+        check(
+            {"pass", "token"} <= names,
+            "state must be what state_dict of a stage gives, with pass and token, got "
+            f"{', '.join(map(str, names)) or state!r}",
+        )
         lookup = self._lookup
         cache = None if lookup is None else lookup.cache
         same = cache is not None and cache.meta.token == state["token"]
@@ -134,7 +145,7 @@ class Stage(stage.Stage):
 
     def _due(self, epoch: int) -> int | None:
         """The epoch of the pass to be made before `epoch` is trained; None where none must be."""
-        check(epoch >= 0, f"epoch must be at least 0, got {epoch}; count from 0")
+        checked_epoch(epoch)
         check(
             self._lookup is not None,
             "cache must be given to a stage that makes saliency passes, got None; the path of a "
@@ -185,7 +196,23 @@ class Stage(stage.Stage):
                 "size must be the side of the images in a saliency pass, in pixels, got None; pass "
                 "it here, or (h, w) of the training images where you call the stage"
             )
-        return size
+        check(
+            isinstance(size, int | np.integer) and size >= 1,
+            f"size must be the side of the images in a saliency pass, in pixels, got {size!r}",
+        )
+        return int(size)
+
+
+def _check_size(loader_for: Callable[[Sequence[int]], Iterable[Batch]], size: int) -> None:
+    """Raise ValueError where a user's loader gives images of another size than the maps are for.
+    The first image is looked at."""
+    for batch in asked_batches(loader_for([0]), [0]):
+        height, width = batch.images.shape[2:]
+        check(
+            (height, width) == (size, size),
+            f"size must be that of the images which loader_for gives, {height} x {width} pixels, "
+            f"got {size}: pass size={max(height, width)}, or have loader_for stretch the images",
+        )
 
 
 def _needed_by_any(due: int | None, device: torch.device) -> int | None:

@@ -11,9 +11,10 @@ from torch import Tensor, distributed
 
 from scae_dali.checks import check
 from scae_dali.saliency.cam import SaliencyMethod
+from scae_dali.saliency.probe import own_tensor
 from scae_dali.stage.loader import Batch, ids_of
 
-__all__ = ["make_maps", "rank_and_world"]
+__all__ = ["asked_batches", "make_maps", "rank_and_world"]
 
 Take = Callable[[np.ndarray, np.ndarray], None]
 
@@ -34,9 +35,10 @@ def make_maps(
 ) -> None:
     """Make the maps of samples, each of its own label, and give those of all ranks to each rank.
 
-    Every rank calls it, with the same ids, and computes its part of them. ids: int64 [n]. labels:
-    int64 [N], of all samples of the index. take(ids int64 [m], maps uint8 [m, h, w]) is called in
-    the order of ids; the last batch of all ranks may have samples twice.
+    Every rank calls it, with the same ids, and computes its part of them. Without autocast, images
+    are brought to the type of the network's weights. ids: int64 [n]. labels: int64 [N], of all
+    samples of the index. take(ids int64 [m], maps uint8 [m, h, w]) is called in the order of ids;
+    the last batch of all ranks may have samples twice.
 
     Raises ValueError where loader_for gives other batches than those of the samples that it is
     asked for, as whole images, and where the method gives maps that are not in [0, 1].
@@ -46,7 +48,7 @@ def make_maps(
     rank, world = rank_and_world()
     # Rank r takes every world-th sample: what the ranks give together is in the order of ids.
     part = np.resize(ids, -(-len(ids) // world) * world)[rank::world].tolist()
-    own = torch.from_numpy(labels.copy())
+    own, dtype = torch.from_numpy(labels.copy()), own_tensor(cam.model).dtype
     queued = None
 
     def hand_on(of_batch: Callable[[], list[np.ndarray]]) -> None:
@@ -61,10 +63,13 @@ def make_maps(
     # A batch is handed on when the next one has been queued, so that the device never waits for
     # the host; the last one also where the loop breaks off.
     try:
-        for batch in _asked(loader_for(part), part):
+        for batch in asked_batches(loader_for(part), part):
             with autocast():
+                images = batch.images
+                if not torch.is_autocast_enabled(images.device.type):
+                    images = images.to(dtype)
                 # Labels come from the host: reading them from the device would wait for it.
-                maps = cam(batch.images, own[ids_of(batch)])
+                maps = cam(images, own[ids_of(batch)])
             levels = (maps * 255).round()
             outside = ~((levels >= 0) & (levels <= 255)).all()  # true of NaN as well
             every = _gather(ids_of(batch), levels.to(torch.uint8), world)
@@ -76,13 +81,18 @@ def make_maps(
             hand_on(queued)
 
 
-def _asked(batches: Iterable[Batch], ids: Sequence[int]) -> Iterator[Batch]:
+def asked_batches(batches: Iterable[Batch], ids: Sequence[int]) -> Iterator[Batch]:
     """The batches, checked to hold exactly these samples in this order."""
     remedy = "read the ids that loader_for is given, all of them and in their order"
     check(batches is not None, f"loader_for returned None for {len(ids)} samples; {remedy}")
     wanted, whole = torch.tensor(ids), torch.tensor([0.0, 0.0, 1.0, 1.0])
     done = 0
     for batch in batches:
+        check(
+            all(hasattr(batch, name) for name in ("images", "ids", "windows", "flips", "status")),
+            f"loader_for must give batches as scae_dali.Batch, got {type(batch).__name__}: a "
+            "Loader or whole_loader gives them",
+        )
         given = ids_of(batch).long()
         asked = wanted[done : done + len(given)]
         same = min(len(given), len(asked))

@@ -1,6 +1,5 @@
 """A stage in DALI's dynamic mode, where operators run as they are called, without a pipeline."""
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from scae_dali.methods.base import Method
 from scae_dali.methods.rectangle import Rectangle
 from scae_dali.stage.operator import Operator
 from scae_dali.stage.table import Planner
+from scae_dali.stage.wiring import check_window
 
 Values = Any  # what holds a value a sample: ndd.Batch, array or tensor [B, ...], list of arrays
 
@@ -39,7 +39,7 @@ class Dynamic:
             )
         self._method, self._planner, self._make_operator = method, planner, operator
         self._operators: dict[int, Operator] = {}  # by how many inputs describe the crop
-        self._told = False
+        self._looked_at = not method.run.grey_levels  # whether images were seen to be grey levels
 
     def __call__(
         self, images: Any, ids: Values, epoch: int, window: Sequence[Values] | None
@@ -47,18 +47,33 @@ class Dynamic:
         """The images with filled rectangles, and label, partner and μ."""
         import nvidia.dali.experimental.dynamic as ndd
 
+        if not isinstance(images, ndd.Batch):
+            raise TypeError(
+                f"images must be a Batch of DALI's dynamic mode, got {type(images).__name__}; "
+                'ndd.as_batch(images, layout="HWC") makes one'
+            )
         if images.layout != "HWC":
             raise ValueError(
                 f"images must be HWC, got {images.layout or 'no layout'}; call the stage before "
                 "the normalisation or the transposition"
             )
-        frames = () if window is None else tuple(_arrays(one) for one in window)
         sizes = [np.array(shape) for shape in images.shape]
+        if other := {int(size[2]) for size in sizes} - {3}:
+            raise ValueError(f"images must have 3 channels, got {other.pop()}; decode them as RGB")
+        self._look_at(images)
+        if window is not None:
+            check_window(window)
+        frames = () if window is None else tuple(_arrays(one) for one in window)
         wanted = _arrays(ids)
+        for name, values in (("ids", wanted), *(("window", frame) for frame in frames)):
+            if len(values) != len(sizes):
+                raise ValueError(
+                    f"{name} must have a value for each of the {len(sizes)} images, got "
+                    f"{len(values)}"
+                )
         epochs = [np.array([epoch])] * len(wanted)
         operator = self._operator(len(frames))
         rows = self._planner(*operator.arguments([wanted, epochs, *frames, sizes]))
-        self._warn_of_repeats(rows)
         plan = _Table(rows, self._planner)
         method = self._method
         filled = ndd.erase(
@@ -83,19 +98,23 @@ class Dynamic:
             )
         return self._operators[frames]
 
-    def _warn_of_repeats(self, rows: np.ndarray) -> None:
-        """Warn, once, of a batch that has a sample twice: its ids may be class labels. A reader
-        may fill up its last batch with copies of the last sample."""
-        ids = rows[:, self._planner.columns["id"].start]
-        others = np.flatnonzero(ids != ids[-1])
-        ids = ids[: others[-1] + 2] if len(others) else ids[:1]
-        if not self._told and len(np.unique(ids)) < len(ids):
-            self._told = True
-            warnings.warn(
-                "ids have a sample more than once in a batch; if they are class labels, erasing is "
-                "guided by the wrong maps: let the reader read index.files without labels",
-                RuntimeWarning,
-                stacklevel=4,
+    def _look_at(self, images: Any) -> None:
+        """Raise ValueError where images of floats are no grey levels; the first batch is looked at.
+
+        In a pipeline the graph tells.
+        """
+        if self._looked_at or not len(images.shape):
+            return
+        self._looked_at = True
+        if not str(images.dtype).startswith("f"):
+            return
+        every = [np.asarray(one) for one in images.cpu().tensors]
+        low, high = float(min(map(np.min, every))), float(max(map(np.max, every)))
+        if low < 0 or 0 < high <= 1:
+            raise ValueError(
+                f"images must be in grey levels 0 … 255 where mean is {self._method.run.mean}, got "
+                f"values from {low:.3g} to {high:.3g}; call the stage before the normalisation, or "
+                "pass the mean and std that its images have"
             )
 
 
@@ -113,6 +132,11 @@ class _Table:
 
 
 def _arrays(values: Values) -> list[np.ndarray]:
-    """A value a sample, as arrays of at least one dimension."""
+    """A value a sample, as arrays of at least one dimension. Names are encoded."""
     each: Iterable[Any] = values.cpu().tensors if hasattr(values, "tensors") else values
-    return [np.atleast_1d(np.asarray(one)) for one in each]
+    return [
+        np.frombuffer(one.encode(), np.uint8)
+        if isinstance(one, str)
+        else np.atleast_1d(np.asarray(one))
+        for one in each
+    ]

@@ -138,6 +138,12 @@ class Loader:
             self._length = {"size": order.batches * order.batch_size}
             self._valid = order.shard_size
         self._outputs, self._batch_size = list(outputs), pipeline.max_batch_size
+        self._counts = {
+            "batch_size": self._batch_size,
+            "num_shards": shards,
+            "epoch_size": epoch_size,
+            "index": index.fingerprint,
+        }
         self._dali: DALIGenericIterator | None = None  # until `start`
         self._batches = batches_per_epoch(epoch_size, self._batch_size, shards, drop_last=drop_last)
         if self._batches == 0:
@@ -205,25 +211,46 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """What a loader that is made alike needs to go on after the last batch given: the state of
-        the pipeline (bytes), the epoch of the next batch and its place in it. After the last batch
-        of an epoch, this is the beginning of the next one.
+        the pipeline (bytes), the epoch of the next batch and its place in it, and what its batches
+        are counted by. After the last batch of an epoch, this is the beginning of the next one.
         """
-        return {"pipeline": self.state(), "epoch": self.epoch, "position": self._position}
+        return {
+            "pipeline": self.state(),
+            "epoch": self.epoch,
+            "position": self._position,
+            "counts": self._counts,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`. The next `for` loop gives what is left of the epoch.
 
-        Raises RuntimeError where batches are prepared already, and ValueError for another state.
+        Raises RuntimeError where batches are prepared already, and ValueError for another state,
+        or that of a loader with other batches, shards or images.
         """
         if self._dali is not None:
             raise RuntimeError(
                 "load_state_dict must come before the first batch, got a loader that has prepared "
                 "some; make a pipeline and a loader anew"
             )
-        if not {"pipeline", "epoch", "position"} <= {*state}:
+        names = {*state} if isinstance(state, Mapping) else set()
+        if not {"pipeline", "epoch", "position"} <= names:
             raise ValueError(
                 "state must be what state_dict of a Loader gives, with pipeline, epoch and "
-                f"position, got {', '.join(map(str, state)) or 'nothing'}"
+                f"position, got {', '.join(map(str, names)) or repr(state)}"
+            )
+        # Before counts were kept, nobody could tell.
+        for name, value in state.get("counts", {}).items():
+            if value != self._counts[name]:
+                what = "index of other images or labels" if name == "index" else f"{name}={value}"
+                raise ValueError(
+                    f"the state is of a loader with {what}, and this one has "
+                    f"{name}={self._counts[name]}, so it would go on elsewhere: make the pipeline "
+                    "and the loader as they were, or begin anew without the state"
+                )
+        if not 0 <= state["position"] <= self._batches:
+            raise ValueError(
+                f"position must be in 0 … {self._batches}, the batches of an epoch, got "
+                f"{state['position']}"
             )
         self._pipeline._checkpoint = state["pipeline"]
         self._pipeline._restore_state_from_checkpoint()

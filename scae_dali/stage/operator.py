@@ -5,6 +5,7 @@ the batch, checks what can only be seen while the pipeline runs, and asks the pl
 """
 
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -53,6 +54,7 @@ class Operator:
         known = origin is None or self._reader is None or origin.kind == "File"
         if counts and not known and epoch_size <= len(planner.index):  # no sample is wanted twice
             self._once = wiring.EachOnce(planner.index)
+        self._look_for_repeats = not counts and (origin is None or origin.kind != "File")
 
     def python(self, *inputs: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """What fn.python_function calls."""
@@ -96,6 +98,14 @@ class Operator:
             positions = self._names.ids([bytes(name).decode() for name in ids])
         else:
             positions = self._positions(ids, number)
+        if self._look_for_repeats and wiring.repeats(positions):
+            self._look_for_repeats = False
+            warnings.warn(
+                "ids have a sample more than once in a batch; if they are class labels, erasing is "
+                "guided by the wrong maps: let the reader read index.files without labels",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         frames = [_batch(samples) for samples in rest[: self._frames]]
         if self._size is None:
             size_px = _batch(rest[-1])[:, :2].astype(np.int64)
@@ -121,7 +131,13 @@ class Operator:
 
     def _positions(self, ids: list[np.ndarray], number: np.ndarray | None) -> np.ndarray:
         """Ids that are numbers, int64 [B]."""
-        flat = _batch(ids)[:, 0]
+        each = _batch(ids)
+        if each.shape[1] != 1:
+            raise TypeError(
+                f"ids must be one integer a sample, got {each.shape[1]} of {each.dtype}; pass the "
+                "place in the index alone, or the name as uint8"
+            )
+        flat = each[:, 0]
         samples = len(self.planner.index)
         if flat.dtype.kind not in "iu" or np.iinfo(flat.dtype).max < samples - 1:
             raise TypeError(

@@ -5,13 +5,15 @@ of the batch and the crop windows, never pixels, and returns a small table, a ro
 (`Planner`). DALI's own operators read the table and change the pixels.
 """
 
+import operator
 import os
 import warnings
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import Pipeline, data_node, fn, types
 from nvidia.dali.pipeline import do_not_convert
 
 from scae_dali.cache import CacheError, SaliencyCache
@@ -212,6 +214,8 @@ class Stage:
         self.epoch_size = len(index) if epoch_size is None else epoch_size
         self.batches_per_epoch = batches_per_epoch(self.epoch_size, batch_size, num_shards)
         self._dynamic: Dynamic | None = None  # until it is called
+        self._trained = 0  # the epoch that the user has begun, as `refresh` is told
+        self._told_of_earlier = False
         self.seconds = 0.0  # spent in the Python operator, in DALI's thread
         self.size: tuple[int, int] | None = None  # (h, w) of the images, once a pipeline tells it
         self._in_batch: bool | None = None  # whether partners are of the batch; None: not known yet
@@ -334,9 +338,8 @@ class Stage:
         if pipeline is not None:
             wiring.check_executor(pipeline)
         self.size = size if isinstance(size, tuple) else told or self.size
-        epoch = int(epoch) if isinstance(epoch, np.integer) else epoch
         if epoch is not None:
-            self._check_epoch(epoch)
+            epoch = self._checked_epoch(epoch)
         elif pipeline is not None and pipeline.max_batch_size != self.batch_size:
             raise ValueError(
                 f"batch_size of the stage is {self.batch_size}, of the pipeline "
@@ -390,28 +393,38 @@ class Stage:
         Returns (images, Targets) of Batches; those of the targets are on the CPU.
 
         Raises ValueError where the method does more than fill one rectangle of each image, for
-        images that are not HWC, and for a negative epoch. Warns (RuntimeWarning) of a batch that
-        has a sample twice.
+        images that are not HWC or no grey levels, for ids or windows of another number of samples,
+        and for a negative epoch. Warns (RuntimeWarning) of a batch that has a sample twice.
         """
-        self._check_epoch(epoch)
+        epoch = self._checked_epoch(epoch)
         if self._dynamic is None:
             self._dynamic = Dynamic(self._method, self.planner(), self.operator)
-        filled, targets = self._dynamic(images, ids, int(epoch), window)
+        filled, targets = self._dynamic(images, ids, epoch, window)
         return filled, Targets(*targets)
 
-    def _check_epoch(self, epoch: DataNode | int) -> None:
-        """Raise ValueError for an epoch that cannot be one, or that the stage would count too."""
+    def _checked_epoch(self, epoch: Any) -> Any:
+        """An epoch that the user gives: int, or a node of a pipeline. Raises ValueError for one
+        that cannot be, or that the stage would count too."""
         if self.start_epoch:
             raise ValueError(
                 f"start_epoch must be 0 where epoch is given, got {self.start_epoch}: leave it out"
             )
-        if isinstance(epoch, int):
-            if epoch < 0:
-                raise ValueError(f"epoch must be at least 0, got {epoch}; count from 0")
-        elif getattr(epoch, "device", None) != "cpu":
-            raise ValueError(
-                f"epoch must be a number or a node on the CPU, got {epoch!r}; pass the source's own"
-            )
+        if isinstance(epoch, data_node.DataNode):
+            if epoch.device != "cpu":
+                raise ValueError(
+                    f"epoch must be a number or a node on the CPU, got one on the {epoch.device}; "
+                    "pass the source's own"
+                )
+            return epoch
+        number = None
+        if not isinstance(epoch, bool):
+            with suppress(TypeError):
+                number = operator.index(epoch)
+        if number is None:
+            raise ValueError(f"epoch must be a whole number, or a node on the CPU, got {epoch!r}")
+        if number < 0:
+            raise ValueError(f"epoch must be at least 0, got {epoch}; count from 0")
+        return number
 
     def attach(self, cache: SaliencyCache) -> None:
         """Look maps up in this cache of the index from now on, from the next plan on."""
@@ -461,15 +474,26 @@ class Stage:
             start_epoch=self.start_epoch,
             random_crop=random_crop,
             keyed=keyed,
-            look=None if self._lookup is None else self._expect_cache,
+            look=None if self._lookup is None else self._look_at_epoch,
             in_batch=in_batch,
         )
 
-    def _expect_cache(self, epoch: int) -> None:
-        """Raise CacheError if the pass that would have made the cache was left out.
+    def _look_at_epoch(self, epoch: int) -> None:
+        """Raise CacheError if the pass that would have made the cache was left out. Warn, once, if
+        the user is in a later epoch than the one that is planned.
 
         Batches are prepared in advance, so that some of an epoch are planned before its pass.
         """
+        if epoch < self._trained - 1 and not self._told_of_earlier:
+            self._told_of_earlier = True
+            warnings.warn(
+                f"the stage plans epoch {epoch}, and refresh was called for epoch {self._trained}: "
+                "λ and the maps are those of an earlier epoch. Use each epoch of the loader to its "
+                "end; where you give `epoch` to the stage, see that the workers get the new one "
+                "(persistent_workers=True keeps the old)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         first = self._refresh_every + -(-_AHEAD // self.batches_per_epoch)
         if self._lookup is not None and self._lookup.cache is None and epoch >= first:
             raise CacheError(

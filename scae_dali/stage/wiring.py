@@ -299,6 +299,14 @@ class EachOnce:
             )
 
 
+def repeats(ids: np.ndarray) -> bool:
+    """Whether a batch has a sample more than once, as batches of class labels do. ids: int64 [B]. A
+    reader may fill up its last batch with copies of the last sample: these do not count."""
+    others = np.flatnonzero(ids != ids[-1:])
+    ids = ids[: others[-1] + 2] if len(others) else ids[:1]
+    return len(np.unique(ids)) < len(ids)
+
+
 def check_window(window: Sequence[DataNode]) -> None:
     """Raise ValueError unless window has three entries."""
     if len(window) != 3:

@@ -7,15 +7,27 @@ from scae_dali import Loader, Stage
 EPOCHS = 4
 
 
-def loader(index, outputs=("images", "id"), *, drop_last=True, checkpointing=True):
-    """A loader over somebody's own pipeline: batches of 8, shuffled, nothing is erased."""
-    stage = Stage(index, "none", epochs=EPOCHS, batch_size=8, seed=1)
+def loader(
+    index,
+    outputs=("images", "id"),
+    *,
+    drop_last=True,
+    checkpointing=True,
+    batch_size=8,
+    num_shards=1,
+):
+    """A loader over somebody's own pipeline: shuffled, nothing is erased."""
+    stage = Stage(
+        index, "none", epochs=EPOCHS, batch_size=batch_size, num_shards=num_shards, seed=1
+    )
 
-    @pipeline_def(batch_size=8, num_threads=1, device_id=None, enable_checkpointing=checkpointing)
+    @pipeline_def(
+        batch_size=batch_size, num_threads=1, device_id=None, enable_checkpointing=checkpointing
+    )
     def define():
         encoded, ids = fn.readers.file(
             files=list(index.files), file_root=index.root, name="Reader",
-            shuffle_after_epoch=True, pad_last_batch=True,
+            shuffle_after_epoch=True, pad_last_batch=True, num_shards=num_shards,
         )  # fmt: skip
         images = fn.resize(fn.decoders.image(encoded), size=(16, 16))
         images, targets = stage(images, ids, size=(16, 16))

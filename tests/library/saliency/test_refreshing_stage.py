@@ -1,5 +1,6 @@
 """Stages that make their saliency passes by themselves, from no cache at all."""
 
+import warnings
 from functools import partial
 
 import numpy as np
@@ -89,7 +90,7 @@ def test_neighbouring_classes_alone_make_no_maps(tailed, tmp_path):
 def test_what_a_pass_lacks_is_named(index, tmp_path):
     with pytest.raises(ValueError, match="size must be the side of the images in a saliency pass"):
         make(index, tmp_path / "maps.lmdb").refresh(network(index), 2)
-    with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"epoch must be an integer in 0\.\.65535 .*got -1"):
         make(index, tmp_path / "maps.lmdb").refresh(network(index), -1)
     plain = Stage(index, "random_erasing", epochs=6, batch_size=10, seed=3)
     with pytest.raises(ValueError, match="cache must be given to a stage that makes saliency"):
@@ -185,3 +186,68 @@ def test_maps_of_another_run_are_told(index, tmp_path):
     resumed = make(index, path)
     resumed.load_state_dict(state)
     assert resumed.refresh(model, 3) is None
+
+
+def test_epochs_of_the_loader_that_are_left_early_are_told(index, tmp_path):
+    """Two of five batches are taken each time, so the stage falls behind."""
+    one, model = make(index, tmp_path / "maps.lmdb", refresh_every=5, epochs=9), network(index)
+    loader = training(one, index)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for epoch in range(9):
+            one.refresh(model, epoch, layer="body")
+            for _, _ in zip(range(2), loader, strict=False):
+                pass
+    told = [str(one.message) for one in caught if "the stage plans epoch" in str(one.message)]
+    assert len(told) == 1
+    assert "refresh was called for epoch 2" in told[0]
+
+
+def test_workers_that_keep_an_old_epoch_are_told(index, tmp_path):
+    one, model = make(index, tmp_path / "maps.lmdb", refresh_every=5), network(index)
+    planner = one.planner()
+    ids, size = np.arange(3), np.tile(SIZE, (3, 1))
+    for epoch in range(4):
+        one.refresh(model, epoch)
+        planner(ids, None, size, epoch=np.full(3, epoch))
+        if epoch:
+            planner(ids, None, size, epoch=np.full(3, epoch - 1))  # they may lie ready
+    with pytest.warns(RuntimeWarning, match=r"plans epoch 0, and refresh .* for epoch 3.*workers"):
+        planner(ids, None, size, epoch=np.zeros(3, int))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_images_are_brought_to_the_type_of_the_weights(index, tmp_path, dtype):
+    one, model = make(index, tmp_path / "maps.lmdb"), network(index).to(dtype)
+    assert one.refresh(model, 2, size=32, layer="body").images == 50
+
+
+def test_a_loader_of_another_size_is_told_before_the_cache_is_made(index, tmp_path):
+    path, model = tmp_path / "maps.lmdb", network(index)
+    one = make(index, path)
+
+    def loader_for(ids):
+        return whole_loader(index, ids, size=24, batch_size=16, threads=1)
+
+    with pytest.raises(ValueError, match=r"loader_for gives, 24 x 24 pixels, got 32: pass size=24"):
+        one.refresh(model, 2, loader_for=loader_for, size=32, layer="body")
+    assert not path.exists()
+    assert one.refresh(model, 2, loader_for=loader_for, size=24, layer="body").images == 50
+
+
+@pytest.mark.parametrize("size", [(32, 32), "32", 32.5, 0])
+def test_what_is_no_size(index, tmp_path, size):
+    with pytest.raises(ValueError, match="size must be the side of the images in a saliency pass"):
+        make(index, tmp_path / "maps.lmdb").refresh(network(index), 2, size=size, layer="body")
+
+
+def test_a_loader_that_gives_no_batches(index, tmp_path):
+    one = make(index, tmp_path / "maps.lmdb")
+    with pytest.raises(ValueError, match="loader_for must give batches as"):
+        one.refresh(network(index), 2, loader_for=list, size=32, layer="body")
+
+
+@pytest.mark.parametrize("state", [{}, None, {"pass": 2}])
+def test_what_is_no_state(index, tmp_path, state):
+    with pytest.raises(ValueError, match="state must be what state_dict of a stage gives"):
+        make(index, tmp_path / "maps.lmdb").load_state_dict(state)

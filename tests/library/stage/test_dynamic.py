@@ -3,6 +3,7 @@
 import numpy as np
 import nvidia.dali.experimental.dynamic as ndd
 import pytest
+import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from scae_dali import Stage
@@ -122,3 +123,56 @@ def test_a_batch_that_a_reader_fills_up_is_not_told(index, cache):
         seen += [int(np.asarray(one)[0]) for one in ids.tensors]
     assert sorted(seen[:50]) == [*range(50)]
     assert set(seen[50:]) == {seen[49]}
+
+
+def greys(n=3, dtype=np.uint8, channels=3):
+    values = np.random.default_rng(0).integers(0, 256, (n, 32, 32, channels))
+    return ndd.as_batch(values.astype(dtype), layout="HWC")
+
+
+def test_names_may_be_text(index, cache):
+    one, ids = make(index, cache), [4, 0, 31]
+    by_name, _ = one.dynamic(greys(), [index.files[i] for i in ids], 2)
+    by_id, _ = one.dynamic(greys(), ids, 2)
+    for first, second in zip(by_name.tensors, by_id.tensors, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("ids", [[], [1], [1, 2], [1, 2, 3, 4], [[1], [2]]])
+def test_another_number_of_ids_is_refused(index, cache, ids):
+    with pytest.raises(ValueError, match=rf"ids must have .* each of the 3 images, got {len(ids)}"):
+        make(index, cache).dynamic(greys(), ids, 2)
+
+
+def test_other_windows_are_refused(index, cache):
+    one, whole = make(index, cache), [[0, 0]] * 3
+    with pytest.raises(ValueError, match=r"window must have .* each of the 3 images, got 2"):
+        one.dynamic(greys(), [1, 2, 3], 2, (whole, [[32, 32]] * 2, [[32, 32, 3]] * 3))
+    with pytest.raises(ValueError, match=r"window must be \(start, size, shapes\), got 2 entries"):
+        one.dynamic(greys(), [1, 2, 3], 2, (whole, [[32, 32]] * 3))
+
+
+def test_what_is_no_batch_of_colour_images(index, cache):
+    one = make(index, cache)
+    for images in (np.zeros((3, 32, 32, 3), np.uint8), torch.zeros(3, 32, 32, 3), None):
+        with pytest.raises(TypeError, match="images must be a Batch of DALI's dynamic mode, got "):
+            one.dynamic(images, [1, 2, 3], 2)
+    for channels in (1, 4):
+        with pytest.raises(ValueError, match=f"must have 3 channels, got {channels}; decode them"):
+            one.dynamic(greys(channels=channels), [1, 2, 3], 2)
+
+
+@pytest.mark.parametrize("scale", [(1 / 127.5, -1), (1 / 255, 0)])
+def test_images_that_are_no_grey_levels_are_refused(index, cache, scale):
+    images = greys(dtype=np.float32) * scale[0] + scale[1]
+    images = ndd.as_batch([np.asarray(one) for one in images.evaluate().tensors], layout="HWC")
+    with pytest.raises(ValueError, match="images must be in grey levels 0 … 255 where mean is"):
+        make(index, cache).dynamic(images, [1, 2, 3], 2)
+    normalised = make(index, cache, mean=(0, 0, 0), std=(1, 1, 1))
+    normalised.dynamic(images, [1, 2, 3], 2)
+    make(index, cache).dynamic(greys(dtype=np.float32), [1, 2, 3], 2)
+
+
+def test_ids_of_several_numbers_are_refused(index, cache):
+    with pytest.raises(TypeError, match="ids must be one integer a sample, got 2 of int64"):
+        make(index, cache).dynamic(greys(), np.array([[0, 1], [30, 2], [40, 3]]), 2)

@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch.experimental import proxy
 from torch.utils.data import Dataset
@@ -100,8 +101,8 @@ def test_batches_of_any_size_are_mixed_within_themselves(index):
     [
         ({}, -1, "epoch must be at least 0, got -1; count from 0"),
         ({"start_epoch": 2}, 2, "start_epoch must be 0 where epoch is given, got 2: leave it out"),
-        ({}, "3", "epoch must be a number or a node on the CPU, got '3'"),
-        ({}, 1.5, "epoch must be a number or a node on the CPU, got 1.5"),
+        ({}, "3", "epoch must be a whole number, or a node on the CPU, got '3'"),
+        ({}, 1.5, "epoch must be a whole number, or a node on the CPU, got 1.5"),
     ],
 )
 def test_bad_epochs_are_named(index, cache, keywords, epoch, message):
@@ -159,3 +160,51 @@ def test_a_pytorch_loader_with_workers_and_a_partial_batch_runs_it_by_dali_proxy
             assert labels == index.labels[orders[-1]].tolist()
         assert orders[0] != orders[1]
         assert sorted(orders[0]) == sorted(orders[1]) == [*range(50)]
+
+
+def test_class_labels_given_as_ids_are_told(index, cache):
+    one = make(index, cache)
+    with pytest.warns(RuntimeWarning, match="ids have a sample more than once in a batch; if they"):
+        told(one, 1, [[2, 1, 0, 1, 0, 0, 2]])
+
+
+def test_a_last_batch_that_is_filled_up_is_not_told(index, cache, recwarn):
+    told(make(index, cache), 1, [[2, 1, 0], [7, 8, 9, 9, 9]])
+    assert not [one for one in recwarn if "more than once" in str(one.message)]
+
+
+@pytest.mark.parametrize("epoch", [None, 2])
+def test_ids_of_several_numbers_are_refused(index, cache, epoch):
+    one = make(index, cache, batch_size=2)
+
+    @pipeline_def(batch_size=2, num_threads=1, device_id=None)
+    def define():
+        ids = fn.external_source(source=lambda: [np.array([3, 4]), np.array([1, 2])], ndim=1)
+        return one.plan(ids, size=SIZE, epoch=epoch).row
+
+    with pytest.raises(RuntimeError, match="ids must be one integer a sample, got 2 of int64"):
+        define().run()
+
+
+@pytest.mark.parametrize("epoch", [torch.tensor(2), np.array(2), np.int16(2), np.uint64(2)])
+def test_a_number_may_be_of_other_types(index, cache, epoch):
+    ids = [*range(16)]
+    (wanted,) = told(make(index, cache), 2, [ids], as_node=False)
+    (rows,) = told(Told(make(index, cache), epoch), 0, [ids], as_node=False)
+    np.testing.assert_array_equal(rows, wanted)
+
+
+class Told:
+    """A stage that is told this epoch, whatever it is given."""
+
+    def __init__(self, one, epoch):
+        self.one, self.epoch = one, epoch
+
+    def plan(self, ids, *, epoch, **keywords):
+        return self.one.plan(ids, epoch=self.epoch, **keywords)
+
+
+@pytest.mark.parametrize("epoch", [True, None, np.array([2]), 2.0])
+def test_what_is_no_epoch(index, cache, epoch):
+    with pytest.raises(ValueError, match="epoch must be a whole number, or a node on the CPU, got"):
+        make(index, cache).dynamic(None, [0], epoch)

@@ -50,10 +50,45 @@ def test_states_that_cannot_be_loaded_are_refused(index):
     state = begun.state_dict()
     with pytest.raises(RuntimeError, match="load_state_dict must come before the first batch"):
         begun.load_state_dict(state)
-    with pytest.raises(ValueError, match="position, got nothing"):
-        loader(index).load_state_dict({})
+    for wrong, told in (({}, "{}"), (None, "None"), ({"epoch": 1}, "epoch")):
+        with pytest.raises(ValueError, match=f"position, got {told}"):
+            loader(index).load_state_dict(wrong)
     with pytest.raises(ValueError, match="checkpointing disabled"):
         loader(index, checkpointing=False).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 5}, "a loader with batch_size=8, and this one has batch_size=5"),
+        ({"num_shards": 2}, "num_shards=1, and this one has num_shards=2"),
+        ({"some": range(41)}, "epoch_size=50, and this one has epoch_size=41"),
+    ],
+)
+def test_a_state_of_other_batches_is_refused(index, change, message):
+    first = loader(index)
+    list(first)
+    state = first.state_dict()
+    index = index.subset(change["some"]) if "some" in change else index
+    other = loader(index, **{name: value for name, value in change.items() if name != "some"})
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(state)
+    del state["counts"]  # as states once were
+    other.load_state_dict(state)
+
+
+def test_a_state_of_other_labels_is_refused(index):
+    state = loader(index).state_dict()
+    other = index.relabelled((index.labels + 1) % 3, index.classes)
+    with pytest.raises(ValueError, match="a loader with index of other images or labels, and this"):
+        loader(other).load_state_dict(state)
+
+
+@pytest.mark.parametrize("position", [-1, 7, 99])
+def test_a_place_outside_the_epoch_is_refused(index, position):
+    state = loader(index).state_dict() | {"position": position}
+    with pytest.raises(ValueError, match=rf"position must be in 0 … 6, .* got {position}"):
+        loader(index).load_state_dict(state)
 
 
 def test_a_pipeline_without_ids_gives_images_and_targets(index):
