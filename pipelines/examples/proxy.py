@@ -73,7 +73,8 @@ with proxy.DALIServer(train()) as server:
     workers = {"num_workers": 2, "multiprocessing_context": "fork"}
     loader = proxy.DataLoader(server, files, batch_size=BATCH, shuffle=True, **workers)
     for epoch in range(args.epochs):
-        files.epoch = epoch  # before the workers of this epoch are started
+        # Before the workers of this epoch start. With persistent_workers=True they would keep 0.
+        files.epoch = epoch
         scae.refresh(model, epoch, size=2 * SIDE)
         for images, labels, partners, mu in loader:
             logits = model(images)
