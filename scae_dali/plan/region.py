@@ -191,6 +191,8 @@ def _fill_centres(
     edges_y, edges_x = np.empty(ny + 1), np.empty(nx + 1)
     node, bound = np.empty((ny - 3, nx - 3)), np.empty((ny, nx))
     above, column = np.zeros(ny + 1), np.empty(nx)
+    # Maps have 256 levels, so exp(λ·Â - top) is kept for each of them as long as λ is the same.
+    kept, lam_kept = np.zeros(256), np.nan
     for k in range(len(u)):
         drawn[k] = lam[k] == 0
         if drawn[k]:
@@ -203,9 +205,20 @@ def _fill_centres(
         (y0, y1), (x0, x1) = _reach(edges_y), _reach(edges_x)
         # λ·Â is at most `top`. It is subtracted so that exp does not overflow.
         own, top = saliency[k], max(lam[k], 0.0)
+        if lam[k] != lam_kept:
+            kept[:], lam_kept = -1.0, lam[k]
         for i in range(max(y0 - 2, 0), min(y1 - 1, ny - 3)):
             for j in range(max(x0 - 2, 0), min(x1 - 1, nx - 3)):
-                value = own[i, j] if per_cell == 1 else _between(own, i / per_cell, j / per_cell)
+                if per_cell == 1:
+                    value = own[i, j]
+                    level = np.uint8(value * 255.0 + 0.5)
+                    if level / 255.0 == value:
+                        if kept[level] < 0.0:
+                            kept[level] = np.exp(lam[k] * value - top)
+                        node[i, j] = kept[level]
+                        continue
+                else:
+                    value = _between(own, i / per_cell, j / per_cell)
                 node[i, j] = np.exp(lam[k] * value - top)
         # The upper bound of exp(λ·Â - top) on every patch; Â is 0 outside the image. A node bounds
         # the patches on both its sides; the outermost ones reach to the image's border.
