@@ -79,7 +79,10 @@ class OptimConfig:
             for params, weight_decay in ((decayed, self.weight_decay), (spared, 0.0)):
                 groups.append({**group, "params": params, "weight_decay": weight_decay})
         if self.name == "sgd":
-            return torch.optim.SGD(groups, self.lr, self.momentum, nesterov=self.nesterov)
+            how: dict[str, Any] = {"nesterov": self.nesterov, "fused": True}
+            optimizer = torch.optim.SGD(groups, self.lr, self.momentum, **how)
+            optimizer.register_load_state_dict_post_hook(_stay_fused)
+            return optimizer
         return self._of_timm([group for group in groups if group["params"]])
 
     def _of_timm(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -168,3 +171,9 @@ class EMA(AveragedModel):
         if integers[0]:
             torch._foreach_copy_(*integers)
         self.n_averaged += 1
+
+
+def _stay_fused(optimizer: torch.optim.Optimizer) -> None:
+    """States of earlier versions say that it is not, and would be slower or fail with fp16."""
+    for group in optimizer.param_groups:
+        group["fused"] = True

@@ -152,3 +152,28 @@ def test_every_group_gets_its_share_of_the_rate():
         settings.set_lr(optimizer, step, 2, 4)
         rates = [group["lr"] for group in optimizer.param_groups if group["params"]]
         assert rates == pytest.approx([rate, 0.2 * rate])
+
+
+def test_a_state_of_an_optimiser_that_is_not_fused_goes_on():
+    """As runs of earlier versions have it; fp16 scales the gradients."""
+    ends = []
+    for fused in (True, None):
+        torch.manual_seed(0)
+        net = nn.Linear(5, 3)
+        optimizer = OptimConfig(lr=0.1).optimizer([{"params": [*net.parameters()]}])
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for k in range(6):
+            if k == 3:
+                state = optimizer.state_dict()
+                for group in state["param_groups"]:
+                    group["fused"] = fused
+                optimizer = OptimConfig(lr=0.1).optimizer([{"params": [*net.parameters()]}])
+                optimizer.load_state_dict(state)
+            optimizer.zero_grad()
+            scaler.scale(net(torch.full((2, 5), k + 1.0)).square().mean()).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        assert all(group["fused"] for group in optimizer.param_groups)
+        ends.append(net.weight.detach().clone())
+    assert torch.equal(*ends)
