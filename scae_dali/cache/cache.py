@@ -180,6 +180,7 @@ class SaliencyCache(CacheReader):
             part, which = int(np.count_nonzero(chosen)), digest_of_samples(chosen)
         asked = {"epoch": epoch, "weights": weights, "part": part, "which": which} | given
         asked |= {} if known is None else {"settings": known}
+        self._environment().drop_stale_readers()
         patience = _Patience()
         while (pending := self._try_to_begin(asked, chosen, patience)) is None:
             pass

@@ -29,6 +29,7 @@ from scae_dali.cache.format import (
     CacheError,
     CacheMeta,
     Maps,
+    check_contents,
     checked_epoch,
     checked_ids,
     flat,
@@ -147,7 +148,7 @@ class CacheReader:
         self._closed = False
         require_data_file(self.path)
         environment_at(self._real).forget_if_replaced()
-        meta = self.meta
+        meta = self._view(self._opened)
         self._check(meta, index, grid)
         self._grid, self._samples = meta.grid, meta.samples
         self._kind = record_type(meta.grid)
@@ -175,9 +176,13 @@ class CacheReader:
         values = self._view(lambda txn: [txn.get(key, b"") for key in keys])
         found = np.fromiter(map(len, values), np.int64, len(values)) == self._kind.itemsize
         if not found.all():
-            blank = bytes(self._kind.itemsize)
-            values = [value if ok else blank for value, ok in zip(values, found, strict=True)]
-        return np.frombuffer(b"".join(values), self._kind)["map"].copy(), found
+            values = [value for value, ok in zip(values, found, strict=True) if ok]
+        maps = np.frombuffer(b"".join(values), self._kind)["map"]
+        if found.all():
+            return maps.copy(), found
+        every = np.zeros((len(ids), *self._grid), np.uint8)
+        every[found] = maps
+        return every, found
 
     @property
     def map_bytes(self) -> int:
@@ -214,7 +219,7 @@ class CacheReader:
                 for ids, records in self._scan(txn):
                     look(ids, records)
             else:
-                for _, records, _ in rows(txn, self._kind):
+                for _, records, _ in rows(txn, self._kind, self.path):
                     look(None, records)
 
         self._view(scan)
@@ -257,7 +262,10 @@ class CacheReader:
 
         def count(txn: lmdb.Transaction) -> tuple[dict[int, int], int]:
             # Copied: a view would keep the maps too.
-            blocks = [(records["stamp"].copy(), bad) for _, records, bad in rows(txn, self._kind)]
+            blocks = [
+                (records["stamp"].copy(), bad)
+                for _, records, bad in rows(txn, self._kind, self.path)
+            ]
             stamps = np.concatenate([np.empty(0, np.uint16), *(block for block, _ in blocks)])
             ages, counts = np.unique(stamps, return_counts=True)
             by_age = dict(zip(ages.tolist(), counts.tolist(), strict=True))
@@ -329,10 +337,16 @@ class CacheReader:
     def _meta(self, txn: lmdb.Transaction) -> CacheMeta:
         return from_json(bytes(txn.get(META, b"")), self.path)
 
+    def _opened(self, txn: lmdb.Transaction) -> CacheMeta:
+        """The meta record, once it fits the other records."""
+        meta = self._meta(txn)
+        check_contents(txn, meta, self.path)
+        return meta
+
     def _scan(self, txn: lmdb.Transaction) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
         """ids i64[n] and records[n] of the samples that have a map, in key order."""
         self._keys.require()
-        for keys, records, _ in rows(txn, self._kind):
+        for keys, records, _ in rows(txn, self._kind, self.path):
             ids, ours = self._keys.ids_of(keys)
             yield ids[ours], records[ours]
 
