@@ -33,6 +33,7 @@ from scae_dali.cache.files import (
     LOCK_FILE,
     READERS,
     copy_in_memory,
+    require_sound,
     require_whole,
     reserve_lock_file,
     transaction_of,
@@ -90,6 +91,12 @@ class Environment:
     def view(self, look: Callable[[lmdb.Transaction], T]) -> T:
         """Returns look(transaction), for a transaction on the newest snapshot."""
         return self._run(lambda handle: _transact(handle, look, write=False))
+
+    def require_sound(self) -> None:
+        """Raises CacheError where the pages of the data file do not hold together. To be called in
+        `view`: then they stay. A copy in memory was found sound when it was made."""
+        if self._copy is None:
+            require_sound(self.path)
 
     def update(self, change: Callable[[lmdb.Transaction], None], *, needs: int) -> None:
         """Calls change(transaction) and commits; does both again when the map had to grow.

@@ -4,9 +4,9 @@ LMDB maps the file, and a process that looks at a page behind its end is killed 
 file is compared with what its meta pages say before LMDB opens it. Where LMDB cannot take locks, a
 copy in memory is opened in place of the file.
 
-Layout (LMDB 0.9, in the machine's own byte order): every page begins with its number, its flags and
-the bounds of its free space. Pages 0 and 1 are meta pages: the one of the later transaction names
-the roots of two trees, that of the free pages and that of the records, and the last page.
+Layout (LMDB 0.9, 64 bits): every page begins with its number, its flags and the bounds
+of its free space. Pages 0 and 1 are meta pages: the one of the later transaction names the roots of
+two trees, that of the free pages and that of the records, and the last page.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import shutil
 import stat
 import struct
+import sys
 import time
 from contextlib import suppress
 from io import FileIO
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import lmdb
 
 from scae_dali.cache.format import CacheError, damaged
+from scae_dali.cache.tree import Tree, WrongError, check_trees
 
 __all__ = [
     "DATA_FILE",
@@ -31,6 +33,7 @@ __all__ = [
     "LOCK_FILE",
     "READERS",
     "copy_in_memory",
+    "require_sound",
     "require_whole",
     "reserve_lock_file",
     "transaction_of",
@@ -42,45 +45,62 @@ LOCK_BYTES = 192 + 64 * (READERS - 1)  # of a new lock file
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAGIC, _VERSION = 0xBEEFC0DE, 1
-_PAGE = struct.Struct("@NHHHH")  # number, padding, flags, lower and upper bound of the free space
-_META = struct.Struct("@IIPNIHHNNNNNIHHNNNNNNN")
-_NODE = struct.Struct("@HHHH")  # low and high half of a size or page, flags, length of the key
-_BRANCH, _LEAF, _META_PAGE = 0x01, 0x02, 0x08  # flags of a page
-_BIG = 0x01  # flag of a node: its value lies in pages of its own
-_WORD = struct.calcsize("@N")
-_NO_PAGE = (1 << 8 * _WORD) - 1
+_PAGE = struct.Struct("<QHHHH")  # number, padding, flags, lower and upper bound of the free space
+_META = struct.Struct("<IIQQIHHQQQQQIHHQQQQQQQ")
+_META_PAGE = 0x08  # flag of a page
+# Another LMDB, and other machines, have another layout. What it is then is left to LMDB.
+_READABLE = lmdb.version() < (0, 10) and sys.byteorder == "little" and sys.maxsize > 1 << 32
+_sound: dict[str, tuple[int, ...]] = {}  # path -> the state of its file when it was found sound
 _PAUSES = (0.0, 0.01, 0.1, 0.5)  # seconds: another process may be writing the meta pages
 
 
-class _WrongError(Exception):
-    """What is wrong with a file, in words."""
-
-
 class _Meta(NamedTuple):
-    """A meta page. size: bytes of a page. pages: how many there are, up to the last one that is in
-    use. roots: of the two trees."""
+    """A meta page. size: bytes of a page. pages: how many there are, up to the last one in use."""
 
     transaction: int
     size: int
     pages: int
-    roots: tuple[int, int]
+    free: Tree
+    records: Tree
 
 
 def require_whole(path: str) -> None:
     """Raises CacheError where the data file of the cache at `path` is no LMDB file, or has been cut
     off; PermissionError where this user may not read it."""
-    if lmdb.version() >= (0, 10):  # another layout
+    _check(path, trees=False)
+
+
+def require_sound(path: str) -> None:
+    """Raises CacheError where the pages of the data file do not hold together, as in a copy that
+    was made while a pass wrote. All pages are read, unless they were before.
+
+    Whoever calls this has a transaction open, so that no page is used anew meanwhile.
+    """
+    if _sound.get(path) != (state := _state(path)):
+        _check(path, trees=True)
+        _sound[path] = state
+
+
+def _check(path: str, *, trees: bool) -> None:
+    if not _READABLE:
         return
-    file = os.path.join(path, DATA_FILE)
     for pause in _PAUSES:
         time.sleep(pause)
         try:
-            with _opened(file) as descriptor:
-                _require_whole(descriptor.fileno())
+            with _opened(os.path.join(path, DATA_FILE)) as data:
+                meta = _require_whole(data.fileno())
+                if trees:
+                    check_trees(data.fileno(), *meta[1:])
             return
-        except _WrongError as error:
+        except WrongError as error:
             trouble = str(error)
     raise damaged(path, f"{DATA_FILE} {trouble}")
+
+
+def _state(path: str) -> tuple[int, ...]:
+    """What changes with every commit to the data file."""
+    status = os.stat(os.path.join(path, DATA_FILE))
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def transaction_of(path: str) -> int:
@@ -89,7 +109,7 @@ def transaction_of(path: str) -> int:
     try:
         with _opened(os.path.join(path, DATA_FILE)) as data:
             return _newest(data.fileno()).transaction
-    except _WrongError as error:
+    except WrongError as error:
         raise damaged(path, f"{DATA_FILE} {error}") from None
 
 
@@ -107,11 +127,12 @@ def copy_in_memory(path: str) -> int:
             with _opened(file) as data, open(descriptor, "wb", closefd=False) as memory:
                 shutil.copyfileobj(data, memory, 1 << 20)
             meta = _require_whole(descriptor)
+            check_trees(descriptor, *meta[1:])
             if 0 <= transaction_of(path) - meta.transaction <= 1:
                 os.truncate(descriptor, max(os.fstat(descriptor).st_size, meta.pages * meta.size))
                 return descriptor
             trouble = None
-        except _WrongError as error:
+        except WrongError as error:
             trouble = str(error)
         except BaseException as error:
             os.close(descriptor)
@@ -158,7 +179,7 @@ def reserve_lock_file(path: str) -> None:
 def _opened(file: str) -> FileIO:
     """The file, for reading."""
     if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would wait for a writer
-        raise _WrongError("is no file")
+        raise WrongError("is no file")
     try:
         return FileIO(file)
     except PermissionError as error:
@@ -170,15 +191,16 @@ def _opened(file: str) -> FileIO:
 
 def _require_whole(descriptor: int) -> _Meta:
     """The meta page that counts, of a file that holds all pages that it names. Else raises
-    _WrongError."""
+    WrongError."""
     meta = _newest(descriptor)
     length = os.fstat(descriptor).st_size  # after the meta page: pages are written before it
-    there = length // meta.size
-    # The last pages may be missing where a transaction had let go of them before its end.
-    if there < meta.pages and not _within(descriptor, meta, there):
-        raise _WrongError(
-            f"has been cut off: it has {length:,} bytes of {meta.pages * meta.size:,}"
-        )
+    if length < meta.pages * meta.size:
+        try:  # a transaction may have let go of the last pages before its end
+            check_trees(descriptor, *meta[1:])
+        except WrongError:
+            raise WrongError(
+                f"has been cut off: it has {length:,} bytes of {meta.pages * meta.size:,}"
+            ) from None
     return meta
 
 
@@ -193,49 +215,20 @@ def _meta_at(descriptor: int, offset: int) -> _Meta:
     page = os.pread(descriptor, _PAGE.size + _META.size, offset)
     start = page[:16]
     if not start:
-        raise _WrongError(
+        raise WrongError(
             "is empty" if offset == 0 else f"has been cut off: it has {offset:,} bytes"
         )
     if len(page) < _PAGE.size + _META.size and offset:
-        raise _WrongError(f"has been cut off: it has {offset + len(page):,} bytes")
+        raise WrongError(f"has been cut off: it has {offset + len(page):,} bytes")
     page = page.ljust(_PAGE.size + _META.size, b"\0")
     magic, version, *_ = fields = _META.unpack_from(page, _PAGE.size)
     if magic != _MAGIC or not _PAGE.unpack_from(page)[2] & _META_PAGE:
         where = "at its beginning" if offset == 0 else "in its second page"
-        raise _WrongError(f"is no LMDB file, or is damaged {where}: {start!r}")
+        raise WrongError(f"is no LMDB file, or is damaged {where}: {start!r}")
     if version != _VERSION:
-        raise _WrongError(f"is of version {version} of LMDB's format, and version 1 is read")
-    size, root_of_free, root = fields[4], fields[11], fields[19]
+        raise WrongError(f"is of version {version} of LMDB's format, and version 1 is read")
+    size = fields[4]
     if not 256 <= size <= 1 << 16 or size & (size - 1):
-        raise _WrongError(f"is damaged in its first pages: it tells pages of {size} bytes")
-    return _Meta(fields[21], size, fields[20] + 1, (root_of_free, root))
-
-
-def _within(descriptor: int, meta: _Meta, pages: int) -> bool:
-    """Whether all that the two trees hold lies in the first `pages` pages of the file."""
-    todo = [root for root in meta.roots if root != _NO_PAGE]
-    seen = 0
-    try:
-        while todo:
-            number = todo.pop()
-            seen += 1
-            if number >= pages or seen > pages:
-                return False
-            page = os.pread(descriptor, meta.size, number * meta.size)
-            _, _, flags, lower, _ = _PAGE.unpack_from(page)
-            count = (lower - _PAGE.size) // 2
-            for place in struct.unpack_from(f"@{count}H", page, _PAGE.size):
-                low, high, mark, key = _NODE.unpack_from(page, place)
-                if flags & _BRANCH:
-                    todo.append(low | high << 16 | mark << 32)
-                elif not flags & _LEAF:
-                    return False
-                elif mark & _BIG:
-                    at = place + _NODE.size + key
-                    begin = int.from_bytes(page[at : at + _WORD], "little")
-                    length = _PAGE.size - 1 + (low | high << 16)
-                    if begin + length // meta.size + 1 > pages:
-                        return False
-    except struct.error:
-        return False
-    return True
+        raise WrongError(f"is damaged in its first pages: it tells pages of {size} bytes")
+    free, records = Tree(*fields[5:12]), Tree(*fields[13:20])
+    return _Meta(fields[21], size, fields[20] + 1, free, records)

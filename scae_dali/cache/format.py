@@ -20,7 +20,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import islice
-from operator import lt
 from typing import Any
 
 import lmdb
@@ -106,30 +105,17 @@ def record_type(grid: tuple[int, int]) -> np.dtype[np.void]:
 
 
 def rows(
-    txn: lmdb.Transaction, kind: np.dtype[np.void], path: str
+    txn: lmdb.Transaction, kind: np.dtype[np.void]
 ) -> Iterator[tuple[NDArray[np.uint64], NDArray[Any], int]]:
     """Blocks of records in key order: keys u64[n], values kind[n], and how many more had a wrong
-    length.
-
-    path: of the cache, for the message of a CacheError where keys are out of order, or are more or
-    fewer than LMDB has counted: the file was copied while it was written to.
-    """
-    every: Iterator[tuple[Any, Any]] = iter(txn.cursor())
-    last, lacking = b"", txn.stat()["entries"]
+    length."""
+    every = iter(txn.cursor())
     while block := list(islice(every, 1024)):
-        named_by = [last, *(key for key, _ in block)]
-        if not all(map(lt, named_by, named_by[1:])):
-            raise damaged(path, "its records are not in order")
-        last, lacking = named_by[-1], lacking - len(block)
         named = [row for row in block if len(row[0]) == KEY_BYTES]
         whole = [row for row in named if len(row[1]) == kind.itemsize]
         keys = np.frombuffer(b"".join([key for key, _ in whole]), ">u8").astype(np.uint64)
         records = np.frombuffer(b"".join([value for _, value in whole]), kind)
         yield keys, records, len(named) - len(whole)
-    if lacking:
-        raise damaged(
-            path, f"it has {abs(lacking):,} records {('more', 'fewer')[lacking > 0]} than it says"
-        )
 
 
 def put_ascending(txn: lmdb.Transaction, keys: list[bytes], values: list[bytes]) -> None:

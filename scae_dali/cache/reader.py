@@ -219,7 +219,7 @@ class CacheReader:
                 for ids, records in self._scan(txn):
                     look(ids, records)
             else:
-                for _, records, _ in rows(txn, self._kind, self.path):
+                for _, records, _ in rows(txn, self._kind):
                     look(None, records)
 
         self._view(scan)
@@ -262,10 +262,7 @@ class CacheReader:
 
         def count(txn: lmdb.Transaction) -> tuple[dict[int, int], int]:
             # Copied: a view would keep the maps too.
-            blocks = [
-                (records["stamp"].copy(), bad)
-                for _, records, bad in rows(txn, self._kind, self.path)
-            ]
+            blocks = [(records["stamp"].copy(), bad) for _, records, bad in rows(txn, self._kind)]
             stamps = np.concatenate([np.empty(0, np.uint16), *(block for block, _ in blocks)])
             ages, counts = np.unique(stamps, return_counts=True)
             by_age = dict(zip(ages.tolist(), counts.tolist(), strict=True))
@@ -338,7 +335,8 @@ class CacheReader:
         return from_json(bytes(txn.get(META, b"")), self.path)
 
     def _opened(self, txn: lmdb.Transaction) -> CacheMeta:
-        """The meta record, once it fits the other records."""
+        """The meta record, once the file is sound and the other records fit it."""
+        self._environment().require_sound()
         meta = self._meta(txn)
         check_contents(txn, meta, self.path)
         return meta
@@ -346,7 +344,7 @@ class CacheReader:
     def _scan(self, txn: lmdb.Transaction) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
         """ids i64[n] and records[n] of the samples that have a map, in key order."""
         self._keys.require()
-        for keys, records, _ in rows(txn, self._kind, self.path):
+        for keys, records, _ in rows(txn, self._kind):
             ids, ours = self._keys.ids_of(keys)
             yield ids[ours], records[ours]
 
