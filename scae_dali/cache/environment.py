@@ -134,8 +134,15 @@ class Environment:
 
     def copy(self, path: str) -> None:
         """Writes the newest snapshot into an empty directory, without the pages that are free."""
+
+        def save(handle: lmdb.Environment) -> None:
+            # An environment that is opened by the name of a file is copied to a file.
+            handle.copy(
+                os.path.join(path, DATA_FILE) if self._copy is not None else path, compact=True
+            )
+
         try:
-            self._attempt(lambda handle: handle.copy(path, compact=True))
+            self._attempt(save)
         except lmdb.Error as error:  # a disk that fills up may be an invalid argument too
             if (code := code_of(error, (*DISK, errno.EINVAL))) is None:
                 raise self._told(error) from error

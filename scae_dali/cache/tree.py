@@ -151,8 +151,8 @@ def _parts(numbers: _Numbers) -> Iterator[_Numbers]:
 def _nodes(file: _File, numbers: _Numbers, kind: int) -> tuple[NDArray[np.uint8], _Nodes]:
     """The bytes [n · size] and the nodes of these pages, which must be of one kind."""
     pages = file.pages(numbers)
-    words = pages.view("<u2").astype(np.int64)
-    flags, lower, upper = words[:, 5], words[:, 6], words[:, 7]
+    words = pages.view("<u2")
+    flags, lower, upper = words[:, 5:8].astype(np.int64).T
     fits = (pages[:, :8].copy().view("<i8")[:, 0] == numbers) & (flags == kind)
     fits &= (lower >= _HEADER) & (lower <= upper) & (upper <= file.size) & (lower % 2 == 0)
     counts = (lower - _HEADER) // 2
@@ -161,11 +161,11 @@ def _nodes(file: _File, numbers: _Numbers, kind: int) -> tuple[NDArray[np.uint8]
     most = int(counts.max())
     there = np.arange(most) < counts[:, None]
     row = np.nonzero(there)[0]
-    place = words[:, _HEADER // 2 : _HEADER // 2 + most][there]
+    place = words[:, _HEADER // 2 : _HEADER // 2 + most][there].astype(np.int64)
     _require((place >= upper[row]) & (place + _NODE <= file.size) & (place % 2 == 0), numbers, row)
-    words = words.reshape(-1)
     at = (row * file.size + place) // 2
-    low, marks, keys = words[at] | words[at + 1] << 16, words[at + 2], words[at + 3]
+    low, high, marks, keys = (words.reshape(-1)[at + k].astype(np.int64) for k in range(4))
+    low |= high << 16
     value = 0 if kind == _BRANCH else np.where(marks & _BIG, 8, low)
     fits = place + _NODE + keys + value <= file.size
     if kind == _LEAF:
@@ -216,8 +216,10 @@ def _require_ascending(pages: NDArray[np.uint8], nodes: _Nodes, last: bytes) -> 
         return pages[start : start + int(nodes.keys[k])].tobytes()
 
     of_ids = nodes.keys == 8
-    start = nodes.places[of_ids] + _NODE
-    numbers = pages[start[:, None] + np.arange(8)].view(">u8")[:, 0].astype(np.uint64)
+    start = (nodes.places[of_ids] + _NODE) // 2
+    numbers = np.zeros(len(start), np.uint64)
+    for k in range(4):
+        numbers = numbers << np.uint64(16) | pages.view(">u2")[start + k]
     fits = bool((numbers[1:] > numbers[:-1]).all())
     count = len(nodes.keys)
     others = np.flatnonzero(~of_ids)[:_AT_ONCE].tolist()
