@@ -80,9 +80,11 @@ class Environment:
         """parent: the process that this one was forked from, if it had claimed the cache."""
         self.path = path
         self._parent = parent
-        self._state = threading.Condition()  # guards the next five
+        self._state = threading.Condition()  # guards the next seven
         self._handle: lmdb.Environment | None = None
-        self._copy: int | None = None  # file descriptor of what the handle is of, without locks
+        self._copy: int | None = None  # file descriptor of memory, where there are no locks
+        self._compared = 0.0  # when the copy was last compared with the file
+        self._obstacle = 0  # what the system answered when the locks were to be taken
         self._active = 0  # transactions open now
         self._identity: tuple[int, int] | None = None
         self._lock: int | None = None  # file descriptor of the directory
@@ -295,9 +297,11 @@ class Environment:
             require_whole(self.path)
         try:
             return self._open_with_locks()
+        except FileNotFoundError as error:
+            raise self._gone() from error
         except OSError as error:  # lmdb.Error is none
             cause: Exception = error
-            code = error.errno
+            code = error.errno if error.errno in (*DENIED, *DISK) else None
         except lmdb.Error as error:
             cause = error
             code = code_of(error, (*DENIED, *LOCKLESS, *DISK))
@@ -320,6 +324,7 @@ class Environment:
             self.path, map_size=size, readonly=readonly, max_readers=READERS, **_OPTIONS
         )
         handle.reader_check()
+        self.drop_copy()
         return handle
 
     def _take_copy(self) -> None:

@@ -35,23 +35,23 @@ def told(error: Exception, path: str, *, opening: bool = False) -> CacheError:
     """An error of LMDB in words, with a remedy. opening: the data file was found to be whole
     just before."""
     if isinstance(error, lmdb.ReadersFullError):
-        told = f"is read by more than {READERS} threads and processes at this moment"
+        what = f"is read by more than {READERS} threads and processes at this moment"
         remedy = "start fewer of them, or let some read a copy (scae-dali copy-cache)"
     elif isinstance(error, lmdb.BadRslotError) or (opening and isinstance(error, _FOREIGN)):
-        told = f"has a {LOCK_FILE} that cannot be used ({error}); its maps are kept"
+        what = f"has a {LOCK_FILE} that cannot be used ({error}); its maps are kept"
         remedy = f"end all processes that have it open, and remove {LOCK_FILE}"
     elif isinstance(error, _DAMAGE):
         return damaged(path, f"LMDB reports {error}")
     elif isinstance(error, lmdb.PanicError):
-        told = f"was closed after an error of the disk ({error}); what was committed is kept"
+        what = f"was closed after an error of the disk ({error}); what was committed is kept"
         remedy = "run again"
     elif code_of(error, (errno.ENOMEM,)) is not None:
-        told = f"does not fit the address space of this process ({error})"
+        what = f"does not fit the address space of this process ({error})"
         remedy = "raise its limit (ulimit -v)"
     else:
-        told = f"cannot be opened or used ({error})"
+        what = f"cannot be opened or used ({error})"
         remedy = "close whatever else this process has open of it, and run again"
-    return CacheError(f"saliency cache {path!r} {told}; {remedy}")
+    return CacheError(f"saliency cache {path!r} {what}; {remedy}")
 
 
 def no_writing(path: str, code: int) -> Exception:

@@ -141,7 +141,9 @@ class CacheReader:
     ) -> None:
         """index: None skips the check of the data set; then only a cache of naming "index" is read.
 
-        Raises CacheError where there is no cache, or one of another data set, grid or format.
+        Raises CacheError where there is no cache, a damaged one, or one of another data set, grid
+        or format; PermissionError where this user may not read it. Warns (RuntimeWarning), once for
+        each cache, where it must be read from a copy in memory.
         """
         self.path = os.fspath(path)
         self._real = os.path.realpath(self.path)
