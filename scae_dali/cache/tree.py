@@ -22,7 +22,7 @@ NO_PAGE = (1 << 64) - 1  # the root of an empty tree
 _HEADER = 16  # bytes of a page before the places of its nodes
 _NODE = 8  # bytes of a node before its key: size or page (two or three words), flags, key's length
 _BRANCH, _LEAF, _OVERFLOW = 0x01, 0x02, 0x04  # flags of a page
-_BIG = 0x01  # flag of a node: its value lies in pages of its own
+_BIG, _NAMED = 0x01, 0x06  # flags of a node: its value lies in pages of its own; is a database
 _AT_ONCE = 1024  # pages
 _LOOKED_AT = 4096  # values with pages of their own, whose first page is looked at
 
@@ -31,6 +31,10 @@ _Numbers = NDArray[np.int64]
 
 class WrongError(Exception):
     """What is wrong with a data file, in words."""
+
+
+class _OthersError(Exception):
+    """The file has what no cache has, such as databases with names."""
 
 
 class Tree(NamedTuple):
@@ -44,6 +48,11 @@ class Tree(NamedTuple):
     overflow: int
     entries: int
     root: int
+
+    @property
+    def fewest(self) -> int:
+        """Nodes of a branch: LMDB ends the process at one of a single node, but for free pages."""
+        return 1 if self.flags else 2
 
 
 class _Nodes(NamedTuple):
@@ -62,10 +71,19 @@ def check_trees(descriptor: int, size: int, pages: int, free: Tree, records: Tre
     """Raises WrongError where the pages of the two trees are not what they must be.
 
     size: bytes of a page. pages: how many there are, up to the last one in use. The keys of records
-    must ascend, and no page may be used twice.
+    must ascend, and no page may be used twice. A file of another program is let through.
     """
-    if records.flags:  # nothing of ours
-        return
+    try:
+        _check_trees(descriptor, size, pages, free, records)
+    except _OthersError:
+        pass
+    except (ValueError, IndexError, OverflowError) as error:  # numbers beyond all bounds
+        raise WrongError("is damaged in its trees of pages") from error
+
+
+def _check_trees(descriptor: int, size: int, pages: int, free: Tree, records: Tree) -> None:
+    if records.flags:
+        raise _OthersError
     file = _File(descriptor, size)
     used: list[_Numbers] = [np.arange(2)]
     unused: list[_Numbers] = []
@@ -121,7 +139,7 @@ def _leaves(
     for _ in range(tree.depth - 1):
         below = []
         for numbers in _parts(level):
-            _, nodes = _nodes(file, numbers, _BRANCH)
+            _, nodes = _nodes(file, numbers, _BRANCH, tree.fewest)
             below.append(nodes.low | nodes.marks << 32)
         branches += len(level)
         used.append(level)
@@ -131,7 +149,7 @@ def _leaves(
     used.append(level)
     entries = overflow = 0
     for numbers in _parts(level):
-        pages, nodes = _nodes(file, numbers, _LEAF)
+        pages, nodes = _nodes(file, numbers, _LEAF, 1)
         big = nodes.marks & _BIG != 0
         entries += len(big)
         if big.any():
@@ -148,15 +166,20 @@ def _parts(numbers: _Numbers) -> Iterator[_Numbers]:
         yield numbers[start : start + _AT_ONCE]
 
 
-def _nodes(file: _File, numbers: _Numbers, kind: int) -> tuple[NDArray[np.uint8], _Nodes]:
-    """The bytes [n · size] and the nodes of these pages, which must be of one kind."""
+def _nodes(
+    file: _File, numbers: _Numbers, kind: int, fewest: int
+) -> tuple[NDArray[np.uint8], _Nodes]:
+    """The bytes [n · size] and the nodes of these pages, which must be of one kind.
+
+    fewest: nodes that a page has.
+    """
     pages = file.pages(numbers)
     words = pages.view("<u2")
     flags, lower, upper = words[:, 5:8].astype(np.int64).T
     fits = (pages[:, :8].copy().view("<i8")[:, 0] == numbers) & (flags == kind)
     fits &= (lower >= _HEADER) & (lower <= upper) & (upper <= file.size) & (lower % 2 == 0)
     counts = (lower - _HEADER) // 2
-    fits &= counts >= (2 if kind == _BRANCH else 1)
+    fits &= counts >= fewest
     _require(fits, numbers)
     most = int(counts.max())
     there = np.arange(most) < counts[:, None]
@@ -169,8 +192,10 @@ def _nodes(file: _File, numbers: _Numbers, kind: int) -> tuple[NDArray[np.uint8]
     value = 0 if kind == _BRANCH else np.where(marks & _BIG, 8, low)
     fits = place + _NODE + keys + value <= file.size
     if kind == _LEAF:
-        fits &= marks <= _BIG
+        fits &= marks <= _BIG | _NAMED
     _require(fits, numbers, row)
+    if kind == _LEAF and (marks & _NAMED).any():
+        raise _OthersError
     return pages.reshape(-1), _Nodes(row, 2 * at, low, marks, keys)
 
 

@@ -118,6 +118,21 @@ def test_a_file_of_something_else(path, content, told):
         look(path)
 
 
+def test_a_database_of_another_program_is_not_called_damaged(tmp_path):
+    with lmdb.open(str(tmp_path / "theirs"), max_dbs=2) as env:
+        names = env.open_db(b"names"), env.open_db(b"twins", dupsort=True)
+        with env.begin(write=True) as txn:
+            for k in range(1000):
+                txn.put(f"key {k}".encode(), b"value" * k)
+                for name in names:
+                    txn.put(b"key", str(k).encode(), db=name)
+    with pytest.raises(
+        CacheError, match="but no saliency cache: it has no meta record; ch"
+    ) as error:
+        SaliencyCache(tmp_path / "theirs")
+    assert "remove" not in str(error.value)
+
+
 def test_an_empty_file_and_no_file(path):
     data_of(path).write_bytes(b"")
     with pytest.raises(CacheError, match=r"no saliency cache at '.*': its data\.mdb is empty; b"):
@@ -233,7 +248,7 @@ def test_a_cache_is_never_refused_while_another_process_writes(path, monkeypatch
     """Nor is one whose writer was killed."""
     code = """
         cache = SaliencyCache(path, index=FakeIndex(1000))
-        for epoch in range(4, 40):
+        for epoch in range(4, 25):
             fill(cache, epoch, commit_every=100)
     """
     writer = threading.Thread(target=in_process, args=(code, path))
