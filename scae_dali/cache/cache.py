@@ -79,8 +79,9 @@ class SaliencyCache(CacheReader):
 
     All objects of a process share one LMDB environment a path. It is opened at first use, closed
     around a fork and opened anew on both sides, so that an inherited one is never touched. Safe to
-    use from several threads. Where the directory is read-only the cache is too, and without LMDB's
-    locks: then nobody may write to it meanwhile.
+    use from several threads. All pages are looked at when it is opened, unless they were before in
+    this process. Where LMDB's locks cannot be taken, because of the file system or of permissions,
+    the cache is read-only, and is read from a copy in memory, which is renewed now and then.
     """
 
     _pass: dict[str, Any] | None = None  # the one that this object has begun and not ended
@@ -180,6 +181,7 @@ class SaliencyCache(CacheReader):
             part, which = int(np.count_nonzero(chosen)), digest_of_samples(chosen)
         asked = {"epoch": epoch, "weights": weights, "part": part, "which": which} | given
         asked |= {} if known is None else {"settings": known}
+        self._environment().drop_stale_readers()
         patience = _Patience()
         while (pending := self._try_to_begin(asked, chosen, patience)) is None:
             pass

@@ -5,7 +5,8 @@ mend name the remedy. A process that writes claims the cache by a lock on its di
 which the system takes back when the process ends, however it ends.
 
 Every commit is synced (LMDB's default). A killed process or a lost machine never damages what was
-committed. LMDB wants a local file system.
+committed. LMDB wants a local file system. Where a process cannot take its locks, because of the
+file system or of permissions, it reads a copy in memory, and cannot write.
 """
 
 from __future__ import annotations
@@ -15,14 +16,28 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum, auto
 from typing import Any, TypeVar
 
 import lmdb
 
+from scae_dali.cache.errors import DENIED, DISK, LOCKLESS, code_of, no_writing, told, why_no_locks
+from scae_dali.cache.files import (
+    DATA_FILE,
+    LOCK_FILE,
+    READERS,
+    copy_in_memory,
+    require_sound,
+    require_whole,
+    reserve_lock_file,
+    transaction_of,
+)
 from scae_dali.cache.format import CacheError
 
 __all__ = [
@@ -36,11 +51,15 @@ __all__ = [
 ]
 
 INITIAL_MAP_SIZE = 64 << 20  # bytes of address space, not of disk; doubled whenever it is full
-DATA_FILE, LOCK_FILE = "data.mdb", "lock.mdb"
+PATIENCE = 2.0  # seconds that a look-up waits for others to end where there are too many
+RENEWAL = 10.0  # seconds that a copy in memory serves before it is compared with the file
 
-_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
-# LMDB reports a short write as EIO, so a full disk may arrive under that name too.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_OPTIONS: dict[str, Any] = {
+    "create": False,
+    "max_spare_txns": 0,  # see _transact; after an error the traceback keeps it
+}
+
+_BUILD = "build one with `scae-dali build-cache` or SaliencyCache.create"
 
 T = TypeVar("T")
 
@@ -61,8 +80,11 @@ class Environment:
         """parent: the process that this one was forked from, if it had claimed the cache."""
         self.path = path
         self._parent = parent
-        self._state = threading.Condition()  # guards the next four
+        self._state = threading.Condition()  # guards the next seven
         self._handle: lmdb.Environment | None = None
+        self._copy: int | None = None  # file descriptor of memory, where there are no locks
+        self._compared = 0.0  # when the copy was last compared with the file
+        self._obstacle = 0  # what the system answered when the locks were to be taken
         self._active = 0  # transactions open now
         self._identity: tuple[int, int] | None = None
         self._lock: int | None = None  # file descriptor of the directory
@@ -70,12 +92,13 @@ class Environment:
 
     def view(self, look: Callable[[lmdb.Transaction], T]) -> T:
         """Returns look(transaction), for a transaction on the newest snapshot."""
-        while True:
-            try:
-                with self._shared() as handle:
-                    return _transact(handle, look, write=False)
-            except lmdb.MapResizedError:  # another process has grown the file
-                self._resize(0)
+        return self._run(lambda handle: _transact(handle, look, write=False))
+
+    def require_sound(self) -> None:
+        """Raises CacheError where the pages of the data file do not hold together. To be called in
+        `view`: then they stay. A copy in memory was found sound when it was made."""
+        if self._copy is None:
+            require_sound(self.path)
 
     def update(self, change: Callable[[lmdb.Transaction], None], *, needs: int) -> None:
         """Calls change(transaction) and commits; does both again when the map had to grow.
@@ -84,26 +107,25 @@ class Environment:
         the data file is no longer the one that was opened: LMDB would write to a file without a
         name, and all would be lost when it is closed.
         """
+
+        def commit(handle: lmdb.Environment) -> None:
+            if self._identity != _identity(self.path):
+                raise self._gone()
+            if self._copy is not None:
+                raise no_writing(self.path, self._obstacle)
+            _transact(handle, change, write=True)
+
         with self._writing:
             while True:
                 try:
-                    with self._shared() as handle:
-                        if self._identity != _identity(self.path):
-                            raise self._gone()
-                        return _transact(handle, change, write=True)
+                    return self._attempt(commit)
                 except lmdb.MapFullError:
                     self._resize(2)
-                except lmdb.MapResizedError:
-                    self._resize(0)
                 except lmdb.ReadonlyError as error:
-                    raise PermissionError(
-                        f"saliency cache {self.path!r} is read-only here; give this user write "
-                        f"permission to the directory, {DATA_FILE} and {LOCK_FILE}, or copy it to "
-                        "a writable place"
-                    ) from error
+                    raise no_writing(self.path, errno.EACCES) from error
                 except lmdb.Error as error:
-                    if (code := _code(error, _DISK_ERRORS)) is None:
-                        raise
+                    if (code := code_of(error, DISK)) is None:
+                        raise self._told(error) from error
                     raise OSError(
                         code,
                         f"{os.strerror(code)}: nothing of this chunk was written, all that was "
@@ -114,19 +136,29 @@ class Environment:
 
     def copy(self, path: str) -> None:
         """Writes the newest snapshot into an empty directory, without the pages that are free."""
-        while True:
-            try:
-                with self._shared() as handle:
-                    return handle.copy(path, compact=True)
-            except lmdb.MapResizedError:
-                self._resize(0)
-            except lmdb.Error as error:  # a disk that fills up may be an invalid argument too
-                size = os.path.getsize(os.path.join(self.path, DATA_FILE))
-                raise OSError(
-                    _code(error, _DISK_ERRORS) or errno.EIO,
-                    f"the copy was not made ({error}); make room for about {size:,} bytes",
-                    path,
-                ) from error
+
+        def save(handle: lmdb.Environment) -> None:
+            # An environment that is opened by the name of a file is copied to a file.
+            handle.copy(
+                os.path.join(path, DATA_FILE) if self._copy is not None else path, compact=True
+            )
+
+        try:
+            self._attempt(save)
+        except lmdb.Error as error:  # a disk that fills up may be an invalid argument too
+            if (code := code_of(error, (*DISK, errno.EINVAL))) is None:
+                raise self._told(error) from error
+            size = os.path.getsize(os.path.join(self.path, DATA_FILE))
+            raise OSError(
+                errno.EIO if code == errno.EINVAL else code,
+                f"the copy was not made ({error}); make room for about {size:,} bytes",
+                path,
+            ) from error
+
+    def drop_stale_readers(self) -> None:
+        """Takes killed processes out of LMDB's table of readers: the snapshot of such a reader
+        keeps old pages from being used again."""
+        self._run(lambda handle: handle.reader_check())
 
     def claim(self) -> Claim:
         """Makes this process the one that writes, until `close` or its end, unless another is.
@@ -162,6 +194,7 @@ class Environment:
         """Waits for transactions, closes LMDB, and lets go of the claim."""
         with self._alone():
             self._close()
+            self.drop_copy()
             self.disclaim()
 
     def forget_if_replaced(self) -> None:
@@ -169,6 +202,7 @@ class Environment:
         with self._alone():
             if self._handle is not None and self._identity != _identity(self.path):
                 self._close()
+                self.drop_copy()
 
     def hold(self) -> None:
         """Before a fork: waits for transactions, closes, and keeps others out until `release`."""
@@ -180,12 +214,46 @@ class Environment:
         """After a fork, in the parent: lets others in again."""
         self._state.release()
 
+    def drop_copy(self) -> None:
+        """Closes the copy in memory, if there is one. A fork does so with that of its parent."""
+        copy, self._copy = self._copy, None
+        if copy is not None:
+            os.close(copy)
+
+    def _run(self, work: Callable[[lmdb.Environment], T]) -> T:
+        """Returns work(LMDB's environment). Raises CacheError for LMDB's errors."""
+        try:
+            return self._attempt(work)
+        except lmdb.Error as error:
+            raise self._told(error) from error
+
+    def _attempt(self, work: Callable[[lmdb.Environment], T]) -> T:
+        """Returns work(LMDB's environment); does it again where another process has grown the file,
+        and for a while where the table of readers is full."""
+        patience = None
+        while True:
+            try:
+                with self._shared() as handle:
+                    return work(handle)
+            except lmdb.MapResizedError:
+                self._resize(0)
+            except lmdb.ReadersFullError:
+                patience = patience or time.monotonic() + PATIENCE
+                if time.monotonic() > patience:
+                    raise
+                with self._shared() as handle:
+                    handle.reader_check()
+                time.sleep(0.01)
+
     @contextmanager
     def _shared(self) -> Iterator[lmdb.Environment]:
         with self._state:
             if self._handle is None:
+                self._identity = _identity(self.path)
                 self._handle = self._open()
                 self._identity = _identity(self.path)
+            elif self._copy is not None and self._active == 0:
+                self._renew()
             self._active += 1
             handle = self._handle
         try:
@@ -204,8 +272,12 @@ class Environment:
     def _resize(self, factor: int) -> None:
         """Multiplies the size of the map by factor; 0 takes the size of the file."""
         with self._alone():
-            if self._handle is not None:
+            if self._handle is None:
+                return
+            try:
                 self._handle.set_mapsize(factor * self._handle.info()["map_size"])
+            except lmdb.Error as error:
+                raise self._told(error) from error
 
     def _gone(self) -> CacheError:
         return CacheError(
@@ -220,27 +292,83 @@ class Environment:
             self._handle = None
 
     def _open(self) -> lmdb.Environment:
-        options: dict[str, Any] = {
-            "map_size": 0 if _identity(self.path) else INITIAL_MAP_SIZE,  # 0: as the file says
-            "create": False,
-            "max_readers": 1024,  # the pipelines and passes of all processes of a node
-            "max_spare_txns": 0,  # see _transact; after an error the traceback keeps it
-        }
+        there = self._identity is not None
+        if there:
+            require_whole(self.path)
         try:
-            try:
-                handle = lmdb.open(self.path, **options)
-            except lmdb.Error as error:
-                if _code(error, _DENIED) is None:
-                    raise
-                return lmdb.open(self.path, readonly=True, lock=False, **options)
-            # The snapshot of a killed reader would keep old pages from being reused.
-            handle.reader_check()
+            return self._open_with_locks()
+        except FileNotFoundError as error:
+            raise self._gone() from error
+        except OSError as error:  # lmdb.Error is none
+            cause: Exception = error
+            code = error.errno if error.errno in (*DENIED, *DISK) else None
         except lmdb.Error as error:
-            raise CacheError(
-                f"{self.path!r} cannot be opened as a saliency cache ({error}); close whatever "
-                "else has it open, or delete it and build it anew"
-            ) from error
+            cause = error
+            code = code_of(error, (*DENIED, *LOCKLESS, *DISK))
+        if code is None:
+            raise told(cause, self.path, opening=True) from cause
+        if not there:
+            raise no_writing(self.path, code) from cause
+        if code in DENIED and os.access(os.path.join(self.path, LOCK_FILE), os.W_OK):
+            with suppress(lmdb.Error):
+                return self._open_with_locks(readonly=True)
+        self._obstacle = code
+        if self._copy is None:
+            self._take_copy()
+        return self._open_copy()
+
+    def _open_with_locks(self, readonly: bool = False) -> lmdb.Environment:
+        reserve_lock_file(self.path)
+        size = 0 if self._identity else INITIAL_MAP_SIZE  # 0: as the file says
+        handle = lmdb.open(
+            self.path, map_size=size, readonly=readonly, max_readers=READERS, **_OPTIONS
+        )
+        handle.reader_check()
+        self.drop_copy()
         return handle
+
+    def _take_copy(self) -> None:
+        """Takes a copy in place of the one that is there, if any. Warns of the first one."""
+        copy = copy_in_memory(self.path)
+        self.drop_copy()
+        self._copy, self._compared = copy, time.monotonic()
+        if self.path in _warned:
+            return
+        _warned.add(self.path)
+        warnings.warn(
+            f"saliency cache {self.path!r} is read from a copy in the memory of this process, of "
+            f"{os.fstat(copy).st_size / 1e6:.1f} MB, as LMDB's locks cannot be taken: "
+            f"{why_no_locks(self._obstacle)}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _open_copy(self) -> lmdb.Environment:
+        file = f"/proc/self/fd/{self._copy}"
+        try:
+            return lmdb.open(file, map_size=0, subdir=False, readonly=True, lock=False, **_OPTIONS)
+        except lmdb.Error as error:
+            raise self._told(error) from error
+
+    def _renew(self) -> None:
+        """Takes a new copy where the file has changed since, at most every RENEWAL seconds."""
+        assert self._handle is not None
+        if time.monotonic() - self._compared < RENEWAL:
+            return
+        self._compared = time.monotonic()
+        with suppress(CacheError, OSError):  # then the older copy goes on serving
+            changed = transaction_of(self.path) != self._handle.info()["last_txnid"]
+            if changed and self._identity == _identity(self.path):
+                self._take_copy()
+                self._close()
+                self._handle = self._open_copy()
+
+    def _told(self, error: lmdb.Error) -> CacheError:
+        """An error of LMDB in words."""
+        if isinstance(error, lmdb.PanicError):  # nothing more can be done with this handle
+            with self._alone():
+                self._close()
+        return told(error, self.path)
 
 
 def _transact(handle: lmdb.Environment, work: Callable[[lmdb.Transaction], T], write: bool) -> T:
@@ -250,6 +378,7 @@ def _transact(handle: lmdb.Environment, work: Callable[[lmdb.Transaction], T], w
         return work(txn)
 
 
+_warned: set[str] = set()  # paths of caches of which a warning has told that they are copied
 _environments: dict[str, Environment] = {}
 _environments_lock = threading.Lock()
 _parents: dict[str, int] = {}  # path -> the process that had claimed it at the fork
@@ -282,6 +411,8 @@ def _after_fork_in_child() -> None:
     global _environments_lock
     # A lock lives as long as any copy of its descriptor; the parent's shall end with the parent.
     claimed = [path for path, held in _environments.items() if held.disclaim()]
+    for held in _environments.values():
+        held.drop_copy()
     _parents.clear()
     _parents.update(dict.fromkeys(claimed, os.getppid()))
     _environments.clear()
@@ -346,30 +477,39 @@ def require_data_file(path: str) -> None:
     """Raises CacheError where there is none, or an empty one."""
     _require_directory(path)
     if _identity(path) is None:
+        empty = os.path.exists(os.path.join(path, DATA_FILE))
         raise CacheError(
-            f"no saliency cache at {path!r}: the directory holds no {DATA_FILE}; build one with "
-            "`scae-dali build-cache` or SaliencyCache.create"
+            f"no saliency cache at {path!r}: "
+            + (f"its {DATA_FILE} is empty" if empty else f"the directory holds no {DATA_FILE}")
+            + f"; {_BUILD}"
         )
 
 
 def _require_directory(path: str) -> None:
-    if not os.path.isdir(path):
-        what = "a file is there" if os.path.lexists(path) else "the directory does not exist"
-        raise CacheError(
-            f"no saliency cache at {path!r}: {what}; build one with `scae-dali build-cache` or "
-            "SaliencyCache.create"
-        )
+    try:
+        if stat.S_ISDIR(os.stat(path).st_mode):
+            return
+        what = "a file is there"
+    except PermissionError as error:
+        raise _unseen(path) from error
+    except (FileNotFoundError, NotADirectoryError):
+        what = "the directory does not exist"
+    raise CacheError(f"no saliency cache at {path!r}: {what}; {_BUILD}")
 
 
 def _identity(path: str) -> tuple[int, int] | None:
     """Device and inode of the data file; None where there is none yet, or an empty one."""
     try:
         status = os.stat(os.path.join(path, DATA_FILE))
+    except PermissionError as error:
+        raise _unseen(path) from error
     except OSError:
         return None
     return (status.st_dev, status.st_ino) if status.st_size else None
 
 
-def _code(error: lmdb.Error, codes: tuple[int, ...]) -> int | None:
-    """Which of these codes an LMDB error has; only its text tells. None: none of them."""
-    return next((code for code in codes if os.strerror(code) in str(error)), None)
+def _unseen(path: str) -> PermissionError:
+    return PermissionError(
+        f"this user may not look into the saliency cache {path!r}; ask its owner for permission to "
+        "enter the directory"
+    )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -41,6 +41,7 @@ __all__ = [
     "CacheError",
     "CacheMeta",
     "Maps",
+    "check_contents",
     "check_last_pass",
     "check_neighbors",
     "checked_epoch",
@@ -50,6 +51,7 @@ __all__ = [
     "checked_neighbors",
     "checked_provenance",
     "checked_settings",
+    "damaged",
     "describe_pass",
     "digest_of_samples",
     "expected_bytes",
@@ -71,6 +73,8 @@ META, NEIGHBORS = b"meta", b"neighbors"
 KEY_BYTES = 8  # of a record key; the other keys are longer or shorter
 EPOCHS = 1 << 16  # how many epochs a stamp of 16 bits tells apart
 CLASSES = 1 << 16  # how many classes neighbours of 16 bits tell apart
+SAMPLES = 1 << 32  # far more than any list of files has
+LEVELS = 32  # of brackets within brackets, in settings
 CHUNK = 4096  # records a commit: some 290 KB at 7x7, one sync
 PROVENANCE = ("method", "model", "layer", "input_size")
 
@@ -79,6 +83,15 @@ Maps = NDArray[np.uint8]
 
 class CacheError(ValueError):
     """A cache that cannot be used as asked; the message says what differs and what to do."""
+
+
+def damaged(path: str, what: str) -> CacheError:
+    """The error of a cache at `path` whose bytes cannot be right. what: that is wrong."""
+    return CacheError(
+        f"saliency cache {path!r} is damaged: {what}. Copy it again from one that is sound, with "
+        "`scae-dali copy-cache` (`cp` is not safe while a pass writes); if there is none, remove "
+        "it and build it anew"
+    )
 
 
 def record_type(grid: tuple[int, int]) -> np.dtype[np.void]:
@@ -219,12 +232,14 @@ def checked_neighbors(neighbors: ArrayLike) -> NDArray[np.uint16]:
 
 def neighbors_from_bytes(blob: bytes, shape: tuple[int, int], path: str) -> NDArray[np.uint16]:
     """The record of neighbours -> u16[K, m]. path: for the message of a CacheError."""
+    told = f"saliency cache {path!r} has neighboring classes that cannot be right:"
+    remedy = "make a saliency pass with neighbors, which writes them anew"
     if len(blob) != 2 * shape[0] * shape[1]:
-        raise CacheError(
-            f"saliency cache {path!r}: neighbors has {len(blob)} bytes, its shape is "
-            f"{shape}; write it anew"
-        )
-    return np.frombuffer(blob, "<u2").astype(np.uint16).reshape(shape)
+        raise CacheError(f"{told} neighbors has {len(blob)} bytes, its shape is {shape}; {remedy}")
+    table = np.frombuffer(blob, "<u2").astype(np.uint16).reshape(shape)
+    if table.size and table.max() >= shape[0]:
+        raise CacheError(f"{told} class {table.max()} of {shape[0]}; {remedy}")
+    return table
 
 
 @dataclass(frozen=True)
@@ -351,11 +366,15 @@ def checked_settings(settings: Mapping[str, Any] | None) -> dict[str, Any] | Non
         return None
     try:
         kept = json.loads(json.dumps(dict(settings), default=_plain, allow_nan=False))
+    except RecursionError:
+        raise ValueError(f"settings must have at most {LEVELS} levels of lists and dicts") from None
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"settings must be a dict of numbers, strings and lists of them, got {settings!r}: "
             f"{error}"
         ) from error
+    if not _is_shallow(kept, LEVELS):
+        raise ValueError(f"settings must have at most {LEVELS} levels of lists and dicts")
     return kept or None
 
 
@@ -378,37 +397,169 @@ def to_json(meta: CacheMeta) -> bytes:
 
 
 def from_json(blob: bytes, path: str) -> CacheMeta:
-    """The meta record of these bytes; raises CacheError where they are none of this format.
+    """The meta record of these bytes; raises CacheError where a field is not what it must be.
 
     path: for the messages.
     """
-    remedy = "delete it and build it anew"
     if not blob:
         raise CacheError(
-            f"{path!r} is an LMDB environment but no saliency cache: it has no meta record; "
-            f"{remedy}"
+            f"{path!r} is an LMDB environment but no saliency cache: it has no meta record; choose "
+            "another path"
         )
     try:
-        fields = json.loads(blob)
-        version = fields["format"]
-        if version == FORMAT_VERSION:
-            fields["grid"] = _pair(fields["grid"])
-            if fields.get("neighbors") is not None:
-                fields["neighbors"] = _pair(fields["neighbors"])
-            return CacheMeta(**fields)
-    except (ValueError, KeyError, TypeError) as error:
+        fields = json.loads(blob.decode(), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(path, f"it is no JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise _corrupt(path, f"it must be a dict, got {type(fields).__name__}")
+    version = fields.get("format")
+    if not _is_int(version, 1):
+        raise _corrupt(path, f"format must be a positive integer, got {_brief_value(version)}")
+    if version != FORMAT_VERSION:
         raise CacheError(
-            f"saliency cache {path!r} has a corrupt meta record ({error!r}); {remedy}"
-        ) from error
-    raise CacheError(
-        f"saliency cache {path!r} is of format {version}, this version of scae-dali reads format "
-        f"{FORMAT_VERSION}; use the version that wrote it, or build a new cache at another path"
-    )
+            f"saliency cache {path!r} is of format {_brief_value(version)}, this version of "
+            f"scae-dali reads format {FORMAT_VERSION}; use the version that wrote it, or build a "
+            "new cache at another path"
+        )
+    _check_fields(path, "", fields, _FIELDS, _REQUIRED)
+    if (pass_ := fields.get("under_way")) is not None:
+        _check_fields(path, "under_way.", pass_, _FIELDS, {*_PASS} - {"settings"}, _PASS)
+        if pass_["epoch"] is None:
+            raise _corrupt(path, "under_way.epoch must be an epoch, got None")
+    for name, one in (("", fields), ("under_way.", pass_ or {})):
+        if (part := one.get("part")) is not None and part > fields["samples"]:
+            raise _corrupt(path, f"{name}part must be at most {fields['samples']}, got {part}")
+    fields["grid"] = tuple(fields["grid"])
+    if fields.get("neighbors") is not None:
+        fields["neighbors"] = tuple(fields["neighbors"])
+    return CacheMeta(**fields)
 
 
-def _pair(values: list[Any]) -> tuple[int, int]:
-    first, second = values
-    return int(first), int(second)
+def check_contents(txn: lmdb.Transaction, meta: CacheMeta, path: str) -> None:
+    """Raises CacheError where the records cannot be those that the meta record tells of: its
+    numbers are about to be the sizes of arrays.
+
+    Looks at the number of all records, and at the length of the first maps.
+    """
+    kind = record_type(meta.grid)
+    others = 0  # the longest map that is no map of this grid
+    for key, value in islice(txn.cursor(), 1024):
+        if len(key) == KEY_BYTES and len(value) == kind.itemsize:
+            break
+        others = max(others, len(value) if len(key) == KEY_BYTES else 0)
+    else:
+        if others:
+            raise damaged(
+                path,
+                f"grid is {meta.grid[0]}x{meta.grid[1]}, whose records have {kind.itemsize:,} "
+                f"bytes, and those that are there have at most {others:,}",
+            )
+    entries = txn.stat()["entries"]
+    if meta.epoch is not None and meta.part is None and meta.samples > entries:
+        raise damaged(
+            path,
+            f"samples is {meta.samples:,} and a pass over all of them is complete, but it has "
+            f"{entries:,} records",
+        )
+
+
+def _corrupt(path: str, what: str) -> CacheError:
+    return damaged(path, f"it has a corrupt meta record, {what}")
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _brief_value(value: Any) -> str:
+    """At most 80 characters of a value out of JSON."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # too deep, or an integer of too many digits
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    """Whether a value out of JSON has at most so many levels of lists and dicts."""
+    if not isinstance(value, list | dict):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_is_shallow(one, levels - 1) for one in inner)
+
+
+def _is_int(value: Any, low: int, high: int | None = None) -> bool:
+    """Whether a value out of JSON is an integer from `low` to `high`."""
+    return type(value) is int and low <= value and (high is None or value <= high)
+
+
+def _is_pair(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_is_int(n, low, high) for n in value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _or_none(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fits(value)
+
+
+_INT32 = (1 << 31) - 1
+# What each field must be: whether a value is that, and in words.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "format": (lambda v: _is_int(v, 1), "a positive integer"),
+    "grid": (
+        lambda v: _is_pair(v, 1, _INT32) and v[0] * v[1] + 2 <= _INT32,
+        "two positive integers, of fewer than 2^31 cells",
+    ),
+    "samples": (lambda v: _is_int(v, 0, SAMPLES), "an integer in 0..2^32"),
+    "fingerprint": (_is_text, "a string"),
+    "naming": (lambda v: v in ("index", "path"), '"index" or "path"'),
+    "method": (_or_none(_is_text), "a string or null"),
+    "model": (_or_none(_is_text), "a string or null"),
+    "layer": (_or_none(_is_text), "a string or null"),
+    "input_size": (
+        _or_none(lambda v: _is_int(v, 1) or _is_pair(v, 1, _INT32)),
+        "a positive integer, two of them, or null",
+    ),
+    "weights": (_is_text, "a string"),
+    "epoch": (_or_none(lambda v: _is_int(v, 0, EPOCHS - 1)), "an integer in 0..65535, or null"),
+    "passes": (lambda v: _is_int(v, 0), "an integer of at least 0"),
+    "under_way": (_or_none(lambda v: isinstance(v, dict)), "a dict or null"),
+    "neighbors": (
+        _or_none(lambda v: _is_pair(v, 0, _INT32) and v[0] <= CLASSES),
+        "two integers of at least 0, the first at most 65536, or null",
+    ),
+    "part": (_or_none(lambda v: _is_int(v, 0)), "an integer of at least 0, or null"),
+    "which": (_or_none(_is_text), "a string or null"),
+    "settings": (
+        _or_none(lambda v: isinstance(v, dict) and _is_shallow(v, LEVELS)),
+        f"a dict of at most {LEVELS} levels, or null",
+    ),
+}
+_REQUIRED = {"format", "grid", "samples", "fingerprint", "naming"}
+_PASS = ("epoch", "weights", "part", "which", *PROVENANCE, "settings")
+
+
+def _check_fields(
+    path: str,
+    of: str,
+    fields: Mapping[str, Any],
+    kinds: Mapping[str, tuple[Callable[[Any], bool], str]],
+    required: set[str],
+    known: Collection[str] | None = None,
+) -> None:
+    """Raises CacheError where a field of the meta record is not of its kind. of: what the fields
+    are of, for messages. known: the fields that there may be; None: all kinds."""
+    if missing := sorted(required - fields.keys()):
+        raise _corrupt(path, f"{of}{missing[0]} is missing")
+    for name, value in fields.items():
+        if name not in (kinds if known is None else known):
+            raise _corrupt(path, f"{of}{_brief_value(name)} is no field of format {FORMAT_VERSION}")
+        fits, must = kinds[name]
+        if not fits(value):
+            raise _corrupt(path, f"{of}{name} must be {must}, got {_brief_value(value)}")
 
 
 def check_last_pass(epochs: int, refresh_every: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scae_dali.cache.cache import SaliencyCache
-from scae_dali.cache.environment import DATA_FILE
+from scae_dali.cache.files import DATA_FILE
 from scae_dali.cache.format import CHUNK, CacheError, Maps, checked_grid
 from scae_dali.cache.resample import SCALES, levels
 from scae_dali.cache.sources import source_of

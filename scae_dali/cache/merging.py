@@ -88,9 +88,14 @@ def merge_caches(
     if index is not None:
         samples, fingerprint = len(index), index.fingerprint
     whole = fingerprint, samples
-    records = np.zeros(samples, record_type(first.grid))
-    found = np.zeros(samples, np.bool_)
-    conflicting = np.zeros(samples, np.bool_)
+    try:
+        records = np.zeros(samples, record_type(first.grid))
+        found, conflicting = np.zeros((2, samples), np.bool_)
+    except MemoryError as error:
+        raise CacheError(
+            f"there is no memory for all maps of {samples:,} samples, the number that saliency "
+            f"cache {caches[0].path!r} tells; if there are fewer, give the index of all samples"
+        ) from error
     for cache, shard in zip_longest(caches, shards or ()):
         of = whole if shard is None else (shard.fingerprint, len(shard))
         if (cache.meta.fingerprint, cache.meta.samples) != of:

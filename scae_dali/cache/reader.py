@@ -29,6 +29,7 @@ from scae_dali.cache.format import (
     CacheError,
     CacheMeta,
     Maps,
+    check_contents,
     checked_epoch,
     checked_ids,
     flat,
@@ -140,14 +141,16 @@ class CacheReader:
     ) -> None:
         """index: None skips the check of the data set; then only a cache of naming "index" is read.
 
-        Raises CacheError where there is no cache, or one of another data set, grid or format.
+        Raises CacheError where there is no cache, a damaged one, or one of another data set, grid
+        or format; PermissionError where this user may not read it. Warns (RuntimeWarning), once for
+        each cache, where it must be read from a copy in memory.
         """
         self.path = os.fspath(path)
         self._real = os.path.realpath(self.path)
         self._closed = False
         require_data_file(self.path)
         environment_at(self._real).forget_if_replaced()
-        meta = self.meta
+        meta = self._view(self._opened)
         self._check(meta, index, grid)
         self._grid, self._samples = meta.grid, meta.samples
         self._kind = record_type(meta.grid)
@@ -175,9 +178,13 @@ class CacheReader:
         values = self._view(lambda txn: [txn.get(key, b"") for key in keys])
         found = np.fromiter(map(len, values), np.int64, len(values)) == self._kind.itemsize
         if not found.all():
-            blank = bytes(self._kind.itemsize)
-            values = [value if ok else blank for value, ok in zip(values, found, strict=True)]
-        return np.frombuffer(b"".join(values), self._kind)["map"].copy(), found
+            values = [value for value, ok in zip(values, found, strict=True) if ok]
+        maps = np.frombuffer(b"".join(values), self._kind)["map"]
+        if found.all():
+            return maps.copy(), found
+        every = np.zeros((len(ids), *self._grid), np.uint8)
+        every[found] = maps
+        return every, found
 
     @property
     def map_bytes(self) -> int:
@@ -328,6 +335,13 @@ class CacheReader:
 
     def _meta(self, txn: lmdb.Transaction) -> CacheMeta:
         return from_json(bytes(txn.get(META, b"")), self.path)
+
+    def _opened(self, txn: lmdb.Transaction) -> CacheMeta:
+        """The meta record, once the file is sound and the other records fit it."""
+        self._environment().require_sound()
+        meta = self._meta(txn)
+        check_contents(txn, meta, self.path)
+        return meta
 
     def _scan(self, txn: lmdb.Transaction) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
         """ids i64[n] and records[n] of the samples that have a map, in key order."""

@@ -32,7 +32,7 @@ import lmdb
 import numpy as np
 
 from scae_dali.cache import ChunkWriter, SaliencyCache
-from scae_dali.cache.environment import DATA_FILE
+from scae_dali.cache.files import DATA_FILE
 from scae_dali.cache.format import CHUNK, Maps, split
 from tools.benchmarks.growth import SyntheticIndex, draw, maps_of, salts
 from tools.common import bench
