@@ -27,6 +27,7 @@ from scae_dali.commands.images import open_archives
 from scae_dali.commands.options import (
     add_archives,
     add_data,
+    check_format,
     count,
     parser_of,
     train_folder,
@@ -116,10 +117,11 @@ def folder(data: str, split: str | None) -> str:
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = parser_of(__doc__, prog=prog)
     add_data(parser, type=str, required=True, help="folder of the data set")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--split", metavar="NAME", help="folder in DIR whose images are checked; default: train"
     )
-    parser.add_argument(
+    which.add_argument(
         "--list",
         metavar="FILE",
         help="text file of the images to check, instead of a folder; each line is a path relative "
@@ -146,14 +148,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
+        check_format(arguments)
         if arguments.format in ARCHIVES:
-            if arguments.list or arguments.split:
-                raise ValueError(
-                    f"--list and --split are of --format folder, got --format {arguments.format}; "
-                    "--archives names what is checked"
-                )
             index = open_archives(arguments)
-        elif arguments.list:
+        elif arguments.list is not None:
             index = ImageIndex.from_list(arguments.list, root=arguments.data)
         else:
             index = ImageIndex(folder(arguments.data, arguments.split), allow_empty=True)

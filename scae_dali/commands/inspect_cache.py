@@ -19,8 +19,10 @@ from typing import Any
 
 from scae_dali.cache.cache import SaliencyCache
 from scae_dali.checks import check_dali
-from scae_dali.commands.options import add_cache, add_images, count, parser_of
+from scae_dali.commands.options import add_cache, add_images, count, need_data, parser_of
 from scae_dali.data.index import ImageIndex
+
+CLASSES = 23  # that the picture shows
 
 
 def summary(cache: SaliencyCache) -> dict[str, Any]:
@@ -76,14 +78,15 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
     parser.add_argument(
         "--classes",
         type=count,
-        default=23,
         metavar="N",
-        help="how many classes the picture shows, the most frequent ones; default: %(default)s",
+        help=f"how many classes the picture shows, the most frequent ones; default: {CLASSES}",
     )
     add_images(parser, required=False)
     arguments = parser.parse_args(argv)
-    if arguments.data is not None and arguments.picture is None:
-        parser.error("--data is for the picture; give --picture FILE.png too")
+    need_data(parser, arguments)
+    for option in ("data", "classes"):
+        if getattr(arguments, option) is not None and arguments.picture is None:
+            parser.error(f"--{option} is for the picture; give --picture FILE.png too")
     return arguments
 
 
@@ -105,7 +108,7 @@ def draw(arguments: argparse.Namespace) -> None:
         else:
             look = images.pixels.__getitem__
     with SaliencyCache(arguments.cache, index=index) as cache:
-        save_picture(arguments.picture, cache, index, look, classes=arguments.classes)
+        save_picture(arguments.picture, cache, index, look, classes=arguments.classes or CLASSES)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

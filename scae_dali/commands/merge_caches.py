@@ -18,7 +18,7 @@ from contextlib import ExitStack
 
 from scae_dali.cache import SaliencyCache, merge_caches
 from scae_dali.commands.images import open_images
-from scae_dali.commands.options import add_images, parser_of
+from scae_dali.commands.options import add_images, need_data, parser_of
 from scae_dali.data.index import ImageIndex
 from scae_dali.data.pixels import index_of
 
@@ -53,6 +53,7 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
                 f"--shards must be a list for each of the {len(arguments.caches)} caches, got "
                 f"{len(arguments.shards)}"
             )
+    need_data(parser, arguments)
     return arguments
 
 

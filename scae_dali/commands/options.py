@@ -17,6 +17,7 @@ from scae_dali.data.index import ARCHIVES
 from scae_dali.data.tfrecord import IMAGE, LABEL
 
 __all__ = [
+    "CIFAR",
     "add_archives",
     "add_batch_size",
     "add_cache",
@@ -24,15 +25,27 @@ __all__ = [
     "add_device",
     "add_images",
     "add_precision",
+    "check_format",
     "count",
     "device",
     "existing_folder",
     "grid",
+    "need_data",
     "parser_of",
     "train_folder",
     "training_images",
     "usable_device",
 ]
+
+CIFAR = ("cifar10", "cifar100")
+# Options about images that not all formats have, and the formats that have them.
+_OF: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("list", "split"), ("folder",)),
+    "exclude": ("folder", *ARCHIVES),
+    **dict.fromkeys(("archives", "first_label", "index_cache"), ARCHIVES),
+    **dict.fromkeys(("image_field", "label_field"), ("tfrecord",)),
+    "imbalance": CIFAR,
+}
 
 
 class OneSpelling(argparse.HelpFormatter):
@@ -89,12 +102,12 @@ def add_archives(parser: argparse.ArgumentParser) -> None:
         "from 1, otherwise 0",
     )
     parser.add_argument(
-        "--image-field", default=IMAGE, help=f"{of_tfrecord} the image; default: %(default)s"
+        "--image-field", metavar="NAME", help=f"{of_tfrecord} the image; default: {IMAGE}"
     )
     parser.add_argument(
         "--label-field",
-        default=LABEL,
-        help=f"{of_tfrecord} the number of the class; default: %(default)s",
+        metavar="NAME",
+        help=f"{of_tfrecord} the number of the class; default: {LABEL}",
     )
     parser.add_argument(
         "--index-cache",
@@ -116,7 +129,7 @@ def add_images(parser: argparse.ArgumentParser, *, required: bool) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=["folder", *ARCHIVES, "cifar10", "cifar100"],
+        choices=["folder", *ARCHIVES, *CIFAR],
         default="folder",
         help="what --data holds: folders of images, tars (webdataset), TFRecord files, or the "
         "files of CIFAR as torchvision downloads them; default: %(default)s",
@@ -135,9 +148,33 @@ def add_images(parser: argparse.ArgumentParser, *, required: bool) -> None:
     )
     parser.add_argument(
         "--exclude",
-        default=(),
         help="text file of images to leave out, one path a line; scae-dali check-images writes one",
     )
+
+
+def check_format(arguments: argparse.Namespace) -> None:
+    """Raise ValueError where an option is given that --format has no use for."""
+    for name, formats in _OF.items():
+        value = getattr(arguments, name, None)
+        if value is None or arguments.format in formats:
+            continue
+        tail = "; tools/make_longtail.py writes a --list of any folder" * (name == "imbalance")
+        raise ValueError(
+            f"{_option(name)} is for --format {' or '.join(formats)}, got {value!r} with --format "
+            f"{arguments.format}; leave it out, or give another --format{tail}"
+        )
+
+
+def need_data(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End with an error where options of `add_images` are given without --data."""
+    given = [name for name in _OF if getattr(arguments, name, None) is not None]
+    given += ["format"] * (arguments.format != "folder")
+    if given and arguments.data is None:
+        parser.error(f"{_option(given[0])} is about the images in --data; give --data DIR too")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def add_batch_size(

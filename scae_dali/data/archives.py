@@ -27,7 +27,7 @@ __all__ = ["Archives", "Found", "Scanner", "UInt8", "open_archives"]
 
 UInt8 = npt.NDArray[np.uint8]
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2  # 1 left links out, and what lies behind the end mark of a tar
 _THREADS = 16  # archives are scanned side by side: storage may be far away
 _PATIENCE_S = 5.0  # without a progress bar
 
@@ -138,6 +138,13 @@ def open_archives(
     each archive, in a hidden file, and where nothing can be written there, a warning says so.
     Raises DatasetError.
     """
+    if first_label is not None and (
+        not isinstance(first_label, int | np.integer) or abs(first_label) >= 1 << 62
+    ):
+        raise DatasetError(
+            f"first_label must be a whole number, got {first_label!r}; the number of class 0 in "
+            "archives is 0 or 1 as a rule"
+        )
     if cache is not None:
         try:
             os.makedirs(cache, exist_ok=True)
@@ -170,7 +177,7 @@ def open_archives(
             stacklevel=3,
         )
     given = np.concatenate(labels)
-    first = _first_label(given, names) if first_label is None else first_label
+    first = _first_label(given, names) if first_label is None else int(first_label)
     if (low := given.min()) < first:
         raise DatasetError(
             f"sample {names[int(given.argmin())]!r} has the label {low}, and classes are numbered "

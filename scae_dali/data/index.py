@@ -27,6 +27,7 @@ from scae_dali.data.scan import (
     DatasetError,
     Int64,
     Path,
+    class_number,
     scan_cached,
     scan_folders,
 )
@@ -112,7 +113,7 @@ class ImageIndex:
             where = f"{os.fspath(list_file)}, line {number}"
             try:
                 path, token = line.rsplit(maxsplit=1)
-                label = int(token)
+                label = class_number(token)
             except ValueError:
                 raise DatasetError(
                     f"{where}: {line!r} is not 'path label' with an integer label, such as "
@@ -154,7 +155,7 @@ class ImageIndex:
     @classmethod
     def from_webdataset(
         cls,
-        paths: str | Sequence[str],
+        paths: Path | Sequence[Path],
         root: Path = "",
         *,
         first_label: int | None = None,
@@ -184,7 +185,7 @@ class ImageIndex:
     @classmethod
     def from_tfrecord(
         cls,
-        paths: str | Sequence[str],
+        paths: Path | Sequence[Path],
         root: Path = "",
         *,
         image: str = IMAGE,
@@ -392,7 +393,7 @@ class ImageIndex:
 
 def of_archives(
     format: str,
-    paths: str | Sequence[str],
+    paths: Path | Sequence[Path],
     root: Path,
     *,
     image: str = IMAGE,
@@ -429,6 +430,11 @@ def _class_names(
     if classes is None:
         if num_classes is None:
             return None, MAX_GUESSED_CLASSES
+        if not isinstance(num_classes, int | np.integer):
+            raise DatasetError(
+                f"num_classes must be a whole number, got {num_classes!r}; leave it out for the "
+                "highest label + 1"
+            )
         return tuple(map(str, range(num_classes))), num_classes
     if num_classes not in (None, len(classes)):
         raise DatasetError(

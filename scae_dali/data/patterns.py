@@ -17,14 +17,21 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
-def expand(patterns: str | Sequence[str], root: Path = "") -> list[str]:
+def expand(patterns: Path | Sequence[Path], root: Path = "") -> list[str]:
     """The files of one pattern or several, relative to root, as paths with root in front.
 
     `{0..9}`, `{000..127}` and `{a,b}` stand for several patterns, in this order, as in a shell.
     `*`, `?` and `[…]` match names, which come sorted; hidden ones are left out. Raises DatasetError
     where a file is missing, nothing matches, or a file comes twice.
     """
-    given = [patterns] if isinstance(patterns, str) else list(patterns)
+    several = [patterns] if isinstance(patterns, str | os.PathLike) else patterns
+    try:
+        given = [os.fsdecode(pattern) for pattern in several]
+    except TypeError:
+        raise DatasetError(
+            f"archives must be named by a pattern or a list of patterns, got {patterns!r}; give "
+            "one such as 'train-{0000..1023}.tar'"
+        ) from None
     found: list[str] = []
     for pattern in given:
         parts = _BRACES.split(pattern)  # text and the inside of braces, in turn

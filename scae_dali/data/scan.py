@@ -7,6 +7,7 @@ changed.
 from __future__ import annotations
 
 import os
+import re
 import time
 import uuid
 import warnings
@@ -26,6 +27,7 @@ __all__ = [
     "DatasetError",
     "Int64",
     "Path",
+    "class_number",
     "pack",
     "scan_cached",
     "scan_folders",
@@ -41,6 +43,7 @@ EXTENSIONS = (
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 MAX_DEPTH = 16  # links may form a loop
 CACHE_VERSION = 2  # 1 knew fewer extensions
+_NUMBER = re.compile(r"\s*[+-]?[0-9]+\s*", re.ASCII)
 RACY_NS = 2_000_000_000  # the coarsest mtime step of common file systems
 # What np.load raises for a damaged file.
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
@@ -52,6 +55,14 @@ Scan = tuple[list[str], Int64, tuple[str, ...]]  # files, images per class, clas
 
 class DatasetError(ValueError):
     """A folder, list, label or name that cannot be used; the message names it and the remedy."""
+
+
+def class_number(text: str) -> int:
+    """The number of a class as a list or an archive has it: digits, with blanks around them or
+    none. Raises ValueError for other text, such as `1_0`, which Python takes for 10."""
+    if _NUMBER.fullmatch(text) is None:
+        raise ValueError(f"the number of a class must be written in digits, got {text!r}")
+    return int(text)
 
 
 def scan_folders(root: str) -> tuple[Scan, list[str], list[int]]:

@@ -1,7 +1,8 @@
 """The samples in a webdataset: a tar whose neighbouring members with one stem make a sample.
 
 The stem of a member ends at the first dot of its file name, and the suffix begins there: the image
-`d/0001.jpg` and the label `d/0001.cls` are a sample. A label is the number of a class, as text.
+`d/0001.jpg` and the label `d/0001.cls` are a sample. A label is the number of a class, as text. A
+hard link has the content of the member that it is a link to.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from scae_dali.data.archives import Found
-from scae_dali.data.scan import EXTENSIONS, DatasetError
+from scae_dali.data.scan import EXTENSIONS, DatasetError, class_number
 
 __all__ = ["scan_tar"]
 
 _LABEL = "cls"
 _PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 _BLOCK = 512
+_AT_ONCE = 1 << 20  # bytes read at once behind the end mark
+
+Where = tuple[int, int]  # offset and number of bytes of a content in the tar
 
 
 class _Member(NamedTuple):
@@ -42,6 +46,10 @@ class _Member(NamedTuple):
         return self.name.rpartition("/")[2].partition(".")[2]
 
     @property
+    def of_sample(self) -> bool:
+        return self.is_image or self.suffix == _LABEL
+
+    @property
     def is_image(self) -> bool:
         return f".{self.suffix}".lower() in EXTENSIONS
 
@@ -57,11 +65,12 @@ def scan_tar(path: str) -> Found:
             image = _image(path, stem, members)
             if image is None:
                 continue
-            if (before := seen.setdefault(image.name, image.offset)) != image.offset:
+            if (before := seen.get(image.name)) is not None:
                 raise DatasetError(
                     f"the archive {path!r} has two samples named {image.name!r}, at bytes {before} "
                     f"and {image.offset}; pack it again with a name for each"
                 )
+            seen[image.name] = image.offset
             names.append(image.name)
             labels.append(_label(path, file, image, members))
             where.append((image.offset, image.size))
@@ -70,7 +79,7 @@ def scan_tar(path: str) -> Found:
 
 def _members(path: str, file: BinaryIO) -> Iterator[_Member]:
     """The files in a tar, in its order, but for hidden ones. Raises DatasetError for a tar that is
-    damaged or cut off."""
+    damaged or cut off, or has images or labels whose bytes do not lie in it as in a file."""
     size = os.fstat(file.fileno()).st_size
     if size == 0:
         return
@@ -81,21 +90,89 @@ def _members(path: str, file: BinaryIO) -> Iterator[_Member]:
             "read alone; decompress it"
         )
     at = 0
+    contents: dict[str, Where | None] | None = None  # of the members so far, where there are links
+    link: str | None = None
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # there may be millions
                 at = archive.offset
-                if not member.isreg():
+                if member.islnk():
+                    if contents is None:
+                        contents = _contents(path, member.offset)
+                    where = contents.get(_name(member.linkname))
+                else:
+                    where = _where(member)
+                    if where is not None and sum(where) > size:
+                        raise _damaged(path, f"is cut off within {member.name!r}")
+                name = _name(member.name)
+                if contents is not None:
+                    contents[name] = where
+                if name.rpartition("/")[2].startswith("."):
                     continue
-                if member.offset_data + member.size > size:
-                    raise _damaged(path, f"is cut off within {member.name!r}")
-                name = member.name.removeprefix("./")  # `tar cf x.tar .` names members so
-                if not name.rpartition("/")[2].startswith("."):
-                    yield _Member(name, member.offset_data, member.size)
+                found = _Member(name, *(where or (0, 0)))
+                if where is not None:
+                    yield found
+                elif found.of_sample and not member.isdir():
+                    raise _no_file(path, member)
+                elif member.issym():
+                    link = name
             at = archive.offset
-    except tarfile.ReadError as error:
+    except DatasetError:
+        raise
+    except (tarfile.ReadError, ValueError) as error:  # ValueError: of a sparse file's damaged map
         raise _damaged(path, f"is no tar, or damaged at byte {at} ({error})") from error
+    _check_end(path, file, at)
+    if link is not None:
+        warnings.warn(
+            f"the archive {path!r} has the symbolic link {link!r}, which is left out; if images "
+            "lie behind it, pack them themselves, as `tar --dereference` does",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _name(name: str) -> str:
+    return name.removeprefix("./")  # `tar cf x.tar .` names members so
+
+
+def _where(member: tarfile.TarInfo) -> Where | None:
+    """Where the content of a member lies; None where it has none of its own in one piece."""
+    if member.isreg() and not member.issparse():
+        return member.offset_data, member.size
+    return None
+
+
+def _contents(path: str, stop: int) -> dict[str, Where | None]:
+    """Where the contents of the members before byte `stop` lie, by name. Of members of one name the
+    last one counts, as where they are unpacked."""
+    found = {}
+    with tarfile.open(path, "r:") as archive:
+        while (member := archive.next()) is not None and member.offset < stop:
+            archive.members.clear()  # type: ignore[attr-defined]
+            found[_name(member.name)] = _where(member)
+    return found
+
+
+def _no_file(path: str, member: tarfile.TarInfo) -> DatasetError:
+    """Of an image or a label that has no content in the tar."""
+    if member.issym():
+        what = f"a symbolic link to {member.linkname!r}; pack the files themselves, as `tar "
+        what += "--dereference` does"
+    elif member.islnk():
+        what = f"a link to {member.linkname!r}, which is no plain file before it in the archive; "
+        what += "pack the files themselves, as `tar --hard-dereference` does"
+    elif member.issparse():
+        what = "stored without the holes of its file, so that it does not lie there in one piece; "
+        what += "pack it again by `tar` without --sparse"
+    else:
+        what = f"no file, but a member of the type {member.type!r}; pack it again without it"
+    return DatasetError(f"the archive {path!r}: {member.name!r} is {what}")
+
+
+def _check_end(path: str, file: BinaryIO, at: int) -> None:
+    """Raise DatasetError unless nothing but zeros lies behind the last member, from byte `at` on,
+    and warn where nothing does."""
     end = os.pread(file.fileno(), _BLOCK, at)  # tarfile takes any damaged header for the end
     if end.strip(b"\0"):
         what = "has a damaged header" if len(end) == _BLOCK else "is cut off"
@@ -107,6 +184,14 @@ def _members(path: str, file: BinaryIO) -> Iterator[_Member]:
             RuntimeWarning,
             stacklevel=2,
         )
+    while behind := os.pread(file.fileno(), _AT_ONCE, at):
+        at += len(behind)
+        if more := behind.lstrip(b"\0"):
+            raise DatasetError(
+                f"the archive {path!r} holds more behind its end mark, from byte {at - len(more)} "
+                "on; if it was joined of several by `cat`, give those one by one, or unpack it by "
+                "`tar --ignore-zeros -xf` and pack it again; otherwise it is damaged: copy it again"
+            )
 
 
 def _damaged(path: str, what: str) -> DatasetError:
@@ -134,17 +219,22 @@ def _image(path: str, stem: str, members: Sequence[_Member]) -> _Member | None:
 
 
 def _label(path: str, file: BinaryIO, image: _Member, members: Sequence[_Member]) -> int:
-    found = next((member for member in members if member.suffix == _LABEL), None)
-    if found is None:
+    found = [member for member in members if member.suffix == _LABEL]
+    if not found:
         raise DatasetError(
             f"the archive {path!r} has no label of {image.name!r}; add a member "
             f"{image.stem}.{_LABEL!s} with the number of the class as text, beside the image"
         )
-    text = os.pread(file.fileno(), found.size, found.offset)
-    try:
-        return int(text)
-    except ValueError:
+    if len(found) > 1:
         raise DatasetError(
-            f"the archive {path!r}: {found.name!r} must be the number of a class as text, got "
+            f"the archive {path!r} has several labels of {image.name!r}, {len(found)} members "
+            f"named {found[0].name!r}; pack it again with one label a sample"
+        )
+    text = os.pread(file.fileno(), found[0].size, found[0].offset)
+    try:
+        return int(np.int64(class_number(text.decode("latin-1"))))
+    except (ValueError, OverflowError):
+        raise DatasetError(
+            f"the archive {path!r}: {found[0].name!r} must be the number of a class as text, got "
             f"{text[:40]!r}; pack it again with numbers from 0 on"
         ) from None

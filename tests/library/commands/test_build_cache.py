@@ -117,7 +117,7 @@ def test_maps_of_a_network_of_timm(build, tmp_path):
 
 
 def test_a_tail_of_folders_is_made_as_a_list(build, tmp_path):
-    with pytest.raises(SystemExit, match=r"--imbalance is of CIFAR's own files, got 10.0 with"):
+    with pytest.raises(SystemExit, match=r"--imbalance is for .*, got 10.0 with .*make_longtail"):
         build(data=tmp_path, model="resnet18", out=tmp_path / "maps.lmdb", imbalance=10)
 
 
@@ -268,15 +268,20 @@ def test_archives_give_the_maps_of_their_files(build, tailed, tmp_path):
         ({"format": "webdataset"}, "--archives must name the archives with --format webdataset, g"),
         (
             {"format": "tfrecord", "archives": "t", "list": "l.txt"},
-            "--list is of --format folder, got --format tfrecord; leave it out",
+            "--list is for --format folder, got 'l.txt' with --format tfrecord; leave it out",
         ),
         (
             {"format": "tfrecord", "archives": "t", "imbalance": 10},
-            "--imbalance is of CIFAR's own files, got 10.0 with --format tfrecord",
+            "--imbalance is for --format cifar10 or cifar100, got 10.0 with --format tfrecord",
         ),
+        ({"archives": "t-*.tar"}, "--archives is for --format webdataset or tfrecord, got 't-"),
+        ({"first_label": 1, "list": "l.txt"}, "--first-label is for --format webdataset or tfre"),
+        ({"format": "cifar10", "index_cache": "d"}, "--index-cache is for .*, got 'd' with --form"),
+        ({"format": "cifar100", "exclude": "l.txt"}, "--exclude is for --format folder or webda"),
+        ({"format": "cifar10", "label_field": "y"}, "--label-field is for --format tfrecord, got"),
         ({"format": "webdataset", "archives": "t-{0..1}.tar"}, "the archive '.*/t-0.tar' .* does"),
     ],
 )
-def test_archives_that_are_not_named_are_refused(build, tmp_path, options, message):
+def test_options_that_do_not_fit_the_format_are_refused(build, tmp_path, options, message):
     with pytest.raises(SystemExit, match=message):
         build(data=tmp_path, model="cifar_resnet20", out=tmp_path / "maps.lmdb", **options)

@@ -137,4 +137,39 @@ def test_images_in_tars(run, data, tmp_path):
     status, lines = run(*options)
     assert (status, lines[0][:40]) == (2, "error: --archives must name the archives")
     status, lines = run(*options, "--archives", pattern, "--split", "val")
-    assert (status, lines[0][:46]) == (2, "error: --list and --split are of --format fold")
+    assert (status, lines[0][:37]) == (2, "error: --split is for --format folder")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--archives", "b-*.tar"],
+            "--archives is for --format webdataset or tfrecord, got 'b-",
+        ),
+        (
+            ["--first-label", "0"],
+            "--first-label is for --format webdataset or tfrecord, got 0",
+        ),
+        (["--index-cache", "kept"], "--index-cache is for --format webdataset or tfrecord, got"),
+        (
+            ["--format", "webdataset", "--archives", "x", "--image-field", "image/encoded"],
+            "--image-field is for --format tfrecord, got 'image/encoded' with --format webdataset; "
+            "leave it out, or give another --format",
+        ),
+        (
+            ["--format", "tfrecord", "--archives", "x", "--list", "l"],
+            "--list is for --format fold",
+        ),
+    ],
+)
+def test_options_of_another_format_are_refused(run, data, options, message):
+    status, lines = run("--data", data, *options)
+    assert status == 2
+    assert lines[-1].startswith(f"error: {message}")
+
+
+def test_a_list_and_a_split_exclude_each_other(run, data, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("--data", data, "--list", "l.txt", "--split", "val")
+    assert "argument --split: not allowed with argument --list" in capsys.readouterr().err

@@ -88,6 +88,11 @@ def test_what_a_picture_needs(cache, folder, tmp_path, monkeypatch):
     assert "error: Format 'doc' is not supported" in said
     said = run("inspect_cache", cache.path, "--data", folder, status=2)
     assert "--data is for the picture; give --picture FILE.png too" in said
+    said = run("inspect_cache", cache.path, "--classes", 5, status=2)
+    assert "--classes is for the picture; give --picture FILE.png too" in said
+    for option, value in [("--label-field", "y"), ("--format", "cifar10"), ("--list", "l.txt")]:
+        said = run("inspect_cache", cache.path, option, value, *picture, status=2)
+        assert f"{option} is about the images in --data; give --data DIR too" in said
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "matplotlib.figure")
     monkeypatch.delitem(sys.modules, "scae_dali.commands.cache_picture")

@@ -66,6 +66,9 @@ def test_parts_of_one_data_set_need_no_data(data, build, tmp_path):
 def test_options_that_do_not_fit(data, tmp_path):
     said = run("merge_caches", "x", "--out", "y", "--shards", "z", status=2)
     assert "--shards needs --data, the folder of all images" in said
+    for option in (["--exclude", "l.txt"], ["--format", "tfrecord"], ["--first-label", "0"]):
+        said = run("merge_caches", "x", "--out", "y", *option, status=2)
+        assert f"{option[0]} is about the images in --data; give --data DIR too" in said
     options = ["--out", "y", "--data", data, "--shards", "z"]
     said = run("merge_caches", "x", "w", *options, status=2)
     assert "--shards must be a list for each of the 2 caches, got 1" in said

@@ -149,6 +149,18 @@ def test_an_archive_that_was_just_written_is_not_trusted(packed, scans):
     assert scans == ["train-0001"]
 
 
+@pytest.mark.parametrize("version", [1, archives.CACHE_VERSION])
+def test_what_an_older_version_has_kept_is_not_taken(packed, version):
+    """Version 1 left links out."""
+    right = tars(packed).labels.tolist()
+    kept = packed / "tars" / ".train-0000.tar.index.npz"
+    with np.load(kept) as stored:
+        arrays = dict(stored)
+    arrays["labels"][:] = 2
+    np.savez(kept, **(arrays | {"version": version}))
+    assert (tars(packed).labels.tolist() == right) == (version == 1)
+
+
 def test_other_features_are_looked_for_anew(packed):
     assert records(packed).labels[0] == 0
     made = records(packed, label="image/height", first_label=0)
@@ -235,6 +247,28 @@ def test_labels_are_counted_from_0_or_from_1(tmp_path, labels, first_label, want
     made = ImageIndex.from_webdataset("s.tar", tmp_path, first_label=first_label)
     assert made.labels.tolist() == wanted
     assert made.num_classes == max(wanted) + 1
+
+
+@pytest.mark.parametrize("first_label", ["0", 1.0, None, np.array([0]), -(1 << 70)])
+@pytest.mark.parametrize("of", [tars, records])
+def test_arguments_of_other_types_are_refused(packed, of, first_label):
+    if first_label is None:
+        with pytest.raises(DatasetError, match="num_classes must be a whole number, got '3'; leav"):
+            of(packed, num_classes="3")
+    else:
+        with pytest.raises(DatasetError, match=r"first_label must be a whole number, got .*; the"):
+            of(packed, first_label=first_label)
+
+
+def test_paths_and_numbers_of_other_libraries(packed):
+    made = ImageIndex.from_tfrecord(
+        (packed / "records").glob("train-00001*"), first_label=np.int16(1), num_classes=np.int64(9)
+    )
+    one = ImageIndex.from_tfrecord(packed / "records" / "train-00001-of-00003")
+    assert made.files == one.files
+    assert (made.num_classes, made.archives.first_label) == (9, 1)
+    tar = ImageIndex.from_webdataset([Path("train-0001.tar")], packed / "tars")
+    assert tar.labels.tolist() == one.labels.tolist() == made.labels.tolist()
 
 
 @pytest.mark.parametrize(

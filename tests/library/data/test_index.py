@@ -142,6 +142,8 @@ def test_a_list_keeps_its_order_and_its_spaces(tmp_path):
         (b"a 0\nb 99999999999999999999\n", r"line 2: label 99999999999999999999 is outside"),
         (b"a 0\nb.jpg\n", r"list.txt, line 2: 'b.jpg' is not 'path label'"),
         (b"a 0\n7\n", r"line 2: '7' is not 'path label'"),
+        (b"a 0\nb 1_4\n", r"line 2: 'b 1_4' is not 'path label' with an integer label"),
+        ("a ٣\n".encode(), r"line 1: 'a ٣' is not 'path label' with an integer label"),
         (b"a zero\n", r"line 1: 'a zero' is not 'path label' with an integer label, such as"),
         (b"a 0\n\xff 1\n", r"list.txt, after line \d: not UTF-8 .*; convert the list"),
         (b"\n", r"list.txt lists no samples"),

@@ -1,6 +1,7 @@
 """Which files a pattern names."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,9 @@ def root(tmp_path):
         ("x[1].tar", ["x[1].tar"]),
         ("./d/*", ["d/a-8.tar"]),
         (["a-9.tar", "a-8.tar"], ["a-9.tar", "a-8.tar"]),
+        (Path("b-{09..10}.tar"), ["b-09.tar", "b-10.tar"]),
+        ((Path("d") / "a-8.tar", "a-?.tar"), ["d/a-8.tar", "a-8.tar", "a-9.tar"]),
+        ((name for name in ["a-9.tar"]), ["a-9.tar"]),
     ],
 )
 def test_braces_count_and_choose_and_globs_match(root, pattern, names):
@@ -63,6 +67,9 @@ def test_paths_are_relative_to_the_root_if_there_is_one(root, monkeypatch):
         ("a-{8,9,8}.tar", r"the pattern 'a-\{8,9,8\}.tar' names '.*/a-8.tar' twice; name it once"),
         (["a-8.tar", "./a-8.tar"], "names '.*/a-8.tar' twice"),
         ([], "no archive is named; give a pattern"),
+        (None, "must be named by a pattern or a list of patterns, got None; give one such as"),
+        (["a-8.tar", 9], r"list of patterns, got \['a-8.tar', 9\]"),
+        (b"a-8.tar", "list of patterns, got b'a-8.tar'"),
     ],
 )
 def test_what_is_not_there_is_named(root, pattern, message):
