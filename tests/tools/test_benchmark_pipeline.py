@@ -134,6 +134,10 @@ def test_samples_that_are_mixed(tmp_path, images):
     assert 0 < share["mixed 5%"] < 0.15
     assert share["mixed 5%"] < share["mixed 10%"] < 0.25
     assert share["unmixed 10%"] == share["none"] == 0
+    beside = result["versus_second_decode"]
+    assert list(beside) == ["mixed 5%", "mixed 10%"]
+    for name, value in beside.items():
+        assert value == pytest.approx(rows[name]["ratio"] * (1 + share[name]), abs=1e-3)
 
 
 def test_mixing_wants_a_tail(images):
