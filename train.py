@@ -35,7 +35,8 @@ from scae_dali.stage.loader import Batch, ImageError
 from scae_dali.training import checkpoint, lock, second_stage
 from scae_dali.training.divergence import check_finite, sound
 from scae_dali.training.log import closing, save_picture, summary
-from scae_dali.training.notice import Ended, Notice, outlive_readers
+from scae_dali.training.notice import Ended, Notice
+from scae_dali.training.output import outlive_readers
 from scae_dali.training.precision import autocast
 from scae_dali.training.ranks import Ranks
 
