@@ -12,11 +12,13 @@ import dataclasses
 import gc
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import jsonargparse
 import torch
@@ -35,9 +37,10 @@ from scae_dali.stage.loader import Batch, ImageError
 from scae_dali.training import checkpoint, lock, second_stage
 from scae_dali.training.divergence import check_finite, sound
 from scae_dali.training.log import closing, save_picture, summary
-from scae_dali.training.notice import Ended, Notice, outlive_readers
+from scae_dali.training.notice import Ended, Notice
+from scae_dali.training.output import outlive_readers
 from scae_dali.training.precision import autocast
-from scae_dali.training.ranks import Ranks
+from scae_dali.training.ranks import Ranks, together
 
 LOOK_S = 5.0  # seconds for a look at the validation files, before training starts
 
@@ -123,6 +126,11 @@ class Run(State):
         with nullcontext() if alone or ends else self.model.no_sync():  # type: ignore[operator]
             with autocast(self.config.amp, self.device):
                 logits = self.model(images)
+            check(
+                logits.requires_grad,
+                f"model {self.config.model!r} gives logits without a gradient: its forward must "
+                "not detach them, and must use parameters with requires_grad=True",
+            )
             if self.harvest is not None:
                 self.harvest.add(batch)
             loss = self.loss.at(self.epoch)(logits, batch.labels, batch.partners, batch.mu)
@@ -223,14 +231,15 @@ def begin(
         "they share, or copy the file",
     )
     state = checkpoint.load_run(out / "checkpoint.pt") if found[0] else None
-    identity = resuming.identity(config, data)
+    identity: dict[str, Any] = {}
+    together(ranks, lambda: identity.update(resuming.identity(config, data)))
     notes = resuming.check_same(ranks, out, identity, state, data.val)
     run = Run(config, ranks, data, identity, check_folder, notice)
     if state is None:
         run.loader = run.build_loader()  # before anything is written, since it may raise
     else:
         run.restore(state)
-    for note in notes if ranks.first else ():
+    for note in (*run.notes, *notes) if ranks.first else ():
         tqdm.write(f"note: {note}", file=sys.stderr)
     if run.open_log(None if state is None else state.get("log", "")):
         run.finish_epoch()
@@ -241,7 +250,7 @@ def train(config: Config, resume: bool) -> None:
     """Train to the last epoch. Nothing is written where `out` holds a run, unless resumed."""
     ranks = Ranks(config.device)
     torch.backends.cudnn.benchmark = True  # images are of one size
-    resuming.agree(ranks, resuming.without_weights(resuming.flat(config)) | {"resume": resume})
+    resuming.agree(ranks, resuming.flat(config) | {"resume": resume})
     out = Path(config.out)
     with Notice(ranks) as notice, lock.hold(out, ranks) as check_folder:
         run = begin(config, ranks, resume, check_folder, notice)
@@ -292,6 +301,10 @@ def main() -> None:
             train(config, settings.resume)
     except (ValueError, ImageError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # before training, or in --evaluate
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except Ended as ended:
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped by {ended}; the same command with --resume goes on", file=sys.stderr)

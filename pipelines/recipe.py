@@ -114,7 +114,8 @@ class Config:
             network of timm. package.module:function takes what your own function makes, which is
             called with num_classes.
         weights: File with a state_dict of the network, which training starts from and --evaluate
-            validates. null starts from random weights.
+            validates. A checkpoint.pt of a run with optim.ema gives the average of the weights.
+            null starts from random weights.
         method: Augmentation, by its name (scae, random_erasing, …; none is crop and flip alone), or
             the dotted name of a module of your own. Several are joined by a plus sign, such as
             rand_augment+scae. `mixup|cutmix` takes one of the two for each batch.

@@ -26,14 +26,16 @@ from pipelines.recipe import Config
 from scae_dali.checks import check
 from scae_dali.data.index import ImageIndex, path_key
 from scae_dali.training.ranks import Ranks
+from scae_dali.training.weights import weights_content
 
 # Where files lie and what computes. The images and weights in the files are compared separately.
 _WHERE = {"data.root", "data.index_cache", "threads", "hw_decoder_load"}
-_FILES = {"data.train_list", "data.val_list", "data.exclude", "second_stage.weights"}
-_FILES |= {"data.train", "data.val"}
+_WEIGHTS = ("weights", "second_stage.weights")
+_FILES = {"data.train_list", "data.val_list", "data.exclude", "data.train", "data.val", *_WEIGHTS}
 _FREE = _WHERE | {"out", "checkpoint_every", "compile", "device", "data.val_exclude"}
 _FREE |= {"saliency.batch_size", "saliency.cache"}
-_CONTENTS = ("data", "val", "weights")  # fingerprints of the images, and of what it starts from
+# Fingerprints of the images, and of the weights that a run starts from.
+_CONTENTS = ("data", "val", "weights_content")
 _OF_A_RUN = ("config.json", "checkpoint.pt", "metrics.jsonl", "weights.pt")
 _ABSENT = "no such setting"
 
@@ -57,19 +59,23 @@ def defaults() -> dict[str, Any]:
     return flat(Config(data=DataConfig(root=""), out=""))
 
 
-def without_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without the file of the weights that a run starts from: its content counts."""
-    return {name: value for name, value in settings.items() if name != "weights"}
-
-
 def identity(config: Config, data: Data) -> dict[str, Any]:
-    """What a run is of, for its checkpoint: all settings, and the images and weights they name."""
-    weights = config.weights or config.second_stage.weights
-    return without_weights(flat(config)) | {
+    """What a run is of, for its checkpoint: all settings, and the images and weights they name.
+
+    Raises ValueError where the weights cannot be read.
+    """
+    settings = flat(config)
+    named = _weights_of(settings)
+    return settings | {
         "data": data.train.fingerprint,
         "val": data.val.fingerprint,
-        "weights": _digest(weights) if weights and os.path.isfile(weights) else None,
+        "weights_content": named and weights_content(settings[named], named),
     }
+
+
+def _weights_of(settings: Mapping[str, Any]) -> str | None:
+    """The setting that names the weights that a run starts from; None where there are none."""
+    return next((name for name in _WEIGHTS if settings.get(name)), None)
 
 
 def file_keys(index: ImageIndex) -> Tensor:
@@ -145,19 +151,26 @@ def saved_settings(out: Path, state: Mapping[str, Any] | None) -> dict[str, Any]
     is at its default. Raises ValueError where config.json is needed and cannot be read.
     """
     settings = {} if state is None else dict(state["of"])
+    older = state is not None and "weights_content" not in settings
+    if older and "weights" in settings:
+        settings["weights_content"] = settings.pop("weights")  # it was a hash of the file
     path = out / "config.json"
-    if "epochs" not in settings and path.exists():
+    if (older or "epochs" not in settings) and path.exists():
         try:
-            settings = without_weights(flat(json.loads(path.read_text()))) | settings
+            settings = flat(json.loads(path.read_text())) | settings
         except (ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{str(path)!r} cannot be read ({error}); restore it from a copy, or start in a "
-                "new folder"
-            ) from error
+            if "epochs" not in settings:
+                raise ValueError(
+                    f"{str(path)!r} cannot be read ({error}); restore it from a copy, or start in "
+                    "a new folder"
+                ) from error
     settings = _renamed(settings)
     if "epochs" not in settings:
         return settings or None
-    return without_weights(defaults()) | settings
+    settings = defaults() | settings
+    if settings.get("weights_content") and _weights_of(settings) is None:
+        del settings["weights"]  # nothing tells where they were
+    return settings
 
 
 def compare(
@@ -198,8 +211,18 @@ def compare(
             continue
         if name in _CONTENTS:  # then name the settings that choose them
             changed = _changed(name, was, now)
+            if name == "weights_content":
+                file = now.get(_weights_of(now) or "")
+                if file is not None and before == _digest(file):
+                    continue  # so older versions wrote it
+                if any(was[one] is None or now[one] is None for one in changed):
+                    continue  # the setting itself tells it
+                text = "weights, and none are given"
+                if file is not None:
+                    text = f"other weights than {file!r} holds"
             besides |= {one: f"{one} was {was[one]!r}, now {now[one]!r}" for one in changed}
-            flags += [_flag(one, was[one]) for one in changed if one == "data.val_exclude"]
+            exact = ("data.val_exclude", *_WEIGHTS)
+            flags += [_flag(one, was[one]) for one in changed if one in exact]
         odd.append(text)
         if name in now and name not in _CONTENTS:
             flags.append(_flag(name, before))
@@ -214,11 +237,11 @@ def compare(
 
 def _changed(content: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The changed settings that say where `content` is."""
-    group = "second_stage." if content == "weights" else "data."
     return [
         name
         for name in was
-        if name.startswith(group) and not _same(was[name], now.get(name, was[name]))
+        if (name in _WEIGHTS if content == "weights_content" else name.startswith("data."))
+        and not _same(was[name], now.get(name, was[name]))
     ]
 
 

@@ -63,11 +63,17 @@ class State:
         torch.manual_seed(derive(config.seed, "model"))
         classes = self.index.num_classes
         self.net = make_network(config.model, classes, config.image.size)
-        if config.weights is not None:
-            load_weights(self.net, config.weights)
-        trained = [{"params": list(self.net.parameters()), "lr_factor": 1.0}]
+        self.notes: list[str] = []  # for the user
+        if config.weights is not None and (note := load_weights(self.net, config.weights)):
+            self.notes.append(note)
+        trained: list[dict[str, Any]] = [{"params": list(self.net.parameters()), "lr_factor": 1.0}]
         if config.second_stage.classifier:
             trained = prepare(self.net, config.second_stage, classes, seed=config.seed)
+        check(
+            any(parameter.requires_grad for group in trained for parameter in group["params"]),
+            f"model {config.model!r} has no parameter to train: leave requires_grad=True on those "
+            "that are to be trained",
+        )
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.net.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
         sizes = {config.image.size}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,8 @@ def evaluate(config: Config, ranks: Ranks) -> dict[str, Any]:
         raise ValueError("--evaluate needs weights, got none: give --weights FILE, a state_dict")
     data = open_data(config.data, config.threads, ranks)
     net = make_network(config.model, data.train.num_classes, config.image.size)
-    load_weights(net, config.weights)
+    if (note := load_weights(net, config.weights)) and ranks.first:
+        print(f"note: {note}", file=sys.stderr)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     net.to(ranks.device, memory_format=layout)  # type: ignore[call-overload]
     check_fits(net, config.model, config.image.size, data.train.num_classes, ranks.device)

@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from scae_dali.commands.program import run_program
 from tools import ROOT
 
 NAMES = (
@@ -51,4 +52,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -3,7 +3,14 @@
 The same as `scae-dali build-cache`.
 """
 
-from scae_dali.commands.build_cache import main
+import sys
+
+from scae_dali.commands.main import script
+
+
+def main() -> int | str | None:
+    return script("build-cache")
+
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,7 +5,12 @@ The same as `scae-dali check-images`.
 
 import sys
 
-from scae_dali.commands.check_images import main
+from scae_dali.commands.main import script
+
+
+def main() -> int | str | None:
+    return script("check-images")
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from scae_dali.commands.program import run_program
 from tools.common import runs
 from tools.common.about import about, write_json
 from tools.common.options import parser_of
@@ -88,4 +89,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

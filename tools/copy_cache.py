@@ -3,7 +3,14 @@
 The same as `scae-dali copy-cache`.
 """
 
-from scae_dali.commands.copy_cache import main
+import sys
+
+from scae_dali.commands.main import script
+
+
+def main() -> int | str | None:
+    return script("copy-cache")
+
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -28,6 +28,7 @@ from pipelines.data import Data
 from pipelines.loaders import Loaders
 from pipelines.recipe import Config
 from scae_dali.cache import SaliencyCache
+from scae_dali.commands.program import run_program
 from scae_dali.data.index import ImageIndex
 from scae_dali.methods.keep_augment import importance
 from scae_dali.stage.loader import ids_of
@@ -200,4 +201,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

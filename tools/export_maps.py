@@ -3,7 +3,14 @@
 The same as `scae-dali export-maps`.
 """
 
-from scae_dali.commands.export_maps import main
+import sys
+
+from scae_dali.commands.main import script
+
+
+def main() -> int | str | None:
+    return script("export-maps")
+
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -33,6 +33,7 @@ import torch
 from PIL import Image
 
 from scae_dali.cache import SaliencyCache
+from scae_dali.commands.program import run_program
 from scae_dali.data.index import ImageIndex
 from tools.common.about import about, write_json
 from tools.common.options import add_data, add_device, count, device, parser_of, positive
@@ -240,4 +241,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -3,7 +3,14 @@
 The same as `scae-dali import-maps`.
 """
 
-from scae_dali.commands.import_maps import main
+import sys
+
+from scae_dali.commands.main import script
+
+
+def main() -> int | str | None:
+    return script("import-maps")
+
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

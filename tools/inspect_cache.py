@@ -5,7 +5,12 @@ The same as `scae-dali inspect-cache`.
 
 import sys
 
-from scae_dali.commands.inspect_cache import main
+from scae_dali.commands.main import script
+
+
+def main() -> int | str | None:
+    return script("inspect-cache")
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from scae_dali.commands.program import run_program
 from tools.common.options import parser_of
 
 SHAPES = ("disc", "triangle", "cross", "ring", "bars")
@@ -267,4 +268,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

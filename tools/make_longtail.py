@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from scae_dali.commands.program import run_program
 from scae_dali.data.index import DatasetError, ImageIndex
 from scae_dali.data.longtail import imbalanced
 from scae_dali.training.evaluation import FEW, MANY, shots
@@ -98,4 +99,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -3,7 +3,14 @@
 The same as `scae-dali merge-caches`.
 """
 
-from scae_dali.commands.merge_caches import main
+import sys
+
+from scae_dali.commands.main import script
+
+
+def main() -> int | str | None:
+    return script("merge-caches")
+
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from scae_dali.cache import CacheError, SaliencyCache
+from scae_dali.commands.program import run_program
 from scae_dali.data.index import DatasetError, ImageIndex
 from tools.common.about import write_json
 from tools.common.options import add_data, parser_of, train_folder
@@ -152,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -25,6 +25,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from scae_dali.commands.program import run_program
 from tools import ROOT
 from tools.common import runs
 from tools.common.about import about, write_json
@@ -392,4 +393,4 @@ def run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

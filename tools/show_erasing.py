@@ -3,7 +3,14 @@
 The same as `scae-dali show-erasing`.
 """
 
-from scae_dali.commands.show_erasing import main
+import sys
+
+from scae_dali.commands.main import script
+
+
+def main() -> int | str | None:
+    return script("show-erasing")
+
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -27,16 +27,19 @@ import scae_dali
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--data", type=Path, required=True, help="folder that holds train/")
 parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint and maps")
-parser.add_argument("--epochs", type=int, default=4)
+parser.add_argument("--epochs", type=int, default=4, help="3 or more: maps are made before epoch 2")
 args = parser.parse_args()
+if args.epochs < 3:
+    parser.error(f"--epochs must be 3 or more, got {args.epochs}: maps are made before epoch 2")
+known = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK")
+if lacking := [name for name in known if name not in os.environ]:
+    parser.error(f"{', '.join(lacking)} must be set: start this by torchrun, which does so")
 args.out.mkdir(parents=True, exist_ok=True)
 checkpoint = args.out / "checkpoint.pt"
 
 BATCH, SIDE = 16, 64  # BATCH is that of one process
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]  # of ImageNet, in 0 … 255
-rank, world, local, node = (
-    int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK")
-)
+rank, world, local, node = (int(os.environ[name]) for name in known)
 gpu = torch.cuda.is_available()
 device_id = local if gpu else None
 device, decoder = (torch.device("cuda", local), "mixed") if gpu else (torch.device("cpu"), "cpu")

@@ -17,8 +17,10 @@ import scae_dali
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--data", type=Path, required=True, help="folder that holds train/")
 parser.add_argument("--cache", type=Path, required=True, help="folder for the saliency maps")
-parser.add_argument("--epochs", type=int, default=4)
+parser.add_argument("--epochs", type=int, default=4, help="3 or more: maps are made before epoch 2")
 args = parser.parse_args()
+if args.epochs < 3:
+    parser.error(f"--epochs must be 3 or more, got {args.epochs}: maps are made before epoch 2")
 
 BATCH, SIDE = 32, 64
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]  # of ImageNet, in 0 … 255

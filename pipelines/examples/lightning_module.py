@@ -19,9 +19,11 @@ import scae_dali
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--data", type=Path, required=True, help="folder that holds train/ and val/")
 parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint and maps")
-parser.add_argument("--epochs", type=int, default=4)
+parser.add_argument("--epochs", type=int, default=4, help="3 or more: maps are made before epoch 2")
 parser.add_argument("--save-every", type=int, default=10, help="steps between two checkpoints")
 args = parser.parse_args()
+if args.epochs < 3:
+    parser.error(f"--epochs must be 3 or more, got {args.epochs}: maps are made before epoch 2")
 
 BATCH, SIDE = 32, 64
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]  # of ImageNet, in 0 … 255

@@ -17,8 +17,10 @@ import scae_dali
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--data", type=Path, required=True, help="folder that holds train/ and val/")
 parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint and maps")
-parser.add_argument("--epochs", type=int, default=4)
+parser.add_argument("--epochs", type=int, default=4, help="3 or more: maps are made before epoch 2")
 args = parser.parse_args()
+if args.epochs < 3:
+    parser.error(f"--epochs must be 3 or more, got {args.epochs}: maps are made before epoch 2")
 args.out.mkdir(parents=True, exist_ok=True)
 checkpoint = args.out / "checkpoint.pt"
 BATCH, SIDE = 32, 64  # for ImageNet 256 and 224

@@ -23,8 +23,10 @@ parser.add_argument("--cache", type=Path, required=True, help="folder for the sa
 parser.add_argument("--model", default="resnet10t", help="name of a network of timm")
 parser.add_argument("--pretrained", action="store_true", help="begin with timm's weights")
 parser.add_argument("--optimiser", default="adamw", help="name of an optimiser of timm")
-parser.add_argument("--epochs", type=int, default=4)
+parser.add_argument("--epochs", type=int, default=4, help="3 or more: maps are made before epoch 2")
 args = parser.parse_args()
+if args.epochs < 3:
+    parser.error(f"--epochs must be 3 or more, got {args.epochs}: maps are made before epoch 2")
 
 BATCH, SIDE = 32, 64
 device_id = 0 if torch.cuda.is_available() else None

@@ -70,7 +70,9 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
     )
     parser.add_argument(
         "--weights",
-        help="file of the network's weights (a state_dict); without it the weights are random",
+        help="file of the network's weights (a state_dict), such as weights.pt of a run of "
+        "train.py, or its checkpoint.pt, of which the average of the weights is taken if there is "
+        "one; without it the weights are random",
     )
     parser.add_argument(
         "--method",
@@ -153,8 +155,8 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
 def load_model(
     name: str, weights: str | None, classes: int, size: int, told: bool = True
 ) -> torch.nn.Module:
-    """The network for images of this size, in eval mode. told: whether to say where it is random.
-    Raises ValueError where weights and network do not fit."""
+    """The network for images of this size, in eval mode. told: whether to print notes, such as
+    that it is random. Raises ValueError where weights and network do not fit."""
     torch.manual_seed(0)
     model = make_network(name, classes, size)
     if weights is None:
@@ -163,7 +165,8 @@ def load_model(
                 "no --weights: the network is random, and so is what it looks at", file=sys.stderr
             )
         return model.eval()
-    load_weights(model, weights)
+    if (note := load_weights(model, weights)) and told:
+        print(f"note: {note}", file=sys.stderr)
     return model.eval()
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
-import os
-import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
 from scae_dali.checks import check_dali
+from scae_dali.commands.program import Status, run_program
 
 # What each does, told here so that --help need not import them all.
 COMMANDS = {
@@ -26,8 +24,12 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int | str | None:
+def main(argv: Sequence[str] | None = None) -> Status:
     """Run a command with its options. Returns its exit status, or a message, as sys.exit takes."""
+    return run_program(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> Status:
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(
         prog="scae-dali",
@@ -39,24 +41,26 @@ def main(argv: Sequence[str] | None = None) -> int | str | None:
     parser.add_argument("--version", action="version", version=f"scae-dali {version('scae-dali')}")
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
     parser.add_argument("options", metavar="…", nargs=argparse.REMAINDER, help="its options")
-    if argv is None:
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # a terminal may know no Unicode
-                stream.reconfigure(errors="backslashreplace")
     given = parser.parse_args(argv)
+    return _run(given.command, given.options, f"scae-dali {given.command}")
+
+
+def script(command: str) -> Status:
+    """Run a command with the options of this process, as a script of tools/ does."""
+    return run_program(lambda: _run(command, None, None))
+
+
+def _run(command: str, options: Sequence[str] | None, prog: str | None) -> Status:
+    """Import a command, and run it. options, prog: see argparse; None: those of this process."""
     try:
-        if given.command not in ("inspect-cache", "copy-cache"):  # which read no images
+        if command not in ("inspect-cache", "copy-cache"):  # which read no images
             check_dali()
-        module = importlib.import_module(f"scae_dali.commands.{given.command.replace('-', '_')}")
+        module = importlib.import_module(f"scae_dali.commands.{command.replace('-', '_')}")
     except ImportError as error:
         if error.name == "matplotlib":
             return "error: show-erasing needs matplotlib; pip install 'scae-dali[train]'"
         return f"error: {error}"
-    try:
-        return module.main(given.options, prog=f"scae-dali {given.command}")
-    except BrokenPipeError:  # as after `scae-dali … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    return module.main(options, prog=prog)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def sound(nets: Iterable[nn.Module], optimizer: torch.optim.Optimizer) -> Tensor
     # Adam counts its steps on the host, in numbers that are always finite.
     values += [
         v
-        for state in optimizer.state.values()
+        for state in optimizer.state_dict()["state"].values()  # timm's Lookahead has its own .state
         for v in state.values()
         if torch.is_tensor(v) and v.ndim
     ]

@@ -112,17 +112,24 @@ def _of_timm(name: str, num_classes: int) -> nn.Module:
 
 
 def _of_user(module: str, function: str, num_classes: int) -> nn.Module:
-    """What the user's function makes. Errors that it raises itself are not caught."""
+    """What the user's function makes.
+
+    An error of its own becomes the cause of a RuntimeError, which says whose function it was.
+    """
     name = f"{module}:{function}"
     try:
         maker = getattr(importlib.import_module(module), function, None)
-    except (ModuleNotFoundError, ValueError) as error:
+    except Exception as error:
         absent = getattr(error, "name", None) or ""
-        if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{absent}."):
-            raise  # the module is found, and imports something that is not
-        raise ValueError(
-            f"model {name!r}: there is no module {absent or module!r}; put its folder on PYTHONPATH"
-        ) from error
+        nameless = not module or module.startswith(".")
+        if nameless or (
+            isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{absent}.")
+        ):
+            raise ValueError(
+                f"model {name!r}: there is no module {absent or module!r}; put its folder on "
+                "PYTHONPATH"
+            ) from error
+        raise _of_their_own(f"model {name!r}: your module {module!r}", error) from error
     if not callable(maker):
         raise ValueError(
             f"model {name!r}: the module {module!r} has no function {function!r}; write "
@@ -135,12 +142,20 @@ def _of_user(module: str, function: str, num_classes: int) -> nn.Module:
             f"model {name!r} is called with num_classes={num_classes} alone, which it does not "
             f"take ({error}); give it a parameter num_classes, and defaults to all others"
         ) from error
-    net = maker(num_classes=num_classes)
+    try:
+        net = maker(num_classes=num_classes)
+    except Exception as error:
+        raise _of_their_own(f"model {name!r}: your function {function!r}", error) from error
     check(
         isinstance(net, nn.Module),
         f"model {name!r} must return a torch.nn.Module, got {type(net).__name__}",
     )
     return net
+
+
+def _of_their_own(whose: str, error: Exception) -> RuntimeError:
+    """The error that stands for one of the user's code, whose traceback is above it."""
+    return RuntimeError(f"{whose} has raised {type(error).__name__}: {error}")
 
 
 def _resnet18(num_classes: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end, and output that nobody reads any more.
+"""Signals that ask a run to end.
 
 Schedulers give notice by SIGTERM or SIGUSR1 before they kill a job, a terminal that is closed by
 SIGHUP, and Ctrl-C is SIGINT. A run saves a checkpoint then, and ends.
@@ -6,20 +6,17 @@ SIGHUP, and Ctrl-C is SIGINT. A run saves a checkpoint then, and ends.
 
 from __future__ import annotations
 
-import io
-import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 from scae_dali.training.ranks import Ranks
 
-__all__ = ["Ended", "Notice", "outlive_readers"]
+__all__ = ["Ended", "Notice"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 ECHO_S = 2.0  # in which a signal comes a second time by itself
@@ -91,45 +88,3 @@ class Notice:
         again = number == signal.SIGINT and time.monotonic() > self._noted + ECHO_S
         if not self._waits or (again and not first):
             raise Ended(number)
-
-
-def outlive_readers(note: str = "") -> None:
-    """Let the process go on when nobody reads its output any more, as after `train.py | head`.
-
-    note: what is then said on stderr. Characters that the terminal does not know are escaped.
-    """
-    sys.stdout = _Outliving(sys.stdout, note)
-    sys.stderr = _Outliving(sys.stderr)
-
-
-class _Outliving:
-    """A stream whose reader may end."""
-
-    def __init__(self, stream: TextIO, note: str = "") -> None:
-        self._stream, self._note = stream, note
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except BrokenPipeError:
-            self._drop()
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except BrokenPipeError:
-            self._drop()
-
-    def _drop(self) -> None:
-        """Write into nothing from now on."""
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, self._stream.fileno())
-        os.close(nothing)
-        if self._note:
-            print(f"note: nobody reads stdout any more; {self._note}", file=sys.stderr)

@@ -21,7 +21,8 @@ class OptimConfig:
     """The optimiser, SGD with momentum or one of timm.
 
     Args:
-        name: `sgd`, or the name of an optimiser of timm, such as adamw, lamb or lion.
+        name: `sgd`, or the name of an optimiser of timm, such as adamw, lamb or lion. With
+            `lookahead_` before it, as in lookahead_adamw, it is wrapped in timm's Lookahead.
         clip: Largest norm of the gradient of all parameters together; a longer one is scaled down
             to it. 0 leaves gradients as they are.
         lr: Learning rate. With several processes, it is the one for their batches together.
@@ -78,7 +79,7 @@ class OptimConfig:
             spared = [p for p in group["params"] if not self.decay_norms and p.ndim <= 1]
             for params, weight_decay in ((decayed, self.weight_decay), (spared, 0.0)):
                 groups.append({**group, "params": params, "weight_decay": weight_decay})
-        if self.name == "sgd":
+        if self.name.lower() == "sgd":
             how: dict[str, Any] = {"nesterov": self.nesterov, "fused": True}
             optimizer = torch.optim.SGD(groups, self.lr, self.momentum, **how)
             optimizer.register_load_state_dict_post_hook(_stay_fused)
@@ -94,15 +95,23 @@ class OptimConfig:
                 "not installed: pip install 'timm>=1.0', or take sgd"
             ) from error
         known = [str(name) for name in list_optimizers()]
-        close = difflib.get_close_matches(self.name, known)
+        wrapped = self.name.lower().removeprefix("lookahead_")  # timm does not list these
+        close = difflib.get_close_matches(wrapped, known)
         check(
-            self.name in known,
+            wrapped in known,
             f"optim.name must be sgd or an optimiser of timm, got {self.name!r}; did you mean "
             f"{' or '.join(close) or 'adamw'}?",
         )
-        optimizer = create_optimizer_v2(
-            groups, self.name, self.lr, self.weight_decay, momentum=self.momentum
-        )
+        more: dict[str, Any] = {"nesterov": self.nesterov} if wrapped == "sgd" else {}
+        try:
+            optimizer = create_optimizer_v2(
+                groups, self.name, self.lr, self.weight_decay, momentum=self.momentum, **more
+            )
+        except (AssertionError, ImportError) as error:  # of those that other packages bring
+            raise ValueError(
+                f"optim.name={self.name!r} cannot be made here ({error}); take another, such as "
+                "adamw"
+            ) from error
         check(
             not getattr(optimizer, "is_second_order", False),
             f"optim.name={self.name!r} needs second derivatives, which train.py does not compute; "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,25 +13,64 @@ from torch import Tensor, nn
 
 from scae_dali.checks import check
 
-__all__ = ["fit", "load_weights", "unscaled"]
+__all__ = ["fit", "load_weights", "unscaled", "weights_content"]
 
 
-def load_weights(net: nn.Module, path: str) -> None:
+def load_weights(net: nn.Module, path: str) -> str | None:
     """Load a state_dict into `net`, in place: a file of torch.save.
 
     The state_dict may stand in a checkpoint, under one of the names that trainers give it, and its
-    names may have the prefix of a wrapper, such as `module.`. A second stage's scale is multiplied
-    into its linear layer. Nothing but tensors, numbers, texts and their containers is read.
-    Raises ValueError where there is no such file or no state_dict in it, and where it does not fit.
+    names may have the prefix of a wrapper, such as `module.`. Of a checkpoint of train.py with an
+    average of the weights, the average is taken. A second stage's scale is multiplied into its
+    linear layer. Nothing but tensors, numbers, texts and their containers is read. Returns a note
+    for the user where the file holds weights and an average of them. Raises ValueError where there
+    is no such file or no state_dict in it, and where it does not fit.
+    """
+    state, note = _read(path, net.state_dict())
+    for name in [key.removesuffix(".scale") for key in state if key.endswith(".scale")]:
+        if f"{name}.linear.weight" in state:
+            state = unscaled(state, name)
+    fit(
+        net,
+        state,
+        f"weights {path!r}",
+        other="set model, and data of as many classes, to those that the weights are of",
+        infinite="its training has diverged; name the weights of one that has not",
+    )
+    return note
+
+
+def weights_content(path: str, setting: str = "weights") -> str:
+    """BLAKE2b-128 of the tensors that `load_weights` takes from a file, hex: the same whatever they
+    are wrapped in.
+
+    setting: the one that names the file, for an error. Raises ValueError where there is no such
+    file or no state_dict in it.
+    """
+    state, _ = _read(path, {}, setting)
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        plain = value if value.layout == torch.strided else value.to_dense()
+        digest.update(plain.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read(
+    path: str, own: Mapping[str, Tensor], setting: str = "weights"
+) -> tuple[dict[str, Tensor], str | None]:
+    """The state_dict in a file by the names of the network, and a note, see load_weights.
+
+    own: the network's; an empty one removes every prefix.
     """
     check(
         Path(path).is_file(),
-        f"weights must be the file of a state_dict, got {path!r}, where there is none; train.py "
+        f"{setting} must be the file of a state_dict, got {path!r}, where there is none; train.py "
         "writes weights.pt into the run's folder",
     )
-    where = f"weights {path!r}"
+    where = f"{setting} {path!r}"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(
@@ -37,41 +78,70 @@ def load_weights(net: nn.Module, path: str) -> None:
             "torch.save, it is cut off, or it holds objects, which could run code. If you trust "
             "it, write its tensors alone by torch.save(model.state_dict(), FILE)"
         ) from error
-    state = _unwrapped(state, net.state_dict())
-    if state is None:
+    names = _place(content)
+    if names is None:
         raise ValueError(
             f"{where} holds no state_dict of tensors; write one by torch.save(model.state_dict(), "
             "FILE)"
         )
-    for name in [key.removesuffix(".scale") for key in state if key.endswith(".scale")]:
-        if f"{name}.linear.weight" in state:
-            state = unscaled(state, name)
-    fit(
-        net,
-        state,
-        where,
-        other="set model, and data of as many classes, to those that the weights are of",
-        infinite="its training has diverged; name the weights of one that has not",
-    )
+    note, state = None, content
+    for depth, name in enumerate(names):
+        others = [one for one in _averages(state) if one != name]
+        if depth == 0 and _of_train(content) and name == "ema":
+            note = (
+                f"{where} holds the weights of a run and their average: the average is taken, "
+                "which the run validates and saves"
+            )
+        elif others and note is None:
+            keys = "".join(f"[{one!r}]" for one in (*names[:depth], others[0]))
+            note = (
+                f"{where} holds {name!r} and an average, {others[0]!r}: {name!r} is taken. If you "
+                "mean the average, write it to a file of its own: "
+                f"torch.save(torch.load({path!r}){keys}, FILE)"
+            )
+        state = state[name]
+    return _unwrapped(state, own), note
 
 
 # Under which names trainers keep a state_dict in a checkpoint.
 _IN_CHECKPOINTS = ("net", "state_dict", "model", "model_state_dict", "model_state", "module")
+_AVERAGE = re.compile(r"(.*[_.-])?(ema|swa|avg|averaged?|shadow)([_.-].*)?", re.IGNORECASE)
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
 
 
-def _unwrapped(state: Any, own: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The state_dict in what a file holds, by the names of the network; None where there is none.
+def _place(content: Any) -> list[str] | None:
+    """The names under which a state_dict lies in what a file holds, the outermost first; None where
+    there is none.
 
-    own: the network's.
+    An average counts where nothing else does, and in a checkpoint of train.py, which validates it.
     """
-    while isinstance(state, Mapping) and not _is_state(state):
-        inner = [state[name] for name in _IN_CHECKPOINTS if isinstance(state.get(name), Mapping)]
-        if not inner:
-            return None
-        state = inner[0]
-    if not isinstance(state, Mapping):
+    if not isinstance(content, Mapping):
         return None
+    if _is_state(content):
+        return []
+    first = ["ema"] if _of_train(content) else []
+    for name in (*first, *_IN_CHECKPOINTS, *filter(_is_average, content)):
+        if (inner := _place(content.get(name))) is not None:
+            return [name, *inner]
+    return None
+
+
+def _averages(content: Mapping[Any, Any]) -> list[str]:
+    """The names of averaged weights in a checkpoint."""
+    return [name for name in content if _is_average(name) and _place(content[name]) is not None]
+
+
+def _is_average(name: Any) -> bool:
+    return isinstance(name, str) and _AVERAGE.fullmatch(name) is not None
+
+
+def _of_train(content: Mapping[Any, Any]) -> bool:
+    """Whether it is a checkpoint of train.py."""
+    return {"of", "net", "optimizer", "ranks"} <= content.keys()
+
+
+def _unwrapped(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state_dict by the names of the network. own: the network's."""
     found = dict(state)
     count = found.pop("n_averaged", None)  # of torch's AveragedModel
     if count is not None and "n_averaged" in own:

@@ -39,7 +39,8 @@ MAY_CHANGE = {
     *("out", "data.root", "data.index_cache", "data.val_exclude", "threads", "hw_decoder_load"),
     *("checkpoint_every", "compile", "device", "saliency.batch_size", "saliency.cache"),
 }
-IF_BOTH_ARE_GIVEN = {"data.train_list", "data.val_list", "data.exclude", "second_stage.weights"}
+IF_BOTH_ARE_GIVEN = {"data.train_list", "data.val_list", "data.exclude"}
+IF_BOTH_ARE_GIVEN |= {"weights", "second_stage.weights"}
 
 
 def test_every_setting_but_a_few_is_refused():
@@ -230,15 +231,36 @@ def test_what_json_makes_of_values_is_no_difference():
             resume.compare("run", one | {"gone": 1}, one, 0, lambda: None)
 
 
-def test_moved_files_are_the_same_and_others_are_not(tmp_path):
+@pytest.mark.parametrize("setting", ["weights", "second_stage.weights"])
+def test_moved_files_are_the_same_and_others_are_not(tmp_path, setting):
     first = tmp_path / "weights.pt"
     first.write_bytes(b"x")
-    was = {"second_stage.weights": str(first), "weights": resume._digest(str(first)), "epochs": 1}
     (tmp_path / "moved.pt").write_bytes(b"x")
-    now = was | {"second_stage.weights": str(tmp_path / "moved.pt")}
+    was = {setting: str(first), "weights_content": "0" * 32, "epochs": 1}
+    now = was | {setting: str(tmp_path / "moved.pt")}
     assert len(resume.compare("run", was, now, 0, lambda: None)) == 1
-    with pytest.raises(ValueError, match=r"weights='\w+', not '\w+'"):
-        resume.compare("run", was, now | {"weights": "0" * 32}, 0, lambda: None)
+    older = was | {"weights_content": resume._digest(str(first))}  # of the file
+    assert len(resume.compare("run", older, now, 0, lambda: None)) == 1
+    for one, other in ((was, now | {"weights_content": "1" * 32}), (older, now)):
+        (tmp_path / "moved.pt").write_bytes(b"y")
+        with pytest.raises(
+            ValueError,
+            match=r"^run was made with other weights than '.*moved.pt' holds: resume it .*; "
+            rf"--{setting}=.*weights.pt\), .*; {setting} was '.*weights.pt', now '.*moved.pt'$",
+        ):
+            resume.compare("run", one, other, 0, lambda: None)
+    here = was | {"weights_content": "1" * 32}  # the file has changed where it lies
+    with pytest.raises(ValueError, match=r"weights.pt' holds: resume it .*, or start in a ne"):
+        resume.compare("run", was, here, 0, lambda: None)
+    for one, other in (({setting: None, "weights_content": None}, was), (was, {})):
+        one, other = {"epochs": 1} | one, {setting: None, "weights_content": None} | other
+        other = {"epochs": 1} | other
+        told = rf"^run was made with {setting}=[^;]*, not [^;]*: resume [^;]*; --{setting}=[^;]*$"
+        with pytest.raises(ValueError, match=told):
+            resume.compare("run", one, other, 0, lambda: None)
+
+
+def test_lists_that_are_left_out_are_told():
     lost = {"data.val_list": "list.txt", "epochs": 1}
     with pytest.raises(ValueError, match=r"val_list='list.txt', not None: .* --data.val_list=list"):
         resume.compare("run", lost, lost | {"data.val_list": None}, 0, lambda: None)

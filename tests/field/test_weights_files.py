@@ -5,6 +5,7 @@ in https://discuss.pytorch.org/t/13853 for DataParallel. The others were found b
 """
 
 import argparse
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from scae_dali.training.networks import check_fits, make_network
 from scae_dali.training.second_stage import ScaledLinear
-from scae_dali.training.weights import load_weights
+from scae_dali.training.weights import load_weights, weights_content
 
 
 def small():
@@ -52,6 +53,92 @@ def test_a_state_dict_is_found_behind_what_trainers_put_around_it(trained, tmp_p
     net(torch.ones(2, 3, 8, 8))
     load_weights(net, str(tmp_path / "w.pt"))
     torch.testing.assert_close(net.state_dict(), trained.state_dict(), rtol=0, atol=0)
+
+
+def of(state, add):
+    return {name: value + add for name, value in state.items()}
+
+
+OURS = {"of": {"model": "x"}, "optimizer": {"state": {}}, "ranks": [{}], "epoch": 3}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "taken", "told"),
+    [
+        # The first state is the weights, the second their average; see timm, torchvision, DeiT, …
+        (lambda one, two: {"state_dict": one, "state_dict_ema": two}, 0, r"\['state_dict_ema'\]"),
+        (lambda one, two: {"model_ema": two, "model": one}, 0, r"\['model_ema'\]"),
+        (lambda one, two: {"net": one, "ema": two, "epoch": 3}, 0, r"\['ema'\]"),
+        (lambda one, two: {"model": one, "SWA": {"module": two}}, 0, r"\['SWA'\]"),
+        (
+            lambda one, two: {"a": 1, "model": {"net": one, "net_ema": two}},
+            0,
+            r"\]\['net_ema'\]",
+        ),
+        (
+            lambda one, two: {"model": {"state_dict": one}, "averaged_model": two},
+            0,
+            "averaged_",
+        ),
+        (lambda one, two: {"model_ema": two, "epoch": 3}, 1, None),
+        (lambda one, two: {"model": {"cfg": "x"}, "ema": {"state_dict": two}}, 1, None),
+        (lambda one, two: {"model": one, "ema_decay": 0.9, "ema": {"decay": 0.9}}, 0, None),
+        (lambda one, two: {"model": one, "schema": two}, 0, None),
+        (lambda one, two: {**OURS, "net": one}, 0, None),
+        (lambda one, two: {**OURS, "net": one, "ema": two}, 1, "the average is taken, which the r"),
+    ],
+)
+def test_weights_and_their_average_in_one_file(trained, tmp_path, wrap, taken, told):
+    states = trained.state_dict(), of(trained.state_dict(), 1)
+    average = {"n_averaged": torch.tensor(4)}
+    average |= {f"module.{name}": value for name, value in states[1].items()}
+    torch.save(wrap(states[0], average), tmp_path / "w.pt")
+    torch.save(states[taken], tmp_path / "plain.pt")
+    net = small()
+    net(torch.ones(2, 3, 8, 8))
+    note = load_weights(net, str(tmp_path / "w.pt"))
+    torch.testing.assert_close(net.state_dict(), dict(states[taken]), rtol=0, atol=0)
+    content = weights_content(str(tmp_path / "w.pt"))
+    assert content == weights_content(str(tmp_path / "plain.pt"))
+    if told is None:
+        assert note is None
+        return
+    assert re.search(told, note)
+    if taken == 0:  # what the note says works
+        said = re.search(r"torch.save\(torch.load\('.*'\)((\['\w+'\])+), FILE\)$", note)
+        inner = torch.load(tmp_path / "w.pt")
+        for name in re.findall(r"\w+", said[1]):
+            inner = inner[name]
+        torch.save(inner, tmp_path / "average.pt")
+        assert load_weights(net, str(tmp_path / "average.pt")) is None
+        torch.testing.assert_close(net.state_dict(), states[1], rtol=0, atol=0)
+
+
+def test_the_content_of_weights_is_their_names_types_shapes_and_values(tmp_path):
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(True), "c": torch.zeros(0)}
+
+    def content(state, name="w.pt"):
+        torch.save(state, tmp_path / name)
+        return weights_content(str(tmp_path / name))
+
+    same = [
+        {name: state[name] for name in "cba"},
+        state | {"a": state["a"].T.contiguous().T},
+        {"module": {f"module.{name}": value for name, value in state.items()}},
+    ]
+    assert {content(one, f"{k}.pt") for k, one in enumerate(same)} == {content(state)}
+    others = [
+        state | {"a": state["a"] + 1e-6},
+        state | {"a": state["a"].reshape(3, 2)},
+        state | {"a": state["a"].bfloat16()},
+        state | {"b": torch.tensor(1, dtype=torch.uint8)},
+        {"x": state["a"], "b": state["b"], "c": state["c"]},
+        {"a": state["a"], "b": state["b"]},
+    ]
+    assert len({content(one) for one in (state, *others)}) == 7
+    torch.save([1], tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"second_stage.weights '.*' holds no state_dict"):
+        weights_content(str(tmp_path / "w.pt"), "second_stage.weights")
 
 
 def test_a_network_whose_own_names_begin_so_keeps_them(trained, tmp_path):

@@ -1,5 +1,6 @@
 """Weights to start from, and their validation alone."""
 
+import hashlib
 import json
 
 import pytest
@@ -60,19 +61,124 @@ def test_training_starts_from_the_weights(images, whole, tmp_path, monkeypatch):
 def test_a_run_is_resumed_with_the_same_content_wherever_it_lies(images, whole, tmp_path):
     first, moved, other = (tmp_path / name for name in ("a.pt", "b.pt", "c.pt"))
     state = weights(whole)
-    for path in (first, moved):
-        path.write_bytes((whole / "weights.pt").read_bytes())
+    torch.save(state, first)
+    wrapped = {f"module.{name}": value for name, value in reversed(state.items())}
+    torch.save({"epoch": 4, "model": wrapped}, moved)
     torch.save({name: value + 1 for name, value in state.items()}, other)
     straight, out = tmp_path / "straight", tmp_path / "run"
     start(*arguments(images, straight, weights=first))
     start(*arguments(images, out, epochs=1, weights=first))
-    for wrong in ({"weights": other}, {}):
-        with pytest.raises(SystemExit, match=r"was made with weights='[0-9a-f]{32}', not "):
+    for wrong, told in (
+        (
+            {"weights": other},
+            r"other weights than '.*c.pt' holds: .*; --weights=.*a.pt\), or ",
+        ),
+        ({}, r"weights='.*a.pt', not None: .*; --weights=.*a.pt\), or "),
+        (
+            {"weights": tmp_path / "no.pt"},
+            "weights must be the file of a state_dict, got '.*no",
+        ),
+    ):
+        with pytest.raises(SystemExit, match=told):
             start(*arguments(images, out, **wrong), "--resume")
     start(*arguments(images, out, weights=moved), "--resume")
     assert json.loads((out / "config.json").read_text())["weights"] == str(moved)
     # The rate is constant here, so a run of one epoch begins as one of two.
     assert_same_run(out, straight)
+
+
+def test_a_run_of_an_older_version_knows_the_file_of_its_weights(images, whole, tmp_path):
+    """Its checkpoint has a hash of the file's bytes, and no name of the file."""
+    first, moved, other = (tmp_path / name for name in ("a.pt", "b.pt", "c.pt"))
+    for path in (first, moved):
+        path.write_bytes((whole / "weights.pt").read_bytes())
+    torch.save({name: value + 1 for name, value in weights(whole).items()}, other)
+    out, straight = tmp_path / "run", tmp_path / "straight"
+    start(*arguments(images, straight, weights=first))
+    start(*arguments(images, out, epochs=1, weights=first))
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    del state["of"]["weights_content"]
+    state["of"]["weights"] = hashlib.blake2b(first.read_bytes(), digest_size=16).hexdigest()
+    torch.save(state, out / "checkpoint.pt")
+    config = (out / "config.json").read_text()
+    for text, told in (
+        (config, "weights='.*a.pt', not None: .*; --weights=.*a.pt"),
+        ("{", "was made with weights, and none are given: resume it"),
+    ):
+        (out / "config.json").write_text(text)
+        with pytest.raises(SystemExit, match=told):
+            start(*arguments(images, out), "--resume")
+        with pytest.raises(SystemExit, match=r"other weights than '.*c.pt' holds"):
+            start(*arguments(images, out, weights=other), "--resume")
+    start(*arguments(images, out, weights=moved), "--resume")
+    assert_same_run(out, straight)
+    start(*arguments(images, out, weights=moved), "--resume")  # now its tensors are known
+
+
+def test_a_run_with_an_average_is_evaluated_by_it(images, tmp_path, capsys):
+    """As in its own validation, from weights.pt and from its checkpoint; other programs' files with
+    both are taken as timm and torchvision take them, and told."""
+    out = tmp_path / "run"
+    start(*arguments(images, out, **{"optim.ema": 0.8, "optim.lr": 0.5}))
+    last = rows(out)[-1]
+    argv = arguments(images, "x")
+    own = figures(capsys, *argv, f"--weights={out / 'checkpoint.pt'}")
+    assert own == {name: last[name] for name in own}
+    assert own == figures(capsys, *argv, f"--weights={out / 'weights.pt'}")
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    other = {"model": state["net"], "model_ema": state["ema"]}
+    torch.save(other, tmp_path / "other.pt")
+    start(*argv, f"--weights={tmp_path / 'other.pt'}", "--evaluate")
+    said = capsys.readouterr()
+    assert json.loads(said.out) != own
+    assert "note: weights '" in said.err
+    assert "holds 'model' and an average, 'model_ema': 'model' is taken" in said.err
+    start(*argv, f"--weights={out / 'checkpoint.pt'}", "--evaluate")
+    assert "their average: the average is taken" in capsys.readouterr().err
+
+
+def test_a_network_that_nothing_trains_is_told(images, tmp_path, monkeypatch):
+    class Detached(Tiny):
+        def forward(self, images):
+            return super().forward(images).detach()
+
+    def frozen(name, classes, size):
+        return Tiny(classes).requires_grad_(False)
+
+    monkeypatch.setattr("pipelines.state.make_network", frozen)
+    with pytest.raises(SystemExit, match=r"model 'mine' has no parameter to train: leave requires"):
+        start(*arguments(images, tmp_path / "run", model="mine"))
+    assert not (tmp_path / "run" / "config.json").exists()
+    monkeypatch.setattr("pipelines.state.make_network", lambda name, n, size: Detached(n))
+    with pytest.raises(SystemExit, match=r"model 'mine' gives logits without a gradient: its forw"):
+        start(*arguments(images, tmp_path / "run", model="mine"))
+    half = Tiny(3)
+    half.features.requires_grad_(False)
+    monkeypatch.setattr("pipelines.state.make_network", lambda name, n, size: half)
+    before = half.features[0].weight.clone()
+    start(*arguments(images, tmp_path / "half", epochs=1))
+    assert torch.equal(half.features[0].weight, before)
+
+
+def test_lookahead_goes_on_bit_for_bit(images, tmp_path):
+    """Four epochs of four steps; every sixth step goes back, half way to the one before it."""
+    more = {"optim.name": "lookahead_adamw", "optim.lr": 0.01}
+    start(*arguments(images, tmp_path / "straight", epochs=4, **more))
+    for epochs, resume in ((2, []), (4, ["--resume"])):
+        start(*arguments(images, tmp_path / "run", epochs=epochs, **more), *resume)
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
+    start(*arguments(images, tmp_path / "plain", epochs=4, **more | {"optim.name": "adamw"}))
+    assert rows(tmp_path / "plain") != rows(tmp_path / "straight")
+
+
+def test_ctrl_c_while_weights_are_validated_is_told_in_a_line(images, whole, monkeypatch, capsys):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "evaluate", interrupt)
+    with pytest.raises(SystemExit, match="130"):
+        start(*arguments(images, "x", weights=whole / "weights.pt"), "--evaluate")
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_run_without_a_checkpoint_yet_goes_on_with_its_weights(images, whole, tmp_path):

@@ -16,6 +16,7 @@ epochs erased it, which was chosen by eye.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from PIL import Image
 from torch import nn
 
 import scae_dali
+from scae_dali.commands.program import run_program
 from scae_dali.commands.show_erasing import weights
 
 # Photograph -> the number of its class among ImageNet's sorted names; the crop (y, x, h, w) in px;
@@ -211,4 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

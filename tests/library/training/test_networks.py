@@ -185,6 +185,14 @@ def two(classes):
 
 def nothing(num_classes):
     return num_classes
+
+
+def raises(num_classes):
+    return nn.Linear({}["width"], num_classes)
+
+
+def refuses(num_classes):
+    raise ValueError(f"not {num_classes}")
 """
 
 
@@ -196,6 +204,7 @@ def mine(tmp_path, monkeypatch):
     (package / "__init__.py").touch()
     (package / "networks.py").write_text(MINE)
     (package / "broken.py").write_text("import no_such_package_of_tests")
+    (package / "wrong.py").write_text("raise ValueError(17)")
     monkeypatch.syspath_prepend(str(tmp_path))
     yield "mine_of_tests"
     for name in [name for name in sys.modules if name.startswith("mine_of_tests")]:
@@ -217,6 +226,7 @@ def test_a_function_that_takes_keywords_alone():
         ("{}.network:small", "there is no module 'mine_of_tests.network'; put its folder on PYTH"),
         ("no_such_one:small", "there is no module 'no_such_one'; put its folder on PYTHONPATH"),
         (":small", "there is no module ''; put"),
+        (".networks:small", "there is no module '.networks'; put"),
         ("{}.networks:large", "the module 'mine_of_tests.networks' has no function 'large'; write"),
         ("{}.networks:number", "has no function 'number'; write package.module:function"),
         ("{}.networks:", "has no function ''; write package.module:function"),
@@ -230,9 +240,23 @@ def test_wrong_functions_are_refused(mine, name, told):
     assert repr(name.format(mine)) in str(caught.value)
 
 
-def test_what_the_users_module_lacks_is_its_own_error(mine):
-    with pytest.raises(ModuleNotFoundError, match="no_such_package_of_tests"):
-        make_network(f"{mine}.broken:small", 7)
+@pytest.mark.parametrize(
+    ("name", "told", "cause"),
+    [
+        ("broken:small", "your module '{}.broken' has raised ModuleNotFound", ModuleNotFoundError),
+        ("wrong:small", "your module '{}.wrong' has raised ValueError: 17", ValueError),
+        ("networks:raises", "your function 'raises' has raised KeyError: 'width'", KeyError),
+        ("networks:refuses", "your function 'refuses' has raised ValueError: not 7", ValueError),
+    ],
+)
+def test_an_error_of_the_users_own_code_says_whose_it_is_and_is_no_error_of_an_option(
+    mine, name, told, cause
+):
+    """So it is not told in one line, but with its traceback."""
+    with pytest.raises(RuntimeError, match=told.format(mine)) as caught:
+        make_network(f"{mine}.{name}", 7)
+    assert str(caught.value).startswith(f"model '{mine}.{name}': ")
+    assert type(caught.value.__cause__) is cause
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from scae_dali.stage.table import Planner
 from tools.make_demo_data import make
 
 EPOCHS, STEPS = 3, 2  # steps of 32 an epoch
+EXAMPLES = sorted((ROOT / "pipelines" / "examples").glob("*.py"))
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +81,33 @@ def steps(monkeypatch):
 
 
 def test_examples_use_the_public_names_alone():
-    sources = [path.read_text() for path in (ROOT / "pipelines" / "examples").glob("*.py")]
+    sources = [path.read_text() for path in EXAMPLES]
     assert len(sources) == 7
     for source in sources:
         assert [name for name in imported(source) if name.startswith("scae")] == ["scae_dali"]
         used = {*re.findall(r"\bscae_dali\.(\w+)", source)}
         assert used <= {*scae_dali.__all__}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_too_few_epochs_are_told_in_a_line_and_nothing_is_made(path, example, tmp_path, capsys):
+    place = "cache" if '"--cache"' in path.read_text() else "out"
+    with pytest.raises(SystemExit, match="2"):
+        example(path.stem, **{place: tmp_path / "made"}, epochs=2)
+    said = capsys.readouterr().err
+    assert "error: --epochs must be 3 or more, got 2: maps are made before epoch 2\n" in said
+    assert not (tmp_path / "made").exists()
+
+
+def test_without_torchrun_the_example_for_it_says_so(example, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        example("distributed", out=tmp_path / "made")
+    said = capsys.readouterr().err
+    assert "WORLD_SIZE, LOCAL_RANK, GROUP_RANK must be set: start this by torchrun" in said
+    assert not (tmp_path / "made").exists()
 
 
 def check_maps(path, index):
