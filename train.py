@@ -31,6 +31,7 @@ from pipelines.recipe import Config
 from pipelines.state import State
 from pipelines.validation import evaluate, validate
 from scae_dali.checks import check
+from scae_dali.commands.program import run_program
 from scae_dali.data.broken import look
 from scae_dali.plan import schedule
 from scae_dali.stage.loader import Batch, ImageError
@@ -282,6 +283,9 @@ def make_parser() -> jsonargparse.ArgumentParser:
     return parser
 
 
+TELLS = ("--evaluate", "--help", "-h", "--print_config")  # options that print, and train nothing
+
+
 def main() -> None:
     parser = make_parser()
     if "--evaluate" in sys.argv:
@@ -312,5 +316,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if any(one.startswith(TELLS) for one in sys.argv):
+        sys.exit(run_program(main))
     outlive_readers("the run goes on, and its figures are in metrics.jsonl")
     main()

@@ -172,6 +172,16 @@ def test_a_run_outlives_those_who_read_its_output(data, tmp_path):
     assert len(rows(out)) == 3
 
 
+def test_help_that_nobody_reads_tells_of_no_run():
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), "--help"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as child:  # fmt: skip
+        child.stdout.close()
+        said = child.stderr.read()
+    assert (child.returncode, said) == (141, "")
+
+
 def test_a_finished_run_has_nothing_left_to_do(data, whole, monkeypatch):
     before = rows(whole)
     run_here(monkeypatch, *arguments(data, whole), "--resume")

@@ -101,7 +101,7 @@ def test_what_is_no_result(tmp_path, content):
     one = write(tmp_path / "1.json", [1000, 950, 1800, 1700], 0)
     (tmp_path / "2.json").write_text(content)
     told = run("benchmark", "--compare", one, tmp_path / "2.json", status=1)
-    assert "2.json is no result of a benchmark" in told
+    assert "2.json is no result of a benchmark with its single rounds" in told
 
 
 def test_an_odd_number_of_files(tmp_path):

@@ -95,7 +95,10 @@ def _load(path: Path) -> dict[str, Any]:
     content = json.loads(path.read_text())
     rows = content.get("rows") if isinstance(content, dict) else None
     if not rows or not all(isinstance(row, dict) and row.get("rates") for row in rows):
-        raise ValueError(f"{path} is no result of a benchmark: make it by benchmark.py NAME --json")
+        raise ValueError(
+            f"{path} is no result of a benchmark with its single rounds: make it by benchmark.py "
+            "NAME --json; early versions did not write the rounds"
+        )
     return content
 
 
