@@ -1,16 +1,21 @@
 """Functions that Numba compiles. Their machine code is kept on disk where that is possible.
 
 Numba lets every fault of its files on disk through to whoever calls the function, which is DALI in
-the middle of a run. Here such a fault costs a compilation, and a warning names the folder.
+the middle of a run, and damaged machine code ends the process. Here each file has a digest, a fault
+costs a compilation, and a warning names the folder.
 """
 
+import hashlib
+import pickle
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import numba
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+
+_DIGEST = 16  # bytes of BLAKE2b
 
 
 def compiled(function: Callable) -> Callable:
@@ -21,13 +26,19 @@ def compiled(function: Callable) -> Callable:
     """
     dispatcher: Any = numba.njit(function, nogil=True)
     if hasattr(dispatcher, "enable_caching"):  # not with NUMBA_DISABLE_JIT
-        with suppress(RuntimeError):  # neither folder is writable
+        # Neither folder is writable; or this Numba's cache is another than the one that is known.
+        with suppress(RuntimeError, AttributeError):
             dispatcher._cache = _MachineCode(function)
     return dispatcher
 
 
 class _MachineCode(FunctionCache):
     """The files of one function. A fault of theirs is a warning, and never an error."""
+
+    def __init__(self, function: Callable) -> None:
+        super().__init__(function)
+        base = f"{self._impl.filename_base}.checked"  # Numba's own files have no digest
+        self._cache_file = _Files(self._cache_path, base, self._cache_file._source_stamp)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
@@ -58,6 +69,35 @@ class _MachineCode(FunctionCache):
             "seconds: make room there, delete the files *.nbi and *.nbc, or name another folder by "
             "the environment variable NUMBA_CACHE_DIR",
         )
+
+
+class _Files(IndexDataCacheFile):
+    """An index, and a file of machine code for each signature. What is pickled in them is followed
+    by its digest, which unpickling leaves aside."""
+
+    def _dump(self, content: Any) -> bytes:
+        pickled = super()._dump(content)
+        return pickled + _digest(pickled)
+
+    def _load_index(self) -> dict[Any, str]:
+        with suppress(FileNotFoundError), open(self._index_path, "rb") as file:
+            if pickle.load(file) == self._version:
+                _check(file.read())
+        return super()._load_index()
+
+    def _load_data(self, name: str) -> Any:
+        with open(self._data_path(name), "rb") as file:
+            _check(file.read())
+        return super()._load_data(name)
+
+
+def _digest(pickled: bytes) -> bytes:
+    return hashlib.blake2b(pickled, digest_size=_DIGEST).digest()
+
+
+def _check(content: bytes) -> None:
+    if _digest(content[:-_DIGEST]) != content[-_DIGEST:]:
+        raise ValueError("its digest is another one")
 
 
 def _reason(fault: Exception) -> str:

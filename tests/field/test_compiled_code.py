@@ -59,7 +59,21 @@ DAMAGE = {
     "zeros": lambda data: bytes(len(data)),
     "another file": lambda data: b"<html>quota exceeded</html>",
     "its end missing": lambda data: data[:-20],
+    # Machine code that unpickles all the same, and ends the process.
+    "a sector of zeros": lambda data: (
+        data[: len(data) // 2] + bytes(99) + data[99 + len(data) // 2 :]
+    ),
+    "a bit": lambda data: data[:-200] + bytes([data[-200] ^ 4]) + data[-199:],
 }
+
+
+def test_every_sector_of_machine_code_counts(program):
+    program(5)
+    file = max(program(5)[2], key=lambda one: one.stat().st_size)
+    sound = file.read_bytes()
+    for start in range(0, len(sound), max(512, len(sound) // 8)):
+        file.write_bytes(sound[:start] + bytes(512) + sound[start + 512 :])
+        assert program(7)[0][0] == "22"
 
 
 @pytest.mark.parametrize("kind", ["nbi", "nbc"])
