@@ -96,6 +96,8 @@ class Run(State):
             recent.settle()
             self.epoch, self.step = self.epoch + 1, 0
             self.save()
+            if self.notice.due(0):  # an epoch may be too short for any other point
+                self.notice.end()
 
     def set_train_mode(self) -> None:
         if self.config.second_stage.classifier:

@@ -1,6 +1,7 @@
 """train.py end to end: learning to the end, killed and resumed, on two processes."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -122,6 +123,18 @@ def test_asked_to_end_a_run_saves_at_the_next_step_and_goes_on(data, whole, tmp_
     check_same_weights(out, whole)
 
 
+def test_asked_to_end_a_run_of_one_step_an_epoch_saves_at_the_epochs_end(data, tmp_path):
+    out = tmp_path / "ended"
+    code = KILLER.format(
+        signal="SIGTERM", module="train", owner="module.Run", name="train_step", calls=1
+    )
+    done = run_there(["-c", code], *arguments(data, out, batch_size=50))
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert "stopped by SIGTERM" in done.stderr
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (2, 0)
+
+
 def test_asked_to_end_in_a_pass_it_ends_at_once(data, whole, tmp_path, monkeypatch):
     out = tmp_path / "ended"
     argv = [*arguments(data, out), "--resume"]
@@ -170,6 +183,17 @@ def test_a_run_outlives_those_who_read_its_output(data, tmp_path):
     assert "note: nobody reads stdout any more; the run goes on" in said
     assert "Traceback" not in said
     assert len(rows(out)) == 3
+
+
+@pytest.mark.parametrize("to", [">&-", "2>&-", ">&- 2>&-", "> /dev/full", "> /dev/full 2>&1"])
+def test_a_run_outlives_output_that_cannot_be_written(data, tmp_path, to):
+    out = tmp_path / "run"
+    argv = shlex.join([sys.executable, str(ROOT / "train.py"), *arguments(data, out, epochs=1)])
+    done = subprocess.run(f"{argv} {to}", shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(rows(out)) == 1
+    if to == "> /dev/full":
+        assert "stdout cannot be written any more (No space left on device); the run" in done.stderr
 
 
 def test_help_that_nobody_reads_tells_of_no_run():
