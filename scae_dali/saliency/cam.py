@@ -85,11 +85,13 @@ class CAM(ABC):
             images = trial_images(self.model, (height, width), batch=1)
             try:
                 output, logits = self._forward(images, (0, 0), lambda output: output)
-            except RuntimeError as error:  # of a layer of the network
+            except ValueError:  # of this class, or told by the network in words
+                raise
+            except Exception as error:  # whatever the network's layers raise
                 raise ValueError(
                     f"size must be one that {type(self.model).__name__} takes, got {height} x "
-                    f"{width} pixels of {images.shape[1]} channels ({error}); give that of its "
-                    "training images"
+                    f"{width} pixels of {images.shape[1]} channels ({type(error).__name__}: "
+                    f"{error}); give that of its training images"
                 ) from error
             layout = self._layout(output, images)
             if not (output.isfinite().all() and logits.isfinite().all()):

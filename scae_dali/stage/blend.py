@@ -26,8 +26,9 @@ def blended(
 ) -> list[np.ndarray]:
     """Images blended with their partners, as fn.python_function calls it.
 
-    images, partners: [H, W, C] each, of one shape, in the type of images with the grey levels of
-    uint8. mu: float32 [] each, the weights of the images.
+    images, partners: [H, W, C] each, in the type of images with the grey levels of uint8. mu:
+    float32 [] each, the weights of the images. Raises ValueError where the two are not of one
+    shape, as where partners are taken from a batch of images of several sizes.
     """
     return [
         _one(image, partner, np.float32(weight))
@@ -36,6 +37,11 @@ def blended(
 
 
 def _one(image: np.ndarray, partner: np.ndarray, mu: np.float32) -> np.ndarray:
+    if image.shape != partner.shape:
+        raise ValueError(
+            f"images must be of one size where they are mixed, got {image.shape} and "
+            f"{partner.shape}; resize them before the stage"
+        )
     if image.dtype == partner.dtype == np.uint8:
         out = image.copy()
         _blend(out.ravel(), partner.ravel(), mu)

@@ -45,7 +45,7 @@ class Operator:
         self.planner = planner
         self._epoch, self._frames, self._size, self._told = epoch, frames, size, told
         self._epoch_size, self._num_shards, self._spent = epoch_size, num_shards, spent
-        self._names = planner.index.names()
+        self._names, self._classes = planner.index.names(), planner.index.num_classes
         # A function that holds its pipeline would keep it alive for good.
         self._pipeline = weakref.ref(pipeline) if (pipeline := Pipeline.current()) else None
         counts = epoch == "counted"
@@ -98,14 +98,7 @@ class Operator:
             positions = self._names.ids([bytes(name).decode() for name in ids])
         else:
             positions = self._positions(ids, number)
-        if self._look_for_repeats and wiring.repeats(positions):
-            self._look_for_repeats = False
-            warnings.warn(
-                "ids have a sample more than once in a batch; if they are class labels, erasing is "
-                "guided by the wrong maps: let the reader read index.files without labels",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            self._warn_of_repeats(positions)
         frames = [_batch(samples) for samples in rest[: self._frames]]
         if self._size is None:
             size_px = _batch(rest[-1])[:, :2].astype(np.int64)
@@ -153,6 +146,17 @@ class Operator:
             if step + 1 == self.planner.batches_per_epoch:
                 self._once = None
         return positions
+
+    def _warn_of_repeats(self, ids: np.ndarray) -> None:
+        """Warn, once, of a batch that has a sample twice, if its ids may be class labels."""
+        if self._look_for_repeats and wiring.repeats(ids) and ids.max() < self._classes:
+            self._look_for_repeats = False
+            warnings.warn(
+                "ids have a sample more than once in a batch; if they are class labels, erasing is "
+                "guided by the wrong maps: let the reader read index.files without labels",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _check_reader(self) -> None:
         """Checks the reader, once, at the first batch: an unbuilt pipeline cannot be asked."""

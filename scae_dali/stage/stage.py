@@ -337,6 +337,7 @@ class Stage:
         pipeline = Pipeline.current()
         if pipeline is not None:
             wiring.check_executor(pipeline)
+        self._trained = 0  # a new pipeline may begin anew
         self.size = size if isinstance(size, tuple) else told or self.size
         if epoch is not None:
             epoch = self._checked_epoch(epoch)
@@ -489,7 +490,8 @@ class Stage:
             warnings.warn(
                 f"the stage plans epoch {epoch}, and refresh was called for epoch {self._trained}: "
                 "λ and the maps are those of an earlier epoch. Use each epoch of the loader to its "
-                "end; where you give `epoch` to the stage, see that the workers get the new one "
+                "end; resume a pipeline by its checkpoint, or by start_epoch; where you give "
+                "`epoch` to the stage, see that the workers get the new one "
                 "(persistent_workers=True keeps the old)",
                 RuntimeWarning,
                 stacklevel=2,

@@ -4,6 +4,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress
 from typing import Any, Literal
 
@@ -80,9 +81,10 @@ class OptimConfig:
             for params, weight_decay in ((decayed, self.weight_decay), (spared, 0.0)):
                 groups.append({**group, "params": params, "weight_decay": weight_decay})
         if self.name.lower() == "sgd":
-            how: dict[str, Any] = {"nesterov": self.nesterov, "fused": True}
+            fused = all(_can_be_fused(p) for group in groups for p in group["params"]) or None
+            how: dict[str, Any] = {"nesterov": self.nesterov, "fused": fused}
             optimizer = torch.optim.SGD(groups, self.lr, self.momentum, **how)
-            optimizer.register_load_state_dict_post_hook(_stay_fused)
+            optimizer.register_load_state_dict_post_hook(partial(_set_fused, fused=fused))
             return optimizer
         return self._of_timm([group for group in groups if group["params"]])
 
@@ -182,7 +184,13 @@ class EMA(AveragedModel):
         self.n_averaged += 1
 
 
-def _stay_fused(optimizer: torch.optim.Optimizer) -> None:
+def _can_be_fused(parameter: torch.Tensor) -> bool:
+    """Whether the fused kernel takes it: it walks through the memory of a tensor in one piece."""
+    dense = torch.ops.aten.is_non_overlapping_and_dense(parameter)
+    return parameter.is_floating_point() and bool(dense)
+
+
+def _set_fused(optimizer: torch.optim.Optimizer, *, fused: bool | None) -> None:
     """States of earlier versions say that it is not, and would be slower or fail with fp16."""
     for group in optimizer.param_groups:
-        group["fused"] = True
+        group["fused"] = fused

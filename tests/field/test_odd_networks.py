@@ -103,6 +103,19 @@ def test_images_that_a_network_does_not_take_are_told():
         GradCAM(convolutional(3), "0").grid((2, 9))
 
 
+@pytest.mark.parametrize("error", [AssertionError, IndexError, TypeError, KeyError])
+def test_whatever_a_network_says_to_images_of_another_size_is_told(error):
+    class Strict(Frozen):
+        def forward(self, x):
+            if x.shape[-1] != 32:
+                raise error("Wrong image width!")
+            return super().forward(x)
+
+    assert GradCAM(Strict(), "features").grid(32) == (8, 8)
+    with pytest.raises(ValueError, match=rf"got 64 x 64 .*{error.__name__}: .*Wrong image width"):
+        GradCAM(Strict(), "features").grid(64)
+
+
 def quantized(value):
     return torch.quantize_per_tensor(value.abs(), 0.1, 0, torch.quint8)
 

@@ -71,3 +71,10 @@ def test_it_is_what_dali_computes(dtype):
     theirs = define().run()[0].as_array()
     ours = np.stack(blended(list(images), list(partners), list(MU)))
     assert np.abs(ours.astype(np.float64) - theirs).max() <= (1e-4 if dtype == np.float32 else 0)
+
+
+@pytest.mark.parametrize("shape", [(20, 20, 3), (9, 7, 1), (7, 9, 3)])
+def test_images_of_other_shapes_are_refused(shape):
+    images = pictures()[:1]
+    with pytest.raises(ValueError, match=r"must be of one size where they are mixed.*resize them"):
+        blended(list(images), [np.zeros(shape, np.uint8)], [MU[2]])

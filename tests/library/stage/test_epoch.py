@@ -173,6 +173,20 @@ def test_a_last_batch_that_is_filled_up_is_not_told(index, cache, recwarn):
     assert not [one for one in recwarn if "more than once" in str(one.message)]
 
 
+def test_samples_that_come_twice_and_are_no_labels_are_not_told(index, cache, recwarn):
+    """Two views of each image, say: the ids are too high for labels."""
+    one = make(index, cache)
+    told(one, 1, [[11, 12, 13, 14] * 2, [0, 1, 2, 40, 40, 1]])
+    names = [np.frombuffer(index.files[i].encode(), np.uint8) for i in (0, 1, 0, 2)]
+
+    @pipeline_def(batch_size=4, num_threads=1, device_id=None)
+    def define():
+        return one.plan(fn.external_source(source=[names] * 9), size=SIZE, epoch=1).row
+
+    define().run()
+    assert not [one for one in recwarn if "more than once" in str(one.message)]
+
+
 @pytest.mark.parametrize("epoch", [None, 2])
 def test_ids_of_several_numbers_are_refused(index, cache, epoch):
     one = make(index, cache, batch_size=2)

@@ -218,3 +218,30 @@ def test_a_state_of_an_optimiser_that_is_not_fused_goes_on():
         assert all(group["fused"] for group in optimizer.param_groups)
         ends.append(net.weight.detach().clone())
     assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("kind", ["part", "transposed", "complex", "expanded"])
+def test_parameters_that_the_fused_kernel_does_not_take(kind):
+    """Part of a larger tensor: what lies beside it must stay."""
+
+    def trained(make):
+        torch.manual_seed(0)
+        base = torch.randn(8, 8)
+        view = {
+            "part": base[:, :4],
+            "transposed": base.T,
+            "complex": base + 1j * base,
+            "expanded": base[:, :1].expand(8, 3).clone(),
+        }[kind]
+        parameter = nn.Parameter(view)
+        optimizer = make(parameter)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (parameter * parameter.conj()).real.sum().backward()
+            optimizer.step()
+        return parameter.detach(), base
+
+    ours = trained(lambda p: OptimConfig(lr=0.1, weight_decay=0.0).optimizer([{"params": [p]}]))
+    theirs = trained(lambda p: torch.optim.SGD([p], 0.1, 0.9, nesterov=True))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
