@@ -461,7 +461,7 @@ def make_directory(path: str, *, exist_ok: bool) -> None:
     What a process leaves that was killed when it made one, or found the disk full, is no
     environment. Beside one, files of others do no harm.
     """
-    if os.path.lexists(path) and (not os.path.isdir(path) or _foreign(path) or _identity(path)):
+    if os.path.lexists(path) and (not os.path.isdir(path) or _identity(path) or _foreign(path)):
         if not exist_ok:
             raise CacheError(
                 f"cannot create a saliency cache at {path!r}: something is there; open it with "

@@ -342,6 +342,7 @@ def test_who_may_not_list_the_folder_is_told_so_at_a_pass(shared):
         os.setuid(65534)
         cache = SaliencyCache(path, index=FakeIndex())
         print(cache.read([3])[1].all())
+        SaliencyCache.create(path, FakeIndex(), grid=GRID, exist_ok=True)
         for call in (cache.claim, lambda: cache.begin_pass(2)):
             try:
                 call()
