@@ -27,7 +27,16 @@ from typing import Any, TypeVar
 
 import lmdb
 
-from scae_dali.cache.errors import DENIED, DISK, LOCKLESS, code_of, no_writing, told, why_no_locks
+from scae_dali.cache.errors import (
+    DENIED,
+    DISK,
+    LOCKLESS,
+    SAME_NUMBER,
+    code_of,
+    no_writing,
+    told,
+    why_no_locks,
+)
 from scae_dali.cache.files import (
     DATA_FILE,
     LOCK_FILE,
@@ -80,12 +89,13 @@ class Environment:
         """parent: the process that this one was forked from, if it had claimed the cache."""
         self.path = path
         self._parent = parent
-        self._state = threading.Condition()  # guards the next seven
+        self._state = threading.Condition()  # guards the next eight
         self._handle: lmdb.Environment | None = None
         self._copy: int | None = None  # file descriptor of memory, where there are no locks
         self._compared = 0.0  # when the copy was last compared with the file
         self._obstacle = 0  # what the system answered when the locks were to be taken
         self._active = 0  # transactions open now
+        self._forking = False
         self._identity: tuple[int, int] | None = None
         self._lock: int | None = None  # file descriptor of the directory
         self._writing = threading.Lock()  # LMDB allows one writer; ours queue here
@@ -172,6 +182,12 @@ class Environment:
                 descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             except (FileNotFoundError, NotADirectoryError) as error:
                 raise self._gone() from error
+            except PermissionError as error:
+                raise PermissionError(
+                    f"saliency cache {self.path!r} cannot be written to by this user, who may not "
+                    "read its directory; ask its owner for permission to read and write the "
+                    "directory, and what is in it"
+                ) from error
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -207,11 +223,14 @@ class Environment:
     def hold(self) -> None:
         """Before a fork: waits for transactions, closes, and keeps others out until `release`."""
         self._state.acquire()
+        self._forking = True
         self._state.wait_for(lambda: self._active == 0)
         self._close()
 
     def release(self) -> None:
         """After a fork, in the parent: lets others in again."""
+        self._forking = False
+        self._state.notify_all()
         self._state.release()
 
     def drop_copy(self) -> None:
@@ -248,6 +267,8 @@ class Environment:
     @contextmanager
     def _shared(self) -> Iterator[lmdb.Environment]:
         with self._state:
+            # A fork that waits comes first; not for ever, as this look may be within another one.
+            self._state.wait_for(lambda: not self._forking, PATIENCE)
             if self._handle is None:
                 self._identity = _identity(self.path)
                 self._handle = self._open()
@@ -304,14 +325,16 @@ class Environment:
             code = error.errno if error.errno in (*DENIED, *DISK) else None
         except lmdb.Error as error:
             cause = error
-            code = code_of(error, (*DENIED, *LOCKLESS, *DISK))
+            code = code_of(error, (*DENIED, *LOCKLESS, *DISK, SAME_NUMBER))
         if code is None:
             raise told(cause, self.path, opening=True) from cause
         if not there:
             raise no_writing(self.path, code) from cause
         if code in DENIED and os.access(os.path.join(self.path, LOCK_FILE), os.W_OK):
-            with suppress(lmdb.Error):
+            try:
                 return self._open_with_locks(readonly=True)
+            except lmdb.Error as error:
+                code = code_of(error, (SAME_NUMBER,)) or code
         self._obstacle = code
         if self._copy is None:
             self._take_copy()
@@ -324,6 +347,12 @@ class Environment:
             self.path, map_size=size, readonly=readonly, max_readers=READERS, **_OPTIONS
         )
         handle.reader_check()
+        try:
+            handle.begin().abort()  # LMDB locks the number of this process at its first look
+        except lmdb.Error as error:
+            if code_of(error, (SAME_NUMBER,)) is not None:
+                handle.close()
+                raise
         self.drop_copy()
         return handle
 
@@ -427,31 +456,43 @@ os.register_at_fork(
 
 
 def make_directory(path: str, *, exist_ok: bool) -> None:
-    """Makes a cache's directory; with exist_ok, it may hold an environment. Raises CacheError."""
-    if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
+    """Makes a cache's directory; with exist_ok, it may hold an environment. Raises CacheError.
+
+    What a process leaves that was killed when it made one, or found the disk full, is no
+    environment. Beside one, files of others do no harm.
+    """
+    if os.path.lexists(path) and (not os.path.isdir(path) or _identity(path) or _foreign(path)):
         if not exist_ok:
             raise CacheError(
                 f"cannot create a saliency cache at {path!r}: something is there; open it with "
                 "SaliencyCache(...), pass exist_ok=True, or choose another path"
             )
         _require_directory(path)
-        if foreign := sorted(set(os.listdir(path)) - {DATA_FILE, LOCK_FILE}):
+        if _identity(path) is None and (foreign := _foreign(path)):
             raise CacheError(
                 f"{path!r} is no saliency cache: it holds {foreign[0]!r}; choose another path"
             )
     os.makedirs(path, exist_ok=True)
 
 
+def _foreign(path: str) -> list[str]:
+    """What a directory holds beside the files of an environment."""
+    return sorted(set(os.listdir(path)) - {DATA_FILE, LOCK_FILE})
+
+
 @contextmanager
-def new_directory(path: str) -> Iterator[str]:
+def new_directory(path: str, *sources: str) -> Iterator[str]:
     """A directory for a cache that appears at `path` when all is well with it, at the end.
 
     Yields where it is until then. If the context fails it is removed. Raises CacheError where
-    something is at `path`.
+    something is at `path`, or where it is within one of the directories `sources`.
     """
     path = os.path.abspath(path)
     if os.path.lexists(path):
         raise CacheError(f"something is at {path!r} already; choose another path, or remove it")
+    for source in map(os.path.realpath, sources):
+        if os.path.realpath(path).startswith(os.path.join(source, "")):
+            raise CacheError(f"{path!r} is within saliency cache {source!r}; choose another path")
     parent, name = os.path.split(path)
     hidden = os.path.join(parent, f".{name}-{secrets.token_hex(4)}")
     os.makedirs(hidden)
@@ -459,8 +500,10 @@ def new_directory(path: str) -> Iterator[str]:
         yield hidden
         _sync(os.path.join(hidden, DATA_FILE))
         os.rename(hidden, path)  # fails where something has come to `path` meanwhile
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(hidden, ignore_errors=True)
+        if isinstance(error, OSError) and os.path.basename(hidden) in str(error.filename):
+            raise OSError(error.errno, error.strerror, path) from error
         raise
     _sync(parent)
 

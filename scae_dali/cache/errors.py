@@ -12,13 +12,24 @@ import lmdb
 from scae_dali.cache.files import DATA_FILE, LOCK_BYTES, LOCK_FILE, READERS
 from scae_dali.cache.format import CacheError, damaged
 
-__all__ = ["DENIED", "DISK", "LOCKLESS", "code_of", "no_writing", "told", "why_no_locks"]
+__all__ = [
+    "DENIED",
+    "DISK",
+    "LOCKLESS",
+    "SAME_NUMBER",
+    "code_of",
+    "no_writing",
+    "told",
+    "why_no_locks",
+]
 
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 # What file systems without locks, or without shared maps of a file, answer.
 LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL)
 # LMDB reports a short write as EIO, so a full disk may arrive under that name too.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+# LMDB locks the byte of a process's number, which is another's in another container.
+SAME_NUMBER = errno.EAGAIN
 _FOREIGN = (lmdb.InvalidError, lmdb.VersionMismatchError)
 _DAMAGE = (
     lmdb.CorruptedError,
@@ -37,7 +48,10 @@ def told(error: Exception, path: str, *, opening: bool = False) -> CacheError:
     if isinstance(error, lmdb.ReadersFullError):
         what = f"is read by more than {READERS} threads and processes at this moment"
         remedy = "start fewer of them, or let some read a copy (scae-dali copy-cache)"
-    elif isinstance(error, lmdb.BadRslotError) or (opening and isinstance(error, _FOREIGN)):
+    elif isinstance(error, lmdb.BadRslotError) or (
+        # Behind the name of a function of LMDB: a transaction, which looks at the data file.
+        opening and isinstance(error, _FOREIGN) and not str(error).startswith("mdb_")
+    ):
         what = f"has a {LOCK_FILE} that cannot be used ({error}); its maps are kept"
         remedy = f"end all processes that have it open, and remove {LOCK_FILE}"
     elif isinstance(error, _DAMAGE):
@@ -67,6 +81,11 @@ def no_writing(path: str, code: int) -> Exception:
         return OSError(
             code, f"{answer}: the saliency cache needs {LOCK_BYTES:,} bytes more; make room", path
         )
+    if code == SAME_NUMBER:
+        return CacheError(
+            f"saliency cache {path!r} cannot be written to: {_same_number()}; let them share "
+            "their numbers (docker run --pid=host), or write to a copy (scae-dali copy-cache)"
+        )
     return CacheError(
         f"saliency cache {path!r} cannot be written to: LMDB needs locks, and its file system has "
         f"none ({answer}); put it on a local disk (scae-dali copy-cache copies one that is there)"
@@ -83,8 +102,20 @@ def why_no_locks(code: int) -> str:
         )
     if code in DISK:
         return f"there is no room for {LOCK_FILE} ({answer}); make room"
+    if code == SAME_NUMBER:
+        return (
+            f"{_same_number()}; let them share their numbers (docker run --pid=host), or read a "
+            "copy of your own (scae-dali copy-cache)"
+        )
     return (
         f"its file system has none ({answer}); read a copy on a local disk (scae-dali copy-cache)"
+    )
+
+
+def _same_number() -> str:
+    return (
+        f"a process of another container or machine has it open and has the number of this one "
+        f"({os.getpid()}), by which LMDB tells processes apart"
     )
 
 

@@ -158,22 +158,55 @@ def reserve_lock_file(path: str) -> None:
     """Takes the room of the lock file on the disk, or raises OSError. LMDB maps the file, and a
     process that writes to a map for which a full disk has no room is killed by SIGBUS.
     """
-    file = os.path.join(path, LOCK_FILE)
-    length, taken = 0, 0
-    with suppress(FileNotFoundError):
+    file, data = os.path.join(path, LOCK_FILE), os.path.join(path, DATA_FILE)
+    length, taken, new = 0, 0, False
+    try:
         status = os.stat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise _unusable(path, "is no file")
         length, taken = status.st_size, 512 * status.st_blocks
+    except FileNotFoundError:
+        new = True
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise _unusable(path, "is a link to itself") from error
     length = length or LOCK_BYTES  # who has it open knows its length, so that stays
     if taken >= length:
         return
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o755)  # as LMDB does
+    if new and os.path.exists(data) and not os.access(data, os.W_OK):
+        # A lock file of this user's would shut those out who may write.
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), file)
     try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o755)  # as LMDB does
+    except FileNotFoundError as error:
+        if not os.path.islink(file):
+            raise
+        raise _unusable(path, "is a link to nowhere") from error
+    try:
+        if new:
+            _give_to_owner_of(data, descriptor)
         os.posix_fallocate(descriptor, 0, length)
     except OSError as error:
         if error.errno in _FULL:
             raise
     finally:
         os.close(descriptor)
+
+
+def _give_to_owner_of(file: str, descriptor: int) -> None:
+    """Lets those use an open file who may use another one, as far as this user can."""
+    with suppress(FileNotFoundError, PermissionError):
+        status = os.stat(file)
+        os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
+        os.fchown(descriptor, status.st_uid if os.geteuid() == 0 else -1, status.st_gid)
+
+
+def _unusable(path: str, what: str) -> CacheError:
+    return CacheError(
+        f"saliency cache {path!r} has a {LOCK_FILE} that {what}; its maps are kept; end all "
+        f"processes that have it open, and remove {LOCK_FILE}"
+    )
 
 
 def _opened(file: str) -> FileIO:

@@ -423,9 +423,12 @@ def from_json(blob: bytes, path: str) -> CacheMeta:
         )
     _check_fields(path, "", fields, _FIELDS, _REQUIRED)
     if (pass_ := fields.get("under_way")) is not None:
-        _check_fields(path, "under_way.", pass_, _FIELDS, {*_PASS} - {"settings"}, _PASS)
+        _check_fields(path, "under_way.", pass_, _FIELDS, {"epoch"}, _PASS)
         if pass_["epoch"] is None:
             raise _corrupt(path, "under_way.epoch must be an epoch, got None")
+        # Older versions wrote fewer fields.
+        lacking = dict.fromkeys({*_PASS} - {"settings"}) | {"weights": ""}
+        pass_ = fields["under_way"] = lacking | pass_
     for name, one in (("", fields), ("under_way.", pass_ or {})):
         if (part := one.get("part")) is not None and part > fields["samples"]:
             raise _corrupt(path, f"{name}part must be at most {fields['samples']}, got {part}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -131,7 +132,7 @@ def merge_caches(
     fields |= {"neighbors": tables[0].shape if agree else None}
     meta = CacheMeta(format=FORMAT_VERSION, grid=first.grid, **fields)
     keys = RecordKeys(os.fspath(path), meta, index)
-    with new_directory(os.fspath(path)) as hidden:
+    with new_directory(os.fspath(path), *(cache.path for cache in caches)) as hidden:
         env = environment_at(os.path.realpath(hidden))
         pending = keys.ascending(found)
 
@@ -140,13 +141,18 @@ def merge_caches(
             if agree:
                 txn.put(NEIGHBORS, tables[0].astype("<u2").tobytes())
 
+        needs = expected_bytes(len(pending), records.itemsize)
         try:
             for start in range(0, len(pending), CHUNK):
                 ids = pending[start : start + CHUNK]
                 values = split(records[ids].tobytes(), records.itemsize)
                 put = partial(put_ascending, keys=keys.bytes_of(ids), values=values)
-                env.update(put, needs=expected_bytes(len(pending), records.itemsize))
-            env.update(finish, needs=0)
+                env.update(put, needs=needs)
+            env.update(finish, needs=needs)
+        except OSError as error:
+            code = error.errno or errno.EIO
+            told = f"{os.strerror(code)}: nothing was merged; make room for about {needs:,} bytes"
+            raise OSError(code, told, os.fspath(path)) from error
         finally:
             env.close()
     return Merged(samples, int(found.sum()), np.flatnonzero(conflicting), agree)

@@ -243,10 +243,10 @@ class CacheReader:
         """Copies the cache, as it is at one moment, to a new folder.
 
         Any process may write to it meanwhile. The copy has no free pages, so it may be smaller. It
-        is there as a whole or not at all. Raises CacheError where something is at `path`, OSError
-        where the disk is full.
+        is there as a whole or not at all. Raises CacheError where something is at `path`, or where
+        that is within this cache, and OSError where the disk is full.
         """
-        with new_directory(os.fspath(path)) as hidden:
+        with new_directory(os.fspath(path), self.path) as hidden:
             self._environment().copy(hidden)
 
     def resident(self) -> ResidentCache:

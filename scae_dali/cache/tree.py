@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,8 @@ _HEADER = 16  # bytes of a page before the places of its nodes
 _NODE = 8  # bytes of a node before its key: size or page (two or three words), flags, key's length
 _BRANCH, _LEAF, _OVERFLOW = 0x01, 0x02, 0x04  # flags of a page
 _BIG, _NAMED = 0x01, 0x06  # flags of a node: its value lies in pages of its own; is a database
+_DATABASE = 48  # bytes of the value of a node that is a database
+_KINDS, _FREE = 0x7E, 0x08  # flags of a tree that tell its keys and values; those of free pages
 _AT_ONCE = 1024  # pages
 _LOOKED_AT = 4096  # values with pages of their own, whose first page is looked at
 
@@ -34,7 +37,7 @@ class WrongError(Exception):
 
 
 class _OthersError(Exception):
-    """The file has what no cache has, such as databases with names."""
+    """The file has what no sound cache has, such as databases with names."""
 
 
 class Tree(NamedTuple):
@@ -73,22 +76,27 @@ def check_trees(descriptor: int, size: int, pages: int, free: Tree, records: Tre
     size: bytes of a page. pages: how many there are, up to the last one in use. The keys of records
     must ascend, and no page may be used twice. A file of another program is let through.
     """
+    file = _File(descriptor, size)
     try:
-        _check_trees(descriptor, size, pages, free, records)
+        _check_trees(file, pages, free, records)
     except _OthersError:
-        pass
+        if _has_meta(file, records):
+            raise WrongError("is damaged in the flags of its records") from None
     except (ValueError, IndexError, OverflowError) as error:  # numbers beyond all bounds
         raise WrongError("is damaged in its trees of pages") from error
 
 
-def _check_trees(descriptor: int, size: int, pages: int, free: Tree, records: Tree) -> None:
+def _check_trees(file: _File, pages: int, free: Tree, records: Tree) -> None:
+    if free.flags & _KINDS != _FREE:
+        raise WrongError("is damaged in its first pages: it has no tree of free pages")
     if records.flags:
         raise _OthersError
-    file = _File(descriptor, size)
     used: list[_Numbers] = [np.arange(2)]
     unused: list[_Numbers] = []
     last = b""
     for leaves, nodes, _ in _leaves(file, records, used):
+        if (nodes.marks & _NAMED).any():
+            raise _OthersError
         last = _require_ascending(leaves, nodes, last)
     for leaves, nodes, big in _leaves(file, free, used):
         for k in range(len(nodes.places)):
@@ -96,12 +104,23 @@ def _check_trees(descriptor: int, size: int, pages: int, free: Tree, records: Tr
             blob = leaves[start : start + int(nodes.low[k])]
             if big[k]:
                 first, length = _big_value(leaves, nodes, np.array([k]))
-                blob = file.bytes(int(first[0]) * size + _HEADER, int(length[0]))
+                blob = file.bytes(int(first[0]) * file.size + _HEADER, int(length[0]))
             count, *numbers = np.frombuffer(blob.tobytes(), "<i8").tolist()
             unused.append(np.array(numbers[:count], np.int64))
     every = np.concatenate(used + unused)
     if every.size and (every.max() >= pages or np.bincount(every).max() > 1):
         raise WrongError("uses a page twice, or one behind its last")
+
+
+def _has_meta(file: _File, records: Tree) -> bool:
+    """Whether the tree has the record `meta` of a cache, as far as it can be read."""
+    with suppress(WrongError, ValueError, IndexError, OverflowError):
+        for leaves, nodes, _ in _leaves(file, records, []):
+            database = (nodes.marks & _NAMED != 0) & (nodes.low == _DATABASE)
+            for start in (nodes.places[(nodes.keys == 4) & ~database] + _NODE).tolist():
+                if leaves[start : start + 4].tobytes() == b"meta":
+                    return True
+    return False
 
 
 class _File(NamedTuple):
@@ -194,8 +213,13 @@ def _nodes(
     if kind == _LEAF:
         fits &= marks <= _BIG | _NAMED
     _require(fits, numbers, row)
-    if kind == _LEAF and (marks & _NAMED).any():
-        raise _OthersError
+    # Each node ends where another one begins, or the page ends: they fill the room in use.
+    begins, ends = np.zeros((2, len(numbers), file.size // 2 + 1), np.bool_)
+    begins[row, place // 2] = begins[:, -1] = True
+    ends[row, (place + _NODE + keys + value + 1) // 2] = True
+    ends[np.arange(len(numbers)), upper // 2] = True
+    fits = (begins == ends).all(1) & (begins.sum(1) == counts + 1) & (upper % 2 == 0)
+    _require(fits, numbers)
     return pages.reshape(-1), _Nodes(row, 2 * at, low, marks, keys)
 
 

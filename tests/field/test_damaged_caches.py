@@ -28,6 +28,7 @@ SAMPLES = 1000
 INDEX = FakeIndex(SAMPLES)
 ALL = np.arange(SAMPLES)
 PAGE = 4096
+FREE_FLAGS, RECORD_FLAGS = 16 + 24 + 4, 16 + 24 + 48 + 4  # where a meta page has them
 DAMAGED = (
     r"saliency cache '.*maps\.lmdb' is damaged: {}\. Copy it again from one that is sound, with "
     r"`scae-dali copy-cache` .*; if there is none, remove it and build it anew$"
@@ -133,6 +134,17 @@ def test_a_database_of_another_program_is_not_called_damaged(tmp_path):
     assert "remove" not in str(error.value)
 
 
+@pytest.mark.parametrize("flags", [2, 4, 8])
+def test_other_kinds_of_databases_are_not_called_damaged(tmp_path, flags):
+    """Keys that are compared from their end, several values of a key, keys that are integers."""
+    with lmdb.open(str(tmp_path / "theirs")) as env, env.begin(write=True) as txn:
+        txn.put(b"12345678", b"value")
+    for page in (0, PAGE):
+        change(tmp_path / "theirs", page + RECORD_FLAGS, flags.to_bytes(2, "little"))
+    with pytest.raises(CacheError, match="no saliency cache: it has no meta record"):
+        SaliencyCache(tmp_path / "theirs")
+
+
 def test_an_empty_file_and_no_file(path):
     data_of(path).write_bytes(b"")
     with pytest.raises(CacheError, match=r"no saliency cache at '.*': its data\.mdb is empty; b"):
@@ -181,6 +193,72 @@ def test_a_page_that_is_none_ends_no_process(path, page):
         needed = env.stat()["leaf_pages"] + env.stat()["branch_pages"]
     assert refused >= needed
     look(path)
+
+
+def nodes_of(path, key):
+    """Where the key is in the nodes of a file that have it; 8 bytes before it a node begins."""
+    data, key = data_of(path).read_bytes(), key.to_bytes(8, "big")
+    return [
+        found.start()
+        for found in re.finditer(re.escape(key), data)
+        if data[found.start() - 2 : found.start()] == b"\x08\0"
+    ]
+
+
+@pytest.mark.parametrize("key", [1, 517, 999])
+def test_a_record_whose_node_is_damaged_is_refused(path, key):
+    """LMDB moves the nodes of a page by their sizes: one that reached into its neighbour ended the
+    process in a pass, by SIGBUS."""
+    data = data_of(path).read_bytes()
+    wrong = [(-8, size) for size in (0, 1, 49, 60, 71, 115, 1000, 65_535)]
+    wrong += [(-6, high) for high in (1, 256)]
+    wrong += [(-4, flags) for flags in (*range(1, 8), 8, 255)]
+    wrong += [(-2, length) for length in (0, 2, 4, 6, 10, 40, 300)]
+    for offset, value in wrong:
+        for place in nodes_of(path, key):
+            change(path, place + offset, value.to_bytes(2, "little"))
+        assert re.search(DAMAGED.format(r"data\.mdb .*"), refusal(path)), (offset, value)
+        data_of(path).write_bytes(data)
+    look(path)
+
+
+@pytest.mark.parametrize("key", [40, 430, 870])
+def test_places_of_nodes_that_are_wrong_are_refused(path, key):
+    """A page tells behind its header where its nodes begin."""
+    data = data_of(path).read_bytes()
+    for wrong in ("exchanged", "doubled", "shifted"):
+        for place in nodes_of(path, key):
+            page = place // PAGE * PAGE + 16
+            first, second = data[page : page + 2], data[page + 2 : page + 4]
+            shifted = (int.from_bytes(first, "little") - 4).to_bytes(2, "little")
+            pair = {"exchanged": second + first, "doubled": first * 2, "shifted": shifted + second}
+            change(path, page, pair[wrong])
+        assert re.search(DAMAGED.format(r"data\.mdb .*"), refusal(path)), wrong
+        data_of(path).write_bytes(data)
+    look(path)
+
+
+@pytest.mark.parametrize(
+    ("offset", "flags"),
+    [
+        *((FREE_FLAGS, flags) for flags in (0, 2, 4, 0x0C, 0x18, 0x28, 0x48, 0x10, 0x7E)),
+        *((RECORD_FLAGS, flags) for flags in (1, 2, 4, 8, 0x10, 0x20, 0x40, 0x14)),
+    ],
+)
+def test_flags_of_the_trees(path, offset, flags):
+    """LMDB ended the process in the next pass (SIGABRT), or lock.mdb was to be removed."""
+    for page in (0, PAGE):
+        change(path, page + offset, flags.to_bytes(2, "little"))
+    assert re.search(DAMAGED.format(".*"), refusal(path))
+
+
+def test_flags_of_the_file_are_no_damage(path):
+    """LMDB keeps in the same place how a file was opened when it was made or copied."""
+    for page in (0, PAGE):
+        change(path, page + FREE_FLAGS, (0x4008).to_bytes(2, "little"))
+    look(path)
+    with SaliencyCache(path, index=INDEX) as cache:
+        fill(cache, 4)
 
 
 def test_pages_that_changed_places(path):
@@ -303,6 +381,86 @@ def test_a_lock_file_of_something_else_is_not_taken_for_the_cache(path, monkeypa
     assert "anew" not in str(how.value)
 
 
+LOCK_FILES = {
+    "a directory": lambda lock: lock.mkdir(),
+    "a pipe": os.mkfifo,
+    "a device": lambda lock: lock.symlink_to("/dev/null"),
+    "a link to itself": lambda lock: lock.symlink_to("lock.mdb"),
+    "a link to nowhere": lambda lock: lock.symlink_to("no/such/place"),
+}
+
+
+@pytest.mark.parametrize("make", LOCK_FILES.values(), ids=LOCK_FILES)
+def test_a_lock_file_that_is_no_file_is_told(path, make):
+    lock = path / "lock.mdb"
+    lock.unlink()
+    make(lock)
+    for call in (look, partial(SaliencyCache.create, index=INDEX, grid=GRID, exist_ok=True)):
+        with pytest.raises(
+            CacheError, match=r"a lock\.mdb that is .*; its maps are kept; .* remove "
+        ):
+            call(path)
+    lock.rmdir() if lock.is_dir() else lock.unlink()
+    look(path)
+
+
+def test_a_lock_file_may_be_on_another_disk(path, tmp_path):
+    (path / "lock.mdb").unlink()
+    (path / "lock.mdb").symlink_to(tmp_path / "elsewhere")
+    look(path)
+    assert (tmp_path / "elsewhere").stat().st_size > 60_000
+
+
+@pytest.mark.parametrize("name", [".DS_Store", ".nfs000000000123", "notes"])
+def test_files_of_others_beside_a_cache_do_no_harm(path, name):
+    (path / name).write_text("x")
+    with SaliencyCache.create(path, INDEX, grid=GRID, exist_ok=True) as cache:
+        fill(cache, 4)
+        assert cache.census() == ({4: SAMPLES}, 0)
+    with pytest.raises(CacheError, match="something is there"):
+        SaliencyCache.create(path, INDEX, grid=GRID)
+    data_of(path).unlink()
+    with pytest.raises(CacheError, match=rf"is no saliency cache: it holds '{name}'"):
+        SaliencyCache.create(path, INDEX, grid=GRID, exist_ok=True)
+
+
+@pytest.mark.parametrize("exist_ok", [False, True])
+@pytest.mark.parametrize("left", [["lock.mdb"], ["data.mdb", "lock.mdb"], ["data.mdb"]])
+def test_what_a_killed_process_left_of_a_new_cache_is_in_nobodys_way(tmp_path, left, exist_ok):
+    (tmp_path / "new").mkdir()
+    for name in left:
+        (tmp_path / "new" / name).touch()
+    with pytest.raises(CacheError, match=r"no saliency cache at .*; build one with"):
+        SaliencyCache(tmp_path / "new")
+    with SaliencyCache.create(tmp_path / "new", INDEX, grid=GRID, exist_ok=exist_ok) as cache:
+        fill(cache, 1)
+
+
+def test_a_copy_is_not_put_into_the_cache(path, tmp_path):
+    (tmp_path / "link").symlink_to(path)
+    for out in (path / "copy", path / "deep" / "copy", tmp_path / "link" / "copy"):
+        with pytest.raises(SystemExit, match=r"copy' is within saliency cache '.*maps\.lmdb'; cho"):
+            copy_cache.main([str(path), "--out", str(out)])
+    assert sorted(os.listdir(path)) == ["data.mdb", "lock.mdb"]
+    copy_cache.main([str(path), "--out", f"{path}.copy"])  # its name alone begins alike
+
+
+def test_a_disk_that_is_full_names_the_place_that_was_asked_for(tmp_path):
+    with (
+        pytest.raises(OSError, match="no room") as error,
+        environment.new_directory(str(tmp_path / "copy")) as hidden,
+    ):
+        raise OSError(errno.ENOSPC, "no room", os.path.join(hidden, "data.mdb"))
+    assert error.value.filename == str(tmp_path / "copy")
+    with (
+        pytest.raises(FileNotFoundError) as other,
+        environment.new_directory(str(tmp_path / "copy")),
+    ):
+        raise FileNotFoundError(errno.ENOENT, "none", "elsewhere")
+    assert other.value.filename == "elsewhere"
+    assert os.listdir(tmp_path) == []
+
+
 def full(descriptor, offset, length):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -332,7 +490,7 @@ def test_a_cache_is_not_made_on_a_full_disk(tmp_path, monkeypatch):
         SaliencyCache.create(tmp_path / "new", INDEX, grid=GRID)
     assert error.value.filename == str(tmp_path / "new")
     monkeypatch.undo()
-    SaliencyCache.create(tmp_path / "new", INDEX, grid=GRID, exist_ok=True).close()
+    SaliencyCache.create(tmp_path / "new", INDEX, grid=GRID).close()
 
 
 def test_all_pages_are_looked_at_once_for_each_state_of_the_file(path, monkeypatch):

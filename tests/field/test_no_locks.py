@@ -10,6 +10,8 @@ https://github.com/nuclia/nucliadb/pull/1157 (readers without locks beside a wri
 import errno
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import warnings
@@ -205,6 +207,62 @@ def test_forks_read_from_copies_of_their_own(path):
     )
 
 
+@pytest.fixture
+def namesake(path):
+    """Another process that has the number of this one, as in another container: LMDB locks the byte
+    of lock.mdb that has the process's number."""
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1], 'r+b'); "
+        "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(sys.argv[2])); print(); input()"
+    )
+    command = [sys.executable, "-c", code, os.path.join(path, "lock.mdb"), str(os.getpid())]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        yield process
+        process.stdin.close()
+
+
+def test_a_process_of_another_container_with_the_same_number(path, namesake):
+    told = (
+        rf"another container or machine has it open and has the number of this one \({os.getpid()}"
+    )
+    with pytest.warns(
+        RuntimeWarning, match=rf"copy in the memory of .*: a process of {told}.*host"
+    ):
+        cache = SaliencyCache(path, index=INDEX)
+    assert seen(cache) == 1
+    for call in (lambda: cache.begin_pass(2), cache.claim):
+        with pytest.raises(
+            CacheError, match=rf"cannot be written to: a process of {told}.* --pid="
+        ):
+            call()
+    cache.close()
+    namesake.stdin.close()
+    namesake.wait()
+    with SaliencyCache(path, index=INDEX) as cache:
+        assert seen(fill(cache, 2)) == 2
+
+
+def test_a_reader_leaves_no_lock_file_that_shuts_out_who_may_write(path, monkeypatch):
+    os.unlink(os.path.join(path, "lock.mdb"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.warns(RuntimeWarning, match="copy in the memory"), SaliencyCache(path) as cache:
+        assert cache.census() == ({1: 100}, 0)
+    assert os.listdir(path) == ["data.mdb"]
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o600, 0o666])
+def test_a_new_lock_file_is_for_those_who_may_use_the_cache(path, mode):
+    os.unlink(os.path.join(path, "lock.mdb"))
+    os.chmod(os.path.join(path, "data.mdb"), mode)
+    owner = (1234, 100) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+    os.chown(os.path.join(path, "data.mdb"), *owner)
+    with SaliencyCache(path, index=INDEX) as cache:
+        assert seen(cache) == 1
+        status = os.stat(os.path.join(path, "lock.mdb"))
+    assert (status.st_mode & 0o777, status.st_uid, status.st_gid) == (mode, *owner)
+
+
 AS_READER = """
     if os.geteuid() == 0:
         os.setuid(65534)
@@ -273,6 +331,29 @@ def test_a_reader_without_permission_lives_through_passes_of_the_owner(shared, l
         assert told == "[]"
     assert "is read-only here" in refused
     assert int(epochs) > 1
+
+
+def test_who_may_not_list_the_folder_is_told_so_at_a_pass(shared):
+    if os.geteuid() != 0:
+        pytest.skip("only root can become a user without permission")
+    for name in ("data.mdb", "lock.mdb"):
+        os.chmod(shared / name, 0o666)
+    code = """
+        os.setuid(65534)
+        cache = SaliencyCache(path, index=FakeIndex())
+        print(cache.read([3])[1].all())
+        SaliencyCache.create(path, FakeIndex(), grid=GRID, exist_ok=True)
+        for call in (cache.claim, lambda: cache.begin_pass(2)):
+            try:
+                call()
+            except PermissionError as error:
+                print(error)
+    """
+    for mode in (0o711, 0o733):
+        os.chmod(shared, mode)
+        seen, *told = in_process(code, shared).stdout.splitlines()
+        assert (seen, len(told)) == ("True", 2)
+        assert all("may not read its directory; ask its owner" in one for one in told)
 
 
 def test_what_may_not_be_seen_is_not_called_missing(shared):

@@ -706,6 +706,54 @@ def test_processes_that_fork(path):
         assert set(cache.stamps()) == {9}
 
 
+def test_a_fork_comes_before_looks_that_begin_later(path):
+    """Four threads that look without a pause held a fork up for seconds. A look within another one
+    waits for a fork that waits for it, and not for ever."""
+    SaliencyCache.create(path, FakeIndex(), grid=GRID).close()
+    in_process(
+        """
+        import warnings
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+        import scae_dali.cache.environment
+        scae_dali.cache.environment.PATIENCE = 0.2
+        cache = fill(SaliencyCache(path, index=FakeIndex()), 0)
+        def fork():
+            began = time.monotonic()
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0)
+            os.waitpid(pid, 0)
+            return time.monotonic() - began
+        stop = threading.Event()
+        def read():
+            while not stop.is_set():
+                assert cache.read(range(100))[1].all()
+        threads = [threading.Thread(target=read) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        took = sum(fork() for _ in range(10))
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert took < 4, took
+        inside = threading.Event()
+        def nested(txn):
+            inside.set()
+            time.sleep(0.3)
+            return cache.read([5])[1].all()
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(cache._environment().view(nested)))
+        thread.start()
+        inside.wait()
+        took = fork()
+        thread.join(10)
+        assert seen == [True], seen
+        assert 0.1 < took < 4, took
+        """,
+        path,
+    )
+
+
 def test_a_killed_pass_resumes(path):
     index = FakeIndex(5000)
     fill(SaliencyCache.create(path, index, grid=GRID), 0).close()

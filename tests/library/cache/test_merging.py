@@ -1,10 +1,13 @@
 """Several caches as one: whose maps, which pass, and what cannot be joined."""
 
+import os
+
+import lmdb
 import numpy as np
 import pytest
 from caches import FakeIndex, fill, maps_of
 
-from scae_dali.cache import CacheError, SaliencyCache, import_maps, merge_caches
+from scae_dali.cache import CacheError, SaliencyCache, import_maps, merge_caches, merging
 from scae_dali.data.index import ImageIndex
 
 MADE = {"weights": "ab", "method": "gradcam", "model": "net", "layer": "l4", "input_size": 64}
@@ -53,6 +56,26 @@ def test_halves_of_one_data_set(make, index, tmp_path):
     with SaliencyCache(tmp_path / "all", index=index) as cache:
         assert cache.read_neighbors().tolist() == table.tolist()
         assert cache.begin_pass(0, **MADE).size == 0
+
+
+def test_a_full_disk_is_told_with_the_place_of_the_merged_cache(make, index, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise lmdb.DiskError("mdb_put: No space left on device")
+
+    one = make("one", [1, 2])
+    monkeypatch.setattr(merging, "put_ascending", full)
+    with pytest.raises(
+        OSError, match=r"No space left .*: nothing was merged; make room for"
+    ) as error:
+        merge_caches(tmp_path / "all", [one], index=index)
+    assert error.value.filename == str(tmp_path / "all")
+    assert os.listdir(tmp_path) == ["one"]
+
+
+def test_the_merged_cache_is_not_put_into_one_of_them(make, index, tmp_path):
+    caches = [make("one", [1, 2]), make("two", [3])]
+    with pytest.raises(CacheError, match=r"'.*all' is within saliency cache '.*two'; choose an"):
+        merge_caches(tmp_path / "two" / "all", caches, index=index)
 
 
 def test_the_pass_goes_on_where_maps_are_missing(make, index, tmp_path):
