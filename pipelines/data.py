@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pipelines.classes import check_list_and_folders, check_lists
 from scae_dali.checks import check, check_choice, expand_home
-from scae_dali.data.broken import of_validation
+from scae_dali.data.broken import check_regular, of_validation
 from scae_dali.data.index import ARCHIVES, DatasetError, ImageIndex, of_archives
 from scae_dali.data.longtail import choose, imbalanced
 from scae_dali.data.pixels import ArrayImages
@@ -100,7 +100,8 @@ class DataConfig:
     holdout: int = 0
 
     def __post_init__(self) -> None:
-        expand_home(self, "root", "train_list", "val_list", "exclude", "val_exclude", "index_cache")
+        paths = ("root", "train_dir", "val_dir", "train_list", "val_list", "exclude", "val_exclude")
+        expand_home(self, *paths, "train", "val", "index_cache")
         check_choice("data.format", self.format, get_args(Format))
         for field in fields(self):
             value = getattr(self, field.name)
@@ -242,12 +243,7 @@ class DataConfig:
         if self.train_list is not None:
             check_list_and_folders(self.train_list, first, second)
         elif first.classes != second.classes:
-            odd = sorted(set(first.classes) ^ set(second.classes))[:3]
-            raise DatasetError(
-                f"{first.root!r} and {second.root!r} must have the same class folders; they differ "
-                f"in {', '.join(odd)}: complete the one that lacks them; an empty folder stands "
-                "for a class without validation images"
-            )
+            raise DatasetError(_other_classes(first, second))
         return second
 
     def _val_archives(self, first: ImageIndex, first_label: int) -> ImageIndex:
@@ -289,6 +285,22 @@ class DataConfig:
         return ImageIndex(folder, exclude=exclude, cache=cache, allow_empty=split == "val")
 
 
+def _other_classes(first: ImageIndex, second: ImageIndex) -> str:
+    """How the class folders of training and validation differ, and what to do."""
+
+    def lacks(one: ImageIndex, other: ImageIndex) -> str:
+        names = sorted(set(other.classes) - set(one.classes))
+        said = ", ".join(map(repr, names[:3])) + ", …" * (len(names) > 3)
+        return said and f"; {one.root!r} lacks {said}: "
+
+    said = f"{first.root!r} and {second.root!r} must have the same class folders"
+    if lacking := lacks(second, first):
+        said += f"{lacking}add them; an empty folder stands for a class without validation images"
+    if lacking := lacks(first, second):
+        said += f"{lacking}add training images of them, or remove them from {second.root!r}"
+    return said
+
+
 def _check_labels(
     setting: str, second: ImageIndex, first: ImageIndex, what: str, first_label: int = 0
 ) -> None:
@@ -304,9 +316,12 @@ def _check_labels(
 
 def open_data(config: DataConfig, threads: int, ranks: Ranks) -> Data:
     """The data, in every rank. One rank of each node indexes archives, the others read what it has
-    kept. Raises ValueError where there are fewer images than ranks."""
+    kept. Raises ValueError where there are fewer images than ranks, or the list of the training
+    images names what is no file."""
     together(ranks, config.index_archives if ranks.local == 0 else None)
     data = config.open(threads)
+    if config.train_list is not None and data.train_pixels is None:
+        ranks.by_first(lambda: check_regular(data.train))
     for name, index in (("training", data.train), ("validation", data.val)):
         check(
             len(index) >= ranks.world,

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from scae_dali.commands.options import CIFAR, check_format, train_folder
+from scae_dali.data.broken import check_regular
 from scae_dali.data.index import ARCHIVES, ImageIndex, of_archives
 from scae_dali.data.longtail import imbalanced
 from scae_dali.data.pixels import ArrayImages
@@ -27,7 +28,9 @@ def open_images(arguments: argparse.Namespace) -> ImageIndex | ArrayImages:
     if arguments.format in ARCHIVES:
         return open_archives(arguments, exclude)
     if arguments.list is not None:
-        return ImageIndex.from_list(arguments.list, root=arguments.data, exclude=exclude)
+        index = ImageIndex.from_list(arguments.list, root=arguments.data, exclude=exclude)
+        check_regular(index)
+        return index
     return ImageIndex(train_folder(arguments.data), exclude=exclude)
 
 

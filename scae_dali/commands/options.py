@@ -9,6 +9,7 @@ import argparse
 import copy
 import os
 import re
+import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from typing import Any
@@ -58,10 +59,26 @@ class OneSpelling(argparse.HelpFormatter):
         return super()._format_action_invocation(shown)
 
 
+class HomeParser(argparse.ArgumentParser):
+    """Takes a leading ~ for the home folder: a shell does so at the beginning of a word, and many
+    not in --option=~/file. Only paths begin with ~."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        given = [_at_home(text) for text in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(given, namespace)
+
+
+def _at_home(text: str) -> str:
+    option, equals, value = text.partition("=")
+    if equals and option.startswith("-"):
+        return f"{option}={os.path.expanduser(value)}"
+    return os.path.expanduser(text)
+
+
 def parser_of(doc: str | None, **settings: Any) -> argparse.ArgumentParser:
     """A parser that the first line of a module's docstring describes."""
     settings = {"formatter_class": OneSpelling} | settings
-    return argparse.ArgumentParser(description=(doc or "").partition("\n")[0], **settings)
+    return HomeParser(description=(doc or "").partition("\n")[0], **settings)
 
 
 def add_data(

@@ -14,8 +14,8 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import NamedTuple
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +62,26 @@ class Archives:
         """Those of the samples at `ids` (int [M], or a mask), in that order."""
         return Archives(self._files, self._where[ids], self.first_label)
 
+    def place(self, archive: str, offset: int) -> int:
+        """The place in the index of the image at this byte of an archive; -1 where there is none.
+
+        Of several samples there (hard links), it is the first.
+        """
+        numbers = self._files.numbers
+        if archive not in numbers:  # another spelling of the path, or another file
+            numbers[archive] = numbers.get(os.path.realpath(archive), -1)
+        starts, order = self._starts
+        wanted = _start(numbers[archive], offset)
+        at = int(np.searchsorted(starts, wanted))
+        return int(order[at]) if at < len(starts) and starts[at] == wanted else -1
+
+    @cached_property
+    def _starts(self) -> tuple[Int64, Int64]:
+        """Where the images begin (see `_start`), sorted, and the places of these samples."""
+        starts = _start(self._where[:, 0], self._where[:, 1])
+        order = np.argsort(starts, kind="stable")
+        return starts[order], order
+
     def read(self, ids: Sequence[int]) -> list[UInt8]:
         """The encoded images of these samples, uint8 [bytes] each. Threads may read at once.
 
@@ -79,6 +99,11 @@ class _Files:
         # A process may have few files, and there may be two sets of archives: train and val.
         self._most_open = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         self._lock = threading.Lock()
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """Path of an archive -> its number. Real paths are there from the start."""
+        return {os.path.realpath(path): number for number, path in enumerate(self._paths)}
 
     def __reduce__(self):
         return _Files, (self._paths, self._stamps)
@@ -271,6 +296,11 @@ def _unwritable(cache: Path, error: OSError) -> DatasetError:
     return DatasetError(
         f"cache={os.fspath(cache)!r} cannot be written ({error}); give a folder that can"
     )
+
+
+def _start(number: Any, offset: Any) -> Any:
+    """The number of an archive and an offset below 16 TiB in it, int64 [N] or int, as one."""
+    return number << 44 | offset
 
 
 def _stamp(status: os.stat_result) -> list[int]:

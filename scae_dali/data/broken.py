@@ -18,7 +18,8 @@ from typing import BinaryIO
 from nvidia.dali import fn, pipeline_def
 
 from scae_dali.data.archives import UInt8
-from scae_dali.data.index import ImageIndex
+from scae_dali.data.index import DatasetError, ImageIndex
+from scae_dali.data.scan import at_once
 
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _SIGNATURES = (
@@ -40,9 +41,12 @@ _SOF = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # frame headers, of every ki
 _THREADS, _SHARE = 16, 64  # files are opened side by side: storage may be far away
 _BLOCK = _THREADS * _SHARE
 _NAMED_AT_ONCE = 20  # files in an error
+_LOOKED_FOR = 1000  # files, before all are called missing
+_PRIME = 2_654_435_761  # its multiples, modulo N, spread over N files whatever their order
 _SECONDS = 30.0  # that an error may wait for its explanation
 
 _OPTION = "(train.py: --data.exclude)"
+_NO_FILE = "is no file"
 _UNDECODABLE = "does not decode"  # though its bytes look sound
 _OPERATOR = re.compile(r"operator `([^`]+)`")
 _READS = re.compile(r"readers|decoders|peek_image_shape|io\.file")
@@ -58,10 +62,10 @@ _NOISE = re.compile(r"\s*(Critical error in pipeline|C\+\+ context|Current pipel
 def fault(path: str) -> str | None:
     """What is wrong with an image file, or None where nothing was found."""
     try:
-        with open(path, "rb", opener=_at_once) as file:
+        with open(path, "rb", opener=at_once) as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
-                return "is no file"
+                return _NO_FILE
             return _fault(file, about.st_size)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
@@ -82,11 +86,6 @@ def _fault(file: BinaryIO, size: int) -> str | None:
     if head.startswith(b"RIFF") and int.from_bytes(head[4:8], "little") + 8 > size:
         return "is cut off (a WebP shorter than it says)"
     return None
-
-
-def _at_once(path: str, flags: int) -> int:
-    """Opens what may be a pipe, without waiting for somebody who writes to it."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _jpeg_fault(file: BinaryIO, size: int) -> str | None:
@@ -130,11 +129,21 @@ def faults(
 
     progress: called with the number of files looked at since its last call.
     """
+    return _found(index, _fault_of, seconds, progress)
+
+
+def _found(
+    index: ImageIndex,
+    fault_of: Callable[[ImageIndex, int], str | None],
+    seconds: float,
+    progress: Callable[[int], object] = lambda files: None,
+) -> Iterator[tuple[str, str]]:
+    """`faults`, of another look at a sample."""
     end = time.monotonic() + seconds
 
     def look(first: int) -> list[tuple[str, str | None]]:
         ids = range(first, min(first + _SHARE, len(index)))
-        return [(index.files[i], _fault_of(index, i)) for i in ids]
+        return [(index.files[i], fault_of(index, i)) for i in ids]
 
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(index), _BLOCK):
@@ -151,6 +160,27 @@ def _fault_of(index: ImageIndex, i: int) -> str | None:
         return fault(os.path.join(index.root, index.files[i]))
     encoded = index.read([i])[0]
     return _fault(io.BytesIO(encoded.tobytes()), len(encoded))
+
+
+def check_regular(index: ImageIndex, seconds: float = 5.0) -> None:
+    """Raise DatasetError where a name in the index is a pipe or a folder, as far as they are found
+    within `seconds`. DALI would wait forever for somebody who writes to a pipe."""
+    if index.archives is not None:
+        return
+    odd = [os.path.join(index.root, name) for name, _ in _found(index, _kind_of, seconds)]
+    if odd:
+        raise DatasetError(
+            f"{len(odd)} of the {len(index)} images are no files (reading one could wait forever), "
+            f"such as {odd[0]!r}: take such names out of the list, or put files there"
+        )
+
+
+def _kind_of(index: ImageIndex, i: int) -> str | None:
+    try:
+        mode = os.stat(os.path.join(index.root, index.files[i])).st_mode
+    except OSError:  # whoever reads it will say so
+        return None
+    return None if stat.S_ISREG(mode) else _NO_FILE
 
 
 def concerns_images(message: str) -> bool:
@@ -180,14 +210,14 @@ def explain(message: str, index: ImageIndex) -> str:
         lines = ["; ".join(what) + more + "."]
     else:
         lines = [f"A file in {index.root!r} cannot be read or decoded; a quick look found none."]
-    if _all_missing(index):
-        lines = [_none_is_there(index)]
     them = "them" if len(broken) > 1 else "it"
     deep = "" if any(wrong != _UNDECODABLE for _, wrong in broken) else " --decode"
     lines.append(
         f"Mend or remove {them}, or leave {them} out with exclude= {_OPTION}; "
         f"`scae-dali check-images{deep}` finds every such file and writes the list."
     )
+    if looked := _all_missing(index):
+        lines = [_none_is_there(index, looked)]
     operator = _OPERATOR.search(message)
     where = f" in {operator[1].removeprefix('nvidia.dali.')}" if operator else ""
     said = message.rpartition("encountered:")[2].splitlines()  # after the definition's traceback
@@ -200,20 +230,36 @@ def _is_there(index: ImageIndex) -> bool:
     return index.archives is not None or os.path.exists(os.path.join(index.root, index.files[0]))
 
 
-def _all_missing(index: ImageIndex) -> bool:
-    """Whether none of some files, spread over the index, is there."""
+def _all_missing(index: ImageIndex) -> int:
+    """How many files were looked for, spread over the index, if none of them is there; else 0."""
     if index.archives is not None:
-        return False
-    step = len(index.files) // 16 + 1
-    return not any(os.path.exists(os.path.join(index.root, f)) for f in index.files[::step])
+        return 0
+    looked = min(len(index), _LOOKED_FOR)
+    names = (index.files[k * _PRIME % len(index)] for k in range(looked))
+    return 0 if any(os.path.exists(os.path.join(index.root, name)) for name in names) else looked
 
 
-def _none_is_there(index: ImageIndex) -> str:
+def _none_is_there(index: ImageIndex, looked: int) -> str:
     path = os.path.join(index.root, index.files[0])
+    what = f"None of the files is there, such as {path!r} ({looked} of {len(index)} looked for): "
+    if (link := _dead_link(path)) is not None:
+        return (
+            f"{what}{link!r} is a link to {os.path.realpath(link)!r}, which is not there. Put the "
+            "files there again, or make the links anew."
+        )
     return (
-        f"None of the files is there, such as {path!r}: give the folder that the paths of the list "
-        f"are relative to, instead of {index.root!r}."
+        f"{what}give the folder that the paths of the list are relative to, instead of "
+        f"{index.root!r}."
     )
+
+
+def _dead_link(path: str) -> str | None:
+    """The link on this path that leads nowhere, or None."""
+    while path and not os.path.exists(path):
+        if os.path.islink(path):
+            return path
+        path = os.path.dirname(path)
+    return None
 
 
 def of_validation(explained: str) -> str:
@@ -250,7 +296,9 @@ def decodes(encoded: UInt8) -> bool:
 
 def confirmed(index: ImageIndex, suspects: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     """Those of `faults` that the decoder cannot mend."""
-    return ((name, wrong) for name, wrong in suspects if not _is_sound(index, name))
+    return (
+        (name, wrong) for name, wrong in suspects if wrong == _NO_FILE or not _is_sound(index, name)
+    )
 
 
 def _is_sound(index: ImageIndex, name: str) -> bool:
@@ -266,8 +314,8 @@ def look(index: ImageIndex, seconds: float) -> None:
     broken = list(itertools.islice(suspects, _NAMED_AT_ONCE + 1))
     if not broken:
         return
-    if _all_missing(index):
-        raise ValueError(f"validation: {_none_is_there(index)}")
+    if looked := _all_missing(index):
+        raise ValueError(f"validation: {_none_is_there(index, looked)}")
     lines = [
         f"{os.path.join(index.root, name)!r} {wrong}" for name, wrong in broken[:_NAMED_AT_ONCE]
     ]

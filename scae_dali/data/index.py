@@ -27,6 +27,7 @@ from scae_dali.data.scan import (
     DatasetError,
     Int64,
     Path,
+    at_once,
     class_number,
     scan_cached,
     scan_folders,
@@ -87,8 +88,7 @@ class ImageIndex:
         empty = [classes[k] for k in np.flatnonzero(counts == 0)]
         if empty and not allow_empty:
             raise DatasetError(
-                f"root={root!r} has class folders without images: {_some(empty)}; remove them. "
-                "(In Python, ImageIndex(..., allow_empty=True) keeps their labels.)"
+                f"root={root!r} has class folders without images: {_some(empty)}; remove them"
             )
         self._fill(root, files, labels, classes, exclude)
 
@@ -335,7 +335,7 @@ class ImageIndex:
         read, DatasetError where an archive has changed since."""
         if self.archives is not None:
             return self.archives.read(ids)
-        return [np.fromfile(os.path.join(self.root, self.files[i]), np.uint8) for i in ids]
+        return [_content(os.path.join(self.root, self.files[i])) for i in ids]
 
     def encoded_paths(self, ids: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
         """The samples' files, root included, as UTF-8 bytes: what DALI's fn.io.file.read takes."""
@@ -348,13 +348,16 @@ class ImageIndex:
         A name is the path as in `files`, or the same behind root, or webdataset's
         `archive.tar:OFFSET:member`. The index may have the latter whole, as
         `folder/archive.tar/member`, as `archive.tar/member`, or as the member alone; the longest
-        is taken. Raises DatasetError for an unknown name, and for a sample of two members.
+        is taken. An index of archives also has the OFFSET, which finds members whose names DALI
+        tells otherwise: without a leading / or ../, or with ? for letters. Raises DatasetError for
+        an unknown name, and for a sample of two members.
         """
         return self.names().ids(names)
 
     def names(self) -> Names:
         """The `ids_of` of one reader, which remembers the member of an archive of each sample."""
-        return Names(self.files, self.root, self._find)
+        place = None if self.archives is None else self.archives.place
+        return Names(self.files, self.root, self._find, place)
 
     def _find(self, names: Sequence[str]) -> Int64:
         """Places of names that are in `files`, -1 for others."""
@@ -405,6 +408,12 @@ def of_archives(
     if format == "webdataset":
         return ImageIndex.from_webdataset(paths, root, **settings)
     return ImageIndex.from_tfrecord(paths, root, image=image, label=label, **settings)
+
+
+def _content(path: str) -> UInt8:
+    """The bytes of a file. Raises OSError, also for a pipe, which could be waited for forever."""
+    with open(path, "rb", opener=at_once) as file:
+        return np.fromfile(file, np.uint8)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

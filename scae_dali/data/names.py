@@ -23,13 +23,18 @@ class Names:
     """Resolves the names of one reader, and remembers which member of an archive each sample was.
 
     files: str [N], those of the index. root: the folder that they are relative to, "" for none.
-    find: names -> places in `files`, int64, -1 where there is none.
+    find: names -> places in `files`, int64, -1 where there is none. place: path of an archive,
+    offset in it -> the place of the member there, -1 where there is none; None without archives.
     """
 
     def __init__(
-        self, files: Sequence[str], root: str, find: Callable[[Sequence[str]], Int64]
+        self,
+        files: Sequence[str],
+        root: str,
+        find: Callable[[Sequence[str]], Int64],
+        place: Callable[[str, int], int] | None = None,
     ) -> None:
-        self._files, self._root, self._find = files, root, find
+        self._files, self._root, self._find, self._place = files, root, find, place
         self._prefixes: dict[str, str] = {}  # archive -> what `files` has before its members
         self._folders: set[str] | None = None  # all folders in `files`; None: not collected yet
         self._numbers: dict[str, int] = {}  # archive -> its number, from 1
@@ -55,6 +60,9 @@ class Names:
                 if (dotted := left[found[left] < 0]).size:  # listed as `tar tf` prints them
                     where = dict(zip(left.tolist(), alone, strict=True))
                     found[dotted] = self._find([f"./{where[k]}" for k in dotted.tolist()])
+            for k in np.flatnonzero(found < 0).tolist():
+                if (whole := _WEBDATASET.fullmatch(names[unknown[k]])) is not None:
+                    found[k] = self._there(whole)
             ids[unknown] = found
             inside = [(i, m) for i, m in zip(found.tolist(), members, strict=True) if m and i >= 0]
             if inside:
@@ -66,6 +74,15 @@ class Names:
                 f"or without root={self._root!r} in front"
             )
         return ids
+
+    def _there(self, member: re.Match[str]) -> int:
+        """The place of the sample that lies where DALI says, -1 where there is none.
+
+        DALI leaves out what is before the last ../, and a leading /. Letters are ? in a tar of the
+        PAX format. If another name lies there, the archive has changed since it was indexed.
+        """
+        i = -1 if self._place is None else self._place(member[1], int(member[2]))
+        return i if i >= 0 and _letters(self._files[i]) == _letters(member[3]) else -1
 
     def _relative(self, name: str) -> str:
         prefix = os.path.join(self._root, "")
@@ -110,6 +127,11 @@ class Names:
 
 def _member(match: re.Match[str]) -> str:
     return match[3].removeprefix("./")  # `tar cf x.tar .` names members so
+
+
+def _letters(name: str) -> bytes:
+    """What any format of tar keeps of the last part of a name."""
+    return name.rpartition("/")[2].encode("ascii", "ignore").replace(b"?", b"")
 
 
 def _apart(archive: str, other: str) -> str:

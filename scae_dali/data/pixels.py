@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from nvidia.dali import fn, pipeline_def
 
-from scae_dali.data.broken import concerns_images, explain
+from scae_dali.data.broken import check_regular, concerns_images, explain
 from scae_dali.data.index import DatasetError, ImageIndex
 
 __all__ = ["ArrayImages"]
@@ -106,8 +106,9 @@ class ArrayImages:
 
         CIFAR's images in folders are sorted by name, not in the native order: a long-tailed subset
         of them has the published profile, but not the published samples. Raises DatasetError that
-        names the file which has another size or does not decode.
+        names the file which has another size, does not decode, or is no file.
         """
+        check_regular(index, float("inf"))
         try:
             return cls(index, _decode(index, threads))
         except RuntimeError as error:

@@ -27,6 +27,7 @@ __all__ = [
     "DatasetError",
     "Int64",
     "Path",
+    "at_once",
     "class_number",
     "pack",
     "scan_cached",
@@ -63,6 +64,11 @@ def class_number(text: str) -> int:
     if _NUMBER.fullmatch(text) is None:
         raise ValueError(f"the number of a class must be written in digits, got {text!r}")
     return int(text)
+
+
+def at_once(path: str, flags: int) -> int:
+    """Opens what may be a pipe, as `opener` of `open`, without waiting for who writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def scan_folders(root: str) -> tuple[Scan, list[str], list[int]]:

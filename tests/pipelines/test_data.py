@@ -174,7 +174,7 @@ def test_folders_that_are_missing_or_differ_are_named(root):
     with pytest.raises(DatasetError, match=r"/nowhere/train' does not exist"):
         opened(root / "nowhere")
     (root / "test" / "c").rename(root / "test" / "d")
-    message = r"/train' and '.*/test' must have the same class folders; they differ in c, d: comp"
+    message = r"/train' and '.*/test' must have the same class folders; '.*test' lacks 'c': add"
     with pytest.raises(DatasetError, match=message):
         opened(root)
 

@@ -15,7 +15,6 @@ epochs erased it, which was chosen by eye.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -30,6 +29,7 @@ from PIL import Image
 from torch import nn
 
 import scae_dali
+from scae_dali.commands.options import parser_of
 from scae_dali.commands.program import run_program
 from scae_dali.commands.show_erasing import weights
 
@@ -193,7 +193,7 @@ def sheet(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--out", required=True, metavar="PNG")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -89,7 +89,7 @@ def test_roots_that_cannot_be_are_refused(root, tmp_path):
 
 def test_an_empty_class_is_refused_or_keeps_its_label(root):
     (root / "cow" / "sub").mkdir(parents=True)
-    with pytest.raises(DatasetError, match=r"without images: 'cow'; remove .* allow_empty=True"):
+    with pytest.raises(DatasetError, match=r"without images: 'cow'; remove them$"):
         ImageIndex(root)
     index = ImageIndex(root, allow_empty=True)
     assert index.classes == ("cat", "cow", "dog", "Éclair 日")
