@@ -65,7 +65,8 @@ class Maps:
             check_last_pass(config.epochs, guided.refresh_every)
             check_neighbors(neighbors, index.num_classes)
             path = path_of_node(path, ranks, chosen=bool(settings.cache))
-            grid = GradCAM(net, settings.layer).grid(self._image.size)
+            with autocast(config.amp, ranks.device):
+                grid = GradCAM(net, settings.layer).grid(self._image.size)
             self.cache = SaliencyCache.create(path, index, grid=grid, exist_ok=True)
             together(ranks, self.cache.claim if ranks.local == 0 else None)
             if schedule.pass_epoch(config.epochs - 1, guided.refresh_every) is None:
