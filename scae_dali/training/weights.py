@@ -113,12 +113,16 @@ def _read(
                 f"torch.save(torch.load({path!r}){keys}, FILE)"
             )
         state = state[name]
-    empty = [name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta]
-    check(
-        not empty,
-        f"{where} has names and shapes alone, on torch's device 'meta', and no values "
-        f"({', '.join(empty[:2])}): load the network's weights before you save its state_dict",
-    )
+    for name, value in state.items():
+        try:
+            if isinstance(value, Tensor):
+                _finite(value), tuple(value.shape)
+        except Exception as error:  # one on the device meta has no values, a nested one no shape
+            raise ValueError(
+                f"{where} holds {name} as a tensor without values, or of a kind that cannot be "
+                f"read ({type(error).__name__}); load it into the network before you save the "
+                "network's state_dict"
+            ) from error
     return _unwrapped(state, own), note
 
 

@@ -323,12 +323,20 @@ def test_values_of_rare_tensors_that_are_not_finite_are_told(tmp_path, kind):
         load_weights(nn.Linear(2, 2), str(tmp_path / "w.pt"))
 
 
-def test_weights_without_values_are_told(tmp_path):
-    with torch.device("meta"):
-        torch.save({"model": nn.Linear(2, 2).state_dict()}, tmp_path / "w.pt")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda value: value.to("meta"),
+        lambda value: torch.nested.nested_tensor([value[0], value[1, :1]]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*nested")
+def test_tensors_that_cannot_be_read_are_told(tmp_path, kind):
+    state = nn.Linear(2, 2).state_dict()
+    torch.save({"model": state | {"weight": kind(state["weight"])}}, tmp_path / "w.pt")
     for read in (weights_content, partial(load_weights, nn.Linear(2, 2))):
         with pytest.raises(
-            ValueError, match=r"shapes alone.*no values \(weight, bias\): load the n"
+            ValueError, match=r"holds weight as a tensor without values, or .*; load it i"
         ):
             read(str(tmp_path / "w.pt"))
 
