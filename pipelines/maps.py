@@ -83,14 +83,15 @@ class Maps:
         self._lost = False  # whether the maps of the last pass are gone, or another run's
         self._trained = False  # whether an epoch has begun
         if settings.source != "pass" and guided.guided:
-            self.harvest = Harvest(
-                net,
-                settings.layer,
-                samples=len(index),
-                num_classes=index.num_classes,
-                grid=self.cache.meta.grid,
-                size=config.image.size,
-            )
+            with autocast(config.amp, ranks.device):
+                self.harvest = Harvest(
+                    net,
+                    settings.layer,
+                    samples=len(index),
+                    num_classes=index.num_classes,
+                    grid=self.cache.meta.grid,
+                    size=config.image.size,
+                )
 
     def due(self, epoch: int) -> int | None:
         """The epoch of the pass that must be made before `epoch` is trained; None if none must."""

@@ -301,16 +301,18 @@ def test_extra_state_that_could_not_be_read_again_is_told_before_training(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-@pytest.mark.parametrize("method", ["none", "scae"])
-def test_a_network_that_needs_autocast_is_trained_with_it(images, tmp_path, monkeypatch, method):
+@pytest.mark.parametrize("source", [None, "pass", "harvest"])
+def test_a_network_that_needs_autocast_is_trained_with_it(images, tmp_path, monkeypatch, source):
     class Half(Tiny):
         def __init__(self, classes):
             super().__init__(classes)
             self.fc.to(torch.bfloat16)
 
     make(monkeypatch, Half)
-    more = {} if method == "none" else {"scae.refresh_every": 1, "saliency.layer": "features"}
-    more |= {"method": method, "amp": "bf16"}
+    more = {"amp": "bf16"}
+    if source is not None:
+        more |= {"method": "scae", "scae.refresh_every": 1}
+        more |= {"saliency.layer": "features", "saliency.source": source}
     start(*arguments(images, tmp_path / "run", **more))
     given = {"weights": tmp_path / "run" / "weights.pt"}
     start(*arguments(images, "x", **more | given), "--evaluate")
