@@ -65,7 +65,8 @@ class Maps:
             check_last_pass(config.epochs, guided.refresh_every)
             check_neighbors(neighbors, index.num_classes)
             path = path_of_node(path, ranks, chosen=bool(settings.cache))
-            grid = GradCAM(net, settings.layer).grid(self._image.size)
+            with autocast(config.amp, ranks.device):
+                grid = GradCAM(net, settings.layer).grid(self._image.size)
             self.cache = SaliencyCache.create(path, index, grid=grid, exist_ok=True)
             together(ranks, self.cache.claim if ranks.local == 0 else None)
             if schedule.pass_epoch(config.epochs - 1, guided.refresh_every) is None:
@@ -82,14 +83,15 @@ class Maps:
         self._lost = False  # whether the maps of the last pass are gone, or another run's
         self._trained = False  # whether an epoch has begun
         if settings.source != "pass" and guided.guided:
-            self.harvest = Harvest(
-                net,
-                settings.layer,
-                samples=len(index),
-                num_classes=index.num_classes,
-                grid=self.cache.meta.grid,
-                size=config.image.size,
-            )
+            with autocast(config.amp, ranks.device):
+                self.harvest = Harvest(
+                    net,
+                    settings.layer,
+                    samples=len(index),
+                    num_classes=index.num_classes,
+                    grid=self.cache.meta.grid,
+                    size=config.image.size,
+                )
 
     def due(self, epoch: int) -> int | None:
         """The epoch of the pass that must be made before `epoch` is trained; None if none must."""

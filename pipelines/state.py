@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from scae_dali.training.networks import check_fits, make_network
 from scae_dali.training.notice import Notice
 from scae_dali.training.optim import EMA
 from scae_dali.training.ranks import Ranks
-from scae_dali.training.second_stage import prepare
-from scae_dali.training.weights import load_weights
+from scae_dali.training.second_stage import prepare, set_train_mode
+from scae_dali.training.weights import check_extra_state, load_weights
 
 
 class State:
@@ -79,8 +80,21 @@ class State:
         sizes = {config.image.size}
         if config.guided_config() is not None:
             sizes.add(config.saliency_image().size)
+        check_extra_state(self.net, config.model)
+        train: Callable[[], object] = self.net.train
+        if config.second_stage.classifier:
+            train = partial(set_train_mode, self.net, config.second_stage)
         for size in sizes:
-            check_fits(self.net, config.model, size, classes, self.device)
+            check_fits(
+                self.net,
+                config.model,
+                size,
+                classes,
+                self.device,
+                amp=config.amp,
+                train=train if size == config.image.size else None,
+                batch_size=config.batch_size,
+            )
         self.ema = None
         if config.optim.ema:
             self.ema = EMA(self.net, config.optim.ema)

@@ -52,7 +52,8 @@ def evaluate(config: Config, ranks: Ranks) -> dict[str, Any]:
         print(f"note: {note}", file=sys.stderr)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     net.to(ranks.device, memory_format=layout)  # type: ignore[call-overload]
-    check_fits(net, config.model, config.image.size, data.train.num_classes, ranks.device)
+    classes = data.train.num_classes
+    check_fits(net, config.model, config.image.size, classes, ranks.device, amp=config.amp)
     execution = ExecConfig(
         batch_size=config.batch_size,
         device_id=ranks.device.index,

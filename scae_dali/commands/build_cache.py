@@ -260,12 +260,20 @@ def prepare(arguments: argparse.Namespace, ranks: Ranks, writes: bool) -> Work:
             print(f"the cache gets no neighbouring classes: {error}", file=sys.stderr)
         neighbors = 0
     check_neighbors(neighbors, index.num_classes)
-    check_fits(model, arguments.model, arguments.size, index.num_classes, ranks.device)
+    check_fits(
+        model,
+        arguments.model,
+        arguments.size,
+        index.num_classes,
+        ranks.device,
+        amp=arguments.amp,
+    )
     method: Callable[..., Any] = factory_of(arguments.method)
     if arguments.method == "scorecam":
         method = partial(ScoreCAM, chunk=arguments.batch_size)
     cam = method(model, arguments.layer)
-    cache = open_cache(arguments, index, cam) if writes else None
+    with autocast(arguments.amp, ranks.device):
+        cache = open_cache(arguments, index, cam) if writes else None
     return Work(images, index, model, method, cam, cache, neighbors)
 
 

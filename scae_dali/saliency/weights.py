@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scae_dali.cache.format import check_neighbors
 
-__all__ = ["nearest_classes", "weights_digest"]
+__all__ = ["nearest_classes", "plain", "stable_bytes", "weights_digest"]
 
 _BLOCK = 1 << 24  # similarities at once, 64 MB: with 20,000 classes all would take 1.6 GB
 
@@ -44,7 +44,7 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, value in model.state_dict().items():
         digest.update(name.encode())
-        for part in _stable_bytes(value):
+        for part in stable_bytes(value):
             digest.update(part)
     return digest.hexdigest()
 
@@ -52,16 +52,25 @@ def weights_digest(model: nn.Module) -> str:
 _PLAIN = (str, bytes, int, float, complex, type(None), np.generic, torch.dtype, torch.device)
 
 
-def _stable_bytes(value: Any) -> Iterator[Any]:
+def plain(value: Tensor) -> Tensor:
+    """The same values, without a graph, one after the other in memory, and none of them
+    quantized."""
+    value = value.detach()
+    if value.is_quantized:
+        value = value.dequantize()
+    if value.layout != torch.strided:
+        value = value.to_dense()
+    return value.resolve_conj().resolve_neg().contiguous()
+
+
+def stable_bytes(value: Any) -> Iterator[Any]:
     """Bytes for a value of a state_dict, the same in every process.
 
     Pickle's bytes would not do: they depend on which objects are shared, and on the order of a set.
     Of an object of an unknown class only the name of the class counts.
     """
     if isinstance(value, Tensor):
-        plain = value.detach() if value.layout == torch.strided else value.detach().to_dense()
-        plain = plain.cpu().resolve_conj().resolve_neg().contiguous()
-        yield plain.flatten().view(torch.uint8).numpy()
+        yield plain(value).cpu().flatten().view(torch.uint8).numpy()
     elif isinstance(value, np.ndarray) and value.dtype != object:
         yield f"{value.dtype.str}{value.shape}".encode()
         yield value.tobytes()
@@ -70,7 +79,7 @@ def _stable_bytes(value: Any) -> Iterator[Any]:
     elif isinstance(value, Mapping | list | tuple | set | frozenset):
         yield f"{type(value).__name__}{len(value)}".encode()
         entries: Iterable[Any] = value.items() if isinstance(value, Mapping) else value
-        parts = [b"".join(map(bytes, _stable_bytes(entry))) for entry in entries]
+        parts = [b"".join(map(bytes, stable_bytes(entry))) for entry in entries]
         if not isinstance(value, list | tuple):
             parts.sort()
         for part in parts:

@@ -5,9 +5,11 @@ The last are ResNet-20 to 56 of He et al. (2016, sec. 4.2), where ResNet-32 is t
 long-tailed data, and the ResNet-18 of ImageNet with a stem for 32 px.
 """
 
+import contextlib
 import difflib
 import importlib
 import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.nn.functional import pad, relu
 
 from scae_dali.checks import check
 from scae_dali.saliency.isolation import isolated
+from scae_dali.training.precision import autocast
 
 MODELS = (
     "cifar_resnet20",
@@ -70,27 +73,116 @@ def make_network(name: str, num_classes: int, image_size: int | None = None) -> 
 
 
 def check_fits(
-    net: nn.Module, name: str, size: int, num_classes: int, device: torch.device
+    net: nn.Module,
+    name: str,
+    size: int,
+    num_classes: int,
+    device: torch.device,
+    *,
+    amp: str = "none",
+    train: Callable[[], object] | None = None,
+    batch_size: int = 2,
 ) -> None:
     """Raise ValueError where the network does not turn images of size x size pixels into logits.
 
-    The network, which is on the device, is left as it is.
+    The network, which is on the device, and torch's random state are left as they are. amp: see
+    `autocast`. train: sets the network's modules to the modes that it is trained in, in which it is
+    then tried too, with a gradient; None: it is not trained. batch_size: of the training.
     """
+    of = f"model {name!r}"
+    images = f"images of {size} x {size} px"
     advice = "give another size (224 fits most), or another model"
-    with isolated(net, device.type):
-        try:
-            logits = net(torch.zeros(2, 3, size, size, device=device))
-        except Exception as error:  # whatever its layers raise
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(
-                f"model {name!r} does not take images of {size} x {size} px "
-                f"({type(error).__name__}: {reason}); {advice}"
-            ) from error
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    check(
-        shape == (2, num_classes),
-        f"model {name!r} must give logits [B, {num_classes}] for images [B, 3, {size}, {size}], "
-        f"got {shape} for a batch of 2; {advice}",
+    kinds = {p.dtype for p in net.parameters() if p.is_floating_point()}
+    if not kinds <= {torch.float32}:
+        told = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        advice = (
+            f"its weights are {told} and images are float32: give the amp that it needs, or make "
+            f"all weights float32 (net.float()). If that is not why, {advice}"
+        )
+
+    def forward(batch: int) -> Any:
+        return net(torch.zeros(batch, 3, size, size, device=device))
+
+    def check_logits(logits: Any, batch: int, more: str, advice: str) -> None:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        check(
+            shape == (batch, num_classes),
+            f"{of} must give logits [B, {num_classes}] for images [B, 3, {size}, {size}]{more}, "
+            f"got {shape} for a batch of {batch}; {advice}",
+        )
+
+    own_random = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with own_random, autocast(amp, device):
+        with isolated(net, device.type):
+            try:
+                logits = forward(2)
+            except Exception as error:  # whatever its layers raise
+                raise ValueError(
+                    f"{of} does not take {images} ({_reason(error)}); {advice}"
+                ) from error
+        check_logits(logits, 2, "", advice)
+        if train is None:
+            return
+        # Compiled for a batch of 2, parts of the network would be compiled again for the others.
+        with _kept(net), torch.compiler.set_stance("force_eager"), torch.enable_grad():
+            train()
+            batch = min(2, batch_size)
+            try:
+                try:
+                    logits = forward(batch)
+                except Exception:  # it may take a batch apart, into 4 parts for example
+                    batch = batch_size
+                    logits = forward(batch)
+            except Exception as error:
+                raise ValueError(
+                    f"{of} takes {images} in eval mode, and not a batch of {batch} in training "
+                    f"({_reason(error)}); mend its forward, or give another batch_size or model"
+                ) from error
+        remedy = "make its forward return the logits alone, without those of auxiliary classifiers"
+        check_logits(logits, batch, " in training too", remedy)
+        check(
+            logits.requires_grad,
+            f"{of} gives logits without a gradient: its forward must not detach them, and must use "
+            "parameters with requires_grad=True",
+        )
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+@contextlib.contextmanager
+def _kept(net: nn.Module) -> Iterator[None]:
+    """A context at whose end the network's parameters, buffers, attributes and modes are as at its
+    beginning.
+
+    BatchNorm counts the batches, and other layers set their parameters by the first one.
+    """
+    modules = [(module, dict(vars(module)), dict(module._buffers)) for module in net.modules()]
+    tensors = [one for one in (*net.parameters(), *net.buffers()) if not _expanded(one)]
+    values = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in modules:
+            for name in set(vars(module)) - set(attributes):
+                del vars(module)[name]
+            vars(module).update(attributes)
+            for name in set(module._buffers.keys()) - set(buffers):
+                del module._buffers[name]
+            for name, buffer in buffers.items():
+                module._buffers[name] = buffer
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+
+
+def _expanded(tensor: Tensor) -> bool:
+    """Whether values share a place in memory, so that nothing can write them."""
+    if tensor.layout != torch.strided:
+        return False
+    return any(
+        not step and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
     )
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # all of them, SyncBatchNorm 
 from scae_dali.checks import check, check_choice, expand_home
 from scae_dali.saliency.layers import classifier_of
 from scae_dali.training import checkpoint
-from scae_dali.training.weights import fit, unscaled
+from scae_dali.training.weights import fit, is_state, unscaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ def _load(net: nn.Module, name: str, linear: nn.Linear, weights: str | None) -> 
         )
     where = f"second_stage.weights {weights!r}"
     state = checkpoint.load(Path(weights))
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not is_state(state):
         raise ValueError(
             f"{where} holds no state_dict of tensors; name a run's weights.pt, not checkpoint.pt"
         )

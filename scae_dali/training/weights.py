@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from scae_dali.checks import check
+from scae_dali.saliency.weights import plain, stable_bytes
 
-__all__ = ["fit", "load_weights", "unscaled", "weights_content"]
+__all__ = [
+    "check_extra_state",
+    "fit",
+    "is_state",
+    "load_weights",
+    "unscaled",
+    "weights_content",
+]
 
 
 def load_weights(net: nn.Module, path: str) -> str | None:
@@ -23,8 +32,8 @@ def load_weights(net: nn.Module, path: str) -> str | None:
     names may have the prefix of a wrapper, such as `module.`. Of a checkpoint of train.py with an
     average of the weights, the average is taken. A second stage's scale is multiplied into its
     linear layer. Nothing but tensors, numbers, texts and their containers is read. Returns a note
-    for the user where the file holds weights and an average of them. Raises ValueError where there
-    is no such file or no state_dict in it, and where it does not fit.
+    for the user where the file holds other weights too, such as an average of them. Raises
+    ValueError where there is no such file or no state_dict in it, and where it does not fit.
     """
     state, note = _read(path, net.state_dict())
     for name in [key.removesuffix(".scale") for key in state if key.endswith(".scale")]:
@@ -41,8 +50,8 @@ def load_weights(net: nn.Module, path: str) -> str | None:
 
 
 def weights_content(path: str, setting: str = "weights") -> str:
-    """BLAKE2b-128 of the tensors that `load_weights` takes from a file, hex: the same whatever they
-    are wrapped in.
+    """BLAKE2b-128 of the state_dict that `load_weights` takes from a file, hex: the same whatever
+    it is wrapped in.
 
     setting: the one that names the file, for an error. Raises ValueError where there is no such
     file or no state_dict in it.
@@ -50,15 +59,16 @@ def weights_content(path: str, setting: str = "weights") -> str:
     state, _ = _read(path, {}, setting)
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(state.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        plain = value if value.layout == torch.strided else value.to_dense()
-        digest.update(plain.contiguous().flatten().view(torch.uint8).numpy().data)
+        of = f"{value.dtype} {tuple(value.shape)} " if isinstance(value, Tensor) else ""
+        digest.update(f"{name} {of}".encode())
+        for part in stable_bytes(value):
+            digest.update(part)
     return digest.hexdigest()
 
 
 def _read(
-    path: str, own: Mapping[str, Tensor], setting: str = "weights"
-) -> tuple[dict[str, Tensor], str | None]:
+    path: str, own: Mapping[str, Any], setting: str = "weights"
+) -> tuple[dict[str, Any], str | None]:
     """The state_dict in a file by the names of the network, and a note, see load_weights.
 
     own: the network's; an empty one removes every prefix.
@@ -86,7 +96,7 @@ def _read(
         )
     note, state = None, content
     for depth, name in enumerate(names):
-        others = [one for one in _averages(state) if one != name]
+        others = _others(state, name)
         if depth == 0 and _of_train(content) and name == "ema":
             note = (
                 f"{where} holds the weights of a run and their average: the average is taken, "
@@ -94,12 +104,25 @@ def _read(
             )
         elif others and note is None:
             keys = "".join(f"[{one!r}]" for one in (*names[:depth], others[0]))
+            what, one = ("other", "another state_dict")
+            if _is_average(others[0]):
+                what, one = ("average", "an average")
             note = (
-                f"{where} holds {name!r} and an average, {others[0]!r}: {name!r} is taken. If you "
-                "mean the average, write it to a file of its own: "
+                f"{where} holds {name!r} and {one}, {others[0]!r}: {name!r} is taken. If you mean "
+                f"the {what}, write it to a file of its own: "
                 f"torch.save(torch.load({path!r}){keys}, FILE)"
             )
         state = state[name]
+    for name, value in state.items():
+        try:
+            if isinstance(value, Tensor):
+                _finite(value), tuple(value.shape)
+        except Exception as error:  # one on the device meta has no values, a nested one no shape
+            raise ValueError(
+                f"{where} holds {name} as a tensor without values, or of a kind that cannot be "
+                f"read ({type(error).__name__}); load it into the network before you save the "
+                "network's state_dict"
+            ) from error
     return _unwrapped(state, own), note
 
 
@@ -117,7 +140,7 @@ def _place(content: Any) -> list[str] | None:
     """
     if not isinstance(content, Mapping):
         return None
-    if _is_state(content):
+    if is_state(content):
         return []
     first = ["ema"] if _of_train(content) else []
     for name in (*first, *_IN_CHECKPOINTS, *filter(_is_average, content)):
@@ -126,9 +149,21 @@ def _place(content: Any) -> list[str] | None:
     return None
 
 
-def _averages(content: Mapping[Any, Any]) -> list[str]:
-    """The names of averaged weights in a checkpoint."""
-    return [name for name in content if _is_average(name) and _place(content[name]) is not None]
+def _others(content: Mapping[Any, Any], taken: str) -> list[str]:
+    """The names of other weights than those taken: averages, and then those of the same network."""
+    states = {name: _names(inner) for name, inner in content.items() if isinstance(name, str)}
+    own = states.pop(taken)
+    found = [name for name, names in states.items() if names and _is_average(name)]
+    return found + [name for name, names in states.items() if names == own and name not in found]
+
+
+def _names(content: Any) -> set[str]:
+    """The names in the state_dict that lies in what a file holds; none where there is none."""
+    if (place := _place(content)) is None:
+        return set()
+    for name in place:
+        content = content[name]
+    return set(_unwrapped(content, {}))
 
 
 def _is_average(name: Any) -> bool:
@@ -140,7 +175,7 @@ def _of_train(content: Mapping[Any, Any]) -> bool:
     return {"of", "net", "optimizer", "ranks"} <= content.keys()
 
 
-def _unwrapped(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _unwrapped(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """A state_dict by the names of the network. own: the network's."""
     found = dict(state)
     count = found.pop("n_averaged", None)  # of torch's AveragedModel
@@ -153,21 +188,51 @@ def _unwrapped(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[s
     return found
 
 
-def _is_state(state: Mapping[Any, Any]) -> bool:
-    return bool(state) and all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+def is_state(state: Any) -> bool:
+    """Whether it is a state_dict: tensors, and the extra state of modules, by their names."""
+    return (
+        isinstance(state, Mapping)
+        and any(isinstance(value, Tensor) for value in state.values())
+        and all(
+            isinstance(name, str) and (isinstance(value, Tensor) or _is_extra(name))
+            for name, value in state.items()
+        )
     )
 
 
-def _all_begin(state: Mapping[str, Tensor], prefix: str) -> bool:
+def _is_extra(name: str) -> bool:
+    """Whether it is what a module's get_extra_state gives: of any type, and not always a tensor."""
+    return name.rpartition(".")[2] == "_extra_state"
+
+
+def check_extra_state(net: nn.Module, name: str) -> None:
+    """Raise ValueError where a checkpoint of the network could be written and not read again. name:
+    of the network, for the error."""
+    for key, value in net.state_dict().items():
+        if isinstance(value, Tensor):
+            continue
+        file = io.BytesIO()
+        try:
+            torch.save(value, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except Exception as error:  # pickle and torch raise half a dozen types
+            raise ValueError(
+                f"model {name!r} has a {type(value).__name__} as {key}, which could be saved and "
+                "not loaded, since files are read without running code: its get_extra_state must "
+                "return tensors, numbers, texts and their containers"
+            ) from error
+
+
+def _all_begin(state: Mapping[str, Any], prefix: str) -> bool:
     return bool(state) and all(name.startswith(prefix) for name in state)
 
 
-def fit(net: nn.Module, state: dict[str, Tensor], where: str, *, other: str, infinite: str) -> None:
+def fit(net: nn.Module, state: dict[str, Any], where: str, *, other: str, infinite: str) -> None:
     """Load a state into `net`, in place. where: the file, for an error.
 
-    Raises ValueError where the names or shapes differ, with the remedy `other`, and where weights
-    are not finite, for the reason `infinite`.
+    Raises ValueError where the names or shapes differ or the network does not take the values, with
+    the remedy `other`, and where weights are not finite, for the reason `infinite`.
     """
     own = net.state_dict()
     odd = [f"it lacks {key}" for key in own if key not in state]
@@ -175,7 +240,13 @@ def fit(net: nn.Module, state: dict[str, Tensor], where: str, *, other: str, inf
     odd += [
         f"{key} is {list(state[key].shape)} there and {list(own[key].shape)} in the network"
         for key in own
-        if key in state and state[key].shape != own[key].shape
+        if key in state and not _is_extra(key) and state[key].shape != own[key].shape
+    ]
+    odd += [
+        f"{key} is complex there and {own[key].dtype} in the network"
+        for key in own
+        if key in state and not _is_extra(key)
+        if state[key].is_complex() and not own[key].is_complex()
     ]
     check(
         not odd,
@@ -183,15 +254,35 @@ def fit(net: nn.Module, state: dict[str, Tensor], where: str, *, other: str, inf
     )
     kept = {key for key, _ in net.named_parameters()}  # other buffers may hold -inf, as masks do
     kept |= {key for key in own if key.endswith(("running_mean", "running_var"))}
-    odd = [key for key in own if key in kept and not state[key].isfinite().all()]
+    odd = [key for key in own if key in kept and not _finite(state[key])]
     check(
         not odd,
         f"{where} has values that are not finite ({', '.join(odd[:3])}): {infinite}",
     )
-    net.load_state_dict(state)
+    for key, value in own.items():
+        if not _is_extra(key) and _storage(value) != _storage(state[key]):
+            state = state | {key: plain(state[key])}  # torch copies no values between the two
+    try:
+        net.load_state_dict(state)
+    except Exception as error:  # whatever a set_extra_state raises
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{where} does not go into the network ({type(error).__name__}: {reason}); {other}"
+        ) from error
 
 
-def unscaled(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+def _storage(value: Tensor) -> tuple[torch.layout, bool]:
+    return value.layout, value.is_quantized
+
+
+def _finite(value: Tensor) -> bool:
+    value = plain(value)
+    if value.itemsize == 1:  # float8 has no isfinite
+        value = value.float()
+    return bool(value.isfinite().all())
+
+
+def unscaled(state: dict[str, Any], name: str) -> dict[str, Any]:
     """The state with a ScaledLinear head replaced by a plain linear layer of the same logits."""
     if f"{name}.scale" not in state:
         return state

@@ -6,14 +6,17 @@ in https://discuss.pytorch.org/t/13853 for DataParallel. The others were found b
 
 import argparse
 import re
+import warnings
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from scae_dali.training.networks import check_fits, make_network
 from scae_dali.training.second_stage import ScaledLinear
-from scae_dali.training.weights import load_weights, weights_content
+from scae_dali.training.weights import check_extra_state, load_weights, weights_content
 
 
 def small():
@@ -55,7 +58,7 @@ def test_a_state_dict_is_found_behind_what_trainers_put_around_it(trained, tmp_p
     torch.testing.assert_close(net.state_dict(), trained.state_dict(), rtol=0, atol=0)
 
 
-def of(state, add):
+def plus(state, add):
     return {name: value + add for name, value in state.items()}
 
 
@@ -83,13 +86,20 @@ OURS = {"of": {"model": "x"}, "optimizer": {"state": {}}, "ranks": [{}], "epoch"
         (lambda one, two: {"model_ema": two, "epoch": 3}, 1, None),
         (lambda one, two: {"model": {"cfg": "x"}, "ema": {"state_dict": two}}, 1, None),
         (lambda one, two: {"model": one, "ema_decay": 0.9, "ema": {"decay": 0.9}}, 0, None),
-        (lambda one, two: {"model": one, "schema": two}, 0, None),
+        (
+            lambda one, two: {"model": one, "schema": two},
+            0,
+            "another state_dict, 'schema': 'model'",
+        ),
+        (lambda one, two: {"net": one, "teacher": {"module": two}}, 0, "state_dict, 'teacher'"),
+        (lambda one, two: {"model": one, "criterion": {"weight": torch.ones(3)}}, 0, None),
+        (lambda one, two: {"weights": one, "weights_ema": two}, 1, "mean the other, .*'weights'"),
         (lambda one, two: {**OURS, "net": one}, 0, None),
         (lambda one, two: {**OURS, "net": one, "ema": two}, 1, "the average is taken, which the r"),
     ],
 )
 def test_weights_and_their_average_in_one_file(trained, tmp_path, wrap, taken, told):
-    states = trained.state_dict(), of(trained.state_dict(), 1)
+    states = trained.state_dict(), plus(trained.state_dict(), 1)
     average = {"n_averaged": torch.tensor(4)}
     average |= {f"module.{name}": value for name, value in states[1].items()}
     torch.save(wrap(states[0], average), tmp_path / "w.pt")
@@ -188,6 +198,147 @@ def test_what_holds_no_weights_is_told_in_one_line(trained, tmp_path, write, mes
         load_weights(trained, str(tmp_path / "w.pt"))
     assert "w.pt" in str(found.value)
     assert "\n" not in str(found.value)
+
+
+class Versioned(nn.Module):
+    """A network with extra state of its own, and of one of its layers."""
+
+    def __init__(self, extra, inner=None):
+        super().__init__()
+        self.fc, self.extra, self.inner = nn.Linear(4, 3), extra, inner
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        if state == "odd":
+            raise KeyError("scale")
+        self.extra = state
+
+
+EXTRA = [{"version": 2, "names": ["a", "b"]}, [1.5, None], "text", torch.tensor([3, 4, 5])]
+
+
+@pytest.mark.parametrize("extra", EXTRA)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_extra_state_is_loaded_and_belongs_to_the_content(tmp_path, extra, wrapped):
+    def content(extra):
+        state = dict(Versioned(0, Versioned(extra)).state_dict())
+        state |= {"fc.weight": torch.ones(3, 4), "fc.bias": torch.ones(3)}
+        state |= {"inner.fc.weight": torch.ones(3, 4), "inner.fc.bias": torch.ones(3)}
+        if wrapped:
+            state = {"epoch": 2, "model": {f"module.{name}": one for name, one in state.items()}}
+        torch.save(state, tmp_path / "w.pt")
+        return weights_content(str(tmp_path / "w.pt"))
+
+    assert content([*extra, 1] if isinstance(extra, list) else [extra]) != content(extra)
+    assert content(extra) == content(extra)
+    net = Versioned(1, Versioned(torch.zeros(2)))
+    load_weights(net, str(tmp_path / "w.pt"))
+    assert net.extra == 0
+    assert str(net.inner.extra) == str(extra)
+    assert net.inner.fc.bias.sum() == 3
+
+
+def test_extra_state_that_a_network_does_not_take_is_told(tmp_path):
+    torch.save(Versioned("odd").state_dict(), tmp_path / "w.pt")
+    with pytest.raises(
+        ValueError, match=r"w.pt' does not go into the net.*KeyError: 'scale'\); se"
+    ):
+        load_weights(Versioned(0), str(tmp_path / "w.pt"))
+
+
+@pytest.mark.parametrize("extra", [np.ones(2), argparse.Namespace(a=1), {"f": lambda: None}])
+def test_extra_state_that_no_checkpoint_could_give_back_is_told(extra):
+    with pytest.raises(ValueError, match=f"'mine' has a {type(extra).__name__} as inner._extra_st"):
+        check_extra_state(Versioned(1, Versioned(extra)), "mine")
+    for kept in EXTRA:
+        check_extra_state(Versioned(kept), "mine")
+
+
+RARE = {
+    "float8": lambda value: value.to(torch.float8_e5m2),
+    "quantized": lambda value: torch.quantize_per_tensor(value, 0.5, 3, torch.qint8),
+    "channels": lambda value: torch.quantize_per_channel(
+        value, torch.full((len(value),), 0.5), torch.zeros(len(value)), 0, torch.qint8
+    ),
+    "sparse": torch.Tensor.to_sparse,
+    "rows": lambda value: value.to_sparse_csr() if value.ndim == 2 else value,
+    "double": torch.Tensor.double,
+    "int": torch.Tensor.int,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*beta state", "ignore:.*uantize", "ignore:.*Sparse")
+@pytest.mark.filterwarnings("ignore:.*TypedStorage")
+@pytest.mark.parametrize("kind", RARE)
+def test_every_kind_of_real_tensor_is_loaded(tmp_path, kind):
+    state = {"weight": torch.tensor([[1.0, 0.0], [2.0, -4.0]]), "bias": torch.tensor([0.0, 8.0])}
+
+    def content(state):
+        torch.save({name: RARE[kind](one) for name, one in state.items()}, tmp_path / "w.pt")
+        return weights_content(str(tmp_path / "w.pt"))
+
+    other = content({"weight": state["weight"], "bias": torch.tensor([0.0, 4.0])})
+    assert content(state) == content(state) != other
+    net = nn.Linear(2, 2)
+    load_weights(net, str(tmp_path / "w.pt"))
+    torch.testing.assert_close(dict(net.state_dict()), state, rtol=0, atol=0)
+
+
+def test_quantized_values_count_not_their_codes(tmp_path):
+    def content(step):
+        value = torch.quantize_per_tensor(torch.tensor([step, 3 * step]), step, 0, torch.quint8)
+        torch.save({"a": value}, tmp_path / "w.pt")
+        return weights_content(str(tmp_path / "w.pt"))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert content(0.5) != content(0.25)
+
+
+@pytest.mark.parametrize("view", [torch.Tensor.conj, torch.Tensor.clone])
+def test_complex_weights_serve_a_complex_network_alone(tmp_path, view):
+    net, state = nn.Module(), {"w": view(torch.tensor([1 + 2j, 3 - 1j]))}
+    net.w = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    torch.save(state, tmp_path / "w.pt")
+    content = weights_content(str(tmp_path / "w.pt"))
+    load_weights(net, str(tmp_path / "w.pt"))
+    torch.testing.assert_close(net.w.detach(), state["w"].resolve_conj())
+    torch.save({"w": state["w"].conj()}, tmp_path / "w.pt")
+    assert content != weights_content(str(tmp_path / "w.pt"))
+    net.w = nn.Parameter(torch.zeros(2))
+    with pytest.raises(
+        ValueError, match=r"another network \(1 diff.*w is complex there and torch.f"
+    ):
+        load_weights(net, str(tmp_path / "w.pt"))
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor.to_sparse, lambda one: one.to(torch.float8_e4m3fn)])
+@pytest.mark.filterwarnings("ignore:.*Sparse", "ignore:.*TypedStorage")
+def test_values_of_rare_tensors_that_are_not_finite_are_told(tmp_path, kind):
+    bad = torch.tensor([0.0, torch.nan])
+    torch.save({"weight": torch.zeros(2, 2), "bias": kind(bad)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"values that are not finite \(bias\): its training"):
+        load_weights(nn.Linear(2, 2), str(tmp_path / "w.pt"))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda value: value.to("meta"),
+        lambda value: torch.nested.nested_tensor([value[0], value[1, :1]]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*nested")
+def test_tensors_that_cannot_be_read_are_told(tmp_path, kind):
+    state = nn.Linear(2, 2).state_dict()
+    torch.save({"model": state | {"weight": kind(state["weight"])}}, tmp_path / "w.pt")
+    for read in (weights_content, partial(load_weights, nn.Linear(2, 2))):
+        with pytest.raises(
+            ValueError, match=r"holds weight as a tensor without values, or .*; load it i"
+        ):
+            read(str(tmp_path / "w.pt"))
 
 
 def test_a_file_that_is_cut_off_is_told(trained, tmp_path):

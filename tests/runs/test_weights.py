@@ -1,5 +1,6 @@
 """Weights to start from, and their validation alone."""
 
+import argparse
 import hashlib
 import json
 
@@ -152,6 +153,7 @@ def test_a_network_that_nothing_trains_is_told(images, tmp_path, monkeypatch):
     monkeypatch.setattr("pipelines.state.make_network", lambda name, n, size: Detached(n))
     with pytest.raises(SystemExit, match=r"model 'mine' gives logits without a gradient: its forw"):
         start(*arguments(images, tmp_path / "run", model="mine"))
+    assert not (tmp_path / "run" / "config.json").exists()
     half = Tiny(3)
     half.features.requires_grad_(False)
     monkeypatch.setattr("pipelines.state.make_network", lambda name, n, size: half)
@@ -225,3 +227,94 @@ def test_weights_that_do_not_fit_are_refused(images, tmp_path):
         r"weights are those that a first training starts from, .* second_stage.classifier=tune",
         **{"second_stage.classifier": "tune", "second_stage.weights": path},
     )
+
+
+def make(monkeypatch, network):
+    for room in ("state", "validation"):
+        monkeypatch.setattr(f"pipelines.{room}.make_network", lambda name, n, size: network(n))
+
+
+class Dropping(Tiny):
+    """With dropout, and a count of its batches in its extra state."""
+
+    batches = 0
+
+    def forward(self, images):
+        self.batches += self.training
+        return torch.nn.functional.dropout(super().forward(images), 0.5, self.training)
+
+    def get_extra_state(self):
+        return {"batches": self.batches}
+
+    def set_extra_state(self, state):
+        self.batches = state["batches"]
+
+
+def test_a_network_that_training_alone_shows_not_to_fit_leaves_the_folder_free(
+    images, tmp_path, monkeypatch
+):
+    class Auxiliary(Tiny):
+        def forward(self, images):
+            logits = super().forward(images)
+            return [logits, logits] if self.training else logits
+
+    out = tmp_path / "run"
+    make(monkeypatch, Auxiliary)
+    with pytest.raises(SystemExit, match="in training too, got list for a batch of 2; make its f"):
+        start(*arguments(images, out))
+    make(monkeypatch, Tiny)
+    start(*arguments(images, out))
+    make(monkeypatch, Auxiliary)
+    start(*arguments(images, out, weights=out / "weights.pt"), "--evaluate")
+
+
+def test_the_trial_of_a_network_changes_no_run(images, tmp_path, capsys, monkeypatch):
+    make(monkeypatch, Dropping)
+    straight, out, untried = (tmp_path / name for name in ("straight", "run", "untried"))
+    start(*arguments(images, straight, epochs=3))
+    for epochs in (1, 3):
+        start(*arguments(images, out, epochs=epochs), "--resume")
+    monkeypatch.setattr("pipelines.state.check_fits", lambda *_, **more: None)
+    start(*arguments(images, untried, epochs=3))
+    assert_same_run(straight, untried)
+    assert_same_run(straight, out)
+    assert weights(out)["_extra_state"] == {"batches": 12}
+    found = figures(capsys, *arguments(images, "x", weights=out / "weights.pt"))
+    assert found.items() <= rows(out)[-1].items()
+    second = {"second_stage.classifier": "tune", "second_stage.weights": out / "weights.pt"}
+    start(*arguments(images, tmp_path / "second", epochs=1, **second))
+    assert "scale" in "".join(weights(tmp_path / "second"))
+
+
+def test_extra_state_that_could_not_be_read_again_is_told_before_training(
+    images, tmp_path, monkeypatch
+):
+    class Odd(Dropping):
+        def get_extra_state(self):
+            return {1: argparse.Namespace(batches=self.batches)}
+
+    make(monkeypatch, Odd)
+    with pytest.raises(
+        SystemExit, match="model 'resnet50' has a dict as _extra_state, which could"
+    ):
+        start(*arguments(images, tmp_path / "run"))
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("source", [None, "pass", "harvest"])
+def test_a_network_that_needs_autocast_is_trained_with_it(images, tmp_path, monkeypatch, source):
+    class Half(Tiny):
+        def __init__(self, classes):
+            super().__init__(classes)
+            self.fc.to(torch.bfloat16)
+
+    make(monkeypatch, Half)
+    more = {"amp": "bf16"}
+    if source is not None:
+        more |= {"method": "scae", "scae.refresh_every": 1}
+        more |= {"saliency.layer": "features", "saliency.source": source}
+    start(*arguments(images, tmp_path / "run", **more))
+    given = {"weights": tmp_path / "run" / "weights.pt"}
+    start(*arguments(images, "x", **more | given), "--evaluate")
+    with pytest.raises(SystemExit, match="its weights are bfloat16 and float32 and images are fl"):
+        start(*arguments(images, tmp_path / "other", **more | {"amp": "none"}))

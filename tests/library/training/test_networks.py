@@ -2,6 +2,7 @@
 network keeps its classifier."""
 
 import sys
+from functools import partial
 
 import pytest
 import timm
@@ -12,8 +13,8 @@ from torch.nn.functional import batch_norm, conv2d
 
 from scae_dali.saliency.gradcam import GradCAM
 from scae_dali.saliency.layers import classifier_of
-from scae_dali.training.networks import MODELS, CifarResNet, make_network
-from scae_dali.training.second_stage import ScaledLinear
+from scae_dali.training.networks import MODELS, CifarResNet, check_fits, make_network
+from scae_dali.training.second_stage import ScaledLinear, SecondStageConfig, set_train_mode
 
 
 def images(batch=2):
@@ -310,3 +311,146 @@ def test_no_classifier_is_refused_with_what_there_is():
         classifier_of(squeezenet, 10)
     with pytest.raises(ValueError, match=r"classifier of 10 outputs; .* are: fc \(100\); "):
         classifier_of(resnet, 10)
+
+
+class Trained(nn.Module):
+    """8 px images -> 3 logits, and `of_training` of them in train mode."""
+
+    def __init__(self, of_training=lambda logits: logits, features=None):
+        super().__init__()
+        self.features = features or nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.fc, self.of_training = nn.Linear(4, 3), of_training
+
+    def forward(self, x):
+        logits = self.fc(self.features(x).mean((2, 3)))
+        return self.of_training(logits) if self.training else logits
+
+
+def fits(net, train=True, **more):
+    more |= {"train": net.train if train else None}
+    check_fits(net, "mine", 8, 3, torch.device("cpu"), **more)
+
+
+def missing(logits):
+    raise KeyError("targets")
+
+
+@pytest.mark.parametrize(
+    ("of_training", "told"),
+    [
+        (
+            lambda logits: (logits, logits),
+            "in training too, got tuple for a batch of 2; make its f",
+        ),
+        (lambda logits: {"out": logits, "aux": logits}, "in training too, got dict for a"),
+        (lambda logits: logits[:, None], r"in training too, got \(2, 1, 3\) for a"),
+        (lambda logits: logits.detach(), "gives logits without a gradient: its forward must not"),
+        (
+            missing,
+            r"not a batch of 2 in training \(KeyError: 'targets'\); mend its forward, or give",
+        ),
+    ],
+)
+def test_a_network_that_cannot_be_trained_is_told_and_serves_to_validate(of_training, told):
+    net = Trained(of_training)
+    with pytest.raises(ValueError, match=f"model 'mine' .*{told}"):
+        fits(net)
+    assert net.training
+    fits(net, train=False)
+
+
+def test_the_batches_that_a_network_is_trained_with_decide():
+    by_four = Trained(lambda logits: torch.cat(logits.reshape(4, -1, 3).unbind()))
+    fits(by_four, batch_size=8)
+    with pytest.raises(ValueError, match=r"not a batch of 6 in training .*another batch_size"):
+        fits(by_four, batch_size=6)
+    pooled = Trained(features=nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4)))
+    fits(pooled, batch_size=2)
+    with pytest.raises(
+        ValueError, match=r"not a batch of 1 in training \(ValueError: Expected more"
+    ):
+        fits(pooled, batch_size=1)
+
+
+def test_a_second_stage_is_tried_as_it_is_trained():
+    net = Trained(lambda logits: (logits, logits)).requires_grad_(False)
+    net.fc.requires_grad_(True)
+    second = SecondStageConfig(classifier="tune", weights="w.pt")
+    train = partial(set_train_mode, net, second)
+    check_fits(net, "mine", 8, 3, torch.device("cpu"), train=train)
+    assert net.training
+
+
+class Changing(nn.Module):
+    """A layer that its first batch in train mode changes in every way."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.calls, self.seen = nn.Parameter(torch.full((4, 1, 1), 2.0)), 0, None
+        self.register_buffer("total", torch.tensor(5.0))
+        self.register_buffer("last", torch.tensor(7.0), persistent=False)
+        self.register_buffer("later", None)
+        self.register_buffer("wide", torch.tensor(3.0).expand(4))  # nothing can write it
+
+    def forward(self, x):
+        if self.training:
+            if not self.calls:
+                self.scale.data.fill_(x.sum() + 3)
+            self.calls, self.seen, self.extra = self.calls + 1, x, 1
+            self.total.data.add_(1)
+            self.last, self.later = self.last + 1, x.detach()
+            self.register_buffer("new", torch.ones(1))
+            self.eval()
+        return torch.nn.functional.dropout(x * self.scale, 0.5)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_trial_leaves_no_trace(train):
+    layer = Changing()
+    net = Trained(features=nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), layer))
+    net.fc.eval()
+    tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    modes, names = [m.training for m in net.modules()], set(vars(layer))
+    torch.manual_seed(4)
+    fits(net, train=train)
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(4)))
+    after = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    assert after.keys() == tensors.keys()
+    assert all(after[name] is tensors[name] for name in after)
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert modes == [m.training for m in net.modules()]
+    assert set(vars(layer)) == names
+    assert (layer.calls, layer.seen, layer.later) == (0, None, None)
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:Lazy modules")
+def test_scripted_and_lazy_networks_are_tried():
+    layers = nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3)
+    scripted = torch.jit.script(nn.Sequential(*layers))
+    fits(scripted)
+    assert getattr(scripted, "1").num_batches_tracked == 0
+    lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+    fits(lazy)
+    assert lazy[1].weight.shape == (3, 192)
+
+
+@pytest.mark.parametrize(
+    ("convert", "kinds"),
+    [
+        (lambda net: net.fc.bfloat16(), "bfloat16 and float32"),
+        (lambda net: net.features.half(), "float16 and float32"),
+        (lambda net: net.double(), "float64"),
+    ],
+)
+def test_types_of_weights_are_told_and_autocast_mends_what_it_can(convert, kinds):
+    net = Trained()
+    convert(net)
+    told = f"its weights are {kinds} and images are float32: give the amp that it needs, or make"
+    with pytest.raises(ValueError, match=f"does not take images of 8 x 8 px .*; {told}"):
+        fits(net)
+    if kinds.startswith("bfloat16"):
+        fits(net, amp="bf16")
+    net.float()
+    fits(net)

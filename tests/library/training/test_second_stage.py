@@ -305,3 +305,21 @@ def test_bad_settings_are_named(settings, message):
 
 def test_the_default_is_no_second_stage():
     assert SecondStageConfig().classifier is None
+
+
+def test_extra_state_of_the_first_stage_is_taken_over(tmp_path):
+    class Versioned(Net):
+        version = 1
+
+        def get_extra_state(self):
+            return {"version": self.version}
+
+        def set_extra_state(self, state):
+            self.version = state["version"]
+
+    old = Versioned()
+    old.version = 8
+    checkpoint.save(tmp_path / "w.pt", old.state_dict())
+    net, _, _ = prepared(str(tmp_path / "w.pt"), "tune", net=Versioned())
+    assert net.version == 8
+    assert torch.equal(net.conv.weight, old.conv.weight)
