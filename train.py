@@ -12,7 +12,6 @@ import dataclasses
 import gc
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from pipelines.recipe import Config
 from pipelines.state import State
 from pipelines.validation import evaluate, validate
 from scae_dali.checks import check
-from scae_dali.commands.program import run_program
+from scae_dali.commands.program import interrupted, run_program
 from scae_dali.data.broken import look
 from scae_dali.plan import schedule
 from scae_dali.stage.loader import Batch, ImageError
@@ -303,9 +302,7 @@ def main() -> None:
     except (ValueError, ImageError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # before training, or in --evaluate
-        if os.environ.get("RANK", "0") == "0":
-            print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(interrupted())
     except Ended as ended:
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped by {ended}; the same command with --resume goes on", file=sys.stderr)

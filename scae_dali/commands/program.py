@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from scae_dali.training.output import end_with_readers
 
-__all__ = ["Status", "run_program"]
+__all__ = ["Status", "interrupted", "run_program"]
 
 Status = int | str | None  # as sys.exit takes it
 
@@ -24,10 +24,15 @@ def run_program(main: Callable[[], Status]) -> Status:
             try:
                 return main()
             except KeyboardInterrupt:
-                if os.environ.get("RANK", "0") == "0":  # of processes under torchrun, one tells
-                    print("interrupted", file=sys.stderr)
-                return 128 + signal.SIGINT
+                return interrupted()
         finally:
             for stream in (sys.stdout, sys.stderr):
                 if stream is not None:
                     stream.flush()
+
+
+def interrupted() -> int:
+    """Tell of Ctrl-C; returns the status. Of processes under torchrun, one tells."""
+    if os.environ.get("RANK", "0") == "0":
+        print("interrupted", file=sys.stderr)
+    return 128 + signal.SIGINT

@@ -138,12 +138,7 @@ class Loader:
             self._length = {"size": order.batches * order.batch_size}
             self._valid = order.shard_size
         self._outputs, self._batch_size = list(outputs), pipeline.max_batch_size
-        self._counts = {
-            "batch_size": self._batch_size,
-            "num_shards": shards,
-            "epoch_size": epoch_size,
-            "index": index.fingerprint,
-        }
+        self._shards, self._epoch_size = shards, epoch_size
         self._dali: DALIGenericIterator | None = None  # until `start`
         self._batches = batches_per_epoch(epoch_size, self._batch_size, shards, drop_last=drop_last)
         if self._batches == 0:
@@ -218,7 +213,7 @@ class Loader:
             "pipeline": self.state(),
             "epoch": self.epoch,
             "position": self._position,
-            "counts": self._counts,
+            "counts": self._counts(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -238,13 +233,14 @@ class Loader:
                 "state must be what state_dict of a Loader gives, with pipeline, epoch and "
                 f"position, got {', '.join(map(str, names)) or repr(state)}"
             )
+        counts = self._counts()
         # Before counts were kept, nobody could tell.
         for name, value in state.get("counts", {}).items():
-            if value != self._counts[name]:
+            if value != counts[name]:
                 what = "index of other images or labels" if name == "index" else f"{name}={value}"
                 raise ValueError(
                     f"the state is of a loader with {what}, and this one has "
-                    f"{name}={self._counts[name]}, so it would go on elsewhere: make the pipeline "
+                    f"{name}={counts[name]}, so it would go on elsewhere: make the pipeline "
                     "and the loader as they were, or begin anew without the state"
                 )
         if not 0 <= state["position"] <= self._batches:
@@ -256,6 +252,16 @@ class Loader:
         self._pipeline._restore_state_from_checkpoint()
         self.epoch, self._position = state["epoch"], state["position"]
         self._once = None  # it looks at whole epochs alone
+
+    def _counts(self) -> dict[str, int | str]:
+        """What the batches are counted by. Only a state needs it: the hash of a large index takes a
+        second."""
+        return {
+            "batch_size": self._batch_size,
+            "num_shards": self._shards,
+            "epoch_size": self._epoch_size,
+            "index": self._index.fingerprint,
+        }
 
     def _finish_epoch(self) -> None:
         """Drop what is left of the epoch; DALI's iterator then begins the next one by itself."""
