@@ -12,6 +12,7 @@ wanted=$(cat setup.cfg pyproject.toml scae_dali/__init__.py | cksum)  # the last
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   "$python" -m venv .venv
   .venv/bin/python -m pip install --quiet --upgrade pip
-  .venv/bin/python -m pip install --quiet --editable '.[cuda12,test]'
+  # Python compiles what it imports. All that is installed would take it half a minute.
+  .venv/bin/python -m pip install --quiet --no-compile --editable '.[cuda12,test]'
   echo "$wanted" > .venv/installed
 fi

@@ -63,6 +63,13 @@ class Snapshot(NamedTuple):
     version: tuple[int, bytes]
 
 
+class _Neighbors(NamedTuple):
+    """What `read_neighbors` gives, u16[K, m] or None, and the cache's `version` then."""
+
+    version: tuple[int, bytes]
+    table: NDArray[np.uint16] | None
+
+
 class RecordKeys:
     """The record keys of a cache's N samples: their ids, or hashes of their paths.
 
@@ -155,6 +162,7 @@ class CacheReader:
         self._grid, self._samples = meta.grid, meta.samples
         self._kind = record_type(meta.grid)
         self._keys = RecordKeys(self.path, meta, index)
+        self._neighbors: _Neighbors | None = None  # what was read last
         _open.add(self)
 
     @property
@@ -302,13 +310,9 @@ class CacheReader:
         return self._keys.ascending(_lowest(rank, count))
 
     def read_neighbors(self) -> NDArray[np.uint16] | None:
-        """What `write_neighbors` wrote last, u16[K, m]; None before."""
-
-        def get(txn: lmdb.Transaction) -> tuple[tuple[int, int] | None, bytes]:
-            return self._meta(txn).neighbors, bytes(txn.get(NEIGHBORS, b""))
-
-        shape, blob = self._view(get)
-        return None if shape is None else neighbors_from_bytes(blob, shape, self.path)
+        """What `write_neighbors` wrote last, u16[K, m], read-only; None before."""
+        self._neighbors = self._view(self._newest_neighbors)
+        return self._neighbors.table
 
     def close(self) -> None:
         """Closes LMDB too, unless another SaliencyCache of this process has the same path."""
@@ -335,6 +339,17 @@ class CacheReader:
 
     def _meta(self, txn: lmdb.Transaction) -> CacheMeta:
         return from_json(bytes(txn.get(META, b"")), self.path)
+
+    def _newest_neighbors(self, txn: lmdb.Transaction) -> _Neighbors:
+        """Those that were read last, if nothing was written since: every batch asks for them."""
+        version = _version(txn)
+        if self._neighbors is not None and self._neighbors.version == version:
+            return self._neighbors
+        shape, table = self._meta(txn).neighbors, None
+        if shape is not None:
+            table = neighbors_from_bytes(bytes(txn.get(NEIGHBORS, b"")), shape, self.path)
+            table.setflags(write=False)
+        return _Neighbors(version, table)
 
     def _opened(self, txn: lmdb.Transaction) -> CacheMeta:
         """The meta record, once the file is sound and the other records fit it."""

@@ -5,12 +5,13 @@ the middle of a run, and damaged machine code ends the process. Here each file h
 costs a compilation, and a warning names the folder.
 """
 
+import functools
 import hashlib
 import pickle
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import numba
 from numba.core.caching import FunctionCache, IndexDataCacheFile
@@ -18,13 +19,20 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 _DIGEST = 16  # bytes of BLAKE2b
 
 
-def compiled(function: Callable) -> Callable:
+def compiled(
+    function: Callable | None = None, *, inline: Literal["never", "always"] = "never"
+) -> Callable:
     """The function compiled by Numba, at its first call. The machine code is kept beside the
     module or in the user's cache, if one of them is writable. Calls release the GIL.
 
+    inline: `always` makes it a part of the compiled functions of its module that call it, where it
+    can become vector instructions; see numba.njit. Without a function: a decorator.
+
     Warns (RuntimeWarning) where kept machine code cannot be read, or new code cannot be kept.
     """
-    dispatcher: Any = numba.njit(function, nogil=True)
+    if function is None:
+        return functools.partial(compiled, inline=inline)
+    dispatcher: Any = numba.njit(function, nogil=True, inline=inline)
     if hasattr(dispatcher, "enable_caching"):  # not with NUMBA_DISABLE_JIT
         # Neither folder is writable; or this Numba's cache is another than the one that is known.
         with suppress(RuntimeError, AttributeError):

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from scae_dali.checks import check, check_choice, check_prob
+from scae_dali.plan.compiled import compiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +69,17 @@ def crop_and_flip(
 
 def _shifted(u, full_px, config):
     """The whole frame, shifted by -pad … pad pixels along each axis, all equally likely."""
-    shift = np.floor(u[:, :2] * (2 * config.pad + 1)).astype(np.int64) - config.pad
-    return np.concatenate([shift, full_px.astype(np.int64)], axis=1)
+    window = np.empty((len(u), 4), np.int64)
+    _fill_shifted(window, u, full_px, config.pad)
+    return window
+
+
+@compiled
+def _fill_shifted(window, u, full_px, pad):
+    for i in range(len(window)):
+        for axis in range(2):
+            window[i, axis] = int(np.floor(u[i, axis] * (2 * pad + 1))) - pad
+            window[i, 2 + axis] = int(full_px[i, axis])
 
 
 def _resized(u, full_px, config):

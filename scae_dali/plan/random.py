@@ -6,7 +6,6 @@ random numbers: as easy as 1, 2, 3", SC 2011); the key is the seed and the count
 (id low, id high, epoch, stream and block). Numba compiles it.
 """
 
-import functools
 import hashlib
 from enum import IntEnum
 
@@ -15,11 +14,13 @@ import numpy as np
 from scae_dali.checks import check_seed
 from scae_dali.plan.compiled import compiled
 
-_MASK = 0xFFFFFFFF
-_MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+# Unsigned, because compilers turn no loop with arithmetic shifts into vector instructions.
+_MASK, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+_MULTIPLIER = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _ROUNDS = 10
 _BLOCK_BITS = 16  # low bits of the last counter word; the high bits name the stream
+_LANES = 128  # samples whose blocks are computed together
 
 
 class Stream(IntEnum):
@@ -41,13 +42,6 @@ class Stream(IntEnum):
     STALEST = 13  # the order of maps that are equally old
 
 
-@functools.cache
-def round_keys(seed: int) -> np.ndarray:
-    """The key of every round: int64 [rounds, 2]."""
-    key = np.array([seed & _MASK, seed >> 32])
-    return (key + np.arange(_ROUNDS)[:, None] * np.array(_WEYL)) & _MASK
-
-
 def uniforms(
     seed: int, stream: Stream, epoch: int | np.ndarray, ids: np.ndarray, n: int
 ) -> np.ndarray:
@@ -61,34 +55,42 @@ def uniforms(
     if n > 4 << _BLOCK_BITS:
         raise ValueError(f"n must be at most {4 << _BLOCK_BITS}, got {n}")
     out = np.empty((len(ids), n))
-    _fill(out, round_keys(seed), int(stream) << _BLOCK_BITS, np.atleast_1d(epoch), ids)
+    epochs = np.ascontiguousarray(np.broadcast_to(epoch, len(ids)))
+    _fill(out, np.uint64(seed), int(stream) << _BLOCK_BITS, epochs, ids)
     return out
 
 
-@compiled
-def philox(a, b, c, d, keys):
-    """One Philox4x32-10 block. a, b, c, d: the counter's words, int64 in [0, 2³²). keys: int64
-    [rounds, 2], of `round_keys`. Returns four random words, int64 in [0, 2³²).
-
-    Products of int64 wrap modulo 2⁶⁴, which leaves the needed bits right.
-    """
-    for k in range(_ROUNDS):
+@compiled(inline="always")
+def philox(a, b, c, d, low, high):
+    """One Philox4x32-10 block. a, b, c, d: the counter's words. low, high: the key's. Returns four
+    random words. All are uint64 in [0, 2³²)."""
+    for _ in range(_ROUNDS):
         p, q = a * _MULTIPLIER[0], c * _MULTIPLIER[1]
-        a, b = (q >> 32 ^ b ^ keys[k, 0]) & _MASK, q & _MASK
-        c, d = (p >> 32 ^ d ^ keys[k, 1]) & _MASK, p & _MASK
+        a, b = (q >> _HALF) ^ b ^ low, q & _MASK
+        c, d = (p >> _HALF) ^ d ^ high, p & _MASK
+        low, high = (low + _WEYL[0]) & _MASK, (high + _WEYL[1]) & _MASK
     return a, b, c, d
 
 
 @compiled
-def _fill(out, keys, stream, epoch, ids):
-    """Writes `uniforms` into out, float64 [B, n]. epoch: int64 [B] or [1]."""
+def _fill(out, seed, stream, epoch, ids):
+    """Writes `uniforms` into out, float64 [B, n]. seed: uint64. epoch: int64 [B]."""
     n = out.shape[1]
-    for i in range(out.shape[0]):
+    words = np.empty((4, _LANES), np.uint64)
+    for begin in range(0, len(out), _LANES):
+        samples = min(_LANES, len(out) - begin)
         for block in range((n + 3) // 4):
-            t = epoch[min(i, len(epoch) - 1)]
-            words = philox(ids[i] & _MASK, ids[i] >> 32, t, stream + block, keys)
+            last = np.uint64(stream + block)
+            for i in range(samples):  # in vector instructions
+                own, t = np.uint64(ids[begin + i]), np.uint64(epoch[begin + i])
+                words[0, i], words[1, i], words[2, i], words[3, i] = philox(
+                    own & _MASK, own >> _HALF, t, last, seed & _MASK, seed >> _HALF
+                )
             for word in range(min(4, n - 4 * block)):
-                out[i, 4 * block + word] = (words[word] + 0.5) * 2.0**-32
+                for i in range(samples):
+                    # As int64, which vector instructions turn into floats.
+                    uniform = (np.int64(words[word, i]) + 0.5) * 2.0**-32
+                    out[begin + i, 4 * block + word] = uniform
 
 
 def derive(seed: int, purpose: str) -> int:

@@ -39,20 +39,27 @@ def draw_size(
     Returns (int64 [B, 2] sizes (h, w) in pixels, bool [B] whether a try fitted; the size is 0 where
     none did).
     """
-    height, width = size_px[:, 0:1], size_px[:, 1:2]
-    a = (area[0] + (area[1] - area[0]) * u[:, :, 0]) * (height * width)
     if law == "log":
         low, high = math.log(aspect[0]), math.log(aspect[1])
         r = np.exp(low + (high - low) * u[:, :, 1])
     else:
         r = aspect[0] + (aspect[1] - aspect[0]) * u[:, :, 1]
-    h, w = np.round(np.sqrt(a * r)), np.round(np.sqrt(a / r))  # [B, tries]
-    fits = (h >= 1) & (h < height) & (w >= 1) & (w < width)
-    rows = np.arange(len(u))
-    first = np.argmax(fits, axis=1)
-    fitted = fits[rows, first]
-    size = np.stack([h[rows, first], w[rows, first]], axis=1)
-    return np.where(fitted[:, None], size, 0).astype(np.int64), fitted
+    size, fitted = np.zeros((len(u), 2), np.int64), np.zeros(len(u), np.bool_)
+    _fill_sizes(size, fitted, u[:, :, 0], r, size_px, area[0], area[1] - area[0])
+    return size, fitted
+
+
+@compiled
+def _fill_sizes(size, fitted, u, r, size_px, area, span):
+    """Writes what `draw_size` returns into size and fitted. u, r: float64 [B, tries]."""
+    for i in range(len(u)):
+        height, width = size_px[i]
+        for k in range(u.shape[1]):
+            a = (area + span * u[i, k]) * (height * width)
+            h, w = np.round(np.sqrt(a * r[i, k])), np.round(np.sqrt(a / r[i, k]))
+            if 1 <= h < height and 1 <= w < width:
+                size[i, 0], size[i, 1], fitted[i] = h, w, True
+                break
 
 
 def centre_range(
