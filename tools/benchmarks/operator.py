@@ -10,9 +10,12 @@ Other rows look the maps up in LMDB, run as torch's operator, or plan methods wi
 --batches batches take turns, because the cost of a plan depends on what is drawn.
 
 `graph, scae`: batches of a pipeline that has nothing but the operator and its inputs. `graph, empty
-function`: the same with a function that does nothing, which is DALI's own cost; and that cost if
-all inputs were one. `images`: work on the pixels, uint8 HWC: none, a copy, and fn.erase in every
-other image, which copies all of them.
+function`: the same with a function that does nothing, which is DALI's own cost. Its rows show what
+each array at DALI's border costs: the three inputs without any function, one input instead, one
+output instead of two, and DALI's operators that join the inputs or cast the output.
+
+`images`: work on the pixels, uint8 HWC: none, a copy, and fn.erase in every other image, which
+copies all of them.
 
 `boxes, λ=…`: sizes and centres alone, for a batch in which all images are erased; `pixel sum`:
 centres by the plain sum of eq. 4 over all pixels.
@@ -130,19 +133,45 @@ def graph(of: Stage, args: argparse.Namespace, ids: np.ndarray) -> Pipeline:
     return built(define, args)
 
 
-def empty_graph(args: argparse.Namespace, widths: tuple[int, ...], wide: int) -> Pipeline:
-    """A pipeline with a function that does nothing. Its inputs are int64 of these widths; it gives
-    rows of `wide` columns, as that of a stage does."""
-    rows = assembled(np.zeros((args.batch_size, wide)))
+def border_graphs(args: argparse.Namespace, wide: int) -> dict[str, Pipeline]:
+    """Pipelines with the inputs of the operator and a function that does nothing. It gives rows of
+    `wide` columns, as that of a stage does."""
+    b = args.batch_size
+    row, single = assembled(np.zeros((b, wide)))
 
-    def define() -> Any:
-        inputs = [fed(np.zeros((1, args.batch_size, width), np.int64)) for width in widths]
-        row, _ = fn.python_function(
-            *inputs, function=lambda *_: rows, num_outputs=2, batch_processing=True
+    def both(*inputs: Any) -> Any:
+        return fn.python_function(
+            *inputs, function=lambda *_: (row, single), num_outputs=2, batch_processing=True
         )
-        return row
 
-    return built(define, args)
+    def one(*inputs: Any) -> Any:
+        return fn.python_function(*inputs, function=lambda *_: row, batch_processing=True)
+
+    def joined(ids: Any, number: Any, shapes: Any) -> Any:
+        return fn.cat(fn.cast(ids, dtype=types.INT64), number, shapes, axis=0)
+
+    def cast(output: Any) -> Any:
+        return output, fn.cast(output, dtype=types.FLOAT)
+
+    works: dict[str, Callable[[Any, Any, Any], Any]] = {
+        "graph, inputs alone": lambda *inputs: inputs,
+        "graph, empty function": both,
+        "graph, empty function of one input": lambda ids, number, shapes: both(shapes),
+        "graph, empty function of joined inputs": lambda *inputs: both(joined(*inputs)),
+        "graph, empty function of one output": one,
+        "graph, empty function of one output, cast": lambda *inputs: cast(one(*inputs)),
+        "graph, empty function of one input and output": lambda ids, number, shapes: one(shapes),
+    }
+
+    def graph_of(work: Callable[[Any, Any, Any], Any]) -> Pipeline:
+        def define() -> Any:
+            ids = fed(np.zeros((1, b, 1), np.int32))
+            outputs = work(ids, *(fed(np.zeros((1, b, width), np.int64)) for width in (1, 3)))
+            return tuple(outputs) if isinstance(outputs, (list, tuple)) else outputs
+
+        return built(define, args)
+
+    return {name: graph_of(work) for name, work in works.items()}
 
 
 def images_graph(args: argparse.Namespace, work: Callable[[Any, Any, Any], Any]) -> Pipeline:
@@ -256,8 +285,7 @@ def main(argv: list[str] | None = None) -> None:
             calls[f"operator, {method}"] = in_turn(other.python, batches)
         width = ours.python(*batches[0])[0][0].size
         calls["graph, scae"] = graph(scae, args, ids).run
-        calls["graph, empty function"] = empty_graph(args, (1, 1, 3), width).run
-        calls["graph, empty function of one input"] = empty_graph(args, (5,), width).run
+        calls |= {name: pipe.run for name, pipe in border_graphs(args, width).items()}
         steps = range(args.batches)
         pixels: dict[str, Callable[[Any, Any, Any], Any]] = {
             "images": lambda images, anchor, shape: (images, anchor, shape),
