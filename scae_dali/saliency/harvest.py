@@ -110,7 +110,10 @@ class Harvest:
         if features is None:
             raise RuntimeError(
                 f"layer {self.layer!r} has not run, with gradients, since the last batch; call "
-                "add(batch) once after every model(batch.images)"
+                "add(batch) once after every model(batch.images). If torch.compile has compiled "
+                "another network of this class too, it runs that one's code, without the hook on "
+                "the layer: set torch._dynamo.config.skip_nnmodule_hook_guards = False before the "
+                "first batch"
             )
         features = self._layout.maps(features)
         weight = self._classifier.weight[batch.labels].to(features.dtype)  # [B,C]

@@ -151,6 +151,8 @@ class Network:
             )
         self._model: Callable = self.net
         if args.compile != "none":
+            # One network has a hook and one has none. Without this guard both run the same code.
+            torch._dynamo.config.skip_nnmodule_hook_guards = False
             self._model = torch.compile(self.net, mode=args.compile)
         self._optimizer = OptimConfig(lr=1e-3).optimizer([{"params": list(self.net.parameters())}])
         self._scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
