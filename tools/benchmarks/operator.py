@@ -5,14 +5,15 @@
 The row `operator` plans SCAE where λ is largest: it draws crop and flip, half of the images are
 erased, and maps of --samples lie in memory. `ratio` is to this row. Its parts are `gather` (joins
 DALI's arrays), `plan`, of which `read` looks the maps up, and `assemble` (makes DALI's outputs).
-Other rows look the maps up in LMDB, run as torch's operator, or plan methods without maps.
+Other rows look the maps up in LMDB, or plan methods without maps.
 
 --batches batches take turns, because the cost of a plan depends on what is drawn.
 
-`graph, scae`: batches of a pipeline that has nothing but the operator and its inputs. `graph, empty
-function`: the same with a function that does nothing, which is DALI's own cost. Its rows show what
-each array at DALI's border costs: the three inputs without any function, one input instead, one
-output instead of two, and DALI's operators that join the inputs or cast the output.
+`graph, scae`: batches of a pipeline that has nothing but the operator and its inputs; `by torch`:
+with the backend torch. `graph, empty function`: the same with a function that does nothing, which
+is DALI's own cost. Its rows show what each array at DALI's border costs: the three inputs without
+any function, one input instead, one output instead of two, and DALI's operators that join the
+inputs or cast the output.
 
 `images`: work on the pixels, uint8 HWC: none, a copy, and fn.erase in every other image, which
 copies all of them.
@@ -274,17 +275,16 @@ def main(argv: list[str] | None = None) -> None:
         scae = stage(index, args, "scae", cache=cache)
         ours = operator(scae, args)
         looked_up = operator(stage(index, args, "scae", cache=cache, resident=False), args)
-        by_torch = operator(stage(index, args, "scae", cache=cache, backend="torch"), args)
+        by_torch = stage(index, args, "scae", cache=cache, backend="torch")
         calls: dict[str, Callable[[], object]] = {"operator": in_turn(ours.python, batches)}
         calls |= pieces(ours, batches, cache)
         calls["operator, maps looked up"] = in_turn(looked_up.python, batches)
-        tensors = [tuple(list(map(torch.from_numpy, one)) for one in part) for part in batches]
-        calls["operator, torch"] = in_turn(by_torch.torch, tensors)
         for method in ("none", "random_erasing"):
             other = operator(stage(index, args, method), args)
             calls[f"operator, {method}"] = in_turn(other.python, batches)
         width = ours.python(*batches[0])[0][0].size
         calls["graph, scae"] = graph(scae, args, ids).run
+        calls["graph, scae by torch"] = graph(by_torch, args, ids).run
         calls |= {name: pipe.run for name, pipe in border_graphs(args, width).items()}
         steps = range(args.batches)
         pixels: dict[str, Callable[[Any, Any, Any], Any]] = {
