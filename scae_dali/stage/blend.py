@@ -14,11 +14,12 @@ _Pixels = npt.NDArray[np.uint8]
 def blend(images: _Pixels, which: np.ndarray, partners: _Pixels, mu: np.ndarray) -> None:
     """Blend partners into some images, in place, rounded to the nearest grey level.
 
-    images: uint8 [n, ...]. which: int64 [m], positions in them. partners: uint8 [m, ...], of the
-    images' shape. mu: float [m] in [0, 1], the weights of the images.
+    images: uint8 [n, ...], C-contiguous. which: int64 [m], positions in them. partners: uint8
+    [m, ...], of the images' shape. mu: float [m] in [0, 1], the weights of the images.
     """
-    for k, partner, weight in zip(which, partners, mu.astype(np.float32), strict=True):
-        _blend(images[k].ravel(), partner.ravel(), weight)
+    if len(which):
+        flat = images.reshape(len(images), -1), partners.reshape(len(partners), -1)
+        _blend_some(flat[0], which, flat[1], mu.astype(np.float32))
 
 
 def blended(
@@ -50,6 +51,13 @@ def _one(image: np.ndarray, partner: np.ndarray, mu: np.float32) -> np.ndarray:
     if np.issubdtype(image.dtype, np.integer):
         both = np.floor(both + 0.5)
     return both.astype(image.dtype)
+
+
+@compiled
+def _blend_some(images, which, partners, mu):
+    """`blend` with flat images, uint8 [n, k] and [m, k]. mu: float32 [m]."""
+    for k in range(len(which)):
+        _blend(images[which[k]], partners[k], mu[k])
 
 
 @compiled
