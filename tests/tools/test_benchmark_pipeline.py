@@ -100,7 +100,7 @@ def test_a_sweep(tmp_path, images):
         "decode": "full",
         "layout": "NCHW",
         "prefetch": 3,
-        "hw_decoder_load": 0.9,
+        "hw_decoder_load": 0.65,
         "decode_resolved": "full",
         "images": 4,
         "batches_per_round": 1,
