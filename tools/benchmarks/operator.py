@@ -3,23 +3,24 @@
     python tools/benchmark.py operator --json tools/results/operator_cpu.json
 
 The row `operator` plans SCAE where λ is largest: it draws crop and flip, half of the images are
-erased, and maps of --samples lie in memory. `ratio` is to this row. Its parts are `gather` (joins
-DALI's arrays), `plan`, of which `read` looks the maps up, and `assemble` (makes DALI's outputs).
-Other rows look the maps up in LMDB, or plan methods without maps.
+erased, and the maps of as many images as --samples says lie in memory. `ratio` is a row's rate over
+that of this row. Its parts are `gather` (joins DALI's arrays), `plan`, of which `read` looks the
+maps up, and `assemble` (makes DALI's outputs). Other rows look the maps up in LMDB, or plan methods
+without maps.
 
 --batches batches take turns, because the cost of a plan depends on what is drawn.
 
 `graph, scae`: batches of a pipeline that has nothing but the operator and its inputs; `by torch`:
-with the backend torch. `graph, empty function`: the same with a function that does nothing, which
-is DALI's own cost. Its rows show what each array at DALI's border costs: the three inputs without
-any function, one input instead, one output instead of two, and DALI's operators that join the
-inputs or cast the output.
+with backend="torch" of the stage. `graph, empty function`: the same with a function that does
+nothing, which is DALI's own cost. Others show what each array costs that crosses the border between
+DALI and Python: the three inputs without any function, one input instead, one output instead of
+two, and DALI's operators that join the inputs or cast the output.
 
-`images`: work on the pixels, uint8 HWC: none, a copy, and fn.erase in every other image, which
+`images`: work on the pixels, uint8 HWC: nothing, a copy, and fn.erase in every other image, which
 copies all of them.
 
 `boxes, λ=…`: sizes and centres alone, for a batch in which all images are erased; `pixel sum`:
-centres by the plain sum of eq. 4 over all pixels.
+centres by the plain sum of eq. 4 of the paper over all pixels.
 """
 
 from __future__ import annotations
