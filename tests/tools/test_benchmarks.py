@@ -104,7 +104,7 @@ def test_saliency_pass(tmp_path, images):
 @pytest.mark.parametrize(
     ("name", "options", "rows"),
     [
-        ("operator", ["--batch-size", 16, "--size", 32, "--samples", 2000], 21),
+        ("operator", ["--batch-size", 16, "--size", 32, "--samples", 2000], 26),
         ("cache", ["--batch", 64, "--records", "1e4", "--processes", "1", "--seconds", 0.1], 7),
     ],
 )

@@ -241,25 +241,22 @@ def test_a_network_in_mixed_precision_or_compiled(net, compiled):
 
 
 @pytest.mark.parametrize("guarded", [False, True])
-def test_of_two_compiled_networks_one_is_harvested(net, guarded, monkeypatch):
+def test_of_two_compiled_networks_one_is_harvested(net, guarded):
     torch.compiler.reset()
     images, labels = pictures(2)
     other, harvest = torch.compile(copy.deepcopy(net), backend="eager"), harvest_of(net)
     model = torch.compile(net, backend="eager")
-    if guarded:
-        monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", False)
-    model(images)
-    harvest.add(batch_of(images, labels))
-    other(images)
-    model(images)
-    if guarded:
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=not guarded):
+        model(images)
         harvest.add(batch_of(images, labels))
-        assert (harvest.maps(np.arange(2))[1] == 2).all()
-    else:
-        with pytest.raises(
-            RuntimeError, match="skip_nnmodule_hook_guards = False before"
-        ):
+        other(images)
+        model(images)
+        if guarded:
             harvest.add(batch_of(images, labels))
+            assert (harvest.maps(np.arange(2))[1] == 2).all()
+        else:
+            with pytest.raises(RuntimeError, match="skip_nnmodule_hook_guards = False before"):
+                harvest.add(batch_of(images, labels))
     torch.compiler.reset()
 
 
