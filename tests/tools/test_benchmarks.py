@@ -50,6 +50,19 @@ def test_every_benchmark_tells_its_options(name, capsys):
     assert not re.search(r"--(root|batch|device-id|tail-share|arrays)\b(?!-)", said)
 
 
+def test_train_compiled(tmp_path, monkeypatch):
+    """Two networks of one class are compiled, and only one has the harvest's hook."""
+    out, compile_it = tmp_path / "bench.json", torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net, mode: compile_it(net, backend="eager"))
+    options = ["--source", "memory", "--model", "cifar_resnet20", "--quick", "--compile", "default"]
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):
+        benchmark.main(["train", *options, "--json", str(out)])
+    torch.compiler.reset()
+    names = [row["name"] for row in json.loads(out.read_text())["rows"]]
+    assert names == ["synthetic", "none", "scae", "harvest"]
+
+
 @pytest.mark.parametrize("source", ["memory", "files"])
 def test_train(tmp_path, images, source):
     out = tmp_path / "bench.json"
