@@ -76,6 +76,7 @@ def _shifted(u, full_px, config):
 
 @compiled
 def _fill_shifted(window, u, full_px, pad):
+    """Writes what `_shifted` returns into window."""
     for i in range(len(window)):
         for axis in range(2):
             window[i, axis] = int(np.floor(u[i, axis] * (2 * pad + 1))) - pad

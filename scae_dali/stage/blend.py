@@ -6,6 +6,7 @@ DALI's arithmetic does the same in float32, and takes a third of a decoded image
 import numpy as np
 import numpy.typing as npt
 
+from scae_dali.checks import check
 from scae_dali.plan.compiled import compiled
 
 _Pixels = npt.NDArray[np.uint8]
@@ -15,11 +16,14 @@ def blend(images: _Pixels, which: np.ndarray, partners: _Pixels, mu: np.ndarray)
     """Blend partners into some images, in place, rounded to the nearest grey level.
 
     images: uint8 [n, ...], C-contiguous. which: int64 [m], positions in them. partners: uint8
-    [m, ...], of the images' shape. mu: float [m] in [0, 1], the weights of the images.
+    [m, ...], of the images' shape. mu: float [m] in [0, 1], the weights of the images. Raises
+    ValueError where which, partners and mu differ in length: compiled code would read beyond them.
     """
+    lengths = len(which), len(partners), len(mu)
+    check(len(set(lengths)) == 1, f"which, partners and mu must have one length, got {lengths}")
     if len(which):
-        flat = images.reshape(len(images), -1), partners.reshape(len(partners), -1)
-        _blend_some(flat[0], which, flat[1], mu.astype(np.float32))
+        flat, others = images.reshape(len(images), -1), partners.reshape(len(which), -1)
+        _blend_some(flat, which, others, mu.astype(np.float32))
 
 
 def blended(

@@ -205,10 +205,10 @@ class FedPlan(PlanNodes):
         if not self._crops_here:
             return self._pixels[ids]
         images = shifted(self._pixels, ids, rows[:, self.planner.columns["start"]].astype(np.int64))
-        if len(mixed) and not self.planner.pastes:
+        if not self.planner.pastes:
             blend(images, mixed, partners, rows[mixed, self.planner.columns["mu"].start])
         if self._fill is not None:
-            fill_boxes(images, rows[:, self.planner.columns["box"]].astype(np.int64), self._fill)
+            _fill_boxes(images, rows[:, self.planner.columns["box"]].astype(np.int64), self._fill)
         if self._pasted is not None:
             anchors, shapes = (
                 rows[:, self.planner.columns[field]][mixed, 2:].astype(np.int64)
@@ -255,17 +255,16 @@ def _fill_windows(out, pixels, height, width, ids, y, x):
                 out[to + k] = pixels[source + k]
 
 
-def fill_boxes(images: Pixels, boxes: np.ndarray, color: np.ndarray) -> None:
+def _fill_boxes(images: Pixels, boxes: np.ndarray, color: np.ndarray) -> None:
     """Eq. 1, in place. images: uint8 [n, H, W, C]. boxes: int64 [n, 4], (y, x, h, w) in pixels.
     color: uint8 [C]."""
     _, h, w, channels = images.shape
-    line = np.tile(color, w)
-    _fill_lines(images.ravel(), h, w, channels, boxes, line)
+    _fill_lines(images.ravel(), h, w, channels, boxes, np.tile(color, w))
 
 
 @compiled
 def _fill_lines(images, height, width, channels, boxes, line):
-    """`fill_boxes` in flat images. line: uint8 [width·channels], what a line is filled with."""
+    """`_fill_boxes` in flat images. line: uint8 [width·channels], what a line is filled with."""
     for i in range(len(boxes)):
         y, x, h, w = boxes[i]
         left, right = max(0, x), min(width, x + w)

@@ -142,9 +142,10 @@ def border_graphs(args: argparse.Namespace, wide: int) -> dict[str, Pipeline]:
     row, single = assembled(np.zeros((b, wide)))
 
     def both(*inputs: Any) -> Any:
-        return fn.python_function(
+        outputs = fn.python_function(
             *inputs, function=lambda *_: (row, single), num_outputs=2, batch_processing=True
         )
+        return tuple(outputs)
 
     def one(*inputs: Any) -> Any:
         return fn.python_function(*inputs, function=lambda *_: row, batch_processing=True)
@@ -168,8 +169,7 @@ def border_graphs(args: argparse.Namespace, wide: int) -> dict[str, Pipeline]:
     def graph_of(work: Callable[[Any, Any, Any], Any]) -> Pipeline:
         def define() -> Any:
             ids = fed(np.zeros((1, b, 1), np.int32))
-            outputs = work(ids, *(fed(np.zeros((1, b, width), np.int64)) for width in (1, 3)))
-            return tuple(outputs) if isinstance(outputs, (list, tuple)) else outputs
+            return work(ids, *(fed(np.zeros((1, b, width), np.int64)) for width in (1, 3)))
 
         return built(define, args)
 

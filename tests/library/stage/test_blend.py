@@ -45,6 +45,8 @@ def test_some_images_in_place():
     np.testing.assert_array_equal(images, expected)
     blend(images, which[:0], partners[:0], mu[:0])
     np.testing.assert_array_equal(images, expected)
+    with pytest.raises(ValueError, match=r"must have one length, got \(3, 2, 3\)"):
+        blend(images, which, partners[:2], mu)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int16, np.int32, np.uint16])
