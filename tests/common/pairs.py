@@ -4,14 +4,17 @@ import os
 import subprocess
 import sys
 
-# Forks once all is imported, since importing takes longer than all else.
+# Forks once all is imported, since importing takes longer than all else. Code that makes several
+# groups takes a port of its own for each, from `ports`: where a group ends, its first process may
+# still listen when the second one comes for the next group.
 PAIR = """
-import io, os, socket, sys
+import contextlib, io, os, socket, sys
 sys.path[:0] = sys.argv[1].split(os.pathsep)
 {imports}
-with socket.create_server(("localhost", 0)) as free:
-    port = free.getsockname()[1]
-os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2")
+with contextlib.ExitStack() as free:
+    servers = [free.enter_context(socket.create_server(("localhost", 0))) for _ in range(8)]
+    ports = [str(server.getsockname()[1]) for server in servers]
+os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=ports.pop(), WORLD_SIZE="2")
 children = []
 for rank in "01":
     if not (child := os.fork()):

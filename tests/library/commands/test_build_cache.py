@@ -130,6 +130,7 @@ def say(text):
     os.write(1, f"{{rank}} {{text}}\\n".encode())
 {before}
 for argv in {argvs}:
+    os.environ["MASTER_PORT"] = ports.pop()
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         try:
             build_cache.main([one.replace("RANK", str(rank)) for one in argv])
