@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from forks import Script, run_forked
 
 import train
 
@@ -42,6 +43,12 @@ def run_here(monkeypatch, *argv):
     train.main()
 
 
+def run_code(code, *argv):
+    """Runs code that finds train.py imported already."""
+    done, *_ = run_forked(Script(code, argv, {"CUDA_VISIBLE_DEVICES": ""}))
+    return done
+
+
 def run_there(code_or_file, *argv, **keywords):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
@@ -73,7 +80,7 @@ def arguments(data, out, **more):
     settings = {
         "data.root": data,
         "out": out,
-        "model": "resnet18",
+        "model": "cifar_resnet20",
         "epochs": 4,
         "batch_size": 8,
         "threads": 2,

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import write_images
-from scripts import KILLER, ROOT, arguments, check_same_weights, rows, run_here, run_there
+from scripts import KILLER, ROOT, arguments, check_same_weights, rows, run_code, run_here
 
 import train
 from scae_dali.cache import SaliencyCache
@@ -49,9 +49,10 @@ def test_a_run_leaves_metrics_weights_cache_and_pictures(data, whole):
     assert timed["overhead_percent"] > 0
     cache = SaliencyCache(whole / "saliency.lmdb", index=ImageIndex(data / "train"))
     assert (cache.stamps() == 2).all()
-    assert (cache.meta.model, cache.meta.layer, cache.meta.input_size) == ("resnet18", "layer3", 64)
+    meta = cache.meta
+    assert (meta.model, meta.layer, meta.input_size) == ("cifar_resnet20", "layer3", 64)
     weights = torch.load(whole / "weights.pt", weights_only=True)
-    assert weights["fc.weight"].shape == (3, 512)
+    assert weights["fc.weight"].shape == (3, 64)
     assert (whole / "erased.png").stat().st_size > 1000
     assert list(whole.glob("events.out.tfevents.*"))
     assert json.loads((whole / "config.json").read_text())["scae"]["refresh_every"] == 2
@@ -65,7 +66,7 @@ def test_killed_in_an_epoch_and_in_a_pass_a_run_goes_on_as_if_nothing_happened(
     epoch = KILLER.format(
         signal="SIGKILL", module="train", owner="module.Run", name="train_step", calls=9
     )
-    assert run_there(["-c", epoch], *argv).returncode == -signal.SIGKILL
+    assert run_code(epoch, *argv).returncode == -signal.SIGKILL
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert (state["epoch"], state["step"]) == (1, 2)
     passing = KILLER.format(
@@ -76,9 +77,7 @@ def test_killed_in_an_epoch_and_in_a_pass_a_run_goes_on_as_if_nothing_happened(
         calls=2,
     )
     small = "module.refresh_cache.__kwdefaults__['commit_every'] = 16"
-    killed = run_there(
-        ["-c", f"import scae_dali.saliency.refresh as module; {small}{passing}"], *argv
-    )
+    killed = run_code(f"import scae_dali.saliency.refresh as module; {small}{passing}", *argv)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     cache = SaliencyCache(out / "saliency.lmdb", index=ImageIndex(data / "train"))
     assert 0 < (cache.stamps() == 2).sum() < 50
@@ -109,7 +108,7 @@ def test_asked_to_end_a_run_saves_at_the_next_step_and_goes_on(data, whole, tmp_
     code = KILLER.format(
         signal="SIGUSR1", module="train", owner="module.Run", name="train_step", calls=8
     )
-    done = run_there(["-c", code], *argv)
+    done = run_code(code, *argv)
     assert done.returncode == 128 + signal.SIGUSR1
     assert "stopped by SIGUSR1; the same command with --resume goes on" in done.stderr
     assert "Traceback" not in done.stderr
@@ -128,7 +127,7 @@ def test_asked_to_end_a_run_of_one_step_an_epoch_saves_at_the_epochs_end(data, t
     code = KILLER.format(
         signal="SIGTERM", module="train", owner="module.Run", name="train_step", calls=1
     )
-    done = run_there(["-c", code], *arguments(data, out, batch_size=50))
+    done = run_code(code, *arguments(data, out, batch_size=50))
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
     assert "stopped by SIGTERM" in done.stderr
     state = torch.load(out / "checkpoint.pt", weights_only=True)
@@ -145,7 +144,7 @@ def test_asked_to_end_in_a_pass_it_ends_at_once(data, whole, tmp_path, monkeypat
         name="write",
         calls=0,
     )
-    done = run_there(["-c", code], *argv)
+    done = run_code(code, *argv)
     assert done.returncode == 128 + signal.SIGTERM
     assert "stopped by SIGTERM; the same command with --resume goes on" in done.stderr
     assert "Traceback" not in done.stderr
@@ -161,7 +160,7 @@ def test_killed_after_a_pass_a_run_knows_what_it_took(data, whole, tmp_path, mon
     code = KILLER.format(
         signal="SIGKILL", module="train", owner="module.Run", name="train_step", calls=12
     )
-    assert run_there(["-c", code], *argv).returncode == -signal.SIGKILL
+    assert run_code(code, *argv).returncode == -signal.SIGKILL
     run_here(monkeypatch, *argv)
     assert rows(out) == rows(whole)
     row = json.loads((out / "metrics.jsonl").read_text().splitlines()[2])
@@ -245,7 +244,6 @@ def test_it_goes_on_within_an_epoch(data, tmp_path, monkeypatch, more, seen):
     """Erased, mixed, with a pass over `seen` images; what is stopped ends as what is not."""
     whole, out = tmp_path / "whole", tmp_path / "stopped"
     more = {"scae.tail": 0.2, "epochs": 2, "scae.refresh_every": 1, "optim.lr": 0.05} | more
-    more |= {"model": "cifar_resnet20", "saliency.layer": "layer3"}
     run_here(monkeypatch, *arguments(data, whole, **more))
     lines = rows(whole)
     assert [line["saliency_images"] for line in lines] == [0, seen]

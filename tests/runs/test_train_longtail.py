@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_pngs
-from scripts import KILLER, ROOT, check_same_weights, long_tailed, rows, run_here, run_there
+from scripts import KILLER, ROOT, check_same_weights, long_tailed, rows, run_code, run_here
 
 from scae_dali.cache import SaliencyCache
 
@@ -80,7 +80,7 @@ def test_killed_within_an_epoch_a_run_goes_on_as_if_nothing_happened(
     code = KILLER.format(
         signal="SIGKILL", module="train", owner="module.Run", name="train_step", calls=steps + 3
     )
-    killed = run_there(["-c", code], *argv)
+    killed = run_code(code, *argv)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert (state["epoch"], state["step"]) == (1, 2)

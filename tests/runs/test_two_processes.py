@@ -36,7 +36,7 @@ def test_two_processes_share_images_in_memory(tmp_path):
     write_pngs(data / "train", {"a": 40, "b": 20, "c": 3}, (32, 32))
     write_pngs(data / "test", {"a": 5, "b": 5, "c": 5}, (32, 32), seed=1)
     argv = ["train.py", *long_tailed(data, out, batch_size=4, epochs=2)]
-    in_two("import sys, train", f"sys.argv = {argv}\ntrain.main()")
+    in_two(f"import sys, train\nsys.argv = {argv}\ntrain.main()")
     lines = rows(out)
     assert [line["saliency_images"] for line in lines] == [0, 63]
     assert len(lines[-1]["val_per_class"]) == 3

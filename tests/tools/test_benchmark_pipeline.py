@@ -231,7 +231,7 @@ def test_peers_normalise_whole_images_alike(tmp_path, start_method, peer):
 def test_processes(tmp_path, images):
     out = tmp_path / "bench.json"
     size = ["--size", 32, "--batch-size", 2, "--samples", 50, "--plans", 5, "--rounds", 2]
-    run_script("benchmark", "processes", "--data", images, "--repeat", 2, *size, "--json", out)
+    run("benchmark", "processes", "--data", images, "--repeat", 2, *size, "--json", out)
     result = json.loads(out.read_text())
     rows = {row["name"]: row for row in result["rows"]}
     names = ["none", "scae", "plan", "plan without maps", "lookups"]

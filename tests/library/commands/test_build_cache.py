@@ -124,6 +124,8 @@ def test_a_tail_of_folders_is_made_as_a_list(build, tmp_path):
 CHEAP = ["--device=cpu", "--size=32", "--batch-size=4", "--threads=1", "--model=cifar_resnet20"]
 # Runs the command several times, and says how each ended, on a line that is written at once.
 BUILDS = """
+import contextlib, io, os, torch
+from scae_dali.commands import build_cache
 torch.set_num_threads(1)
 rank = int(os.environ["RANK"])
 def say(text):
@@ -139,13 +141,12 @@ for argv in {argvs}:
             ended = str(stop.code)
     say(f"{{ended}} {{printed.getvalue()}}".replace("\\n", " "))
 """
-IMPORTS = "import contextlib, io, os, sys, torch\nfrom scae_dali.commands import build_cache"
 
 
 def built_by_two(*argvs: list[str], before: str = "") -> tuple[list[str], list[str]]:
     """What each of two processes says that run the command with each of these options in turn, of
     which RANK is the number of the process. before: code."""
-    lines = in_two(IMPORTS, BUILDS.format(argvs=argvs, before=before)).splitlines()
+    lines = in_two(BUILDS.format(argvs=argvs, before=before)).splitlines()
     first, second = ([line[2:] for line in lines if line[0] == rank] for rank in "01")
     return first, second
 

@@ -483,12 +483,10 @@ def test_windows_and_flips_say_what_a_pixel_of_a_crop_shows(kind):
             assert np.abs(picture[channel] - wanted[channel])[inside].max() < 3
 
 
-IMPORTS = """
+MERGED = """
 import torch
 from torch import distributed
 from passes import Net, batch_of, harvest_of, pictures, see
-"""
-MERGED = """
 distributed.init_process_group("gloo")
 rank = distributed.get_rank()
 net = Net().eval()
@@ -508,7 +506,7 @@ distributed.destroy_process_group()
 
 
 def test_two_ranks_bring_together_what_each_has_seen(net, tmp_path):
-    in_two(IMPORTS, MERGED.format(out=str(tmp_path)))
+    in_two(MERGED.format(out=str(tmp_path)))
     images, labels = pictures(20)
     whole = harvest_of(net)
     for half in (slice(0, 12), slice(8, 20)):

@@ -122,7 +122,7 @@ def test_two_processes_make_the_pass_together(index, tmp_path):
     one = make(index, tmp_path / "alone.lmdb")
     one.refresh(network(index), 2, size=32, layer="body")
     wanted = one._lookup.maps(np.arange(50))[0].astype(int).sum()
-    said = in_two(IMPORTS, BOTH.format(root=index.root, path=str(tmp_path / "maps.lmdb")))
+    said = in_two(IMPORTS + BOTH.format(root=index.root, path=str(tmp_path / "maps.lmdb")))
     assert said.splitlines() == [f"50 True {wanted} 2"] * 2
 
 
@@ -149,7 +149,7 @@ distributed.destroy_process_group()
 
 def test_where_one_node_has_lost_its_cache_all_processes_make_the_pass(index, tmp_path):
     """The others would wait for ever for those that go on without."""
-    said = in_two(IMPORTS, RESUMED.format(root=index.root, path=str(tmp_path / "maps.lmdb")))
+    said = in_two(IMPORTS + RESUMED.format(root=index.root, path=str(tmp_path / "maps.lmdb")))
     first, second = said.splitlines()
     assert first == second
     assert first.startswith("True ")

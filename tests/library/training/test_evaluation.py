@@ -18,12 +18,10 @@ ROOT = Path(__file__).parents[3]
 COUNTS = np.array([500, 101, 100, 50, 20, 19, 0])
 ALONE = Ranks("cpu")
 # First rank 0 has all batches and rank 1 none, then they have one and two.
-IMPORTS = """
+CODE = """
 import json, torch
 from scae_dali.training.evaluation import Evaluation
 from scae_dali.training.ranks import Ranks
-"""
-CODE = """
 ranks = Ranks("cpu")
 torch.manual_seed(0)
 logits, labels = torch.randn(90, 7) * 3, torch.randint(6, (90,))
@@ -222,7 +220,7 @@ def test_bad_input_is_named():
 def test_two_processes_with_uneven_batches_have_the_figures_of_all_samples():
     expected = figures(COUNTS, sample())
     per_class = expected.pop("val_per_class")
-    lines = in_two(IMPORTS, CODE).splitlines()
+    lines = in_two(CODE).splitlines()
     assert len(lines) == 2
     for got in map(json.loads, lines):
         assert got.pop("val_per_class") == per_class

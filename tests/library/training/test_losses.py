@@ -196,7 +196,7 @@ def test_two_processes_have_the_gradient_of_the_whole_batch():
     shown = []
     exec(IMPORTS, scope)
     exec(CODE, scope | {"print": shown.append})
-    together = in_two(IMPORTS, CODE)
+    together = in_two(IMPORTS + CODE)
     np.testing.assert_allclose(json.loads(together), shown[0], rtol=1e-5)
 
 

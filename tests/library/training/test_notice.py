@@ -56,12 +56,10 @@ def test_what_the_process_ignores_stays_ignored():
         assert not one.due(1)
 
 
-IMPORTS = """
-import signal
+CODE = """
+import os, signal
 from scae_dali.training.notice import Notice
 from scae_dali.training.ranks import Ranks
-"""
-CODE = """
 ranks = Ranks("cpu")
 with Notice(ranks) as one, one.saving():
     for step in range(1, 50):
@@ -78,4 +76,4 @@ ranks.close()
 
 
 def test_processes_end_after_the_same_step():
-    assert in_two(IMPORTS, CODE).splitlines() == ["20 SIGUSR1"] * 2
+    assert in_two(CODE).splitlines() == ["20 SIGUSR1"] * 2

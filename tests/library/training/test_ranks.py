@@ -11,8 +11,9 @@ from pairs import in_two
 from scae_dali.training.ranks import Ranks, lost_another, pick_device, together
 
 ROOT = Path(__file__).parents[3]
-IMPORTS = "import torch\nfrom scae_dali.training.ranks import Ranks"
 CODE = """
+import torch
+from scae_dali.training.ranks import Ranks
 ranks = Ranks("cpu")
 norm = torch.nn.BatchNorm1d(2)
 norm.running_mean += 1 + ranks.rank
@@ -48,7 +49,7 @@ def test_a_process_knows_its_node(monkeypatch, told, node):
 
 def test_two_processes_see_each_others_values_and_the_buffers_of_the_first():
     seen = [(0, 0, True, [1.0, 1.0]), (1, 1, False, [1.0, 1.0])]
-    assert in_two(IMPORTS, CODE).strip() == f"{seen} {{'a': 3.0, 'b': 1.0}}"
+    assert in_two(CODE).strip() == f"{seen} {{'a': 3.0, 'b': 1.0}}"
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
@@ -63,6 +64,8 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
 
 SEEN = """
 import os
+from pathlib import Path
+from scae_dali.training.ranks import Ranks, nodes_that_see
 os.environ |= dict(GROUP_RANK=os.environ["RANK"], LOCAL_RANK="0")
 ranks = Ranks("cpu")
 shared, own = Path({folder!r}), Path({folder!r}) / f"node{{ranks.node}}"
@@ -80,8 +83,7 @@ ranks.close()
 
 def test_nodes_find_out_which_see_the_same_folder(tmp_path):
     (tmp_path / "file").touch()
-    imports = "from pathlib import Path\nfrom scae_dali.training.ranks import Ranks, nodes_that_see"
-    said = in_two(imports, SEEN.format(folder=str(tmp_path)))
+    said = in_two(SEEN.format(folder=str(tmp_path)))
     errors, seen = ast.literal_eval(said.splitlines()[0])
     assert seen == [([0, 1], [0]), ([0, 1], [1])]
     assert len(errors) == 2  # in both, though it is the second that cannot write
@@ -90,6 +92,8 @@ def test_nodes_find_out_which_see_the_same_folder(tmp_path):
 
 
 LOST = """
+import os, sys
+from scae_dali.training.ranks import Ranks, lost_another
 ranks = Ranks("cpu")
 if not ranks.first:
     sys.stdout.flush()
@@ -102,8 +106,7 @@ except RuntimeError as error:
 
 
 def test_a_rank_is_told_when_another_has_ended():
-    imports = "import os, sys\nfrom scae_dali.training.ranks import Ranks, lost_another"
-    assert in_two(imports, LOST).strip() == "True"
+    assert in_two(LOST).strip() == "True"
     assert not lost_another(RuntimeError("CUDA out of memory"))
     assert lost_another(torch.distributed.DistBackendError("NCCL error"))
 
