@@ -85,6 +85,8 @@ class OptimConfig:
             how: dict[str, Any] = {"nesterov": self.nesterov, "fused": fused}
             optimizer = torch.optim.SGD(groups, self.lr, self.momentum, **how)
             optimizer.register_load_state_dict_post_hook(partial(_set_fused, fused=fused))
+            if fused:
+                optimizer.register_step_pre_hook(_begin_momentum)
             return optimizer
         return self._of_timm([group for group in groups if group["params"]])
 
@@ -191,6 +193,29 @@ def _can_be_fused(parameter: torch.Tensor) -> bool:
 
 
 def _set_fused(optimizer: torch.optim.Optimizer, *, fused: bool | None) -> None:
-    """States of earlier versions say that it is not, and would be slower or fail with fp16."""
+    """States of earlier versions say that it is not, and would be slower or fail with fp16. A
+    momentum of another memory layout than its parameter's would be taken for that layout."""
     for group in optimizer.param_groups:
         group["fused"] = fused
+    for parameter, state in optimizer.state.items():
+        momentum = state.get("momentum_buffer")
+        if fused and momentum is not None and momentum.stride() != parameter.stride():
+            state["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Give a momentum of zero to what has its first gradient now: layers may be left out of a step,
+    and the fused kernel needs a momentum of every parameter or of none."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            check(
+                not gradient.is_sparse,
+                f"optim.name=sgd takes no sparse gradients, and the parameter of shape "
+                f"{tuple(parameter.shape)} has one: make its nn.Embedding with sparse=False",
+            )
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)

@@ -245,3 +245,66 @@ def test_parameters_that_the_fused_kernel_does_not_take(kind):
     theirs = trained(lambda p: torch.optim.SGD([p], 0.1, 0.9, nesterov=True))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("resumed", [True, False])
+def test_layers_that_are_left_out_of_steps(nesterov, resumed):
+    """As stochastic depth and LayerDrop do: some have their first gradient late."""
+
+    def trained(make):
+        torch.manual_seed(0)
+        first, *others = (nn.Linear(4, 4) for _ in range(4))
+        params = [p for layer in (first, *others) for p in layer.parameters()]
+        optimizer = make(params)
+        for step, kept in enumerate([(), (1,), (0, 1), (), (0, 2), (2,)]):
+            if resumed and step == 4:
+                state, optimizer = optimizer.state_dict(), make(params)
+                optimizer.load_state_dict(state)
+            x = first(torch.ones(2, 4))
+            for k in kept:
+                x = others[k](x).relu()
+            optimizer.zero_grad()
+            x.square().sum().backward()
+            optimizer.step()
+        return params
+
+    config = OptimConfig(lr=0.01, weight_decay=0.1, nesterov=nesterov)
+    ours = trained(lambda params: config.optimizer([{"params": params}]))
+    theirs = trained(
+        lambda params: torch.optim.SGD(
+            params, 0.01, 0.9, weight_decay=0.1, nesterov=nesterov, foreach=False
+        )
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_momentum_of_another_memory_layout_is_that_of_its_parameter():
+    ends = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        torch.manual_seed(0)
+        net = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+        optimizer = OptimConfig(lr=0.1).optimizer([{"params": [*net.parameters()]}])
+        for step in range(4):
+            if step == 2:
+                state = optimizer.state_dict()
+                for one in state["state"].values():
+                    if one["momentum_buffer"].ndim == 4:
+                        one["momentum_buffer"] = one["momentum_buffer"].contiguous(
+                            memory_format=layout
+                        )
+                optimizer.load_state_dict(state)
+            optimizer.zero_grad()
+            net(torch.ones(2, 3, 6, 6)).square().mean().backward()
+            optimizer.step()
+        ends.append(net.weight.detach().clone())
+    assert torch.equal(*ends)
+
+
+def test_sparse_gradients_are_refused_with_a_remedy():
+    table = nn.Embedding(16, 8, sparse=True)
+    optimizer = OptimConfig().optimizer([{"params": [*table.parameters()]}])
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=r"parameter of shape \(16, 8\).*with sparse=False"):
+        optimizer.step()
