@@ -37,6 +37,7 @@ from scae_dali.stage.loader import Batch, ImageError
 from scae_dali.training import checkpoint, lock, second_stage
 from scae_dali.training.divergence import check_finite, sound
 from scae_dali.training.log import closing, save_picture, summary
+from scae_dali.training.networks import compiler_failed
 from scae_dali.training.notice import Ended, Notice
 from scae_dali.training.output import outlive_readers
 from scae_dali.training.precision import autocast
@@ -288,6 +289,8 @@ def main() -> None:
         parser.set_defaults(out="")
     arguments = parser.parse_args()
     try:
+        if arguments.evaluate:  # a second stage's weights are validated as any others are
+            arguments.second_stage = parser.get_defaults().second_stage
         settings = parser.instantiate(arguments)
         names = {f.name for f in dataclasses.fields(Config)}
         config = Config(**{name: settings[name] for name in names})
@@ -301,6 +304,13 @@ def main() -> None:
             train(config, settings.resume)
     except (ValueError, ImageError, OSError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if not compiler_failed(error):
+            raise
+        sys.exit(
+            f"error: torch.compile failed ({str(error).partition(chr(10))[0]}): install what it "
+            "needs, such as a C++ compiler, or pass --compile none"
+        )
     except KeyboardInterrupt:  # before training, or in --evaluate
         sys.exit(interrupted())
     except Ended as ended:

@@ -14,7 +14,7 @@ from typing import Any
 from scae_dali.commands.program import run_program
 from tools.common import runs
 from tools.common.about import about, write_json
-from tools.common.options import parser_of
+from tools.common.options import output_file, parser_of
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -23,7 +23,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, which is its --out"
     )
     parser.add_argument(
-        "--json", type=Path, default=None, metavar="OUT", help="write the figures to OUT as JSON"
+        "--json", type=output_file, metavar="OUT", help="write the figures to OUT as JSON"
     )
     return parser.parse_args(argv)
 

@@ -37,7 +37,7 @@ from scae_dali.training.networks import make_network
 from scae_dali.training.precision import autocast
 from scae_dali.training.weights import load_weights
 from tools.common.about import about, write_json
-from tools.common.options import add_data, parser_of
+from tools.common.options import add_data, output_file, parser_of
 from tools.paper.jobs import resolve
 
 WHOLE = np.array([[0.0, 0.0, 1.0, 1.0]])  # the window of an image that is seen whole
@@ -63,7 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--seed", type=int, default=0, help="seed of the rectangles; default: %(default)s"
     )
     parser.add_argument(
-        "--json", type=Path, default=None, metavar="OUT", help="write the figures to OUT as JSON"
+        "--json", type=output_file, metavar="OUT", help="write the figures to OUT as JSON"
     )
     args = parser.parse_args(argv)
     try:

@@ -36,7 +36,15 @@ from scae_dali.cache import SaliencyCache
 from scae_dali.commands.program import run_program
 from scae_dali.data.index import ImageIndex
 from tools.common.about import about, write_json
-from tools.common.options import add_data, add_device, count, device, parser_of, positive
+from tools.common.options import (
+    add_data,
+    add_device,
+    count,
+    device,
+    output_file,
+    parser_of,
+    positive,
+)
 from tools.gpu import of_files, of_memory  # noqa: F401 - they register their checks
 from tools.gpu.checks import CHECKS, SEED, Setup
 
@@ -200,7 +208,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--dry-run", action="store_true", help="only list the checks, for which no GPU is needed"
     )
     parser.add_argument(
-        "--json", type=Path, default=None, metavar="OUT", help="write the results to OUT as JSON"
+        "--json", type=output_file, metavar="OUT", help="write the results to OUT as JSON"
     )
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

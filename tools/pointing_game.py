@@ -22,7 +22,7 @@ from scae_dali.cache import CacheError, SaliencyCache
 from scae_dali.commands.program import run_program
 from scae_dali.data.index import DatasetError, ImageIndex
 from tools.common.about import write_json
-from tools.common.options import add_data, parser_of, train_folder
+from tools.common.options import add_data, output_file, parser_of, train_folder
 
 Boxes = Mapping[int, np.ndarray]  # sample -> float [M, 4], (y, x, h, w) as shares of the frame
 
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, required=True, help="folder of the saliency cache of these images"
     )
-    parser.add_argument("--json", type=Path, help="write the figures to this file as JSON")
+    parser.add_argument("--json", type=output_file, help="write the figures to this file as JSON")
     arguments = parser.parse_args()
     try:
         figures = play(arguments.data, arguments.cache, arguments.boxes)

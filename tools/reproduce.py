@@ -7,9 +7,9 @@
 
 Every run is one of train.py, in OUT/table<N>/<section>-<network>-<cell>-s<seed>. The same command
 goes on after Ctrl-C, a kill or a failure: finished runs are left alone, the others are resumed.
-Options after `--` go to train.py, as in `-- --data.format folder --threads 1`; they cannot change
-the settings that define a cell. With --budget the command ends in time, with exit status 3 if runs
-are left.
+Options after `--` go to train.py, as in `-- --data.format folder --threads 1`. They cannot change
+what a cell sets itself, nor make two cells the same. With --budget the command ends in time, with
+exit status 3 if runs are left.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from scae_dali.commands.program import run_program
 from tools import ROOT
 from tools.common import runs
 from tools.common.about import about, write_json
-from tools.common.options import add_data, parser_of
+from tools.common.options import add_data, output_file, parser_of
 from tools.paper.archive import check_unpacked, ended, pack
 from tools.paper.jobs import STARTS, Job, existing, finished, plan, read_starts, refuse_others, twin
 from tools.paper.report import collect, draw, show
@@ -107,7 +107,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="only report the runs that there are")
     parser.add_argument(
         "--json",
-        type=Path,
+        type=output_file,
         metavar="FILE",
         help="file of the report; default: table<N>.json in --out",
     )
@@ -121,7 +121,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--archive",
-        type=Path,
+        type=output_file,
         metavar="FILE",
         help="write what is needed to go on elsewhere into this compressed tar file at the end, to "
         "be unpacked into another --out",
@@ -184,7 +184,7 @@ def execute(
     """Run what is not finished, `args.jobs` at once. Returns the runs that failed or were left to
     others, and those for which time was too short."""
     for job in jobs:
-        if (other := twin(args, job)) is not None:
+        if (other := twin(args, job, jobs)) is not None:
             args.place.mkdir(parents=True, exist_ok=True)
             job.path.symlink_to(os.path.relpath(other, args.place))
             print(f"have   {job.path.name}: it is {other.relative_to(args.out)}")
@@ -305,7 +305,7 @@ def describe(args: argparse.Namespace, times: Times, jobs: Sequence[Job]) -> Non
     print(f"Table {args.table}: {TABLES[args.table].title}, {len(jobs)} runs in {args.place}")
     left: list[Job] = []
     for job in jobs:
-        other = twin(args, job)
+        other = twin(args, job, jobs)
         if other is not None:
             state = f"done, as {other.relative_to(args.out)}"
         elif finished(job, jobs):
@@ -363,7 +363,7 @@ def run(args: argparse.Namespace) -> int:
     """Do what the command line asks for; returns the exit status: 1 if runs failed or another
     process has them, else TIME_IS_UP if the budget was too short for some."""
     if args.archive and not args.dry_run:
-        check_unpacked(args.out, args.archive)
+        check_unpacked(args.place, args.archive)
     lost: list[str] = []
     left: list[Job] = []
     times = Times(args, probe=args.dry_run or args.budget is not None)
@@ -376,7 +376,7 @@ def run(args: argparse.Namespace) -> int:
                 return 0
             lost, left = execute(args, times, jobs)
     finally:
-        if args.archive and not args.dry_run:
+        if args.archive and not args.dry_run and existing(args):
             print(f"packed {pack(args, args.archive)} runs into {args.archive}", flush=True)
     if lost:
         print(f"not done: {', '.join(lost)}; the same command tries again", file=sys.stderr)

@@ -29,6 +29,7 @@ from scae_dali.commands.options import (
     add_data,
     check_format,
     count,
+    output_file,
     parser_of,
     train_folder,
 )
@@ -136,7 +137,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     add_archives(parser)
     parser.add_argument(
-        "--out", metavar="FILE", help="write the paths of broken images to FILE, one a line"
+        "--out",
+        type=output_file,
+        metavar="FILE",
+        help="write the paths of broken images to FILE, one a line",
     )
     parser.add_argument(
         "--decode",
@@ -164,7 +168,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
                 raise ValueError(
                     f"{len(broken_lines)} broken images have names of several lines, which a list "
                     f"cannot hold: rename or remove {broken_lines[0]!r} and its like; all others "
-                    f"are in {arguments.out!r}"
+                    f"are in '{arguments.out}'"
                 )
     except (DatasetError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -10,8 +10,10 @@ import copy
 import os
 import re
 import sys
+import tempfile
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from scae_dali.data.index import ARCHIVES
@@ -32,7 +34,9 @@ __all__ = [
     "existing_folder",
     "grid",
     "need_data",
+    "output_file",
     "parser_of",
+    "picture_file",
     "train_folder",
     "training_images",
     "usable_device",
@@ -292,6 +296,38 @@ def existing_folder(text: str) -> str:
     if not os.path.isdir(text):
         raise ArgumentTypeError(f"must be a folder, and there is none at {text!r}")
     return text
+
+
+def output_file(text: str) -> Path:
+    """A file that can be written, with folders above it that may be still to be made. It is known
+    before anything is computed for it."""
+    path = Path(text).absolute()
+    if path.is_dir():
+        raise ArgumentTypeError(f"must be a file to write, got the folder {text!r}")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ArgumentTypeError(f"must be a file that may be written, got {text!r}")
+    above = next(folder for folder in path.parents if folder.exists())
+    try:
+        if not path.exists():
+            tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise ArgumentTypeError(
+            f"must be a file that can be written, got {text!r} ({error.strerror} in "
+            f"'{above}'); pass another"
+        ) from error
+    return Path(text)
+
+
+def picture_file(text: str) -> Path:
+    """An `output_file` with a suffix that matplotlib knows."""
+    from matplotlib.backend_bases import FigureCanvasBase  # needs the extra `train`
+
+    known, suffix = FigureCanvasBase.filetypes, Path(text).suffix.lower().removeprefix(".")
+    if suffix and suffix not in known:
+        raise ArgumentTypeError(
+            f"must be a picture with a suffix such as .png, .pdf or .svg, got {text!r}"
+        )
+    return output_file(text)
 
 
 def train_folder(root: str) -> str:

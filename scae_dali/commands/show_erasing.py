@@ -30,7 +30,7 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 from scae_dali.cache import CacheError, SaliencyCache
 from scae_dali.checks import IMAGENET_MEAN, IMAGENET_STD
-from scae_dali.commands.options import add_data, count, parser_of
+from scae_dali.commands.options import add_data, count, parser_of, picture_file
 from scae_dali.data.index import DatasetError, ImageIndex
 from scae_dali.methods import BUILT_IN, load, paste
 from scae_dali.plan.crop import CropConfig
@@ -87,7 +87,9 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
     parser.add_argument(
         "--size", type=count, default=224, help="side of the crop in pixels; default: %(default)s"
     )
-    parser.add_argument("--out", required=True, metavar="PNG", help="picture to write")
+    parser.add_argument(
+        "--out", type=picture_file, required=True, metavar="PNG", help="picture to write"
+    )
     args = parser.parse_args(argv)
     try:
         args.lam = args.lam and [float(value) for value in args.lam.split(",")]

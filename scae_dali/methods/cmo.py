@@ -112,7 +112,8 @@ class Method(base.Method):
 
     def partner_weights(self, labels: np.ndarray, others: np.ndarray) -> np.ndarray:
         """Of each image as in the whole data set, so that on average classes come as often."""
-        weights = np.asarray(self.run.class_counts)[others] ** -self.config.weight_power
+        counts = np.asarray(self.run.class_counts, np.float64)  # integers have no negative powers
+        weights = counts[others] ** -self.config.weight_power
         return np.tile(weights, (len(labels), 1))
 
     def apply(self, images: DataNode, plan: Any) -> DataNode:

@@ -104,6 +104,11 @@ def refresh_cache(
     _check_settings(epoch, share, harvest, neighbors, index.num_classes)
     cam = factory_of(method)(model, layer)
     classifier = classifier_of(cam.model, index.num_classes)[1] if neighbors else None
+    check(
+        classifier is None or bool(classifier.weight.isfinite().all()),
+        "model must have finite weights in its classifier, got NaN or infinite ones, which have no "
+        "neighbouring classes: take those of a training that did not diverge",
+    )
     count = math.ceil(round(share * len(index), 6))  # 0.07 · 50,000 is 3500, not a little more
     if harvest is not None:
         harvest.merge()

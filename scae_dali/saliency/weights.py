@@ -21,9 +21,9 @@ _BLOCK = 1 << 24  # similarities at once, 64 MB: with 20,000 classes all would t
 def nearest_classes(weight: Tensor, class_counts: np.ndarray, m: int) -> np.ndarray:
     """The classes whose weight vectors have the highest cosine similarity, the highest first.
 
-    weight: float [K, C], of the classifier. class_counts: int64 [K]; a class without samples is
-    nobody's neighbour while there are others. Returns uint16 [K, min(m, K - 1)]. Raises ValueError
-    for more classes than uint16 can number.
+    weight: float [K, C], of the classifier, finite. class_counts: int64 [K]; a class without
+    samples is nobody's neighbour while there are others. Returns uint16 [K, min(m, K - 1)]. Raises
+    ValueError for more classes than uint16 can number.
     """
     classes = len(weight)
     check_neighbors(m, classes)

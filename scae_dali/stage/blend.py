@@ -17,11 +17,24 @@ def blend(images: _Pixels, which: np.ndarray, partners: _Pixels, mu: np.ndarray)
 
     images: uint8 [n, ...], C-contiguous. which: int64 [m], positions in them. partners: uint8
     [m, ...], of the images' shape. mu: float [m] in [0, 1], the weights of the images. Raises
-    ValueError where which, partners and mu differ in length: compiled code would read beyond them.
+    ValueError for arrays that do not fit: compiled code would read and write beyond them.
     """
     lengths = len(which), len(partners), len(mu)
     check(len(set(lengths)) == 1, f"which, partners and mu must have one length, got {lengths}")
+    check(
+        images.dtype == partners.dtype == np.uint8 and images.flags.c_contiguous,
+        f"images and partners must be uint8, and images C-contiguous, got {images.dtype} and "
+        f"{partners.dtype}, strides {images.strides} of {images.shape}",
+    )
     if len(which):
+        check(
+            images.shape[1:] == partners.shape[1:],
+            f"partners must have the shape of images, got {partners.shape} and {images.shape}",
+        )
+        check(
+            which.min() >= 0 and which.max() < len(images),
+            f"which must be positions of {len(images)} images, got {which.min()} … {which.max()}",
+        )
         flat, others = images.reshape(len(images), -1), partners.reshape(len(which), -1)
         _blend_some(flat, which, others, mu.astype(np.float32))
 

@@ -26,7 +26,7 @@ def mixed_cross_entropy(
     label_smoothing: float | Tensor = 0.0,
     *,
     weight: Tensor | None = None,
-    adjustment: Tensor | None = None,
+    adjustment: Tensor | np.ndarray | None = None,
     mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Mean of μ·CE(label) + (1 - μ)·CE(partner), which is CE against the mixed label.
@@ -34,8 +34,8 @@ def mixed_cross_entropy(
     logits: float [B, K]. labels, partners: int64 [B] or, as DALI gives them, [B, 1], on any device.
     mu: float32 of the same shape, in [0, 1]; 1 leaves the label as it is. label_smoothing: ε in
     [0, 1], or float32 [K], one a class. weight: float32 [K] of class weights; None: all 1.
-    adjustment: float32 [K], added to the logits of every image, see `logit_adjustment`; None: 0.
-    Returns a float32 scalar.
+    adjustment: float [K], added to the logits of every image, see `logit_adjustment`; None: 0.
+    Returns a float32 scalar. Raises ValueError for an adjustment of another shape.
 
     CE(y) = (1 - ε_y)·(-log p_y) + ε_y·mean_k(-log p_k), with the ε of the class itself. With
     weights, the sum of μ·w_y·CE(y) + (1 - μ)·w_j·CE(j) is divided by that of μ·w_y + (1 - μ)·w_j.
@@ -47,7 +47,12 @@ def mixed_cross_entropy(
     the whole batch. None: this process is alone.
     """
     if adjustment is not None:
-        logits = logits.float() + adjustment.to(logits.device)
+        added = torch.as_tensor(adjustment, dtype=torch.float32, device=logits.device)
+        check(
+            added.shape == logits.shape[1:],
+            f"adjustment must be [{logits.shape[1]}], one for each class, got {[*added.shape]}",
+        )
+        logits = logits.float() + added
     log_p = logits.log_softmax(1, dtype=torch.float32)
     labels, partners, mu = (t.to(logits.device).reshape(-1) for t in (labels, partners, mu))
     classes = torch.stack([labels, partners], 1)  # [B, 2], like all that follows
@@ -71,8 +76,10 @@ def logit_adjustment(class_counts, tau: float = 1.0) -> np.ndarray:
     """Menon et al. (2021), eq. 10: τ·log π_k, where π_k = n_k / Σn is the share of class k.
 
     class_counts: int [K]. Returns float64 [K]. A class without samples gets the value of the
-    smallest class that has some, since log 0 is not finite. Raises ValueError for other counts.
+    smallest class that has some, since log 0 is not finite. Raises ValueError for other counts, and
+    for a tau that is not finite.
     """
+    check(math.isfinite(tau), f"tau must be finite, got {tau}; 1 is Balanced Softmax")
     f = frequency(class_counts)
     smallest = f[f > 0].min()
     return tau * np.log(np.maximum(f, smallest) / f.sum())

@@ -314,3 +314,9 @@ def _stage(width_in: int, width: int, blocks: int) -> nn.Sequential:
     return nn.Sequential(
         _Block(width_in, width), *(_Block(width, width) for _ in range(blocks - 1))
     )
+
+
+def compiler_failed(error: RuntimeError) -> bool:
+    """Whether an error is of torch.compile, which compiles a network in its first step. Its classes
+    are in modules that are long to import."""
+    return type(error).__module__.startswith(("torch._dynamo.", "torch._inductor."))

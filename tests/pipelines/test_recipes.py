@@ -162,6 +162,13 @@ def test_a_second_stage_has_no_warm_up_of_the_first_stages_recipe(first, second)
     assert [optim.lr_at(step, 5, 10) for step in (0, 4)] == [optim.lr] * 2
 
 
+@pytest.mark.parametrize("second", ["crt", "lws", "mislas_stage2"])
+@pytest.mark.parametrize("first", ["balanced_softmax", "drw"])
+def test_a_second_stage_follows_a_first_one_with_any_loss(first, second):
+    loss = recipe(BASE, first, second, second_stage__weights="w.pt").loss
+    assert (loss.logit_adjust, loss.class_balanced, loss.defer) == (0, 0, 0)
+
+
 def test_first_stages_have_the_learning_rates_of_their_authors():
     """adjust_learning_rate of LDAM-DRW and MiSLAS, which count epochs from 1."""
     for name, factors in (("ldam_baseline", (0.01, 0.0001)), ("mislas_stage1", (0.1, 0.01))):

@@ -195,6 +195,16 @@ def test_a_run_outlives_output_that_cannot_be_written(data, tmp_path, to):
         assert "stdout cannot be written any more (No space left on device); the run" in done.stderr
 
 
+def test_a_compiler_that_is_missing_is_told_with_a_remedy(data, tmp_path, monkeypatch):
+    def compile_(*given):
+        raise torch._dynamo.exc.TorchDynamoException("No working C++ compiler found\n\nTraceback")
+
+    monkeypatch.setattr(train.Run, "train_step", compile_)
+    told = r"torch.compile failed \(No working C\+\+ compiler found\): .* or pass --compile none"
+    with pytest.raises(SystemExit, match=told):
+        run_here(monkeypatch, *arguments(data, tmp_path / "run", compile="default"))
+
+
 def test_help_that_nobody_reads_tells_of_no_run():
     with subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), "--help"],

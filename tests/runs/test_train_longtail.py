@@ -98,7 +98,7 @@ def test_killed_within_an_epoch_a_run_goes_on_as_if_nothing_happened(
     ],
 )
 def test_a_second_stage_trains_the_classifier_and_renews_statistics_and_nothing_else(
-    data, whole, tmp_path, monkeypatch, overlay, trained
+    data, whole, tmp_path, monkeypatch, capsys, overlay, trained
 ):
     out = tmp_path / "second"
     config = {"config": ROOT / "pipelines" / "cifar100_lt.yaml"}
@@ -119,6 +119,12 @@ def test_a_second_stage_trains_the_classifier_and_renews_statistics_and_nothing_
     assert steps == 7
     assert json.loads((out / "config.json").read_text())["sampling"] == "class_balanced"
     assert rows(out)[0]["share"]["erased"] == 0
+    own = ["--config", str(out / "config.json"), "--weights", str(out / "weights.pt"), "--evaluate"]
+    capsys.readouterr()
+    run_here(monkeypatch, *own)
+    found = json.loads(capsys.readouterr().out)
+    assert found["val_top1"] == pytest.approx(rows(out)[0]["val_top1"])
+    assert not [name for name in found if "adjusted" in name]  # it was trained on all alike
 
 
 def test_figures_are_adjusted_as_far_as_the_loss_is_not(data, whole, tmp_path, monkeypatch):

@@ -96,12 +96,53 @@ def test_files_that_differ_otherwise_are_told(tmp_path):
     assert re.search(r"2\.json has other settings than .*1\.json: batch, rows", told)
 
 
+def test_what_cannot_be_told_is_no_verdict(tmp_path):
+    """Rounds that are too few or no numbers, two rows of one name, another baseline."""
+    one = write(tmp_path / "1.json", [1000, 950, 1800, 1700], 0)
+    content = json.loads(one.read_text())
+
+    def refused(change):
+        change(other := json.loads(one.read_text()))
+        (tmp_path / "2.json").write_text(json.dumps(other))
+        return run("benchmark", "--compare", one, tmp_path / "2.json", status=1)
+
+    def few(other):
+        for row in other["rows"]:
+            row["rates"] = row["rates"][:2]
+
+    def twice(other):
+        other["rows"][1]["name"] = NAMES[2]
+
+    def broken(other):
+        other["rows"][1]["rates"][4] = float("nan")
+
+    def other_baseline(other):
+        base = np.array(other["rows"][1]["rates"])
+        for row in other["rows"][:2]:
+            row["ratio"] = float(np.median(np.array(row["rates"]) / base))
+            row["ratio_iqr"] = 0.1
+        other["rows"][1] |= {"ratio": 1.0, "ratio_iqr": 0.0}
+
+    assert "2.json has 2 rounds of 'none, threads 1'" in refused(few)
+    assert "2.json has 2 rows of the name 'none, threads 2'" in refused(twice)
+    assert "the rates of 'scae, threads 1' in" in refused(broken)
+    assert "is the baseline in some of the files and not in others" in refused(other_baseline)
+    assert content == json.loads(one.read_text())
+
+
 @pytest.mark.parametrize("content", ["{}", "[1]", '{"rows": []}', '{"rows": [{"name": "none"}]}'])
 def test_what_is_no_result(tmp_path, content):
     one = write(tmp_path / "1.json", [1000, 950, 1800, 1700], 0)
     (tmp_path / "2.json").write_text(content)
     told = run("benchmark", "--compare", one, tmp_path / "2.json", status=1)
     assert "2.json is no result of a benchmark with its single rounds" in told
+
+
+def test_a_file_that_is_no_json_is_named(tmp_path):
+    one = write(tmp_path / "1.json", [1000, 950, 1800, 1700], 0)
+    (tmp_path / "2.json").write_text('{"rows": [')
+    told = run("benchmark", "--compare", one, tmp_path / "2.json", status=1)
+    assert "2.json is not a file of JSON (" in told
 
 
 def test_an_odd_number_of_files(tmp_path):

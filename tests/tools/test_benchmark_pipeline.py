@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import run, run_script, write_images
+from conftest import run, write_images
 from PIL import Image
 
 from pipelines.config import ExecConfig, ImageConfig

@@ -11,16 +11,17 @@ from conftest import ROOT
 from test_readmes import parse_tool
 
 # In the place of Python: a command fails if its first option is in FAIL, or lasts as long as SLOW
-# says, and writes its JSON.
+# says, and writes its JSON, also if it fails.
 STUB = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"
 for word in "$@"; do
-  [[ " $FAIL " == *" $word "* ]] && echo "it broke" && exit 1
+  [[ " $FAIL " == *" $word "* ]] && fails=1
   [[ " $SLOW " == *" $word "* ]] && exec sleep 60
   [[ $last == --json ]] && echo '{}' > "$word"
   last=$word
 done
-exit 0
+[[ $fails ]] && echo "it broke"
+exit ${fails:-0}
 """
 
 
@@ -80,14 +81,27 @@ def test_it_goes_on_after_a_failure_and_names_it(tmp_path, stub):
     ]
     assert "      | it broke" in lines
     assert lines[-1].startswith("failed: pipeline; not through: nothing; ")
-    done = {path.stem for path in out.glob("*.json")}
+    done = {path.stem for path in out.glob("*.done")}
     assert done == {"table_lt", "check_new", "check_all", "train_small", "train_load_0.65",
                     "train_load_0.9", "pass", "table_1", "table_4"}  # fmt: skip
     again = all_sh(600, out, **stub)
     assert "have  check_new" in again
+    assert again[-1].startswith("failed: nothing; not through: nothing; ")
     assert [line.split(",")[0] for line in again if line.startswith("done")] == [
         "done  table_lt", "done  pipeline", "done  table_1", "done  table_4", "done  table_lt"
     ]  # fmt: skip
+
+
+def test_a_time_that_is_no_number_is_told(tmp_path, stub):
+    for seconds in ("5m", "1e3", "abc", "-5", "0"):
+        assert all_sh(seconds, tmp_path / "out", status=2, **stub) == []
+
+
+def test_paths_are_of_where_it_is_called(tmp_path, stub, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    all_sh(600, "here", **stub | {"DATA": "data", "PHOTOGRAPHS": "data"})
+    assert (tmp_path / "here" / "pass.json").exists()
+    assert f"--data {tmp_path / 'data'} " in stub["CALLS"].read_text()
 
 
 def test_it_keeps_to_its_time(tmp_path, stub):

@@ -428,6 +428,38 @@ def test_a_run_that_another_table_has_is_taken_over(data, tmp_path, fake, capsys
     assert row["seeds"] == [0, 1]
 
 
+def test_a_run_whose_weights_were_left_behind_is_not_taken_over_for_a_second_stage(
+    data, tmp_path, fake, capsys
+):
+    assert reproduce.main(command(data, tmp_path, "--methods", "none", "--seeds", "1",
+                                  "--sections", "rho50_ce", table="lt")) == 0  # fmt: skip
+    first = tmp_path / "table_lt" / "rho50_ce-cifar_resnet32-none-s0"
+    again = command(data, tmp_path, "--methods", "none_mislas", "--seeds", "1", "--dry-run")
+    assert reproduce.main(again) == 0
+    assert "; done, as table_lt/rho50_ce-" in capsys.readouterr().out
+    (first / "weights.pt").unlink()
+    assert reproduce.main(again) == 0
+    assert "done, as" not in capsys.readouterr().out
+    assert reproduce.main([arg for arg in again if arg != "--dry-run"]) == 0
+
+
+def test_cells_that_options_make_the_same_are_refused(data, tmp_path, capsys):
+    """A contrast of the two would compare a thing with itself."""
+    argv = command(data, tmp_path, "--sections", "rho50_ce", "--methods", "cmo,saliency_cmo",
+                   table="lt", options=["--cmo.skip_first=0", "--cmo.skip_last=0"])  # fmt: skip
+    argv.insert(2, "--dry-run")
+    assert reproduce.main(argv) == 0
+    capsys.readouterr()
+    assert reproduce.main([*argv, "--cmo.saliency=true"]) == 2
+    assert "make cmo and saliency_cmo the same" in capsys.readouterr().err
+
+
+def test_a_section_without_the_method_is_told(data, tmp_path, capsys):
+    argv = command(data, tmp_path, "--sections", "rho50_bs", "--methods", "mislas", table="lt")
+    assert reproduce.main(argv) == 2
+    assert "got mislas with --sections rho50_bs, which have none of them" in capsys.readouterr().err
+
+
 def test_a_run_of_another_loss_is_not_taken_over_for_one_of_today(data, tmp_path, fake, capsys):
     """Runs of older versions have no setting of what came later."""
     argv = command(data, tmp_path, "--methods", "none", "--seeds", "1")
@@ -557,6 +589,16 @@ def test_an_archive_holds_what_runs_need_to_go_on_elsewhere(tmp_path, capsys):
     report(out, "--archive", str(file), table="lt")
     with tarfile.open(file) as archive:
         assert not [name for name in archive.getnames() if name.endswith("weights.pt")]
+    whole = file.read_bytes()
+    write_run(out, "none", 0, 40.0)
+    lost = ["--table", "3", "--out", str(out), "--report", "--archive", str(file)]
+    assert reproduce.main(lost) == 2
+    assert "holds runs of table_lt, and those of table3 would take" in capsys.readouterr().err
+    for broken in (whole[:-200], b"no tar", b""):
+        file.write_bytes(broken)
+        assert reproduce.main(["--table", "lt", "--out", str(out), *lost[4:]]) == 2
+        assert "cannot be read" in capsys.readouterr().err
+        assert file.read_bytes() == broken
 
 
 def names_of(other, path):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import multiprocessing
 import statistics
 import tempfile
@@ -80,6 +81,13 @@ def plain_pass(env: lmdb.Environment, n: int, grid: Sequence[int], append: bool)
             txn.cursor().putmulti(zip(keys, values, strict=True), append=append)
         seconds += time.perf_counter() - start
     return n / seconds
+
+
+def map_size(n: int, grid: Sequence[int]) -> int:
+    """Bytes that LMDB may take for n records while passes rewrite them; what is unused costs
+    nothing. A record of half a page or more has pages of its own."""
+    record = math.prod(grid)
+    return max(4 * n * (record + (128 if record < 1500 else 8192)), 1 << 26)
 
 
 def lookups(read: Callable[[Any], object], batches: Sequence[Any]) -> float:
@@ -252,7 +260,7 @@ def measure(n: int, args: argparse.Namespace, folder: Path) -> tuple[list[dict],
     rng = np.random.default_rng(0)
     index: Any = SyntheticIndex(n)  # for a cache it looks like an ImageIndex
     grid = tuple(args.grid)
-    env = lmdb.open(str(folder / "plain.lmdb"), map_size=max(4 * n * 128, 1 << 26))
+    env = lmdb.open(str(folder / "plain.lmdb"), map_size=map_size(n, grid))
     first_pass = {PLAIN_WRITE: plain_pass(env, n, grid, append=True)}
     caches: dict[str, SaliencyCache] = {}
     bytes_on_disk: dict[str, dict[str, int]] = {}

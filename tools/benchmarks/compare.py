@@ -6,14 +6,15 @@ That only counts on the same idle machine.
 
 A row is called slower or faster where the 99 % interval of its change leaves out the tolerance. The
 interval is a bootstrap over the rounds. It does not know how much two starts of the program differ,
-so give several files of each side, made in turns: BEFORE AFTER BEFORE AFTER.
+so give several files of each side, made in turns: BEFORE AFTER BEFORE AFTER. Each needs at least
+three rounds.
 
 The exit status is 1 if a row got slower.
 """
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,11 @@ from typing import Any
 import numpy as np
 
 from tools.common import options
-from tools.common.about import about, write_json
+from tools.common.about import about, read_json, write_json
 
 _DRAWS = 10_000
+_ROUNDS = 3  # fewer tell nothing of the noise
+_TOLD = ("hardware", "versions", "settings")
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="compare the rates themselves, where the change is to the baseline as well",
     )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result as JSON too")
+    parser.add_argument(
+        "--json", type=options.output_file, metavar="OUT", help="write the result as JSON too"
+    )
     args = parser.parse_args(argv)
     if len(args.results) % 2:
         parser.error(f"results must be pairs, before and after, got {len(args.results)} files")
@@ -92,27 +97,56 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text())
+    content = read_json(path)
     rows = content.get("rows") if isinstance(content, dict) else None
-    if not rows or not all(isinstance(row, dict) and row.get("rates") for row in rows):
+    if not (isinstance(rows, list) and rows and all(map(_is_row, rows))):
         raise ValueError(
             f"{path} is no result of a benchmark with its single rounds: make it by benchmark.py "
             "NAME --json; early versions did not write the rounds"
         )
+    names = [row["name"] for row in rows]
+    for name, row in zip(names, rows, strict=True):
+        if names.count(name) > 1:
+            raise ValueError(f"{path} has {names.count(name)} rows of the name {name!r}")
+        if not all(0 < rate < math.inf for rate in row["rates"]):
+            raise ValueError(
+                f"the rates of {name!r} in {path} must be finite and above 0, got {row['rates']}: "
+                "measure again"
+            )
+        if len(row["rates"]) < _ROUNDS:
+            raise ValueError(
+                f"{path} has {len(row['rates'])} rounds of {name!r}, and fewer than {_ROUNDS} tell "
+                f"nothing of the noise: measure with --rounds {_ROUNDS} or more"
+            )
     return content
+
+
+def _is_row(row: Any) -> bool:
+    """Whether it has what a row of a benchmark has, whose numbers may still be strange."""
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+        return False
+    rates = row.get("rates")
+    numbers = [row.get("ratio"), row.get("ratio_iqr"), *(rates if isinstance(rates, list) else ())]
+    return len(numbers) > 2 and all(isinstance(number, int | float) for number in numbers)
 
 
 def _differences(paths: Sequence[Path], files: Sequence[Mapping[str, Any]]) -> list[str]:
     """What makes the files doubtful to compare: other machines, versions or options."""
     notes = []
-    for part in ("hardware", "versions", "settings"):
-        first = files[0].get(part) or {}
+    for part in _TOLD:
+        first = _told(files[0], part)
         for path, other in zip(paths[1:], files[1:], strict=True):
-            here = other.get(part) or {}
+            here = _told(other, part)
             other_names = [n for n in {**first, **here} if first.get(n) != here.get(n)]
             if other_names:
                 notes.append(f"{path} has other {part} than {paths[0]}: {', '.join(other_names)}")
     return notes
+
+
+def _told(content: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    """What a result says of the machine, for instance; others than benchmarks may say nothing."""
+    found = content.get(part)
+    return found if isinstance(found, dict) else {}
 
 
 def _series(
@@ -128,6 +162,7 @@ def _series(
             base = row if absolute else _baseline(row, baselines, path)
             values = rates if base is row else rates / np.array(base["rates"])
             one = series.setdefault(row["name"], Series([], absolute=base is row))
+            _check_alike(one, base is row, row["name"])
             one.values.append(values)
     return series
 
@@ -149,7 +184,16 @@ def _baseline(
     return min(fitting, key=off)
 
 
+def _check_alike(series: Series, absolute: bool, name: str) -> None:
+    if series.absolute != absolute:
+        raise ValueError(
+            f"{name!r} is the baseline in some of the files and not in others, so its figures are "
+            "not of one kind: compare files with the same baseline, or pass --absolute"
+        )
+
+
 def _change(name: str, before: Series, after: Series, tolerance: float) -> dict[str, Any]:
+    _check_alike(before, after.absolute, name)
     random = np.random.default_rng(0)
     low, high = np.quantile(after.drawn(random) / before.drawn(random), [0.005, 0.995])
     verdict = "slower" if high < 1 - tolerance else "faster" if low > 1 + tolerance else "same"

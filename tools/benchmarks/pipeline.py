@@ -192,7 +192,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         quick={"rounds": 3, "batches": 3, "images": 4096, "peers": "native"},
     )
     check_source(parser, args)
-    args.methods = args.methods.split(",")
+    args.methods = list(dict.fromkeys(part.strip() for part in args.methods.split(",")))
     args.peers = [peer for peer in args.peers if peer != "none" and args.source == "files"]
     if "none" not in args.methods:
         parser.error("--methods must name none, the row that the ratios are to")
@@ -204,8 +204,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--methods: no method {', '.join(unknown)}; there are {', '.join(BUILT_IN)}")
     if not all(0 < share <= 0.4 for share in args.mixed_share):
         parser.error("--mixed-share must be shares of the samples, above 0 and at most 0.4")
-    if args.tars and args.source != "files":
-        parser.error("--tars packs files, got --source memory")
+    if args.source == "memory":
+        if args.tars:
+            parser.error("--tars packs files, got --source memory")
+        if "torch" in args.backends:
+            parser.error(
+                "--backends torch is for --source files, got --source memory: images in memory are "
+                "erased where they are cropped, by no operator"
+            )
     if "timm" in args.peers and not peers.has_timm():
         print("timm is not installed, so its rows are left out; pip install timm")
         args.peers.remove("timm")
@@ -303,6 +309,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.device_id is not None:
         torch.cuda.set_device(args.device_id)
+    if len(args.batch_size) > 1:
+        open_source(args, max(args.batch_size))  # it ends the program where there are too few
     panels: dict[str, list[dict[str, Any]]] = {}
     table: list[dict[str, Any]] = []
     extra: dict[str, Any] = {}

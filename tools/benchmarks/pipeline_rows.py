@@ -180,6 +180,11 @@ class Rows:
 
 def with_tail(index: ImageIndex, share: float) -> ImageIndex:
     """The same images with a tail so large that this share of them is mixed."""
+    if round(share * len(index)) < 1:
+        raise SystemExit(
+            f"--mixed-share {share:g} of {len(index)} images is less than one image; pass a larger "
+            "share, or a larger --repeat"
+        )
     tailed = long_tailed(index, 2 * share)
     if frequency(tailed.class_counts)[1:].max() >= ScaeConfig().tail:
         raise SystemExit(

@@ -11,7 +11,6 @@ each step, and the memory that it holds or needs at its peak.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from matplotlib.figure import Figure
 
 from scae_dali.methods import BUILT_IN
 from tools.common import bench
-from tools.common.options import existing_file
+from tools.common.about import read_json
+from tools.common.options import existing_file, picture_file
 
 # Name in the plot -> step of `scale`.
 TIMES = {
@@ -62,6 +62,11 @@ def overheads(axes: Axes, rows: dict[str, dict[str, Any]]) -> None:
                     textcoords="offset points",
                     va="center",
                 )
+    if "none (again)" not in rows:
+        raise ValueError(
+            "--pipeline must be a result of the benchmark pipeline, whose row `none (again)` shows "
+            f"the noise; its rows are {', '.join(map(repr, rows))}"
+        )
     again = 100 * abs(1 / rows["none (again)"]["ratio"] - 1)
     axes.axvspan(-again, again, color="0.85", zorder=0, label="none against itself")
     axes.barh(0, 0, color="C1", label="DALI's own")
@@ -105,6 +110,14 @@ def held(step: str, found: dict[str, Any], samples: int) -> float:
     return bytes_each if bytes_each >= 1 else math.nan
 
 
+def result_of(benchmark: str, path: Path, part: str) -> dict[str, Any]:
+    """The result of a benchmark. Raises ValueError for that of another, which lacks this part."""
+    result = read_json(path)
+    if not isinstance(result, dict) or not isinstance(result.get(part), list):
+        raise ValueError(f"--{benchmark} must be a result of the benchmark {benchmark}, got {path}")
+    return result
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = bench.parser_of(__doc__, __name__)
     parser.add_argument(
@@ -121,9 +134,12 @@ def main(argv: list[str] | None = None) -> None:
         metavar="JSON",
         help="result of the benchmark `scale`",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
+    parser.add_argument(
+        "--out", type=picture_file, required=True, metavar="PNG", help="picture to write"
+    )
     args = parser.parse_args(argv)
-    pipeline, scale = (json.loads(path.read_text()) for path in (args.pipeline, args.scale))
+    pipeline = result_of("pipeline", args.pipeline, "rows")
+    scale = result_of("scale", args.scale, "sizes")
     figure = Figure(figsize=(17, 5.8), layout="constrained")
     methods, times, memory = figure.subplots(1, 3)
     overheads(methods, {row["name"]: row for row in pipeline["rows"]})

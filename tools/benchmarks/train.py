@@ -113,6 +113,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         quick={"rounds": 3, "steps": 4, "images": 2560, "batch_size": 4},
     )
     check_source(parser, args)
+    if args.pass_every < 0:
+        parser.error(f"--pass-every must be at least 0, got {args.pass_every}; 0 makes no passes")
     if args.pass_share == 0:
         parser.error("--pass-share must be above 0")
     return args

@@ -1,4 +1,5 @@
-"""What a result records of how it was made: command, commit, machine, versions. Writes JSON."""
+"""What a result records of how it was made: command, commit, machine, versions. Reads and writes
+results as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from typing import Any
 
 from tools import ROOT
 
-__all__ = ["about", "hardware", "versions", "write_json"]
+__all__ = ["about", "hardware", "read_json", "versions", "write_json"]
 
 PACKAGES = {
     "numpy": ("numpy",),
@@ -67,6 +68,14 @@ def versions() -> dict[str, str | None]:
             except metadata.PackageNotFoundError:
                 continue
     return found
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a file of JSON holds. Raises ValueError, with its path, for another file."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a file of JSON ({error}): make it anew") from error
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:

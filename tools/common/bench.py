@@ -18,7 +18,7 @@ from typing import Any
 
 from tools.common import options
 from tools.common.about import about, write_json
-from tools.common.options import count
+from tools.common.options import count, output_file, picture_file
 
 __all__ = ["draw", "interleaved", "iqr", "parse", "parser_of", "report", "rows", "settings"]
 
@@ -51,10 +51,10 @@ def parse(
         "--quick", action="store_true", help=f"measure for about a minute, by {sets}"
     )
     parser.add_argument(
-        "--json", type=Path, metavar="OUT", help="write the result to this file as JSON"
+        "--json", type=output_file, metavar="OUT", help="write the result to this file as JSON"
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="OUT.png", help="draw the ratios into this file"
+        "--plot", type=picture_file, metavar="OUT.png", help="draw the ratios into this file"
     )
     args = parser.parse_args(argv)
     if args.quick:

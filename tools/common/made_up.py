@@ -71,6 +71,10 @@ def with_profile(index: ImageIndex, counts: np.ndarray) -> ImageIndex:
 def packed(index: ImageIndex, folder: str, archives: int) -> ImageIndex:
     """The same samples, from their files packed into so many tars."""
     files = list(dict.fromkeys(index.files))  # an index may have a file several times
+    if archives > len(files):
+        raise SystemExit(
+            f"--tars must be at most the number of images, {len(files)}, got {archives}"
+        )
     for k in range(archives):
         with tarfile.open(os.path.join(folder, f"{k:04d}.tar"), "w") as archive:
             for i in range(len(files) * k // archives, len(files) * (k + 1) // archives):

@@ -16,7 +16,9 @@ from scae_dali.commands.options import (
     count,
     device,
     existing_folder,
+    output_file,
     parser_of,
+    picture_file,
     train_folder,
     training_images,
     usable_device,
@@ -31,7 +33,9 @@ __all__ = [
     "device",
     "existing_file",
     "existing_folder",
+    "output_file",
     "parser_of",
+    "picture_file",
     "positive",
     "share",
     "shares",
@@ -61,8 +65,10 @@ def sizes(text: str) -> list[int]:
         found = sorted({int(float(part)) for part in text.split(",")})
     except (ValueError, OverflowError):
         found = []
-    if not found or found[0] < 1:
-        raise ArgumentTypeError(f"must be numbers of samples, such as 1e5,1281167, got {text!r}")
+    if not found or found[0] < 1 or found[-1] > 1e12:
+        raise ArgumentTypeError(
+            f"must be numbers of samples up to 1e12, such as 1e5,1281167, got {text!r}"
+        )
     return found
 
 

@@ -3,9 +3,10 @@
 #
 #     DATA=/dev/shm/cifar100 PHOTOGRAPHS=/dev/shm/imagenet bash tools/gpu/all.sh 540 OUT
 #
-# A step writes OUT/NAME.json and OUT/NAME.log. One that fails, or is not through in time, is named
-# at the end, and the others go on. The exit status is 1 if one failed. A call with the OUT of an
-# earlier one leaves out what is there, and goes on with the runs in OUT/runs_*.tar.gz.
+# A step writes OUT/NAME.json and OUT/NAME.log, and OUT/NAME.done where it ends well. One that fails,
+# or is not through in time, is named at the end, and the others go on. The exit status is 1 if one
+# failed. A call with the OUT of an earlier one leaves out what ended well, begins the other steps
+# again, and goes on with the runs in OUT/runs_*.tar.gz.
 #
 # DATA is CIFAR-100, as torchvision downloads it or as folders train/ and test/. PHOTOGRAPHS is a
 # folder with train/, of ImageNet or a part of it; an epoch has each REPEAT times (1). Both should
@@ -15,12 +16,22 @@
 # with few drawn images.
 set -uo pipefail
 total=${1:?the seconds that all may take} out=${2:-out}
+[[ $total =~ ^[1-9][0-9]*$ ]] || {
+  echo "the time must be a whole number of seconds, as in 540, got $total" >&2
+  exit 2
+}
+# Paths are those of where it is called.
+out=$(realpath -m -- "$out")
+for path in DATA PHOTOGRAPHS RUNS; do
+  [[ ${!path:-} ]] && printf -v "$path" %s "$(realpath -m -- "${!path}")"
+done
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 [[ -x .venv/bin/python ]] && : "${PYTHON:=.venv/bin/python}"
 : "${PYTHON:=python3}" "${DEVICE:=0}" "${RUNS:=$out/runs}" "${DRY_RUN:=}" "${REPEAT:=1}" "${SHARE:=60}"
 : "${JOBS:=$((($(nproc) + 1) / 2))}"
 end=$((total - 15)) # the last step needs a moment to stop
-failed=() left=()
+steps=()
+declare -A ended # how a step ended when it was last tried
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 # Many runs at once must not each compile with all cores.
 export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-2}
@@ -37,27 +48,32 @@ step() {
     echo "${command[*]@Q}"
     return
   fi
-  if [[ -e $out/$name.json && $* != *--budget* ]]; then
+  [[ ${ended[$name]:-} ]] || steps+=("$name")
+  ended[$name]=well
+  if [[ -e $out/$name.done && $* != *--budget* ]]; then
     echo "have  $name"
     return
   fi
   if ((limit < 11)); then
     echo "left  $name: no time"
-    left+=("$name")
+    ended[$name]=left
     return
   fi
   timeout --kill-after=10 $limit "${command[@]}" >> "$out/$name.log" 2>&1
   status=$?
   case $status in
-    0) echo "done  $name, $((SECONDS - since)) s" ;;
+    0)
+      echo "done  $name, $((SECONDS - since)) s"
+      touch "$out/$name.done"
+      ;;
     3 | 124 | 137)
       echo "left  $name: not through after $((SECONDS - since)) s"
-      left+=("$name")
+      ended[$name]=left
       ;;
     *)
       echo "FAIL  $name: status $status, $((SECONDS - since)) s; $out/$name.log ends with"
       tail -n 5 "$out/$name.log" | sed 's/^/      | /'
-      failed+=("$name")
+      ended[$name]=failed
       ;;
   esac
 }
@@ -149,5 +165,10 @@ table 1 $(((end - SECONDS) / 3)) "${table1[@]}"
 table 4 $(((end - SECONDS) / 3)) "${table4[@]}"
 table lt $((end - SECONDS)) "${lt[@]}" # what the others have left of the time
 
+failed=() left=()
+for name in "${steps[@]}"; do
+  [[ ${ended[$name]} == failed ]] && failed+=("$name")
+  [[ ${ended[$name]} == left ]] && left+=("$name")
+done
 echo "failed: ${failed[*]:-nothing}; not through: ${left[*]:-nothing}; $SECONDS of $total s"
 [[ ${#failed[@]} == 0 ]]

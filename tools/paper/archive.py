@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import tarfile
+import zlib
 from pathlib import Path
 
 from tools.common import runs
@@ -17,13 +18,29 @@ ALWAYS = ("config.json", "metrics.jsonl", STARTS)
 TO_GO_ON = ("checkpoint.pt", "saliency.lmdb/data.mdb")  # of a run that has not ended
 
 
-def check_unpacked(out: Path, file: Path) -> None:
-    """Raise ValueError where an archive has epochs that the runs in `out` lack, since `pack` would
-    write over them."""
+def check_unpacked(place: Path, file: Path) -> None:
+    """Raise ValueError where an archive has what `pack` would lose: epochs that the runs in the
+    table's folder, `place`, lack, or runs of another table. Also where it cannot be read."""
     if not file.exists():
         return
+    try:
+        _check_members(place, file)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"--archive {str(file)!r} cannot be read ({error}): move it away, or name another file"
+        ) from error
+
+
+def _check_members(place: Path, file: Path) -> None:
+    out = place.parent
     with tarfile.open(file) as archive:
         for member in archive:
+            table = Path(member.name).parts[0]
+            if table != place.name:
+                raise ValueError(
+                    f"--archive {str(file)!r} holds runs of {table}, and those of {place.name} "
+                    "would take their place: name another file"
+                )
             mine = out / member.name
             if mine.name != "metrics.jsonl" or (
                 mine.exists() and mine.stat().st_size >= member.size

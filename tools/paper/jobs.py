@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -191,7 +192,29 @@ def plan(args: argparse.Namespace) -> list[Job]:
                 for cell in section.cells:
                     if cell.name in asked:
                         jobs.append(make_job(args, section, model, cell, seed))
+    if not jobs:
+        raise ValueError(
+            f"--methods must be of the sections asked for, got {', '.join(args.methods)} with "
+            f"--sections {', '.join(args.sections)}, which have none of them"
+        )
+    refuse_same(jobs)
     return sorted(jobs, key=lambda job: job.cell.rank)
+
+
+def refuse_same(jobs: Sequence[Job]) -> None:
+    """Raise ValueError where options after -- have made two cells of a section the same."""
+    for one, other in itertools.combinations([job for job in jobs if job.seed == 0], 2):
+        alike = one.section is other.section and one.path.parent == other.path.parent
+        if (
+            alike
+            and one.config.model == other.config.model
+            and one.first is other.first is None
+            and not runs.differing(one.settings, other.settings)
+        ):
+            raise ValueError(
+                f"the options after -- make {one.cell.name} and {other.cell.name} the same: leave "
+                "out those that one of them is about"
+            )
 
 
 def existing(args: argparse.Namespace) -> list[tuple[Path, Section, str, Cell, int]]:
@@ -231,10 +254,12 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
     return json.loads((path / STARTS).read_text()) if (path / STARTS).exists() else []
 
 
-def twin(args: argparse.Namespace, job: Job) -> Path | None:
-    """A finished run of another table with the same settings."""
+def twin(args: argparse.Namespace, job: Job, jobs: Sequence[Job]) -> Path | None:
+    """A finished run of another table with the same settings, and with its weights if a second
+    stage among the jobs needs them: an archive may have left them out."""
     if job.first is not None or job.index is None or os.path.lexists(job.path):
         return None
+    needed = any(other.first == job.path for other in jobs)
     for file in sorted(args.out.glob("table*/*/config.json")):
         path, config = file.parent, runs.read_config(file)
         starts = read_starts(path)
@@ -245,6 +270,7 @@ def twin(args: argparse.Namespace, job: Job) -> Path | None:
             and starts[0]["data"] == job.index.fingerprint
             and not runs.differing(config, job.settings)
             and runs.epochs_done(path) >= config["epochs"]
+            and (not needed or (path / "weights.pt").exists())
         ):
             return path
     return None

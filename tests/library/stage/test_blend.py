@@ -49,6 +49,25 @@ def test_some_images_in_place():
         blend(images, which, partners[:2], mu)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"which": np.array([4, 0, 6])}, r"positions of \d images, got 0 … 6"),
+        ({"which": np.array([4, -1, 2])}, r"got -1 … 4"),
+        ({"partners": pictures()[:3, :2]}, "partners must have the shape of images"),
+        ({"partners": pictures(np.float32)[:3]}, "must be uint8"),
+        ({"images": pictures()[:, ::-1]}, "images C-contiguous"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused_and_nothing_is_changed(change, message):
+    given = {"images": pictures(), "which": np.array([4, 0, 2]), "partners": pictures()[:3]}
+    given |= change
+    before = given["images"].copy()
+    with pytest.raises(ValueError, match=message):
+        blend(**given, mu=np.array([0.25, 0.6, 1.0]))
+    np.testing.assert_array_equal(given["images"], before)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int16, np.int32, np.uint16])
 def test_other_types(dtype):
     images, partners = pictures(dtype), pictures(dtype)
