@@ -4,6 +4,7 @@ import json
 import mmap
 from concurrent.futures.process import BrokenProcessPool
 
+import lmdb
 import numpy as np
 import pytest
 from conftest import run
@@ -89,6 +90,13 @@ def test_bench_cache(tmp_path):
             assert len(process["epochs_seen"]) > 1  # they did meet a writer
     with Image.open(plot) as image:
         assert image.format == "PNG"
+
+
+@pytest.mark.parametrize("grid", [(7, 7), (14, 14), (56, 56), (112, 112)])
+def test_lmdb_has_room_for_maps_of_all_sizes(tmp_path, grid):
+    with lmdb.open(str(tmp_path), map_size=cache.map_size(900, grid)) as env:
+        for append in (True, False, False):
+            cache.plain_pass(env, 900, grid, append)
 
 
 def test_bench_scale(tmp_path):

@@ -14,7 +14,7 @@ from pipelines.config import ExecConfig, ImageConfig
 from scae_dali.data.index import ImageIndex
 from scae_dali.plan.crop import CropConfig
 from tools.benchmarks import native, peers, pipeline, pipeline_rows, processes
-from tools.common import live
+from tools.common import live, made_up
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +142,17 @@ def test_samples_that_are_mixed(tmp_path, images):
 
 def test_mixing_wants_a_tail(images):
     with pytest.raises(SystemExit, match="6 images, too few for a tail; pass a larger --repeat"):
+        pipeline_rows.with_tail(ImageIndex(images), 0.2)
+    with pytest.raises(SystemExit, match=r"0\.01 of 6 images is less than one .* --repeat"):
         pipeline_rows.with_tail(ImageIndex(images), 0.01)
 
 
-def test_images_in_memory(tmp_path):
+def test_more_tars_than_images(images, tmp_path):
+    with pytest.raises(SystemExit, match="--tars must be at most the number of images, 6, got 7"):
+        made_up.packed(ImageIndex(images), str(tmp_path), 7)
+
+
+def test_images_in_memory(tmp_path, monkeypatch, capsys):
     out = tmp_path / "bench.json"
     options = ["--source", "memory", "--size", 16, "--batch-size", 128, "--rounds", 1]
     options += ["--methods", "none,random_erasing,scae"]
@@ -160,6 +167,13 @@ def test_images_in_memory(tmp_path):
     assert result["settings"]["batches_per_round"] == 5
     with pytest.raises(SystemExit, match="there are 64 images, fewer than --batch-size 128"):
         pipeline.main([*map(str, options), "--images", "64"])
+    # Nothing is measured for nothing.
+    monkeypatch.setattr(pipeline, "measure", None)
+    with pytest.raises(SystemExit, match="there are 64 images, fewer than --batch-size 128"):
+        pipeline.main([*map(str, options), "--images", "64", "--batch-size", "8,128"])
+    with pytest.raises(SystemExit):
+        pipeline.parse([*map(str, options), "--backends", "python,torch"])
+    assert "--backends torch is for --source files, got --source memory" in capsys.readouterr().err
 
 
 def test_too_few_images(images):
@@ -175,6 +189,8 @@ def test_too_few_images(images):
         ("--peers", "native,ffcv", "must be some of native, torchvision, timm, none"),
         ("--dtype", "bf16", "must be some of fp32, fp16, joined by commas, got bf16"),
         ("--methods", "scae", "--methods must name none"),
+        ("--json", "/proc/no/x.json", "--json: must be a file that can be written"),
+        ("--plot", "x.nope", "--plot: must be a picture with a suffix such as .png"),
         ("--mixed-share", "0.01,1", "--mixed-share must be shares of the samples, above 0"),
     ],
 )

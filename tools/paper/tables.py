@@ -446,6 +446,12 @@ TABLES = {
                     LONG_TAIL_PAPER[100],
                     {"cifar_resnet32": LONG_TAIL_INDEPENDENT[100]},
                 ),
+                contrasts=(
+                    ("class_alone", "random_erasing_p37"),
+                    ("unguided", "class_alone"),
+                    ("scae", "unguided"),
+                    ("guided_class", "class_alone"),
+                ),
             ),
         ),
         note="On balanced data f_k = 1 for every class, so that class-aware means p = p_max and "

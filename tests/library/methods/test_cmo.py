@@ -95,12 +95,14 @@ def test_half_of_the_batches_are_mixed_and_three_tenths_pasted(per):
     assert share[:, 0][mixed[:, 0]].mean() == pytest.approx(0.30, abs=0.015)
 
 
-@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2])
 def test_second_images_are_drawn_from_the_whole_set_by_the_size_of_their_class(power):
     these = samples(2500, 16)
     plan = method(prob=1.0, weight_power=power).plan(these)
     partner = plan["partner_id"]
     sizes = np.array(COUNTS)[LABELS].astype(float)
+    by_weight = method(weight_power=power).partner_weights(LABELS[:2], LABELS)
+    np.testing.assert_allclose(by_weight, np.tile(sizes**-power, (2, 1)))
     wanted = sizes**-power / (sizes**-power).sum()
     found = np.bincount(partner, minlength=len(LABELS))
     assert stats.chisquare(found, wanted * len(partner)).pvalue > 1e-3

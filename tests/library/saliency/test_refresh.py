@@ -225,6 +225,16 @@ def test_neighbours_follow_the_weights_and_are_not_written_unless_wanted(fresh, 
         assert fresh.read_neighbors().tolist() == [[k] for k in nearest]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_classifier_that_diverged_has_no_neighbours(fresh, index, value):
+    model = Net()
+    with torch.no_grad():
+        model.head.weight[1, 0] = value
+    with pytest.raises(ValueError, match="model must have finite weights in its classifier"):
+        run(model, fresh, index, [], neighbors=1)
+    assert fresh.meta.under_way is None
+
+
 def test_neighbours_alone_leave_the_maps(fresh, index):
     model = Net()
     run(model, fresh, index, [])

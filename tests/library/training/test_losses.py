@@ -154,6 +154,8 @@ def test_the_logit_adjustment_by_hand():
     np.testing.assert_allclose(found, -np.log([2, 3, 6]), rtol=1e-12)
     np.testing.assert_allclose(logit_adjustment([30, 20, 10], 0.5), found / 2, rtol=1e-12)
     assert found.dtype == np.float64
+    with pytest.raises(ValueError, match="tau must be finite, got nan; 1 is Balanced Softmax"):
+        logit_adjustment([30, 20, 10], float("nan"))
     # A class without images has the value of the smallest one that has some.
     np.testing.assert_allclose(logit_adjustment([30, 0, 10]), -np.log([4 / 3, 4, 4]), rtol=1e-12)
 
@@ -182,6 +184,14 @@ def test_an_adjustment_to_equal_classes_changes_nothing_and_half_precision_is_ke
         mixed_cross_entropy(*inputs, adjustment=torch.full((5,), -7.5)),
         mixed_cross_entropy(*inputs),
     )
+    counts = [9, 5, 3, 2, 1]
+    torch.testing.assert_close(
+        mixed_cross_entropy(*inputs, adjustment=logit_adjustment(counts)),
+        mixed_cross_entropy(*inputs, adjustment=torch.tensor(logit_adjustment(counts)).float()),
+    )
+    for other in (torch.zeros(1), torch.zeros(4), torch.zeros(8, 5)):
+        with pytest.raises(ValueError, match=r"adjustment must be \[5\], one for each class"):
+            mixed_cross_entropy(*inputs, adjustment=other)
     # log π is added in float32: bfloat16 would round -6.123 to -6.125.
     logits, labels = torch.zeros(1, 2, dtype=torch.bfloat16), torch.tensor([1])
     loss = mixed_cross_entropy(
