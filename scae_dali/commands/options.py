@@ -320,8 +320,10 @@ def output_file(text: str) -> Path:
 
 def picture_file(text: str) -> Path:
     """An `output_file` with a suffix that matplotlib knows."""
-    from matplotlib.backend_bases import FigureCanvasBase  # needs the extra `train`
-
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise ArgumentTypeError("needs matplotlib; pip install 'scae-dali[train]'") from error
     known, suffix = FigureCanvasBase.filetypes, Path(text).suffix.lower().removeprefix(".")
     if suffix and suffix not in known:
         raise ArgumentTypeError(

@@ -21,20 +21,21 @@ def blend(images: _Pixels, which: np.ndarray, partners: _Pixels, mu: np.ndarray)
     """
     lengths = len(which), len(partners), len(mu)
     check(len(set(lengths)) == 1, f"which, partners and mu must have one length, got {lengths}")
-    check(
-        images.dtype == partners.dtype == np.uint8 and images.flags.c_contiguous,
-        f"images and partners must be uint8, and images C-contiguous, got {images.dtype} and "
-        f"{partners.dtype}, strides {images.strides} of {images.shape}",
-    )
+    if not (images.dtype == partners.dtype == np.uint8 and images.flags.c_contiguous):
+        raise ValueError(
+            f"images and partners must be uint8, and images C-contiguous, got {images.dtype} and "
+            f"{partners.dtype}, strides {images.strides} of {images.shape}"
+        )
     if len(which):
-        check(
-            images.shape[1:] == partners.shape[1:],
-            f"partners must have the shape of images, got {partners.shape} and {images.shape}",
-        )
-        check(
-            which.min() >= 0 and which.max() < len(images),
-            f"which must be positions of {len(images)} images, got {which.min()} … {which.max()}",
-        )
+        if images.shape[1:] != partners.shape[1:]:
+            raise ValueError(
+                f"partners must have the shape of images, got {partners.shape} and {images.shape}"
+            )
+        first, last = which.min(), which.max()
+        if first < 0 or last >= len(images):
+            raise ValueError(
+                f"which must be positions of {len(images)} images, got {first} … {last}"
+            )
         flat, others = images.reshape(len(images), -1), partners.reshape(len(which), -1)
         _blend_some(flat, which, others, mu.astype(np.float32))
 

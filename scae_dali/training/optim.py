@@ -206,16 +206,18 @@ def _set_fused(optimizer: torch.optim.Optimizer, *, fused: bool | None) -> None:
 def _begin_momentum(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Give a momentum of zero to what has its first gradient now: layers may be left out of a step,
     and the fused kernel needs a momentum of every parameter or of none."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            gradient = parameter.grad
-            if gradient is None:
-                continue
+    state, none = optimizer.state, dict[str, Any]()
+    without = [
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if state.get(parameter, none).get("momentum_buffer") is None
+    ]
+    for parameter in without:  # in most steps there is none
+        if parameter.grad is not None:
             check(
-                not gradient.is_sparse,
-                f"optim.name=sgd takes no sparse gradients, and the parameter of shape "
+                not parameter.grad.is_sparse,
+                "optim.name=sgd takes no sparse gradients, and the parameter of shape "
                 f"{tuple(parameter.shape)} has one: make its nn.Embedding with sparse=False",
             )
-            state = optimizer.state[parameter]
-            if state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
+            state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
