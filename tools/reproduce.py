@@ -376,8 +376,8 @@ def run(args: argparse.Namespace) -> int:
                 return 0
             lost, left = execute(args, times, jobs)
     finally:
-        if args.archive and not args.dry_run and existing(args):
-            print(f"packed {pack(args, args.archive)} runs into {args.archive}", flush=True)
+        if args.archive and not args.dry_run and (packed := pack(args, args.archive)):
+            print(f"packed {packed} runs into {args.archive}", flush=True)
     if lost:
         print(f"not done: {', '.join(lost)}; the same command tries again", file=sys.stderr)
     if left:

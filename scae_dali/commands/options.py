@@ -303,9 +303,11 @@ def output_file(text: str) -> Path:
     before anything is computed for it."""
     path = Path(text).absolute()
     if path.is_dir():
-        raise ArgumentTypeError(f"must be a file to write, got the folder {text!r}")
+        raise ArgumentTypeError(
+            f"must be a file to write, got the folder {text!r}; add the name of a file"
+        )
     if path.exists() and not os.access(path, os.W_OK):
-        raise ArgumentTypeError(f"must be a file that may be written, got {text!r}")
+        raise ArgumentTypeError(f"must be a file that may be written, got {text!r}; pass another")
     above = next(folder for folder in path.parents if folder.exists())
     try:
         if not path.exists():

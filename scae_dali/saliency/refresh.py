@@ -107,7 +107,8 @@ def refresh_cache(
     check(
         classifier is None or bool(classifier.weight.isfinite().all()),
         "model must have finite weights in its classifier, got NaN or infinite ones, which have no "
-        "neighbouring classes: take those of a training that did not diverge",
+        "neighbouring classes: it has diverged, so lower the learning rate and go on from earlier "
+        "weights",
     )
     count = math.ceil(round(share * len(index), 6))  # 0.07 · 50,000 is 3500, not a little more
     if harvest is not None:

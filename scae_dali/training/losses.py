@@ -50,7 +50,8 @@ def mixed_cross_entropy(
         added = torch.as_tensor(adjustment, dtype=torch.float32, device=logits.device)
         check(
             added.shape == logits.shape[1:],
-            f"adjustment must be [{logits.shape[1]}], one for each class, got {[*added.shape]}",
+            f"adjustment must be [{logits.shape[1]}], one for each class, got {[*added.shape]}: "
+            "make it by logit_adjustment of the class counts",
         )
         logits = logits.float() + added
     log_p = logits.log_softmax(1, dtype=torch.float32)

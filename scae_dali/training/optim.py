@@ -84,7 +84,7 @@ class OptimConfig:
             fused = all(_can_be_fused(p) for group in groups for p in group["params"]) or None
             how: dict[str, Any] = {"nesterov": self.nesterov, "fused": fused}
             optimizer = torch.optim.SGD(groups, self.lr, self.momentum, **how)
-            optimizer.register_load_state_dict_post_hook(partial(_set_fused, fused=fused))
+            optimizer.register_load_state_dict_post_hook(partial(_fit_state, fused=fused))
             if fused:
                 optimizer.register_step_pre_hook(_begin_momentum)
             return optimizer
@@ -192,14 +192,15 @@ def _can_be_fused(parameter: torch.Tensor) -> bool:
     return parameter.is_floating_point() and bool(dense)
 
 
-def _set_fused(optimizer: torch.optim.Optimizer, *, fused: bool | None) -> None:
-    """States of earlier versions say that it is not, and would be slower or fail with fp16. A
-    momentum of another memory layout than its parameter's would be taken for that layout."""
+def _fit_state(optimizer: torch.optim.Optimizer, *, fused: bool | None) -> None:
+    """Fit a state that was loaded. Those of earlier versions say that it is not fused, and would be
+    slower or fail with fp16. The fused kernel would take a momentum of another memory layout for
+    one of its parameter's."""
     for group in optimizer.param_groups:
         group["fused"] = fused
-    for parameter, state in optimizer.state.items():
+    for parameter, state in optimizer.state.items() if fused else ():
         momentum = state.get("momentum_buffer")
-        if fused and momentum is not None and momentum.stride() != parameter.stride():
+        if momentum is not None and momentum.stride() != parameter.stride():
             state["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
 
 

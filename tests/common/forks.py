@@ -27,7 +27,8 @@ class Script:
 def run_forked(*scripts: Script, timeout: float = 300) -> list[subprocess.CompletedProcess[str]]:
     """Run all of them at once, to their end. Raises subprocess.TimeoutExpired."""
     with tempfile.TemporaryDirectory() as folder:
-        files = [[Path(folder, f"{name}{k}") for name in "oe"] for k in range(len(scripts))]
+        numbers = range(len(scripts))
+        files = [[Path(folder, f"{name}{k}") for name in ("out", "errors")] for k in numbers]
         processes = [
             _FORKS.Process(target=_run, args=(script, sys.path, *map(str, pair)))
             for script, pair in zip(scripts, files, strict=True)

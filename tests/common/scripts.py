@@ -49,16 +49,16 @@ def run_code(code, *argv):
     return done
 
 
-def run_there(code_or_file, *argv, **keywords):
+def run_there(*argv):
+    """Runs an interpreter with these arguments."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        [sys.executable, *code_or_file, *argv],
+        [sys.executable, *argv],
         env=environment,
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
-        **keywords,
     )
 
 

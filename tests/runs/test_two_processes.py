@@ -15,9 +15,8 @@ def test_two_processes_share_the_epoch_the_pass_and_the_log(tmp_path, monkeypatc
     data, out = tmp_path / "data", tmp_path / "two"
     write_images(data / "train", {"a": 30, "b": 15, "c": 5})
     write_images(data / "val", {"a": 5, "b": 5, "c": 5}, seed=1)
-    launch = [*TWO_PROCESSES, "train.py"]
     settings = {"model": "cifar_resnet20", "batch_size": 4, "epochs": 3, "scae.refresh_every": 1}
-    done = run_there(launch, *arguments(data, out, **settings))
+    done = run_there(*TWO_PROCESSES, "train.py", *arguments(data, out, **settings))
     assert done.returncode == 0, done.stderr
     lines = rows(out)
     assert [line["epoch"] for line in lines] == [0, 1, 2]

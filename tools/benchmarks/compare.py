@@ -107,7 +107,10 @@ def _load(path: Path) -> dict[str, Any]:
     names = [row["name"] for row in rows]
     for name, row in zip(names, rows, strict=True):
         if names.count(name) > 1:
-            raise ValueError(f"{path} has {names.count(name)} rows of the name {name!r}")
+            raise ValueError(
+                f"{path} has {names.count(name)} rows of the name {name!r}: measure again, with "
+                "each value of an option once"
+            )
         if not all(0 < rate < math.inf for rate in row["rates"]):
             raise ValueError(
                 f"the rates of {name!r} in {path} must be finite and above 0, got {row['rates']}: "

@@ -44,6 +44,12 @@ MEMORY = {
 
 def overheads(axes: Axes, rows: dict[str, dict[str, Any]]) -> None:
     """Draws the time that each method adds, in percent of the time of `none`."""
+    if "none (again)" not in rows:
+        raise ValueError(
+            "--pipeline must be a result of the benchmark pipeline, whose row `none (again)` shows "
+            f"the noise; its rows are {', '.join(map(repr, rows))}: measure with one value for "
+            "each option"
+        )
     names = [name for name in BUILT_IN if name in rows and name != "none"]
     names.sort(key=lambda name: rows[name]["ratio"])
     for place, name in enumerate(names):
@@ -62,11 +68,6 @@ def overheads(axes: Axes, rows: dict[str, dict[str, Any]]) -> None:
                     textcoords="offset points",
                     va="center",
                 )
-    if "none (again)" not in rows:
-        raise ValueError(
-            "--pipeline must be a result of the benchmark pipeline, whose row `none (again)` shows "
-            f"the noise; its rows are {', '.join(map(repr, rows))}"
-        )
     again = 100 * abs(1 / rows["none (again)"]["ratio"] - 1)
     axes.axvspan(-again, again, color="0.85", zorder=0, label="none against itself")
     axes.barh(0, 0, color="C1", label="DALI's own")
@@ -114,7 +115,10 @@ def result_of(benchmark: str, path: Path, part: str) -> dict[str, Any]:
     """The result of a benchmark. Raises ValueError for that of another, which lacks this part."""
     result = read_json(path)
     if not isinstance(result, dict) or not isinstance(result.get(part), list):
-        raise ValueError(f"--{benchmark} must be a result of the benchmark {benchmark}, got {path}")
+        raise ValueError(
+            f"--{benchmark} must be a result of the benchmark {benchmark}, got {path}: make one by "
+            f"benchmark.py {benchmark} --json"
+        )
     return result
 
 

@@ -5,8 +5,9 @@
 #
 # A step writes OUT/NAME.json and OUT/NAME.log, and OUT/NAME.done where it ends well. One that fails,
 # or is not through in time, is named at the end, and the others go on. The exit status is 1 if one
-# failed. A call with the OUT of an earlier one leaves out what ended well, begins the other steps
-# again, and goes on with the runs in OUT/runs_*.tar.gz.
+# failed, and 0 if some were only not through. A call with the OUT of an earlier one goes on: tables
+# go on with their runs, which are in OUT/runs_*.tar.gz; other steps that ended well are left out,
+# and the rest begins again.
 #
 # DATA is CIFAR-100, as torchvision downloads it or as folders train/ and test/. PHOTOGRAPHS is a
 # folder with train/, of ImageNet or a part of it; an epoch has each REPEAT times (1). Both should
@@ -17,10 +18,10 @@
 set -uo pipefail
 total=${1:?the seconds that all may take} out=${2:-out}
 [[ $total =~ ^[1-9][0-9]*$ ]] || {
-  echo "the time must be a whole number of seconds, as in 540, got $total" >&2
+  echo "the time must be a number of seconds above 0 in digits, as in 540, got $total" >&2
   exit 2
 }
-# Paths are those of where it is called.
+# Relative paths are relative to where it is called.
 out=$(realpath -m -- "$out")
 for path in DATA PHOTOGRAPHS RUNS; do
   [[ ${!path:-} ]] && printf -v "$path" %s "$(realpath -m -- "${!path}")"

@@ -35,7 +35,7 @@ def _check_members(place: Path, file: Path) -> None:
     out = place.parent
     with tarfile.open(file) as archive:
         for member in archive:
-            table = Path(member.name).parts[0]
+            table = next(iter(Path(member.name).parts), place.name)  # ./ has none
             if table != place.name:
                 raise ValueError(
                     f"--archive {str(file)!r} holds runs of {table}, and those of {place.name} "
@@ -53,14 +53,17 @@ def _check_members(place: Path, file: Path) -> None:
 
 
 def pack(args: argparse.Namespace, file: Path) -> int:
-    """Write the table's runs into a compressed tar file, which appears once it is complete.
+    """Write the table's runs into a compressed tar file, which appears once it is complete. Where
+    there are none, nothing is written.
 
     The weights of a run go with it until the second stages on them have ended. Returns the number
     of runs.
     """
+    found = existing(args)
+    if not found:
+        return 0
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(file.name + ".partial")
-    found = existing(args)
     with tarfile.open(draft, "w:gz", compresslevel=6, dereference=True) as archive:
         for path, section, model, cell, seed in found:
             names = [*ALWAYS]

@@ -193,9 +193,12 @@ def plan(args: argparse.Namespace) -> list[Job]:
                     if cell.name in asked:
                         jobs.append(make_job(args, section, model, cell, seed))
     if not jobs:
+        sections = [one for one in TABLES[args.table].sections if one.name in args.sections]
+        known = dict.fromkeys(cell.name for section in sections for cell in section.cells)
         raise ValueError(
             f"--methods must be of the sections asked for, got {', '.join(args.methods)} with "
-            f"--sections {', '.join(args.sections)}, which have none of them"
+            f"--sections {', '.join(args.sections)}, which have none of them; they have "
+            f"{', '.join(known)}"
         )
     refuse_same(jobs)
     return sorted(jobs, key=lambda job: job.cell.rank)
@@ -203,17 +206,13 @@ def plan(args: argparse.Namespace) -> list[Job]:
 
 def refuse_same(jobs: Sequence[Job]) -> None:
     """Raise ValueError where options after -- have made two cells of a section the same."""
-    for one, other in itertools.combinations([job for job in jobs if job.seed == 0], 2):
-        alike = one.section is other.section and one.path.parent == other.path.parent
-        if (
-            alike
-            and one.config.model == other.config.model
-            and one.first is other.first is None
-            and not runs.differing(one.settings, other.settings)
-        ):
+    settings = [(job, job.settings) for job in jobs if job.seed == 0]
+    for (one, its), (other, others) in itertools.combinations(settings, 2):
+        alike = one.section is other.section and one.first == other.first
+        if alike and not runs.differing(its, others):
             raise ValueError(
                 f"the options after -- make {one.cell.name} and {other.cell.name} the same: leave "
-                "out those that one of them is about"
+                "out the option in which they differ"
             )
 
 

@@ -68,7 +68,7 @@ def whole(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     example = str(EXAMPLES / "distributed.py")
     options = [f"--data={data}", f"--out={out}", f"--epochs={EPOCHS}"]
-    done = run_there([*TWO_PROCESSES, example], *options)
+    done = run_there(*TWO_PROCESSES, example, *options)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
