@@ -14,10 +14,20 @@ import sys
 from collections.abc import Sequence
 
 from scae_dali.cache import SaliencyCache, export_maps
-from scae_dali.cache.exports import names_file
+from scae_dali.cache.exports import check_new, names_file
 from scae_dali.commands.images import open_images
-from scae_dali.commands.options import add_cache, add_images, parser_of
+from scae_dali.commands.options import add_cache, add_images, output_file, parser_of
 from scae_dali.data.pixels import index_of
+
+
+def _maps_file(text: str) -> str:
+    """A .npy file that can be written and is not there yet; nor are its names. It is known before
+    the images are listed."""
+    try:
+        check_new(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return str(output_file(text))
 
 
 def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
@@ -26,6 +36,7 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
     add_images(parser, required=True)
     parser.add_argument(
         "--out",
+        type=_maps_file,
         required=True,
         metavar="FILE.npy",
         help="file of the maps; the names of the images are written to FILE.txt",

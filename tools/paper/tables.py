@@ -282,6 +282,10 @@ ABLATION_LONG_TAIL = (
     UNGUIDED,
     _scae("SCAE without p by class", "classless", "gamma=0"),
     SCAE,
+    _scae("SCAE, rectangle up to 0.2", "area_20", "area=[0.02,0.2]"),
+    _scae("SCAE, λ up to 4", "lam_4", "lam_max=4"),
+    _scae("SCAE, λ up to 8", "lam_8", "lam_max=8"),
+    _scae("SCAE, tail protected (λ down to -2)", "tail_protected", "tail_lambda=-2"),
 )
 
 
@@ -447,10 +451,16 @@ TABLES = {
                     {"cifar_resnet32": LONG_TAIL_INDEPENDENT[100]},
                 ),
                 contrasts=(
+                    ("uniform_p37", "random_erasing_p37"),
+                    ("class_alone", "uniform_p37"),
                     ("class_alone", "random_erasing_p37"),
                     ("unguided", "class_alone"),
                     ("scae", "unguided"),
                     ("guided_class", "class_alone"),
+                    ("area_20", "scae"),
+                    ("lam_4", "scae"),
+                    ("lam_8", "scae"),
+                    ("tail_protected", "scae"),
                 ),
             ),
         ),

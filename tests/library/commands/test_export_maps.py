@@ -30,7 +30,8 @@ def test_a_folder_there_and_back(folder, index, tmp_path, naming):
         theirs, found = imported.read(range(50))
     assert np.flatnonzero(found).tolist() == known
     np.testing.assert_array_equal(theirs[known], maps)
-    said = run("export_maps", tmp_path / "maps.lmdb", "--data", folder, "--out", out, status=1)
+    said = run("export_maps", tmp_path / "maps.lmdb", "--data", folder, "--out", out, status=2)
+    assert "--out: " in said
     assert "maps.npy' exists; choose another name" in said
 
 
@@ -56,3 +57,22 @@ def test_cifar(cifar, tmp_path):
     run("import_maps", tmp_path / "maps.npy", *of, "--grid", "7,7", "--out", tmp_path / "new")
     with SaliencyCache(tmp_path / "new", index=index) as imported:
         np.testing.assert_array_equal(imported.snapshot().maps, made.snapshot().maps)
+
+
+def test_a_place_that_cannot_be_written_is_known_before_the_images_are_listed(cache, tmp_path):
+    (tmp_path / "there.txt").touch()
+    for out, told in {
+        tmp_path / "maps.pt": "path must end in .npy, got",
+        tmp_path / "there.npy": "there.txt' exists; choose another name",
+        "/proc/no/maps.npy": "must be a file that can be written, got '/proc/no/maps.npy'",
+    }.items():
+        options = ["--data", tmp_path / "none", "--out", out]
+        said = run("export_maps", cache.path, *options, status=2)
+        assert "argument --out: " in said
+        assert told in said
+
+
+def test_folders_above_are_made(folder, cache, tmp_path):
+    out = tmp_path / "new" / "folder" / "maps.npy"
+    run("export_maps", cache.path, "--data", folder, "--out", out)
+    assert np.load(out).shape == (50, 7, 7)

@@ -84,8 +84,10 @@ def test_what_a_picture_needs(cache, folder, tmp_path, monkeypatch):
     picture = ["--picture", tmp_path / "maps.png"]
     said = run("inspect_cache", cache.path, "--data", tmp_path / "none", *picture, status=1)
     assert "error: " in said
-    said = run("inspect_cache", cache.path, "--picture", tmp_path / "maps.doc", status=1)
-    assert "error: Format 'doc' is not supported" in said
+    said = run("inspect_cache", cache.path, "--picture", tmp_path / "maps.doc", status=2)
+    assert "--picture: must be a picture with a suffix such as .png" in said
+    said = run("inspect_cache", cache.path, "--picture", "/proc/no/maps.png", status=2)
+    assert "--picture: must be a file that can be written, got '/proc/no/maps.png'" in said
     said = run("inspect_cache", cache.path, "--data", folder, status=2)
     assert "--data is for the picture; give --picture FILE.png too" in said
     said = run("inspect_cache", cache.path, "--classes", 5, status=2)
@@ -93,8 +95,6 @@ def test_what_a_picture_needs(cache, folder, tmp_path, monkeypatch):
     for option, value in [("--label-field", "y"), ("--format", "cifar10"), ("--list", "l.txt")]:
         said = run("inspect_cache", cache.path, option, value, *picture, status=2)
         assert f"{option} is about the images in --data; give --data DIR too" in said
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "matplotlib.figure")
-    monkeypatch.delitem(sys.modules, "scae_dali.commands.cache_picture")
-    said = run("inspect_cache", cache.path, *picture, status=1)
-    assert "--picture needs matplotlib; pip install 'scae-dali[train]'" in said
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    said = run("inspect_cache", cache.path, *picture, status=2)
+    assert "--picture: needs matplotlib; pip install 'scae-dali[train]'" in said
