@@ -245,6 +245,7 @@ def _long_tail(imbalance: int) -> Section:
             LONG_TAIL_PAPER[imbalance],
             {"cifar_resnet32": LONG_TAIL_INDEPENDENT[imbalance]},
         ),
+        contrasts=(("scae_mislas", "none_mislas"), ("scae_mixup_mislas", "mislas")),
     )
 
 
