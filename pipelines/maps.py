@@ -164,6 +164,11 @@ class Maps:
         self.made, _ = self._last_passes()
         self._lost = False
         if self.harvest is not None:
+            if report.harvested == 0:
+                self._note(
+                    "no map was harvested, since no image was left unmixed: erasing is not guided. "
+                    "Lower the probability of mixing, or give --saliency.source pass"
+                )
             self.harvest.clear()
         return report
 

@@ -67,6 +67,11 @@ class State:
         self.notes: list[str] = []  # for the user
         if config.weights is not None and (note := load_weights(self.net, config.weights)):
             self.notes.append(note)
+        if config.optim.early(config.epochs):
+            self.notes.append(
+                f"optim.milestones {[*config.optim.milestones]} all lie in the first half of the "
+                f"{config.epochs} epochs: they do not grow with the epochs"
+            )
         trained: list[dict[str, Any]] = [{"params": list(self.net.parameters()), "lr_factor": 1.0}]
         if config.second_stage.classifier:
             trained = prepare(self.net, config.second_stage, classes, seed=config.seed)

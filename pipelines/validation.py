@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from pipelines.config import ExecConfig
 from pipelines.data import open_data
 from pipelines.loaders import Loaders
 from pipelines.recipe import Config
+from pipelines.resume import flat
 from scae_dali.stage.loader import Loader
 from scae_dali.training.evaluation import Evaluation
 from scae_dali.training.networks import check_fits, make_network
@@ -20,18 +23,29 @@ from scae_dali.training.precision import autocast
 from scae_dali.training.ranks import Ranks
 from scae_dali.training.weights import load_weights
 
+# Settings that `Config.post_hoc` depends on.
+ADJUSTED_BY = ("sampling", "loss.logit_adjust", "loss.class_balanced", "data.imbalance")
+
 
 @torch.inference_mode()
 def validate(
-    config: Config, model: nn.Module, loader: Loader, class_counts: np.ndarray, ranks: Ranks
+    config: Config,
+    model: nn.Module,
+    loader: Loader,
+    class_counts: np.ndarray,
+    ranks: Ranks,
+    *,
+    adjusted: bool = True,
 ) -> dict[str, Any]:
     """The metrics on the images of all ranks, by their names in metrics.jsonl. Every rank calls it.
 
-    class_counts: int64 [K], of the training set. The model is left in eval mode.
+    class_counts: int64 [K], of the training set. adjusted: whether figures after post-hoc logit
+    adjustment are wanted. The model is left in eval mode.
     """
     model.eval()
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    evaluation = Evaluation(class_counts, ranks.device, config.post_hoc(class_counts))
+    post_hoc = config.post_hoc(class_counts) if adjusted else None
+    evaluation = Evaluation(class_counts, ranks.device, post_hoc)
     for batch in loader:
         with autocast(config.amp, ranks.device):
             logits = model(batch.images.contiguous(memory_format=layout))
@@ -64,4 +78,25 @@ def evaluate(config: Config, ranks: Ranks) -> dict[str, Any]:
     )
     loaders = Loaders(data, config.image, sampling="shuffle", seed=config.seed)
     loader = loaders.val(execution.for_inference(config.image.size))
-    return validate(config, net, loader, data.train.class_counts, ranks)
+    other = trained_otherwise(config)
+    if other and ranks.first:
+        print(f"note: {other}", file=sys.stderr)
+    return validate(config, net, loader, data.train.class_counts, ranks, adjusted=not other)
+
+
+def trained_otherwise(config: Config) -> str:
+    """What tells that the run of the weights was trained with other settings of those on which
+    adjusted figures depend; empty where nothing tells it."""
+    file = Path(config.weights or "").parent / "config.json"
+    try:
+        its = flat(json.loads(file.read_bytes()))
+    except (OSError, ValueError, AttributeError):
+        return ""  # not of a run
+    mine = flat(config)
+    odd = [f"{name} {its[name]}" for name in ADJUSTED_BY if its.get(name, mine[name]) != mine[name]]
+    if not odd:
+        return ""
+    return (
+        f"the weights were trained with {', '.join(odd)}, so adjusted figures would be wrong, and "
+        f"are left out: validate with --config {file}"
+    )

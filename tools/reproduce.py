@@ -43,7 +43,7 @@ TIME_IS_UP = 3  # exit status
 # Options of train.py that the table and this command's own options decide.
 OURS = {
     *("data.root", "epochs", "method", "model", "out", "resume", "seed"),
-    *("help", "print_config", "second_stage.weights"),
+    *("config", "evaluate", "help", "print_config", "second_stage.weights"),
 }
 
 
@@ -138,6 +138,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not value > 0:
             parser.error(f"--{name} must be positive, got {value}")
+    if args.budget and args.budget <= END_S:
+        parser.error(
+            f"--budget must be above {END_S:g} seconds, which the command itself takes, got "
+            f"{args.budget:g}"
+        )
     if args.data is None and not args.report:
         parser.error("--data must name the images' folder, got none; only --report needs none")
     sections = [section.name for section in table.sections]
@@ -184,6 +189,8 @@ def execute(
     """Run what is not finished, `args.jobs` at once. Returns the runs that failed or were left to
     others, and those for which time was too short."""
     for job in jobs:
+        if job.path.is_symlink() and not job.path.exists():
+            job.path.unlink()  # the run of another table is gone
         if (other := twin(args, job, jobs)) is not None:
             args.place.mkdir(parents=True, exist_ok=True)
             job.path.symlink_to(os.path.relpath(other, args.place))
@@ -240,15 +247,22 @@ def begin(
 ) -> None:
     """Begin runs, the first that wait and can end in time, until `args.jobs` are running.
 
-    A run that no call has time for is begun all the same, and ends in a later one.
+    A run that no call has time for is begun all the same if its next epoch can end in time, or half
+    of the time is left. It ends in a later call.
     """
+
+    def fits(job: Job, rest: float) -> bool:
+        if times.left(job) > args.time_s:
+            return rest > min(times.first(job), args.time_s / 2)
+        return not rest < times.left(job)  # which may be unknown
+
     free = sorted(set(range(args.jobs)) - running.keys())
     while free:
         busy = {run.job.path for run in running.values()}
         able = [job for job in waiting if ready(job, jobs) and job.first not in busy]
         rest = args.deadline - time.monotonic()
         if rest < args.time_s:
-            able = [job for job in able if not rest < times.left(job) <= args.time_s]
+            able = [job for job in able if fits(job, rest)]
         if not able or rest <= 0:
             return
         job = able[0]
@@ -298,6 +312,16 @@ def tell(job: Job, jobs: Sequence[Job], status: int, seconds: float, ended: str)
     for line in runs.last_lines(job.path / runs.LOG):
         print(f"       | {line}")
     return False
+
+
+def changed_recipe(job: Job) -> str:
+    """A note where options after -- change what sets a cell apart."""
+    if not job.overridden:
+        return ""
+    return (
+        f"note: the options after -- change what the recipe {job.cell.recipes[-1]} of "
+        f"{job.cell.name} sets: {', '.join(job.overridden)}\n"
+    )
 
 
 def describe(args: argparse.Namespace, times: Times, jobs: Sequence[Job]) -> None:
@@ -366,18 +390,21 @@ def run(args: argparse.Namespace) -> int:
         check_unpacked(args.place, args.archive)
     lost: list[str] = []
     left: list[Job] = []
+    packs = args.archive and not args.dry_run
+    packed = True
     times = Times(args, probe=args.dry_run or args.budget is not None)
     try:
         if not args.report:
             refuse_others(args)
             jobs = plan(args)
+            for told in dict.fromkeys(map(changed_recipe, jobs)):
+                print(told, end="", file=sys.stderr)
             if args.dry_run:
                 describe(args, times, jobs)
                 return 0
             lost, left = execute(args, times, jobs)
     finally:
-        if args.archive and not args.dry_run and (packed := pack(args, args.archive)):
-            print(f"packed {packed} runs into {args.archive}", flush=True)
+        packed = not packs or archived(args)
     if lost:
         print(f"not done: {', '.join(lost)}; the same command tries again", file=sys.stderr)
     if left:
@@ -389,7 +416,21 @@ def run(args: argparse.Namespace) -> int:
         show(found)
         write_json(args.json, found)
         draw(found, args.place.with_suffix(".png"))
+    if not packed:
+        return 1
     return 1 if lost else TIME_IS_UP if left else 0
+
+
+def archived(args: argparse.Namespace) -> bool:
+    """Pack the runs; returns False, and tells why, where that is not possible. Their report must
+    not be lost with it."""
+    try:
+        if packed := pack(args, args.archive):
+            print(f"packed {packed} runs into {args.archive}", flush=True)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ class Method(base.Method):
         check(
             config.skip_first + config.skip_last < run.epochs,
             f"skip_first + skip_last must be below epochs ({run.epochs}), got {config.skip_first} "
-            f"+ {config.skip_last}: nothing would ever be mixed; give skip_first=0 and skip_last=0",
+            f"+ {config.skip_last}: nothing would ever be mixed; set both to 0 (train.py: "
+            "--cmo.skip_first 0 --cmo.skip_last 0)",
         )
         self.fields = MIX_FIELDS | paste.fields("paste")
         if config.saliency:

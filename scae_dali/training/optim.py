@@ -129,6 +129,10 @@ class OptimConfig:
             params = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(params, self.clip)
 
+    def early(self, epochs: int) -> bool:
+        """Whether the last milestone lies in the first half of a run of so many epochs."""
+        return self.schedule == "step" and 0 < 2 * max(self.milestones, default=0) < epochs
+
     def lr_at(self, step: int, steps: int, epochs: int) -> float:
         """The learning rate at a step counted from the run's start, `steps` to the epoch."""
         if self.lr_by_epoch:

@@ -1,5 +1,6 @@
 """The YAML recipes: every setting is known, and they are what they say."""
 
+import json
 import os
 import subprocess
 import sys
@@ -167,6 +168,29 @@ def test_a_second_stage_has_no_warm_up_of_the_first_stages_recipe(first, second)
 def test_a_second_stage_follows_a_first_one_with_any_loss(first, second):
     loss = recipe(BASE, first, second, second_stage__weights="w.pt").loss
     assert (loss.logit_adjust, loss.class_balanced, loss.defer) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("second", ["crt", "lws", "mislas_stage2"])
+@pytest.mark.parametrize(
+    "first", [{"label_smoothing": 0.1}, {"smoothing_head": 0.5, "smoothing_tail": 0.2}]
+)
+def test_a_second_stage_smooths_labels_as_its_authors_do(first, second, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"loss": first}))
+    argv = [f"--config={PIPELINES / BASE}.yaml", f"--config={tmp_path / 'config.json'}"]
+    argv += [f"--config={PIPELINES / second}.yaml", "--second_stage.weights=w.pt"]
+    parser = train.make_parser()
+    loss = parser.instantiate(parser.parse_args([*argv, "--data.root=d", "--out=o"])).loss
+    label_aware = (0.4, 0.1) if second == "mislas_stage2" else (None, None)
+    assert (loss.smoothing_head, loss.smoothing_tail) == label_aware
+    assert loss.label_smoothing == 0
+
+
+def test_milestones_that_were_not_scaled_with_the_epochs_are_seen():
+    for name in ("ldam_baseline", "mislas_stage1"):
+        optim = recipe(BASE, name).optim
+        assert [optim.early(epochs) for epochs in (200, 360, 400)] == [False, False, True]
+    assert not replace(optim, schedule="cosine").early(400)
+    assert not replace(optim, milestones=()).early(400)
 
 
 def test_first_stages_have_the_learning_rates_of_their_authors():

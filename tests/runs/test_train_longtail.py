@@ -137,6 +137,22 @@ def test_figures_are_adjusted_as_far_as_the_loss_is_not(data, whole, tmp_path, m
     assert [row["train_loss"] for row in ours] != [row["train_loss"] for row in plain]
 
 
+def test_weights_trained_with_another_loss_get_no_adjusted_figures(
+    data, whole, tmp_path, monkeypatch, capsys
+):
+    weights = shutil.copytree(whole, tmp_path / "run", ignore=lambda *_: ["saliency.lmdb"])
+    config = json.loads((weights / "config.json").read_text())
+    for adjust, adjusted in ((0.0, True), (0.5, False)):
+        config["loss"]["logit_adjust"] = adjust
+        (weights / "config.json").write_text(json.dumps(config))
+        capsys.readouterr()
+        given = long_tailed(data, "x", weights=weights / "weights.pt")
+        run_here(monkeypatch, *given, "--evaluate")
+        said = capsys.readouterr()
+        assert ("val_top1_adjusted" in json.loads(said.out)) == adjusted
+        assert ("note: the weights were trained with loss.logit_adjust 0.5" in said.err) != adjusted
+
+
 def test_mixup_and_deferred_weights_train(data, tmp_path, monkeypatch):
     argv = long_tailed(data, tmp_path / "run", method="mixup", epochs=2)
     argv += ["--loss.class_balanced", "0.99", "--loss.defer", "1"]

@@ -30,12 +30,26 @@ def test_two_processes_share_the_epoch_the_pass_and_the_log(tmp_path, monkeypatc
         run_here(monkeypatch, *arguments(data, out, **settings), "--resume")
 
 
+# The weights of a batch are those of the images in both processes.
+SHARED_LOSS = """
+import os, torch, train
+from pipelines import state
+class Loss(state.Loss):
+    def __init__(self, *arguments, mean_over_ranks, **keywords):
+        super().__init__(*arguments, mean_over_ranks=mean_over_ranks, **keywords)
+        print("mean of ranks", mean_over_ranks(torch.tensor(float(os.environ["RANK"]))).item())
+state.Loss = Loss
+"""
+
+
 def test_two_processes_share_images_in_memory(tmp_path):
     data, out = tmp_path / "data", tmp_path / "two"
     write_pngs(data / "train", {"a": 40, "b": 20, "c": 3}, (32, 32))
     write_pngs(data / "test", {"a": 5, "b": 5, "c": 5}, (32, 32), seed=1)
-    argv = ["train.py", *long_tailed(data, out, batch_size=4, epochs=2)]
-    in_two(f"import sys, train\nsys.argv = {argv}\ntrain.main()")
+    weighted = {"loss.class_balanced": 0.99}
+    argv = ["train.py", *long_tailed(data, out, batch_size=4, epochs=2, **weighted)]
+    said = in_two(f"{SHARED_LOSS}\nimport sys\nsys.argv = {argv}\ntrain.main()")
+    assert said.count("mean of ranks 0.5\n") == 2
     lines = rows(out)
     assert [line["saliency_images"] for line in lines] == [0, 63]
     assert len(lines[-1]["val_per_class"]) == 3

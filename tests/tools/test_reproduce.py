@@ -1,5 +1,6 @@
 """The tables of the paper run again: what is planned, run, resumed, refused and reported."""
 
+import errno
 import fcntl
 import json
 import math
@@ -8,6 +9,7 @@ import re
 import shlex
 import signal
 import statistics
+import subprocess
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -451,7 +453,23 @@ def test_cells_that_options_make_the_same_are_refused(data, tmp_path, capsys):
     assert reproduce.main(argv) == 0
     capsys.readouterr()
     assert reproduce.main([*argv, "--cmo.saliency=true"]) == 2
-    assert "make cmo and saliency_cmo the same" in capsys.readouterr().err
+    assert "make cmo of rho50_ce and saliency_cmo of rho50_ce the same" in capsys.readouterr().err
+
+
+def test_options_that_change_what_a_recipe_sets_are_told(data, tmp_path, capsys):
+    methods = ["--methods", "none,ldam_baseline", "--seeds", "2", "--dry-run"]
+    options = ["--optim.weight_decay=5e-4", "--optim.nesterov=false", "--threads=1"]
+    argv = command(data, tmp_path, *methods, options=options)
+    assert reproduce.main(argv) == 0
+    told = "note: the options after -- change what the recipe ldam_baseline of ldam_baseline sets"
+    assert capsys.readouterr().err == f"{told}: optim.weight_decay\n"
+
+
+def test_options_leave_the_loss_of_the_sections_alone(data, tmp_path):
+    argv = command(data, tmp_path, "--sections", "rho50_bs,rho50_ce", "--methods", "none",
+                   "--seeds", "1", table="lt", options=["--loss.logit_adjust=0.5"])  # fmt: skip
+    found = [job.config.loss.logit_adjust for job in reproduce.plan(reproduce.parse(argv))]
+    assert found == [1, 0]
 
 
 def test_a_section_without_the_method_is_told(data, tmp_path, capsys):
@@ -510,6 +528,46 @@ def test_what_is_running_when_time_is_up_is_stopped(data, tmp_path, fake, monkey
     assert reproduce.main(argv) == 0
     rows = (tmp_path / "table3" / "rho50-cifar_resnet32-none-s1" / "metrics.jsonl").read_text()
     assert [json.loads(row)["epoch"] for row in rows.splitlines()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("rest", "budget", "begun"), [(51, 100, True), (49, 100, False), (61, 200, True)]
+)
+def test_a_run_longer_than_the_budget_is_not_begun_in_its_last_seconds(
+    rest, budget, begun, tmp_path, monkeypatch
+):
+    """The start and an epoch take 60 s, and the run takes 300 s."""
+    found = []
+    monkeypatch.setattr(reproduce, "launch", lambda args, job, slot: found.append(job))
+    times = SimpleNamespace(left=lambda job: 300.0, first=lambda job: 60.0)
+    args = SimpleNamespace(jobs=1, deadline=reproduce.time.monotonic() + rest, time_s=budget)
+    reproduce.begin(args, [], times, [SimpleNamespace(path=tmp_path, first=None)], {}, [])
+    assert bool(found) == begun
+
+
+def test_all_that_ignore_the_end_are_stopped_after_one_wait():
+    children = [
+        subprocess.Popen(
+            ["bash", "-c", "trap '' TERM; echo; sleep 30"],
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        for _ in range(3)
+    ]
+    for child in children:
+        child.stdout.read(1)  # the trap is set
+    waits = []
+    with pytest.MonkeyPatch.context() as patch:
+        for child in children:
+            wait = child.wait
+            patch.setattr(child, "wait", lambda s=None, wait=wait: (waits.append(s), wait(s))[1])
+        runs.stop(children, 0.2)
+    patience = [seconds for seconds in waits if seconds is not None]
+    assert patience[0] > 0.1
+    assert max(patience[1:]) < 0.1
+    assert [child.returncode for child in children] == [-9] * 3
+    for child in children:
+        child.stdout.close()
 
 
 def test_a_run_is_stopped_right_after_its_last_checkpoint_in_time(tmp_path, monkeypatch):
@@ -599,6 +657,44 @@ def test_an_archive_holds_what_runs_need_to_go_on_elsewhere(tmp_path, capsys):
         assert reproduce.main(["--table", "lt", "--out", str(out), *lost[4:]]) == 2
         assert "cannot be read" in capsys.readouterr().err
         assert file.read_bytes() == broken
+
+
+def test_a_full_disk_costs_the_archive_alone(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path, "none", 0, 40.0)
+    argv = ["--table", "3", "--out", str(tmp_path), "--report", "--archive"]
+
+    def full(*arguments, **keywords):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "add", full)
+        assert reproduce.main([*argv, str(tmp_path / "runs.tar.gz")]) == 1
+    said = capsys.readouterr().err
+    assert "runs.tar.gz' cannot be written (No space left on device): the runs are in" in said
+    assert (tmp_path / "table3.json").exists()
+    assert not [path for path in tmp_path.iterdir() if "tar" in path.name]
+    assert reproduce.main([*argv, "/dev/null"]) == 2
+    assert "--archive must be a file, got '/dev/null'" in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_trains_is_not_packed(tmp_path, capsys):
+    for seed in (0, 1):
+        path = write_run(tmp_path, "none", seed, 40.0)
+        (path / "train.log").touch()
+    file = tmp_path / "runs.tar.gz"
+    with open(path / "train.log", "ab") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        report(tmp_path, "--archive", str(file))
+    assert "packed 1 runs into" in capsys.readouterr().out
+
+
+def test_a_link_to_a_run_that_is_gone_is_replaced(data, tmp_path, fake):
+    path = tmp_path / "table3" / "rho50-cifar_resnet32-none-s0"
+    path.parent.mkdir()
+    path.symlink_to("../table1/gone")
+    assert reproduce.main(command(data, tmp_path, "--methods", "none", "--seeds", "1")) == 0
+    assert path.is_dir()
+    assert not path.is_symlink()
 
 
 def names_of(other, path):
@@ -701,8 +797,11 @@ def test_runs_that_do_not_belong_together_are_not_reported(tmp_path, capsys):
         (["--sections", "rho10"], "--sections must be of rho100, rho50; got rho10"),
         (["--jobs", "0"], "--jobs must be positive, got 0"),
         (["--budget", "0"], "--budget must be positive, got 0.0"),
+        (["--budget", "9.5"], "--budget must be above 10 seconds, which the command itself takes"),
         (["--", "--epochs", "3"], "--epochs cannot be passed on to train.py"),
         (["--", "--out=x"], "--out cannot be passed on to train.py"),
+        (["--", "--config", "x.yaml"], "--config cannot be passed on to train.py"),
+        (["--", "--evaluate=true"], "--evaluate cannot be passed on to train.py"),
     ],
 )
 def test_wrong_arguments_are_explained(tmp_path, capsys, argv, message):

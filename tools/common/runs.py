@@ -11,6 +11,7 @@ import re
 import signal
 import statistics
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ __all__ = [
     "spread",
     "start",
     "stop",
+    "trains",
 ]
 
 LOG = "train.log"  # in a run's folder: what train.py printed
@@ -193,13 +195,26 @@ def start(out: Path, command: Sequence[str], env: Mapping[str, str]) -> subproce
         )
 
 
+def trains(out: Path) -> bool:
+    """Whether a child that `start` has begun in this folder still lives."""
+    if not (out / LOG).exists():
+        return False
+    with open(out / LOG, "rb") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def stop(children: Sequence[subprocess.Popen], patience_s: float = 10.0) -> None:
     """End the children and theirs, by force if they ignore SIGTERM. Checkpoints stay whole."""
     for child in children:
         _signal(child, signal.SIGTERM)
+    end = time.monotonic() + patience_s  # for all of them
     for child in children:
         try:
-            child.wait(patience_s)
+            child.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             _signal(child, signal.SIGKILL)
             child.wait()

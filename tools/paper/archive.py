@@ -5,12 +5,14 @@ to go on with those that have not ended. `tar -xf FILE -C OUT` unpacks it.
 from __future__ import annotations
 
 import argparse
+import os
 import tarfile
 import zlib
 from pathlib import Path
 
 from tools.common import runs
 from tools.paper.jobs import STARTS, existing, folder_of
+from tools.paper.tables import Cell, Section
 
 __all__ = ["check_unpacked", "ended", "pack"]
 
@@ -23,6 +25,8 @@ def check_unpacked(place: Path, file: Path) -> None:
     table's folder, `place`, lack, or runs of another table. Also where it cannot be read."""
     if not file.exists():
         return
+    if not file.is_file():
+        raise ValueError(f"--archive must be a file, got {str(file)!r}, which is something else")
     try:
         _check_members(place, file)
     except (tarfile.TarError, EOFError, zlib.error) as error:
@@ -56,27 +60,41 @@ def pack(args: argparse.Namespace, file: Path) -> int:
     """Write the table's runs into a compressed tar file, which appears once it is complete. Where
     there are none, nothing is written.
 
-    The weights of a run go with it until the second stages on them have ended. Returns the number
-    of runs.
+    The weights of a run go with it until the second stages on them have ended. Runs that another
+    process trains are left out, since their files change. Returns the number of runs. Raises
+    ValueError where the file cannot be written.
     """
-    found = existing(args)
+    found = [run for run in existing(args) if not runs.trains(run[0])]
     if not found:
         return 0
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(file.name + ".partial")
-    with tarfile.open(draft, "w:gz", compresslevel=6, dereference=True) as archive:
-        for path, section, model, cell, seed in found:
-            names = [*ALWAYS]
-            if not ended(path):
-                names += TO_GO_ON
-            others = [other.name for other in section.cells if other.first == cell.name]
-            if not all(ended(folder_of(args, section, model, name, seed)) for name in others):
-                names.append("weights.pt")
-            for name in names:
-                if (path / name).exists():
-                    archive.add(path / name, f"{args.place.name}/{path.name}/{name}")
-    draft.replace(file)
+    draft = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(draft, "w:gz", compresslevel=6, dereference=True) as archive:
+            for path, section, model, cell, seed in found:
+                for name in _members(args, path, section, model, cell, seed):
+                    if (path / name).exists():
+                        archive.add(path / name, f"{args.place.name}/{path.name}/{name}")
+        draft.replace(file)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise ValueError(
+            f"--archive {str(file)!r} cannot be written ({error.strerror or error}): the runs are "
+            f"in {args.place}; make room or name another file, and repeat the command with --report"
+        ) from error
     return len(found)
+
+
+def _members(
+    args: argparse.Namespace, path: Path, section: Section, model: str, cell: Cell, seed: int
+) -> list[str]:
+    names = [*ALWAYS]
+    if not ended(path):
+        names += TO_GO_ON
+    others = [other.name for other in section.cells if other.first == cell.name]
+    if not all(ended(folder_of(args, section, model, name, seed)) for name in others):
+        names.append("weights.pt")
+    return names
 
 
 def ended(path: Path) -> bool:

@@ -52,7 +52,8 @@ class Job:
     """One run of train.py: a cell with a seed.
 
     first: the folder of the run whose weights a second stage starts from. index: of the training
-    images; None in a dry run without them.
+    images; None in a dry run without them. overridden: settings of the cell's recipes that options
+    after -- have changed.
     """
 
     section: Section
@@ -64,6 +65,7 @@ class Job:
     config: Config
     first: Path | None
     index: ImageIndex | None
+    overridden: tuple[str, ...] = ()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -111,7 +113,28 @@ def make_job(args: argparse.Namespace, section: Section, model: str, cell: Cell,
             raise
         index = None
     return Job(section=section, model=model, cell=cell, seed=seed, path=path, first=first,
-               options=tuple(options), config=config, index=index)  # fmt: skip
+               options=tuple(options), config=config, index=index,
+               overridden=overridden(base, args.options))  # fmt: skip
+
+
+def overridden(recipes: Sequence[str], options: Sequence[str]) -> tuple[str, ...]:
+    """Settings that the recipes after the first one set, and that the options change."""
+    if len(recipes) == 1 or not options:
+        return ()
+    plain, whole, changed = (
+        _parsed(given) for given in ((recipes[0],), tuple(recipes), (*recipes, *options))
+    )
+    return tuple(
+        name
+        for name, value in whole.items()
+        if name != "config" and value != plain[name] and value != changed[name]
+    )
+
+
+@functools.cache
+def _parsed(options: tuple[str, ...]) -> dict[str, Any]:
+    """Dotted name -> value. The options need not name the data and the folder of a run."""
+    return vars(parser().parse_args([*options, "--data.root=.", "--out=."]).as_flat())
 
 
 def folder_of(args: argparse.Namespace, section: Section, model: str, cell: str, seed: int) -> Path:
@@ -205,14 +228,14 @@ def plan(args: argparse.Namespace) -> list[Job]:
 
 
 def refuse_same(jobs: Sequence[Job]) -> None:
-    """Raise ValueError where options after -- have made two cells of a section the same."""
+    """Raise ValueError where options after -- have made two cells the same."""
     settings = [(job, job.settings) for job in jobs if job.seed == 0]
     for (one, its), (other, others) in itertools.combinations(settings, 2):
-        alike = one.section is other.section and one.first == other.first
-        if alike and not runs.differing(its, others):
+        if one.first == other.first and not runs.differing(its, others):
+            names = [f"{job.cell.name} of {job.section.name}" for job in (one, other)]
             raise ValueError(
-                f"the options after -- make {one.cell.name} and {other.cell.name} the same: leave "
-                "out the option in which they differ"
+                f"the options after -- make {' and '.join(names)} the same: leave out the option "
+                "in which they differ"
             )
 
 

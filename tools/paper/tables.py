@@ -359,7 +359,7 @@ def _grid(imbalance: int, rank: int) -> tuple[Section, Section]:
         name=f"rho{imbalance}_ce",
         title=f"CIFAR-100-LT, imbalance {imbalance}, cross-entropy and MiSLAS",
         recipe="cifar100_lt",
-        overrides=own,
+        overrides=(*own, "loss.logit_adjust=0"),
         cells=_beside(
             (*cells(rank + 3), *last),
             LONG_TAIL_PAPER[imbalance],

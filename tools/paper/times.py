@@ -73,6 +73,10 @@ class Times:
         start = statistics.mean([rest for _, rest in self._known(job)] or [0.0])
         return start + job.epochs_left * self.epoch(job)
 
+    def first(self, job: Job) -> float:
+        """Seconds until the next epoch of a run ends if it starts, or goes on, now."""
+        return self.left(job) - max(0, job.epochs_left - 1) * self.epoch(job)
+
     def _known(self, job: Job) -> list[tuple[float, float]]:
         keys = _keys(job.model, job.config.second_stage.classifier, job.cell.method)
         return next((self.measured[key] for key in keys if key in self.measured), [])
