@@ -78,7 +78,7 @@ def evaluate(config: Config, ranks: Ranks) -> dict[str, Any]:
     )
     loaders = Loaders(data, config.image, sampling="shuffle", seed=config.seed)
     loader = loaders.val(execution.for_inference(config.image.size))
-    other = trained_otherwise(config)
+    other = ranks.gather(trained_otherwise(config))[0]  # a node may lack the file
     if other and ranks.first:
         print(f"note: {other}", file=sys.stderr)
     return validate(config, net, loader, data.train.class_counts, ranks, adjusted=not other)
