@@ -166,8 +166,8 @@ class Maps:
         if self.harvest is not None:
             if report.harvested == 0:
                 self._note(
-                    "no map was harvested, since no image was left unmixed: erasing is not guided. "
-                    "Lower the probability of mixing, or give --saliency.source pass"
+                    f"no map was harvested before epoch {due}. A mixed image gives none: lower the "
+                    "probability of mixing, or give --saliency.source pass"
                 )
             self.harvest.clear()
         return report

@@ -153,6 +153,13 @@ def test_weights_trained_with_another_loss_get_no_adjusted_figures(
         assert ("note: the weights were trained with loss.logit_adjust 0.5" in said.err) != adjusted
 
 
+def test_a_harvest_of_mixed_images_alone_is_told(data, tmp_path, monkeypatch, capsys):
+    settings = {"method": "scae+mixup", "saliency.source": "harvest", "scae.mix_prob": 0}
+    run_here(monkeypatch, *long_tailed(data, tmp_path / "run", **settings))
+    told = "note: no map was harvested before epoch 1. A mixed image gives none"
+    assert told in capsys.readouterr().err
+
+
 def test_mixup_and_deferred_weights_train(data, tmp_path, monkeypatch):
     argv = long_tailed(data, tmp_path / "run", method="mixup", epochs=2)
     argv += ["--loss.class_balanced", "0.99", "--loss.defer", "1"]

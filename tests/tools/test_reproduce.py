@@ -677,17 +677,6 @@ def test_a_full_disk_costs_the_archive_alone(tmp_path, monkeypatch, capsys):
     assert "--archive must be a file, got '/dev/null'" in capsys.readouterr().err
 
 
-def test_a_run_that_another_process_trains_is_not_packed(tmp_path, capsys):
-    for seed in (0, 1):
-        path = write_run(tmp_path, "none", seed, 40.0)
-        (path / "train.log").touch()
-    file = tmp_path / "runs.tar.gz"
-    with open(path / "train.log", "ab") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
-        report(tmp_path, "--archive", str(file))
-    assert "packed 1 runs into" in capsys.readouterr().out
-
-
 def test_a_link_to_a_run_that_is_gone_is_replaced(data, tmp_path, fake):
     path = tmp_path / "table3" / "rho50-cifar_resnet32-none-s0"
     path.parent.mkdir()

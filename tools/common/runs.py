@@ -40,7 +40,6 @@ __all__ = [
     "spread",
     "start",
     "stop",
-    "trains",
 ]
 
 LOG = "train.log"  # in a run's folder: what train.py printed
@@ -193,18 +192,6 @@ def start(out: Path, command: Sequence[str], env: Mapping[str, str]) -> subproce
             env=env,
             start_new_session=True,
         )
-
-
-def trains(out: Path) -> bool:
-    """Whether a child that `start` has begun in this folder still lives."""
-    if not (out / LOG).exists():
-        return False
-    with open(out / LOG, "rb") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def stop(children: Sequence[subprocess.Popen], patience_s: float = 10.0) -> None:

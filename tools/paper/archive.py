@@ -60,11 +60,10 @@ def pack(args: argparse.Namespace, file: Path) -> int:
     """Write the table's runs into a compressed tar file, which appears once it is complete. Where
     there are none, nothing is written.
 
-    The weights of a run go with it until the second stages on them have ended. Runs that another
-    process trains are left out, since their files change. Returns the number of runs. Raises
-    ValueError where the file cannot be written.
+    The weights of a run go with it until the second stages on them have ended. Returns the number
+    of runs. Raises ValueError where the file cannot be written.
     """
-    found = [run for run in existing(args) if not runs.trains(run[0])]
+    found = existing(args)
     if not found:
         return 0
     draft = file.with_name(f"{file.name}.{os.getpid()}.partial")

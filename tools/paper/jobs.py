@@ -127,7 +127,7 @@ def overridden(recipes: Sequence[str], options: Sequence[str]) -> tuple[str, ...
     return tuple(
         name
         for name, value in whole.items()
-        if name != "config" and value != plain[name] and value != changed[name]
+        if name != "config" and value != plain.get(name) and value != changed.get(name)
     )
 
 
