@@ -164,10 +164,11 @@ class Maps:
         self.made, _ = self._last_passes()
         self._lost = False
         if self.harvest is not None:
-            if report.harvested == 0:
+            if report.harvested == 0 and config.saliency.source == "harvest":
                 self._note(
-                    f"no map was harvested before epoch {due}. A mixed image gives none: lower the "
-                    "probability of mixing, or give --saliency.source pass"
+                    f"no map was harvested before epoch {due}. An image that is mixed, or erased "
+                    "by several rectangles, gives none: lower the prob of the method that does so, "
+                    "or give --saliency.source pass"
                 )
             self.harvest.clear()
         return report

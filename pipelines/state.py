@@ -70,7 +70,7 @@ class State:
         if config.optim.early(config.epochs):
             self.notes.append(
                 f"optim.milestones {[*config.optim.milestones]} all lie in the first half of the "
-                f"{config.epochs} epochs: they do not grow with the epochs"
+                f"{config.epochs} epochs: if they were made for fewer epochs, scale them alike"
             )
         trained: list[dict[str, Any]] = [{"params": list(self.net.parameters()), "lr_factor": 1.0}]
         if config.second_stage.classifier:

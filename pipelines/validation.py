@@ -93,10 +93,14 @@ def trained_otherwise(config: Config) -> str:
     except (OSError, ValueError, AttributeError):
         return ""  # not of a run
     mine = flat(config)
-    odd = [f"{name} {its[name]}" for name in ADJUSTED_BY if its.get(name, mine[name]) != mine[name]]
+    odd = [
+        f"{name} {its[name]}, not {mine[name]}"
+        for name in ADJUSTED_BY
+        if its.get(name, mine[name]) != mine[name]
+    ]
     if not odd:
         return ""
     return (
-        f"the weights were trained with {', '.join(odd)}, so adjusted figures would be wrong, and "
-        f"are left out: validate with --config {file}"
+        f"the weights were trained with {' and '.join(odd)}, so figures that end in _adjusted "
+        f"would be wrong, and are left out: add --config {file} as the last --config"
     )

@@ -152,8 +152,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} must be of {', '.join(known)}; got {', '.join(odd)}")
     for text in args.options:
         if text.startswith("--") and (option := text[2:].partition("=")[0]) in OURS:
-            parser.error(f"--{option} cannot be passed on to train.py: the table decides it, or an "
-                         "option before the --")  # fmt: skip
+            what = "give the settings of the file one by one" if option == "config" else (
+                "the table decides it, or an option before the --"
+            )  # fmt: skip
+            parser.error(f"--{option} cannot be passed on to train.py: {what}")
     return args
 
 
@@ -190,7 +192,7 @@ def execute(
     others, and those for which time was too short."""
     for job in jobs:
         if job.path.is_symlink() and not job.path.exists():
-            job.path.unlink()  # the run of another table is gone
+            job.path.unlink(missing_ok=True)  # the run of another table is gone
         if (other := twin(args, job, jobs)) is not None:
             args.place.mkdir(parents=True, exist_ok=True)
             job.path.symlink_to(os.path.relpath(other, args.place))
@@ -199,6 +201,7 @@ def execute(
     total = len(waiting)
     print(estimate(args, times, waiting), flush=True)
     args.time_s = args.deadline - time.monotonic()  # for runs
+    args.begun = False
     lost: list[str] = []
     cut: list[Job] = []
     running: dict[int, Running] = {}
@@ -272,6 +275,7 @@ def begin(
             lost.append(job.path.name)
         else:
             running[free.pop(0)] = Running(job, child, times.epoch(job))
+            args.begun = True
 
 
 def ready(job: Job, jobs: Sequence[Job]) -> bool:
@@ -318,9 +322,10 @@ def changed_recipe(job: Job) -> str:
     """A note where options after -- change what sets a cell apart."""
     if not job.overridden:
         return ""
+    odd = [f"{name} is {now}, not {was}" for name, (now, was) in job.overridden.items()]
     return (
-        f"note: the options after -- change what the recipe {job.cell.recipes[-1]} of "
-        f"{job.cell.name} sets: {', '.join(job.overridden)}\n"
+        f"note: options after -- change settings of {job.cell.recipes[-1]}.yaml in the cell "
+        f"{job.cell.name}: {', '.join(odd)}\n"
     )
 
 
@@ -409,8 +414,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"not done: {', '.join(lost)}; the same command tries again", file=sys.stderr)
     if left:
         times.read()
-        print(f"time is up, {estimate(args, times, left)}; the same command goes on",
-              file=sys.stderr)  # fmt: skip
+        goes_on = "the same command goes on" if args.begun else "give a longer --budget"
+        print(f"time is up, {estimate(args, times, left)}; {goes_on}", file=sys.stderr)
     if not left or any(ended(path) for path, *_ in existing(args)):
         found = collect(args)
         show(found)

@@ -461,8 +461,12 @@ def test_options_that_change_what_a_recipe_sets_are_told(data, tmp_path, capsys)
     options = ["--optim.weight_decay=5e-4", "--optim.nesterov=false", "--threads=1"]
     argv = command(data, tmp_path, *methods, options=options)
     assert reproduce.main(argv) == 0
-    told = "note: the options after -- change what the recipe ldam_baseline of ldam_baseline sets"
-    assert capsys.readouterr().err == f"{told}: optim.weight_decay\n"
+    told = "note: options after -- change settings of ldam_baseline.yaml in the cell ldam_baseline"
+    assert capsys.readouterr().err == f"{told}: optim.weight_decay is 0.0005, not 0.0002\n"
+    methods = ["--methods", "none_mislas", "--seeds", "1", "--dry-run"]
+    options = ["--loss.smoothing_head=0.2", "--loss.smoothing_tail=0.1"]  # the cell has its own
+    assert reproduce.main(command(data, tmp_path, *methods, options=options)) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_options_leave_the_loss_of_the_sections_alone(data, tmp_path):
@@ -670,7 +674,7 @@ def test_a_full_disk_costs_the_archive_alone(tmp_path, monkeypatch, capsys):
         patch.setattr(tarfile.TarFile, "add", full)
         assert reproduce.main([*argv, str(tmp_path / "runs.tar.gz")]) == 1
     said = capsys.readouterr().err
-    assert "runs.tar.gz' cannot be written (No space left on device): the runs are in" in said
+    assert "runs.tar.gz' cannot be written ([Errno 28] No space left on device): the run" in said
     assert (tmp_path / "table3.json").exists()
     assert not [path for path in tmp_path.iterdir() if "tar" in path.name]
     assert reproduce.main([*argv, "/dev/null"]) == 2

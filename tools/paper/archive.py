@@ -76,11 +76,12 @@ def pack(args: argparse.Namespace, file: Path) -> int:
                         archive.add(path / name, f"{args.place.name}/{path.name}/{name}")
         draft.replace(file)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise ValueError(
-            f"--archive {str(file)!r} cannot be written ({error.strerror or error}): the runs are "
-            f"in {args.place}; make room or name another file, and repeat the command with --report"
+            f"--archive {str(file)!r} cannot be written ({error}): the runs are in {args.place}; "
+            "make room or name another file, and repeat the command"
         ) from error
+    finally:
+        draft.unlink(missing_ok=True)
     return len(found)
 
 

@@ -11,8 +11,8 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,8 @@ class Job:
     """One run of train.py: a cell with a seed.
 
     first: the folder of the run whose weights a second stage starts from. index: of the training
-    images; None in a dry run without them. overridden: settings of the cell's recipes that options
-    after -- have changed.
+    images; None in a dry run without them. overridden: of the settings of the cell's own recipes,
+    those that options after -- have changed: what they are, and what the recipe has.
     """
 
     section: Section
@@ -65,7 +65,7 @@ class Job:
     config: Config
     first: Path | None
     index: ImageIndex | None
-    overridden: tuple[str, ...] = ()
+    overridden: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -114,21 +114,24 @@ def make_job(args: argparse.Namespace, section: Section, model: str, cell: Cell,
         index = None
     return Job(section=section, model=model, cell=cell, seed=seed, path=path, first=first,
                options=tuple(options), config=config, index=index,
-               overridden=overridden(base, args.options))  # fmt: skip
+               overridden=overridden(base, args.options, own.keys()))  # fmt: skip
 
 
-def overridden(recipes: Sequence[str], options: Sequence[str]) -> tuple[str, ...]:
-    """Settings that the recipes after the first one set, and that the options change."""
+def overridden(
+    recipes: Sequence[str], options: Sequence[str], own: Collection[str]
+) -> dict[str, tuple[Any, Any]]:
+    """The settings that recipes after the first one set, and that the options change: what they
+    are, and what the recipes have. own: settings that win over the options."""
     if len(recipes) == 1 or not options:
-        return ()
+        return {}
     plain, whole, changed = (
         _parsed(given) for given in ((recipes[0],), tuple(recipes), (*recipes, *options))
     )
-    return tuple(
-        name
+    return {
+        name: (changed.get(name), value)
         for name, value in whole.items()
-        if name != "config" and value != plain.get(name) and value != changed.get(name)
-    )
+        if name not in {"config", *own} and value not in (plain.get(name), changed.get(name))
+    }
 
 
 @functools.cache
