@@ -497,12 +497,11 @@ def test_a_run_of_another_loss_is_not_taken_over_for_one_of_today(data, tmp_path
 
 
 def test_a_run_that_would_not_end_in_time_is_not_begun(data, tmp_path, fake, monkeypatch, capsys):
-    """Each takes over 1 s, and is thought to take nine tenths of the time, of 10 s at most."""
+    """The second seed is thought to take all the time, of which the first has used some."""
     monkeypatch.setattr(
-        reproduce.Times, "left", lambda self, job: 0.9 * getattr(self._args, "time_s", 0)
+        reproduce.Times, "left", lambda self, job: job.seed * getattr(self._args, "time_s", 1)
     )
     monkeypatch.setattr(reproduce, "END_S", 0)
-    monkeypatch.setenv("LAST_S", "1.2")
     archive = tmp_path / "runs.tar.gz"
     more = ["--methods", "none", "--seeds", "2", "--rate", "1", "--archive", str(archive)]
     argv = command(data, tmp_path, *more)
