@@ -102,5 +102,6 @@ def trained_otherwise(config: Config) -> str:
         return ""
     return (
         f"the weights were trained with {' and '.join(odd)}, so figures that end in _adjusted "
-        f"would be wrong, and are left out: add --config {file} as the last --config"
+        f"would be wrong, and are left out: validate with --config {file} --weights "
+        f"{config.weights}"
     )

@@ -389,14 +389,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the command line asks for; returns the exit status: 1 if runs failed or another
-    process has them, else TIME_IS_UP if the budget was too short for some."""
+    """Do what the command line asks for; returns the exit status: 1 if runs failed, another process
+    has them or they could not be packed, else TIME_IS_UP if the budget was too short for some."""
     if args.archive and not args.dry_run:
         check_unpacked(args.place, args.archive)
     lost: list[str] = []
     left: list[Job] = []
-    packs = args.archive and not args.dry_run
-    packed = True
     times = Times(args, probe=args.dry_run or args.budget is not None)
     try:
         if not args.report:
@@ -409,7 +407,7 @@ def run(args: argparse.Namespace) -> int:
                 return 0
             lost, left = execute(args, times, jobs)
     finally:
-        packed = not packs or archived(args)
+        packed = args.dry_run or not args.archive or archived(args)
     if lost:
         print(f"not done: {', '.join(lost)}; the same command tries again", file=sys.stderr)
     if left:
@@ -421,9 +419,7 @@ def run(args: argparse.Namespace) -> int:
         show(found)
         write_json(args.json, found)
         draw(found, args.place.with_suffix(".png"))
-    if not packed:
-        return 1
-    return 1 if lost else TIME_IS_UP if left else 0
+    return 1 if lost or not packed else TIME_IS_UP if left else 0
 
 
 def archived(args: argparse.Namespace) -> bool:

@@ -151,6 +151,9 @@ def test_weights_trained_with_another_loss_get_no_adjusted_figures(
         said = capsys.readouterr()
         assert ("val_top1_adjusted" in json.loads(said.out)) == adjusted
         assert ("note: the weights were trained with loss.logit_adjust 0.5" in said.err) != adjusted
+    remedy = said.err.strip().partition("validate with ")[2].split()
+    run_here(monkeypatch, *remedy, "--evaluate")
+    assert "val_top1_adjusted" in json.loads(capsys.readouterr().out)
 
 
 def test_a_harvest_of_mixed_images_alone_is_told(data, tmp_path, monkeypatch, capsys):

@@ -249,7 +249,7 @@ def test_without_a_cache_or_without_saliency_nothing_is_changed():
         ({"refresh_every": -1}, "refresh_every must be >= 0, got -1"),
         (
             {"skip_first": 6, "skip_last": 4},
-            r"below epochs \(10\), got 6 \+ 4: nothing .* set both to 0",
+            r"below epochs \(10\), got 6 \+ 4: nothing .* 0 \(train.py: --cmo.skip_first 0 --",
         ),
     ],
 )
